@@ -1,0 +1,1 @@
+"""The microbenchmark: `python -m bench`, from a checkout."""

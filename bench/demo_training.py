@@ -1,0 +1,115 @@
+"""One training run of the demo, in a process of its own: a step for each line on stdin.
+
+Being its own process, it has its own peak memory; being led line by line, it takes turns with the
+other runs. Each step, and the peak at the end, is answered by a line of JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+from functools import partial
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_xent
+
+BATCH, LENGTH, WIDTH, HEADS = 8, 128, 64, 4
+LEARNING_RATE = 3e-3
+LOSSES = {
+    "torch": F.cross_entropy,
+    "fused_xent": fused_xent.cross_entropy,
+    "fused_xent fused": partial(fused_xent.cross_entropy, grad_in_forward=True),
+}
+
+
+class LanguageModel(nn.Module):
+    """One causal transformer block between an embedding and a head."""
+
+    def __init__(self, vocab_size: int) -> None:
+        """Parameters come from torch's global generator."""
+        super().__init__()
+        self.words = nn.Embedding(vocab_size, WIDTH)
+        self.positions = nn.Embedding(LENGTH, WIDTH)
+        self.block = nn.TransformerEncoderLayer(
+            WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, vocab_size, bias=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(LENGTH))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (batch * length, vocab_size) of the words that follow `tokens` (batch, length)."""
+        hidden = self.words(tokens) + self.positions.weight
+        hidden = self.block(hidden, src_mask=self.mask, is_causal=True)
+        return self.head(self.norm(hidden).flatten(0, 1))
+
+
+class Training:
+    """A model, its optimizer and its batches, the same in every run: only the loss differs."""
+
+    def __init__(self, loss: str, tokens: Tensor, vocab_size: int) -> None:
+        """The text is `tokens` (n_tokens,), integers below `vocab_size`."""
+        torch.manual_seed(0)
+        self.loss_function = LOSSES[loss]
+        self.tokens = tokens
+        self.model = LanguageModel(vocab_size)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Words (BATCH, LENGTH), and the words that follow them, flat."""
+        starts = torch.randint(self.tokens.numel() - LENGTH, (BATCH, 1))
+        windows = self.tokens[starts + torch.arange(LENGTH + 1)].long()
+        return windows[:, :-1], windows[:, 1:].flatten()
+
+    def step(self) -> dict[str, float]:
+        """One training step: its loss, its seconds, and those of them spent in the loss."""
+        inputs, target = self.batch()
+        start = perf_counter()
+        logits = self.model(inputs)
+        head = logits.grad_fn  # before the loss, which in fused mode takes the logits over
+        loss_start = perf_counter()
+        loss = self.loss_function(logits, target)
+        loss_seconds = perf_counter() - loss_start
+
+        def gradient_arrives(_: tuple[Tensor, ...]) -> None:
+            nonlocal loss_seconds
+            loss_seconds += perf_counter() - backward_start
+
+        head.register_prehook(gradient_arrives)
+        backward_start = perf_counter()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = perf_counter() - start
+        return {"loss": loss.item(), "loss_seconds": loss_seconds, "step_seconds": seconds}
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """Takes steps until stdin ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("loss", choices=LOSSES)
+    parser.add_argument("tokens", help="file of int32")
+    parser.add_argument("n_tokens", type=int)
+    parser.add_argument("vocab_size", type=int)
+    options = parser.parse_args()
+    tokens = torch.from_file(options.tokens, size=options.n_tokens, dtype=torch.int32)
+    training = Training(options.loss, tokens, options.vocab_size)
+    for _ in sys.stdin:
+        print(json.dumps(training.step()), flush=True)
+    print(json.dumps({"peak_bytes": peak_bytes(), "threads": torch.get_num_threads()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

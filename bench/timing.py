@@ -1,0 +1,117 @@
+"""How a loss is timed: as a training step pays for it, all providers in turn.
+
+Before each timing the logits are written anew, as the model's last layer has just done in training:
+so every provider finds the caches in one state, and one that overwrites the logits harms no other.
+The gradient of the round before has been freed by then, so each provider pays for the allocation of
+its own, page faults included, as in training, where a gradient lives only until the layer below has
+used it. No provider pays for `.grad`: logits have none.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Key = tuple[str, str]  # a mode and a provider
+Samples = dict[Key, float]  # seconds
+Timer = Callable[[], Samples]  # runs something once
+
+
+class _LastLayer(torch.autograd.Function):
+    """Stands for the model: hands out its logits, and takes their gradient without a copy."""
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, logits: Tensor, received: list[Tensor]) -> Tensor:
+        ctx.received = received
+        return logits.detach()  # the same memory in a tensor that is neither a leaf nor a view
+
+    @staticmethod
+    def backward(ctx, grad_logits: Tensor) -> tuple[None, None, None]:
+        ctx.received.append(grad_logits)
+        return None, None, None
+
+
+@dataclass
+class Step:
+    """What one forward and backward pass gave, and the seconds that each took."""
+
+    loss: Tensor
+    grad_logits: Tensor
+    forward: float
+    backward: float
+
+
+class Workload:
+    """The tensors of one case: logits to be overwritten, their original, and the target."""
+
+    def __init__(self, logits: Tensor, target: Tensor) -> None:
+        """Logits (N, C, ...); target (N, ...) of indices or (N, C, ...) of probabilities."""
+        self.original = logits
+        self.logits = logits.clone()
+        self.target = target
+        self._parameter = torch.zeros((), requires_grad=True)
+
+    @torch.no_grad()
+    def forward(self, loss: Loss) -> tuple[Tensor, float]:
+        """The loss without a graph, as in evaluation, and its seconds."""
+        self.logits.copy_(self.original)
+        start = perf_counter()
+        value = loss(self.logits, self.target)
+        return value, perf_counter() - start
+
+    def step(self, loss: Loss, upstream: Tensor | None = None) -> Step:
+        """The loss and its gradient, scaled by `upstream` (1 when None), as in training."""
+        self.logits.copy_(self.original)
+        received: list[Tensor] = []
+        logits = _LastLayer.apply(self._parameter, self.logits, received)
+        start = perf_counter()
+        value = loss(logits, self.target)
+        middle = perf_counter()
+        value.backward(upstream)
+        end = perf_counter()
+        return Step(value.detach(), received.pop(), middle - start, end - middle)
+
+    def baselines(self) -> Samples:
+        """One copy of the logits into memory that is already touched, and one bare read of them.
+
+        The read is a sum of 64-bit integers, whatever the dtype: of torch's reductions it is among
+        those that memory alone bounds, where sums of 32-bit integers are bound by their arithmetic.
+        """
+        words = self.logits.view(-1).view(torch.uint8)
+        words = words[: words.numel() // 8 * 8].view(torch.int64)
+        self.logits.copy_(self.original)
+        start = perf_counter()
+        self.logits.copy_(self.original)
+        middle = perf_counter()
+        words.sum()
+        end = perf_counter()
+        return {("copy", "torch"): middle - start, ("read", "torch"): end - middle}
+
+
+def interleave(
+    timers: list[Timer], min_rounds: int, min_seconds: float, on_round: Callable[[int], None]
+) -> dict[Key, list[float]]:
+    """All timers in turn, round after round, until there are enough rounds and seconds.
+
+    What disturbs the machine for a while thus disturbs all of them, and their ratios stand.
+    """
+    samples: dict[Key, list[float]] = {}
+    start, n_rounds = perf_counter(), 0
+    gc.collect()
+    gc.disable()
+    try:
+        while n_rounds < min_rounds or perf_counter() - start < min_seconds:
+            n_rounds += 1
+            on_round(n_rounds)
+            for timer in timers:
+                for key, seconds in timer().items():
+                    samples.setdefault(key, []).append(seconds)
+    finally:
+        gc.enable()
+    return samples

@@ -1,0 +1,53 @@
+// From torch's tensors to the kernels' Params, with every check that keeps a kernel inside memory.
+// What a user can get wrong is checked, and said better, in fused_xent/functional.py.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../xent_params.h"
+
+namespace fused_xent::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };  // torch.nn._reduction
+
+// The arguments that all operators share, checked against each other. Holds the tensors alive.
+struct Problem {
+  Params params{};
+  Tensor logits, target;
+  std::optional<Tensor> weight;
+  std::vector<int64_t> row_shape;  // the logits' without dim: the shape of the unreduced loss
+  ScalarType acc_dtype;
+
+  Problem(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+          int64_t dim, int64_t ignore_index, double label_smoothing);
+
+  Tensor empty_rows() const;
+  // A per-row tensor that a caller passes: acc, contiguous, row_shape.
+  const Tensor& check_rows(const char* name, const Tensor& rows) const;
+  // Sets params.grad_loss; the result owns its memory.
+  Tensor set_grad_loss(const Tensor& grad_loss);
+  // "(3, 1)" for row 7 of a (4, 2) loss.
+  std::string position(int64_t row) const;
+
+ private:
+  void set_target(int64_t dim);
+};
+
+// Throws std::invalid_argument, Python's ValueError: "<argument> must be <rule>, got <value>".
+void check(bool condition, const std::string& message);
+
+DType dtype_of(const char* name, const Tensor& tensor);
+Layout layout_of(const char* name, const Tensor& tensor, int64_t dim);
+// Sets params.grad_logits: a tensor to write to, each of whose elements has memory of its own.
+void set_grad_logits(Params& params, const char* name, const Tensor& tensor, int64_t dim);
+
+}  // namespace fused_xent::binding

@@ -1,0 +1,65 @@
+// Which instruction set's kernels run: the best that the processor has and
+// FUSED_XENT_CPU_CAPABILITY, if set, does not exclude.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "launch.h"
+
+namespace fused_xent::cpu {
+namespace {
+
+struct Capability {
+  const char* name;
+  Kernels (*kernels)(const Params&);
+  bool (*is_supported)();
+};
+
+// Best first.
+const Capability kCapabilities[] = {
+#if defined(__x86_64__)
+    {"avx512_bf16", avx512_bf16_kernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512bf16");
+     }},
+    {"avx512", avx512_kernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+    {"avx2", avx2_kernels,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+#endif
+    {"portable", portable_kernels, [] { return true; }},
+};
+
+const Capability& choose() {
+  const char* limit = std::getenv("FUSED_XENT_CPU_CAPABILITY");
+  bool allowed = limit == nullptr || *limit == '\0';
+  for (const Capability& capability : kCapabilities) {
+    allowed = allowed || capability.name == std::string(limit);
+    if (allowed && capability.is_supported()) return capability;
+  }
+  throw std::invalid_argument(
+      "FUSED_XENT_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or portable, got " +
+      std::string(limit));
+}
+
+const Capability& in_use() {
+  static const Capability& capability = choose();
+  return capability;
+}
+
+}  // namespace
+
+Kernels kernels_in_use(const Params& p) { return in_use().kernels(p); }
+
+const char* capability_name() { return in_use().name; }
+
+}  // namespace fused_xent::cpu

@@ -1,0 +1,69 @@
+// The CPU kernels of one instruction set, as plain functions on one thread. launch.cpp decides
+// which of them run, on what and in which threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../xent_math.h"
+#include "../xent_params.h"
+
+namespace fused_xent::cpu {
+
+// Rows that a tile holds, and classes of a row that are swept before the sum goes to double. Both
+// are fixed, so that no result depends on the number of threads.
+constexpr int64_t kTileRows = 256;
+constexpr int64_t kSegmentClasses = 16384;
+
+// One row's gradient at class j is logit_factor * exp(x_j - max) - spread * t_j.
+struct RowGradient {
+  double max;
+  double logit_factor;
+  double spread;
+};
+
+// What a row's forward leaves for its backward where both run at once. One a thread.
+struct RowScratch {
+  std::vector<float> exponentials;
+  std::vector<double> block_maxima;
+};
+
+struct Kernels {
+  // Adjacent classes in vector lanes: classes [begin, end) of one row. Class stride 1.
+  RowStats<double> (*segment_stats)(const Params&, int64_t row, int64_t begin, int64_t end);
+  void (*segment_gradient)(const Params&, int64_t row, int64_t begin, int64_t end, RowGradient);
+  // The same for a whole row, the gradient in place of the logits and without their exponentials.
+  RowStats<double> (*row_stats_saving)(const Params&, int64_t row, RowScratch&);
+  void (*row_gradient_of_saved)(const Params&, int64_t row, RowScratch&, RowGradient);
+  void (*segment_scale)(const Params&, int64_t row, int64_t begin, int64_t end, double factor);
+  // One element of a row.
+  double (*logit)(const Params&, int64_t row, int64_t index);
+  void (*set_gradient)(const Params&, int64_t row, int64_t index, double value);
+
+  // Adjacent rows in vector lanes: all classes of at most kTileRows rows [begin, end).
+  void (*tile_forward)(const Params&, int64_t begin, int64_t end);
+  void (*tile_backward)(const Params&, int64_t begin, int64_t end);
+  void (*tile_scale)(const Params&, int64_t begin, int64_t end);
+};
+
+// The kernels for p's dtypes, one file an instruction set.
+Kernels portable_kernels(const Params& p);
+Kernels avx2_kernels(const Params& p);
+Kernels avx512_kernels(const Params& p);
+Kernels avx512_bf16_kernels(const Params& p);
+
+// Those of the instruction set in use.
+Kernels kernels_in_use(const Params& p);
+
+XENT_INLINE int64_t target_index(const Params& p, int64_t row) {
+  switch (p.target_kind) {
+    case TargetKind::int64:
+      return static_cast<const int64_t*>(p.target)[row];
+    case TargetKind::int32:
+      return static_cast<const int32_t*>(p.target)[row];
+    default:
+      return static_cast<const uint8_t*>(p.target)[row];
+  }
+}
+
+}  // namespace fused_xent::cpu

@@ -1,0 +1,39 @@
+// Softmax cross-entropy on the CPU: the choice of kernels, and their distribution over threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "../xent_params.h"
+
+namespace fused_xent::cpu {
+
+// Runs body(0), ..., body(count - 1), each in a thread of its own, and returns when all have ended.
+struct Threads {
+  int64_t count;
+  void (*run)(int64_t count, const std::function<void(int64_t)>& body);
+};
+
+// What must be known of class indices before anything is computed.
+struct TargetScan {
+  int64_t bad_row = -1;  // the first whose target is neither a class nor ignore_index
+  double total_weight = 0;
+};
+TargetScan scan_targets(const Params& p, const Threads& threads);
+
+// Writes row_loss, row_max, log_sum and label_mass.
+void forward(const Params& p, const Threads& threads);
+// Reads those but for row_loss, writes grad_logits.
+void backward(const Params& p, const Threads& threads);
+// Both, each row's gradient while its logits are still in the cache.
+void forward_backward(const Params& p, const Threads& threads);
+// grad_logits *= grad_loss * grad_scale, row by row.
+void scale_gradient(const Params& p, const Threads& threads);
+
+double sum_rows(const Params& p, const Threads& threads);  // of row_loss
+
+// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable". The best that
+// processor and FUSED_XENT_CPU_CAPABILITY, read once, allow.
+const char* capability_name();
+
+}  // namespace fused_xent::cpu

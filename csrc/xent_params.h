@@ -1,0 +1,68 @@
+// What every kernel launcher takes: raw pointers, sizes, strides and options. Plain C++, no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "xent_inline.h"
+
+namespace fused_xent {
+
+enum class DType { float32, float64, bfloat16, float16 };
+XENT_INLINE int64_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+enum class TargetKind { int64, int32, uint8, probabilities };
+
+constexpr int kMaxRowDims = 4;
+
+// Where element (row, class) of a tensor lies, in elements from its first one. Rows are numbered in
+// the order of the loss; their dimensions are merged where strides allow, outermost first.
+struct Layout {
+  int n_dims;  // 1 to kMaxRowDims
+  int64_t size[kMaxRowDims];
+  int64_t stride[kMaxRowDims];
+  int64_t class_stride;
+};
+
+XENT_INLINE int64_t row_offset(const Layout& layout, int64_t row) {
+  int64_t offset = 0;
+  for (int d = layout.n_dims - 1; d > 0; --d) {
+    offset += row % layout.size[d] * layout.stride[d];
+    row /= layout.size[d];
+  }
+  return offset + row * layout.stride[0];
+}
+
+// "acc" below is the accumulation type: double for float64 logits, float for all others.
+struct Params {
+  DType dtype;  // of logits and grad_logits
+  int64_t n_rows;
+  int64_t vocab_size;
+  const void* logits;
+  Layout logits_layout;
+
+  const void* target;  // indices: (n_rows,), contiguous; probabilities: by target_layout
+  TargetKind target_kind;
+  DType target_dtype;  // of probabilities: dtype, or float32 under 16-bit logits
+  Layout target_layout;
+  const void* weight;  // acc (vocab_size,), or null
+  double weight_sum;   // of all class weights; vocab_size without them
+  int64_t ignore_index;
+  double label_smoothing;
+
+  // Per row, acc, contiguous. Written by forward, read by backward.
+  void* row_loss;
+  void* row_max;
+  void* log_sum;
+  void* label_mass;  // sum of a row's probabilities, smoothed and weighted; null for indices
+
+  // Backward: gradient = grad_loss[row * grad_loss_stride] * grad_scale * d row_loss / d logits.
+  const void* grad_loss;  // acc
+  int64_t grad_loss_stride;
+  double grad_scale;
+  void* grad_logits;  // may be logits itself
+  Layout grad_layout;
+};
+
+}  // namespace fused_xent

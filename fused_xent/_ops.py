@@ -1,0 +1,97 @@
+"""The native operators: loading their library, what each means, and their meta implementations.
+
+``forward`` returns the loss, and what ``backward`` needs of it: ``total_weight`` (float64 scalar,
+by what ``mean`` divides) and one value a row of ``row_max``, ``log_sum`` (the logarithm of the sum
+of ``exp(logits - row_max)``) and, for probabilities alone, ``label_mass`` (the sum of the row's
+smoothed and weighted probabilities; of no elements for class indices). Rows have the shape of the
+unreduced loss and the accumulation type: float64 for float64 logits, float32 for all others.
+"""
+
+import importlib.machinery
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _load() -> str | None:
+    """Load the library of schemas and CPU kernels; return why that failed, or None."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_C{suffix}")
+        if path.exists():
+            try:
+                torch.ops.load_library(path)
+            except OSError as error:
+                return str(error)
+            return None
+    return "this installation was built without its native library"
+
+
+LOAD_ERROR = _load()
+_ops = torch.ops.fused_xent
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether native kernels serve tensors of this device; otherwise torch's operations do."""
+    return LOAD_ERROR is None and device.type in ("cpu", "meta")
+
+
+def cpu_capability() -> str | None:
+    """Return the instruction set whose CPU kernels run here.
+
+    One of ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` and ``"portable"``: the best that the
+    processor has, or that the environment variable ``FUSED_XENT_CPU_CAPABILITY`` allows. None where
+    there is no native library.
+    """
+    return _ops.cpu_capability() if LOAD_ERROR is None else None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which the kernels keep sums for logits of this type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _row_shape(logits: Tensor, dim: int) -> list:
+    return [*logits.shape[:dim], *logits.shape[dim + 1 :]]
+
+
+def _fake_loss(logits: Tensor, dim: int, reduction: int, loss_dtype: torch.dtype) -> Tensor:
+    shape = _row_shape(logits, dim) if reduction == REDUCTIONS["none"] else []
+    return logits.new_empty(shape, dtype=loss_dtype)
+
+
+def _fake_forward(
+    logits, target, weight, dim, ignore_index, label_smoothing, reduction, loss_dtype
+):
+    acc = accumulation_dtype(logits.dtype)
+    rows = _row_shape(logits, dim)
+    return (
+        _fake_loss(logits, dim, reduction, loss_dtype),
+        logits.new_empty([], dtype=torch.float64),
+        logits.new_empty(rows, dtype=acc),
+        logits.new_empty(rows, dtype=acc),
+        logits.new_empty(rows if target.is_floating_point() else [0], dtype=acc),
+    )
+
+
+def _fake_forward_backward(logits, target, weight, dim, ignore_index, smoothing, reduction, dtype):
+    return _fake_loss(logits, dim, reduction, dtype)
+
+
+if LOAD_ERROR is None:
+    torch.library.register_fake("fused_xent::forward", _fake_forward)
+    torch.library.register_fake(
+        "fused_xent::backward", lambda grad_loss, logits, *_: torch.empty_like(logits)
+    )
+    torch.library.register_fake("fused_xent::backward_", lambda *_: None)
+    torch.library.register_fake("fused_xent::forward_backward_", _fake_forward_backward)
+    torch.library.register_fake("fused_xent::scale_gradient_", lambda *_: None)
+
+    forward = _ops.forward.default
+    backward = _ops.backward.default
+    backward_ = _ops.backward_.default
+    forward_backward_ = _ops.forward_backward_.default
+    scale_gradient_ = _ops.scale_gradient_.default
