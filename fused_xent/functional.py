@@ -211,6 +211,13 @@ def _check_overwritable(input: Tensor, inplace_backward: bool, grad_in_forward: 
             f"{name} must be False where input is a leaf of the graph: its values are the "
             "caller's, and would be overwritten by their gradient"
         )
+    if any(
+        stride == 0 < size - 1 for size, stride in zip(input.shape, input.stride(), strict=True)
+    ):
+        raise RuntimeError(
+            f"{name} must be False where several elements of input share memory, got strides "
+            f"{input.stride()} of shape {tuple(input.shape)}: clone it"
+        )
     if grad_in_forward and input.dtype == torch.float16:
         raise ValueError(
             "grad_in_forward must be False for float16 input: what the forward writes, not yet "

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
-#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "../xent_math.h"
 #include "../xent_params.h"
@@ -15,6 +14,9 @@ namespace fused_xent::cpu {
 constexpr int64_t kTileRows = 256;
 constexpr int64_t kSegmentClasses = 16384;
 
+// Classes that a row kernel keeps in the first-level cache: 4 to 16 KiB of logits.
+constexpr int64_t kBlock = 2048;
+
 // One row's gradient at class j is logit_factor * exp(x_j - max) - spread * t_j.
 struct RowGradient {
   double max;
@@ -22,10 +24,10 @@ struct RowGradient {
   double spread;
 };
 
-// What a row's forward leaves for its backward where both run at once. One a thread.
+// What a row's forward leaves for its backward where both run at once.
 struct RowScratch {
-  std::vector<float> exponentials;
-  std::vector<double> block_maxima;
+  float* exponentials;   // one a class; for 16-bit logits alone: others have room in their place
+  double* block_maxima;  // one a block
 };
 
 struct Kernels {
@@ -33,8 +35,8 @@ struct Kernels {
   RowStats<double> (*segment_stats)(const Params&, int64_t row, int64_t begin, int64_t end);
   void (*segment_gradient)(const Params&, int64_t row, int64_t begin, int64_t end, RowGradient);
   // The same for a whole row, the gradient in place of the logits and without their exponentials.
-  RowStats<double> (*row_stats_saving)(const Params&, int64_t row, RowScratch&);
-  void (*row_gradient_of_saved)(const Params&, int64_t row, RowScratch&, RowGradient);
+  RowStats<double> (*row_stats_saving)(const Params&, int64_t row, const RowScratch&);
+  void (*row_gradient_of_saved)(const Params&, int64_t row, const RowScratch&, RowGradient);
   void (*segment_scale)(const Params&, int64_t row, int64_t begin, int64_t end, double factor);
   // One element of a row.
   double (*logit)(const Params&, int64_t row, int64_t index);

@@ -156,7 +156,20 @@ void backward_row(const Params& p, const Kernels& k, int64_t row) {
   RowBackward(p, row, target_logit(p, k, row)).write(p, k, row, 0, p.vocab_size);
 }
 
-void forward_backward_row(const Params& p, const Kernels& k, int64_t row, RowScratch& scratch) {
+// The memory of a RowScratch, kept by each thread from row to row.
+struct ScratchMemory {
+  std::vector<float> exponentials;
+  std::vector<double> block_maxima;
+
+  RowScratch for_row(const Params& p) {
+    if (element_size(p.dtype) == 2) exponentials.resize(p.vocab_size);
+    block_maxima.resize(ceil_div(p.vocab_size, kBlock));
+    return {exponentials.data(), block_maxima.data()};
+  }
+};
+
+void forward_backward_row(const Params& p, const Kernels& k, int64_t row,
+                          const RowScratch& scratch) {
   if (is_ignored(p, row)) {
     finish_ignored(p, row);
     return zero_gradient(p, row, 0, p.vocab_size);
@@ -313,8 +326,8 @@ void forward_backward(const Params& p, const Threads& threads) {
     backward_segments(p, k, threads);
   } else {
     run_rows(p, threads, [&](int64_t row) {
-      thread_local RowScratch scratch;
-      forward_backward_row(p, k, row, scratch);
+      thread_local ScratchMemory memory;
+      forward_backward_row(p, k, row, memory.for_row(p));
     });
   }
 }

@@ -6,8 +6,6 @@
 // first level cache, and the sum so far is rescaled once a block. That is one exponential a logit,
 // and lanes that need no maxima of their own. The next block is fetched meanwhile.
 
-constexpr int64_t kBlock = 2048;  // 4 to 16 KiB of logits
-
 template <typename T>
 XENT_INLINE const T* logits_row(const Params& p, int64_t row) {
   return static_cast<const T*>(p.logits) + row_offset(p.logits_layout, row);
@@ -157,26 +155,24 @@ void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
 // Both of a whole row without a second exponential. They are saved as acc: over the logits where
 // these are of that type, and the gradient overwrites them, or in scratch.
 template <typename T>
-XENT_INLINE Acc<T>* saved_row(const Params& p, int64_t row, RowScratch& scratch) {
+XENT_INLINE Acc<T>* saved_row(const Params& p, int64_t row, const RowScratch& scratch) {
   if constexpr (std::is_same_v<T, Acc<T>>) {
     return gradient_row<T>(p, row);
   } else {
-    scratch.exponentials.resize(p.vocab_size);
-    return scratch.exponentials.data();
+    return scratch.exponentials;
   }
 }
 
 template <typename T, typename Target>
-RowStats<double> row_stats_saving(const Params& p, int64_t row, RowScratch& scratch) {
-  scratch.block_maxima.resize((p.vocab_size + kBlock - 1) / kBlock);
+RowStats<double> row_stats_saving(const Params& p, int64_t row, const RowScratch& scratch) {
   return with_spread<T, Target>(p, row, [&](const auto& spread) {
     return sweep(logits_row<T>(p, row), spread, 0, p.vocab_size, saved_row<T>(p, row, scratch),
-                 scratch.block_maxima.data());
+                 scratch.block_maxima);
   });
 }
 
 template <typename T, typename Target>
-void row_gradient_of_saved(const Params& p, int64_t row, RowScratch& scratch,
+void row_gradient_of_saved(const Params& p, int64_t row, const RowScratch& scratch,
                            RowGradient gradient) {
   using A = Acc<T>;
   const A* saved = saved_row<T>(p, row, scratch);
