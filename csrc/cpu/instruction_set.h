@@ -4,12 +4,13 @@
 namespace fused_xent::cpu {
 namespace {
 
+// clang-format off: each uses those before it
 #include "simd.h"
-// In order: each uses those before it.
-#include "lane_stats.h"
-#include "row_kernels.h"
 #include "spread.h"
+#include "row_kernels.h"
+#include "lane_stats.h"
 #include "tile_kernels.h"
+// clang-format on
 
 template <typename T, typename Target>
 Kernels kernels_of() {
