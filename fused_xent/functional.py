@@ -1,5 +1,9 @@
 """The loss as users call it: arguments, their checks, and which implementation runs."""
 
+import operator
+from numbers import Real
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction
@@ -92,6 +96,7 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    ignore_index = _check_index("ignore_index", ignore_index)
     _check_tensors(input, target, weight, ignore_index)
     _check_options(reduction, label_smoothing, loss_dtype)
     input, target, result_dtype = _promote(input, target, weight)
@@ -113,16 +118,25 @@ def cross_entropy(
     return CrossEntropy.apply(input, target, weight, options, inplace_backward)[0]
 
 
+def _check_index(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    value = operator.index(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    return value
+
+
 def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
     for name, tensor in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(tensor, Tensor) and (name != "weight" or tensor is not None):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if input.dtype not in _ops.DTYPES:
         raise ValueError(f"input must be float32, float64, bfloat16 or float16, got {input.dtype}")
     if input.dim() == 0:
         raise ValueError("input must have a class dimension, got a tensor of shape ()")
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     _check_target(input, target, ignore_index)
     if weight is not None:
         _check_weight(input, target, weight)
@@ -169,7 +183,7 @@ def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
 def _check_options(reduction: str, label_smoothing: float, loss_dtype: torch.dtype | None) -> None:
     if reduction not in _ops.REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if not isinstance(label_smoothing, (int, float)):
+    if not isinstance(label_smoothing, Real):
         raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
