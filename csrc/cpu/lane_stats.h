@@ -7,7 +7,7 @@ template <typename A, bool kHasSpread>
 struct LaneStats {
   // A finite start: lanes of -inf alone give exp(-inf - max) = 0 and not NaN.
   Vec<A> max = Vec<A>{} + std::numeric_limits<A>::lowest();
-  Vec<A> sum{}, mass{}, dot{};
+  LongSum<A> sum, mass, dot;
 
   template <int kCount>
   XENT_INLINE void add(const Vec<A> (&x)[kCount], const Vec<A> (&t)[kCount]) {
@@ -15,10 +15,9 @@ struct LaneStats {
     for (int u = 0; u < kCount; ++u) top = vmax(x[u], top);
     const Vec<A> shift = max - top;
     max = top;
-    sum *= exp_nonpositive(shift);
+    sum.scale(exp_nonpositive(shift));
     // shift is -inf where it overflows, and mass is still 0 there.
-    if (kHasSpread) dot += vmax(Vec<A>{} + std::numeric_limits<A>::lowest(), shift) * mass;
-    // Summed by group first: fewer roundings of the large sums, and shorter chains of additions.
+    if (kHasSpread) dot.add(vmax(Vec<A>{} + std::numeric_limits<A>::lowest(), shift) * mass.sum);
     Vec<A> sums[2] = {}, masses{}, dots{};
     for (int u = 0; u < kCount; ++u) {
       const Vec<A> d = x[u] - max;
@@ -28,8 +27,9 @@ struct LaneStats {
         dots += t[u] == 0 ? Vec<A>{} : t[u] * d;
       }
     }
-    sum += sums[0] + sums[1];
-    mass += masses;
-    dot += dots;
+    sum.add(sums[0] + sums[1]);
+    if (!kHasSpread) return;
+    mass.add(masses);
+    dot.add(dots);
   }
 };

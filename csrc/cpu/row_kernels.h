@@ -44,46 +44,63 @@ XENT_INLINE Acc<T> block_max(const T* x, int64_t begin, int64_t end, double at_l
   return max_lane(vmax(first, second));
 }
 
+// Sums over one run of a block, short enough to be added up plainly.
+template <typename A>
+struct RunSums {
+  Vec<A> sum[2] = {}, mass[2] = {}, dot[2] = {};
+
+  template <bool kHasSpread>
+  XENT_INLINE Vec<A> add(int i, Vec<A> d, Vec<A> t) {
+    const Vec<A> e = exp_nonpositive(d);
+    sum[i] += e;
+    if (kHasSpread) {
+      mass[i] += t;
+      dot[i] += t == 0 ? Vec<A>{} : t * d;
+    }
+    return e;
+  }
+};
+
 // Adds a block to stats, whose maximum is the block's or above. With saved, writes exp(x_j - max)
 // there, in load_pair's order; saved may be x.
 template <typename T, typename Spread>
 XENT_INLINE void add_block(RowStats<double>& stats, const T* x, const Spread& spread, int64_t begin,
                            int64_t end, Acc<T>* saved) {
   using A = Acc<T>;
-  constexpr int kWidth = kLanes<A>;
+  constexpr int64_t kRun = 256;
   const A max = static_cast<A>(stats.max);
-  Vec<A> sums[2] = {}, mass[2] = {}, dots[2] = {};
-  const auto add = [&](int i, Vec<A> logits, Vec<A> t) __attribute__((always_inline)) {
-    const Vec<A> d = logits - max, e = exp_nonpositive(d);
-    sums[i] += e;
-    if (Spread::kExists) {
-      mass[i] += t;
-      dots[i] += t == 0 ? Vec<A>{} : t * d;
-    }
-    return e;
-  };
-  for_pairs<A>(
-      begin, end,
-      [&](int64_t j) __attribute__((always_inline)) {
-        __builtin_prefetch(x + j + kBlock);
-        const Pair<A> logits = load_pair<T>(x + j);
-        Pair<A> t{};
-        if constexpr (Spread::kExists) t = spread.pair(j);
-        const Vec<A> first = add(0, logits.first, t.first);
-        const Vec<A> second = add(1, logits.second, t.second);
-        if (saved == nullptr) return;
-        store(saved + j, first);
-        store(saved + j + kWidth, second);
-      },
-      [&](int64_t j, int n) __attribute__((always_inline)) {
-        Vec<A> t{};
-        if constexpr (Spread::kExists) t = spread.first(j, n);
-        const Vec<A> e = add(0, load_first(x + j, n, -std::numeric_limits<A>::infinity()), t);
-        if (saved != nullptr) store_first(saved + j, e, n);
-      });
-  stats.sum += sum_lanes(sums[0] + sums[1]);
-  stats.mass += sum_lanes(mass[0] + mass[1]);
-  stats.dot += sum_lanes(dots[0] + dots[1]);
+  LongSum<A> sum, mass, dot;
+  for (int64_t run = begin; run < end; run += kRun) {
+    RunSums<A> sums;
+    for_pairs<A>(
+        run, run + kRun < end ? run + kRun : end,
+        [&](int64_t j) __attribute__((always_inline)) {
+          __builtin_prefetch(x + j + kBlock);
+          const Pair<A> logits = load_pair<T>(x + j);
+          Pair<A> t{};
+          if constexpr (Spread::kExists) t = spread.pair(j);
+          const Vec<A> first = sums.template add<Spread::kExists>(0, logits.first - max, t.first);
+          const Vec<A> second =
+              sums.template add<Spread::kExists>(1, logits.second - max, t.second);
+          if (saved == nullptr) return;
+          store(saved + j, first);
+          store(saved + j + kLanes<A>, second);
+        },
+        [&](int64_t j, int n) __attribute__((always_inline)) {
+          const Vec<A> logits = load_first(x + j, n, -std::numeric_limits<A>::infinity());
+          Vec<A> t{};
+          if constexpr (Spread::kExists) t = spread.first(j, n);
+          const Vec<A> e = sums.template add<Spread::kExists>(0, logits - max, t);
+          if (saved != nullptr) store_first(saved + j, e, n);
+        });
+    sum.add(sums.sum[0] + sums.sum[1]);
+    if (!Spread::kExists) continue;
+    mass.add(sums.mass[0] + sums.mass[1]);
+    dot.add(sums.dot[0] + sums.dot[1]);
+  }
+  stats.sum += sum_lanes(sum.value());
+  stats.mass += sum_lanes(mass.value());
+  stats.dot += sum_lanes(dot.value());
 }
 
 // saved and its blocks' maxima: see add_block. Null: not wanted.

@@ -317,3 +317,23 @@ XENT_INLINE F64 expm1_nonpositive(F64 x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::expm1(x[i]);
   return x;
 }
+
+// A sum of many numbers, a vector of them at a time, and apart from it what its additions lost
+// (Knuth's two-sum): the error no longer grows with the number of additions.
+template <typename A>
+struct LongSum {
+  Vec<A> sum{}, lost{};
+
+  XENT_INLINE void add(Vec<A> value) {
+    const Vec<A> total = sum + value, added = total - sum;
+    lost += (sum - (total - added)) + (value - added);
+    sum = total;
+  }
+  XENT_INLINE void scale(Vec<A> factor) {
+    sum *= factor;
+    lost *= factor;
+  }
+  XENT_INLINE Vec<A> value() const {
+    return lost - lost == 0 ? sum + lost : sum;  // what an infinite sum lost is not a number
+  }
+};

@@ -209,14 +209,15 @@ void forward_tile(const Params& p, int64_t begin, int64_t end) {
   }
   for (int lane = 0; lane < n; lane += kWidth) {
     const auto& s = stats[lane / kWidth];
-    const Vec<A> log_sum = log_positive(s.sum);
+    const Vec<A> mass = s.mass.value(), dot = s.dot.value();
+    const Vec<A> log_sum = log_positive(s.sum.value());
     Vec<A> loss;
     if constexpr (std::is_void_v<Target>) {
       loss = index_loss(load(labels.on_target + lane), labels.spread,
-                        load(labels.target_logit + lane) - s.max, log_sum, s.mass, s.dot);
+                        load(labels.target_logit + lane) - s.max, log_sum, mass, dot);
     } else {
-      loss = probability_loss(log_sum, s.mass, s.dot);
-      store_rows<A>(p.label_mass, begin, lane, n, s.mass);
+      loss = probability_loss(log_sum, mass, dot);
+      store_rows<A>(p.label_mass, begin, lane, n, mass);
     }
     store_rows<A>(p.row_loss, begin, lane, n, load(labels.kept + lane) == 0 ? Vec<A>{} : loss);
     store_rows<A>(p.row_max, begin, lane, n, s.max);
