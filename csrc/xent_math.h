@@ -69,12 +69,13 @@ XENT_INLINE Real probability_loss(Real log_sum, Real mass, Real dot) {
   return mass * log_sum - dot;
 }
 
-// Q p - q at the target: as p nears 1 it cancels, hence expm1_log_p = expm1(log p) and not p.
-// mass is the sum of t_j, t is t_target.
+// Q p - q at the target. As p nears 1 it cancels, and as p nears 0 p is more than 1 + expm1(log p)
+// keeps: hence both. mass is the sum of t_j, t is t_target.
 template <typename Real, typename Acc>
-XENT_INLINE Real target_gradient(Real on_target, Acc spread, Real expm1_log_p, Real mass, Real t) {
+XENT_INLINE Real target_gradient(Real on_target, Acc spread, Real p, Real expm1_log_p, Real mass,
+                                 Real t) {
   const Real gradient = on_target * expm1_log_p;
-  return spread == 0 ? gradient : gradient + spread * (mass * (expm1_log_p + 1) - t);
+  return spread == 0 ? gradient : gradient + spread * (mass * p - t);
 }
 
 }  // namespace fused_xent

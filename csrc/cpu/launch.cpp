@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 32768;  // logits that are worth a task of their own
 constexpr int64_t kBlockRows = 65536;     // rows a task of work that touches no logits
+constexpr int64_t kFewRows = 16;          // for fused mode, see forward_backward
 constexpr int64_t kMaxTileVocab = 128;    // up to here a row has too few vectors to fill a sweep
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -124,8 +125,9 @@ struct RowBackward {
     if (has_indices(p)) {
       const int64_t y = target_index(p, row);
       on_target = (1 - p.label_smoothing) * class_weight(p, y);
-      at_target = g * target_gradient(on_target, spread, std::expm1((target_logit - max) - log_sum),
-                                      mass, class_weight(p, y));
+      const double log_p = (target_logit - max) - log_sum;
+      at_target = g * target_gradient(on_target, spread, std::exp(log_p), std::expm1(log_p), mass,
+                                      class_weight(p, y));
     } else {
       mass = acc_at(p, p.label_mass, row);
     }
@@ -313,6 +315,8 @@ void backward(const Params& p, const Threads& threads) {
   }
 }
 
+// By rows or by segments, the gradient differs in its last bits here, where rows save their
+// exponentials. So the choice does not depend on the number of threads.
 void forward_backward(const Params& p, const Threads& threads) {
   if (p.n_rows == 0) return;
   const Kernels k = kernels_in_use(p);
@@ -321,7 +325,7 @@ void forward_backward(const Params& p, const Threads& threads) {
       k.tile_forward(p, begin, end);
       k.tile_backward(p, begin, end);
     });
-  } else if (has_few_rows(p, threads)) {
+  } else if (p.n_rows < kFewRows && p.vocab_size > kSegmentClasses) {
     forward_segments(p, k, threads);
     backward_segments(p, k, threads);
   } else {

@@ -260,9 +260,9 @@ struct TileGradient {
       const Vec<A> log_p = (load(labels.target_logit + lane) - load(max + lane)) - lane_log_sum;
       store(logit_factor + lane,
             g * (on_target + labels.spread * lane_mass) * exp_nonpositive(-lane_log_sum));
-      store(at_target + lane,
-            g * target_gradient(on_target, labels.spread, expm1_nonpositive(log_p), lane_mass,
-                                load(labels.target_weight + lane)));
+      store(at_target + lane, g * target_gradient(on_target, labels.spread, exp_nonpositive(log_p),
+                                                  expm1_nonpositive(log_p), lane_mass,
+                                                  load(labels.target_weight + lane)));
     }
   }
 };

@@ -1,0 +1,392 @@
+// Runs every CPU kernel of the instruction set in use over a table of cases, and compares with the
+// definitions in long double. No torch: also for sanitizers and for emulated processors.
+//
+//   g++ -O2 -std=c++20 -Wno-psabi csrc/cpu/*.cpp tests/native/kernel_check.cpp -o kernel_check
+//   FUSED_XENT_CPU_CAPABILITY=avx2 ./kernel_check [--small] [--threads N] [--capability]
+//
+// --small: fewer and smaller cases, half a billion instructions in all.
+// --threads: 3 unless told, 1 with --small. Where more than 1, results must be those of 1.
+// --capability: print which instruction set is in use, and end.
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/launch.h"
+#include "problem.h"
+#include "reference.h"
+#include "tensors.h"
+
+namespace fused_xent::test {
+namespace {
+
+// ---- counting --------------------------------------------------------------------------------
+
+struct Worst {
+  double loss = 0;                      // absolute or relative
+  double at_target = 0, elsewhere = 0;  // ulps of the larger term
+  double share = 0;                     // of the allowed error
+};
+
+int64_t n_checks = 0, n_failures = 0;
+Worst worst[4];  // by DType
+
+void fail(const Case& c, const std::string& what) {
+  if (++n_failures <= 20) std::printf("FAILED: %s\n  %s\n", c.name().c_str(), what.c_str());
+}
+
+void check(bool passes, const Case& c, const std::string& what) {
+  ++n_checks;
+  if (!passes) fail(c, what);
+}
+
+// Returns the error, and 0 where both are the same infinity or NaN.
+double check_near(double actual, const Expected& expected, const Case& c, const char* what,
+                  int64_t row, int64_t j) {
+  ++n_checks;
+  const bool finite = std::isfinite(expected.value) && std::isfinite(actual);
+  const bool same = actual == expected.value || (std::isnan(actual) && std::isnan(expected.value));
+  if (!finite && same) return 0;
+  const double error = std::fabs(actual - expected.value);
+  if (!(error <= expected.allowed)) {
+    char text[200];
+    std::snprintf(text, sizeof text,
+                  "%s at row %" PRId64 ", class %" PRId64 ": got %.17g, expected %.17g +- %.3g",
+                  what, row, j, actual, expected.value, expected.allowed);
+    fail(c, text);
+    return 0;
+  }
+  Worst& w = worst[static_cast<int>(c.dtype)];
+  w.share = std::max(w.share, error / expected.allowed);
+  return error;
+}
+
+// ---- one case --------------------------------------------------------------------------------
+
+cpu::Threads threads_of(int64_t count) {
+  return {count, [](int64_t n, const std::function<void(int64_t)>& body) {
+            std::vector<std::thread> threads;
+            for (int64_t i = 0; i < n; ++i) threads.emplace_back(body, i);
+            for (std::thread& thread : threads) thread.join();
+          }};
+}
+
+// Per-row results.
+struct Rows {
+  Memory loss, max, log_sum, label_mass;
+
+  Rows(const Problem& problem, Params& p)
+      : loss(problem.new_acc(p.n_rows)),
+        max(problem.new_acc(p.n_rows)),
+        log_sum(problem.new_acc(p.n_rows)),
+        label_mass(problem.new_acc(problem.has_indices() ? 0 : p.n_rows)) {
+    p.row_loss = loss.data();
+    p.row_max = max.data();
+    p.log_sum = log_sum.data();
+    p.label_mass = problem.has_indices() ? nullptr : label_mass.data();
+  }
+  bool operator==(const Rows&) const = default;
+  bool guards_are_intact() const {
+    return loss.guards_are_intact() && max.guards_are_intact() && log_sum.guards_are_intact() &&
+           label_mass.guards_are_intact();
+  }
+};
+
+void write_to(Params& p, Tensor& grad_logits) {
+  p.grad_logits = grad_logits.memory.data();
+  p.grad_layout = grad_logits.layout;
+}
+
+// All that the kernels make of a problem, in fresh memory.
+struct Results {
+  Params p;
+  Tensor logits, grad_logits, in_place, fused;
+  Rows rows, fused_rows;
+
+  Results(const Problem& problem, const cpu::Threads& threads)
+      : p(problem.params),
+        logits(problem.logits),
+        grad_logits(p.dtype, problem.c.gradient, p.n_rows, p.vocab_size, problem.c.misalignment),
+        in_place(problem.logits),
+        fused(problem.logits),
+        rows(problem, p),
+        fused_rows(rows) {
+    p.logits = logits.memory.data();
+    cpu::forward(p, threads);
+    write_to(p, grad_logits);
+    cpu::backward(p, threads);
+
+    p.logits = in_place.memory.data();
+    write_to(p, in_place);
+    cpu::backward(p, threads);
+
+    p.logits = fused.memory.data();
+    write_to(p, fused);
+    fused_rows = Rows(problem, p);
+    cpu::forward_backward(p, threads);
+  }
+};
+
+void check_rows(const Problem& problem, const Reference& reference, const Rows& rows) {
+  const Case& c = problem.c;
+  check(rows.guards_are_intact(), c, "wrote beyond per-row results");
+  for (int64_t row = 0; row < c.n_rows; ++row) {
+    const double loss = problem.acc_at(rows.loss, row);
+    const Expected& expected = reference.loss[row];
+    const double error = check_near(loss, expected, c, "loss", row, -1) / expected.magnitude;
+    if (problem.is_ignored(row)) continue;
+    Worst& w = worst[static_cast<int>(c.dtype)];
+    w.loss = std::max(w.loss, error);
+    const double lse = problem.acc_at(rows.max, row) + problem.acc_at(rows.log_sum, row);
+    check_near(lse, expected_loss(problem.acc, reference.lse[row]), c, "row_max + log_sum", row,
+               -1);
+  }
+}
+
+void check_gradient(const Problem& problem, const Reference& reference, const Tensor& gradient,
+                    const char* what) {
+  const Case& c = problem.c;
+  Worst& w = worst[static_cast<int>(c.dtype)];
+  check(gradient.gaps_are_intact(), c, std::string(what) + " wrote outside of its elements");
+  for (int64_t row = 0; row < c.n_rows; ++row) {
+    for (int64_t j = 0; j < c.vocab_size; ++j) {
+      const Expected& expected = reference.gradient[row * c.vocab_size + j];
+      const double error = check_near(gradient.at(row, j), expected, c, what, row, j);
+      double& largest = j == problem.index(row) ? w.at_target : w.elsewhere;
+      if (error != 0) largest = std::max(largest, error / ulp(c.dtype, expected.magnitude));
+    }
+  }
+}
+
+// Multiplies a gradient in place by other factors.
+void check_scale_gradient(const Problem& problem, const Tensor& gradient,
+                          const cpu::Threads& threads) {
+  const Case& c = problem.c;
+  Params p = problem.params;
+  Tensor scaled = gradient;
+  write_to(p, scaled);
+  cpu::scale_gradient(p, threads);
+  check(scaled.gaps_are_intact(), c, "scale_gradient wrote outside of its elements");
+  for (int64_t row = 0; row < c.n_rows; ++row) {
+    for (int64_t j = 0; j < c.vocab_size; ++j) {
+      const double value = gradient.at(row, j) * problem.upstream(row);
+      const double allowed =
+          ulp(c.dtype, value) / 2 + 4 * unit_roundoff(problem.acc) * std::fabs(value);
+      check_near(scaled.at(row, j), {value, allowed, 0}, c, "scale_gradient", row, j);
+    }
+  }
+}
+
+void check_same(const Case& c, const Results& one_thread, const Results& several) {
+  const auto same = [&](const Memory& one, const Memory& other, const char* what) {
+    check(one == other, c, std::string(what) + " depends on the number of threads");
+  };
+  check(one_thread.rows == several.rows, c, "forward depends on the number of threads");
+  same(one_thread.grad_logits.memory, several.grad_logits.memory, "backward");
+  same(one_thread.in_place.memory, several.in_place.memory, "backward in place");
+  check(one_thread.fused_rows == several.fused_rows, c,
+        "the loss of forward_backward depends on the number of threads");
+  same(one_thread.fused.memory, several.fused.memory, "the gradient of forward_backward");
+}
+
+void run(const Case& c, int64_t n_threads) {
+  Problem problem(c);
+  const Reference reference(problem);
+  const Results results(problem, threads_of(1));
+  check(results.logits.memory == problem.logits.memory, c, "logits have changed");
+  check_rows(problem, reference, results.rows);
+  check_rows(problem, reference, results.fused_rows);
+  check_gradient(problem, reference, results.grad_logits, "backward");
+  check_gradient(problem, reference, results.in_place, "backward in place");
+  check_gradient(problem, reference, results.fused, "forward_backward");
+  if (n_threads > 1) {
+    check_same(c, results, Results(problem, threads_of(n_threads)));
+  }
+  problem.fill_grad_loss();
+  check_scale_gradient(problem, results.fused, threads_of(n_threads));
+}
+
+// ---- what has no gradient --------------------------------------------------------------------
+
+// scan_targets and sum_rows, which go by blocks of rows.
+void run_scans(int64_t n_threads) {
+  const Labels labels{"weighted indices", TargetKind::int32, false, true, 0, Ignored::some};
+  const Case c{DType::float32, labels, 70000, 1};
+  Problem problem(c);
+  Params& p = problem.params;
+  p.vocab_size = 1;
+  Memory losses = problem.new_acc(p.n_rows);
+  p.row_loss = losses.data();
+  double total_weight = 0, sum = 0;
+  for (int64_t row = 0; row < p.n_rows; ++row) {
+    write(problem.acc, losses.data(), row, static_cast<double>(row % 17));
+    sum += static_cast<double>(row % 17);
+    if (!problem.is_ignored(row)) total_weight += problem.class_weight(0);
+  }
+  const cpu::Threads threads = threads_of(n_threads);
+  check(cpu::sum_rows(p, threads) == sum, c, "sum_rows");
+  const cpu::TargetScan good = cpu::scan_targets(p, threads);
+  check(good.bad_row == -1, c, "scan_targets sees a bad row");
+  check_near(good.total_weight, {total_weight, 1e-9 * total_weight, 1}, c, "total_weight", -1, -1);
+  int32_t* indices = static_cast<int32_t*>(problem.indices.data());
+  for (const int64_t row : {69999, 65536, 65535}) {
+    indices[row] = row % 2 == 0 ? -1 : 1;
+    check(cpu::scan_targets(p, threads).bad_row == row, c, "scan_targets misses the first bad row");
+  }
+}
+
+// ---- the table -------------------------------------------------------------------------------
+
+const DType kDTypes[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
+
+const Labels kLabels[] = {
+    {"int64", TargetKind::int64, false, false, 0, Ignored::none},
+    {"weighted int32, some ignored", TargetKind::int32, false, true, 0, Ignored::some},
+    {"smoothed uint8, some ignored", TargetKind::uint8, false, false, 0.1, Ignored::some},
+    {"weighted smoothed int64", TargetKind::int64, false, true, 0.3, Ignored::none},
+    {"int64, all ignored", TargetKind::int64, false, false, 0, Ignored::all},
+    {"probabilities", TargetKind::probabilities, false, false, 0, Ignored::none},
+    {"weighted smoothed probabilities", TargetKind::probabilities, false, true, 0.2, Ignored::none},
+    {"float32 probabilities", TargetKind::probabilities, true, false, 0, Ignored::none},
+    {"weighted smoothed float32 probabilities", TargetKind::probabilities, true, true, 0.2,
+     Ignored::none},
+};
+
+class Table {
+ public:
+  Table(bool small, int64_t n_threads) : small_(small), n_threads_(n_threads) {}
+
+  // Every vocabulary size around the widths of vectors, pairs, blocks and segments.
+  void vocabularies() {
+    std::vector<int64_t> sizes{63,   64,   65,   127,  128,  129,   130,   160,   257,
+                               1000, 2047, 2048, 2049, 4097, 16383, 16384, 16385, 33000};
+    for (int64_t size = 1; size <= 40; ++size) sizes.push_back(size);
+    if (small_) sizes = {1, 2, 3, 7, 8, 31, 128, 129, 159, 257, 2049};
+    each_labels([&](DType dtype, const Labels& labels) {
+      for (const int64_t size : sizes) {
+        Case c{dtype, labels, rows_for(size), size};
+        c.misalignment = next(4);
+        c.scalar_upstream = next(3) == 0;
+        run(c, n_threads_);
+      }
+    });
+  }
+
+  // Every layout, of logits, gradient and target each.
+  void layouts() {
+    std::vector<int64_t> sizes{1, 2, 3, 13, 40, 129, 300};
+    if (small_) sizes = {1, 13, 129};
+    each_labels([&](DType dtype, const Labels& labels) {
+      for (int shape = 0; shape < 8; ++shape) {
+        for (const int64_t size : sizes) {
+          Case c{dtype, labels, rows_for(size), size};
+          c.logits = static_cast<Shape>(shape);
+          c.gradient = next(2) == 0 ? c.logits : static_cast<Shape>(next(8));
+          c.target = next(2) == 0 ? c.logits : static_cast<Shape>(next(8));
+          c.misalignment = next(4);
+          run(c, n_threads_);
+        }
+      }
+    });
+  }
+
+  void values() {
+    std::vector<Case> shapes{{{}, {}, 300, 7}, {{}, {}, 7, 300}, {{}, {}, 1, 4500}};
+    if (small_) shapes = {{{}, {}, 33, 7}, {{}, {}, 7, 150}};
+    each_labels([&](DType dtype, const Labels& labels) {
+      for (int values = 1; values < 8; ++values) {
+        for (Case c : shapes) {
+          if (small_ && next(3) != 0) continue;
+          c.dtype = dtype;
+          c.labels = labels;
+          c.values = static_cast<Values>(values);
+          c.logits = next(2) == 0 ? Shape::contiguous : Shape::column;
+          run(c, n_threads_);
+        }
+      }
+    });
+  }
+
+  // Every way of distributing work, on enough of it for several threads.
+  void threads() {
+    const Case shapes[] = {{{}, {}, 7, 16385},   // segments of few rows, or rows in one thread
+                           {{}, {}, 13, 16385},  // rows
+                           {{}, {}, 300, 129},   // rows, many a task
+                           {{}, {}, 600, 13},    // tiles
+                           {{}, {}, 600, 130}};
+    each_labels([&](DType dtype, const Labels& labels) {
+      if (&labels != kLabels && (dtype != DType::bfloat16 || labels.smoothing == 0)) return;
+      for (Case c : shapes) {
+        c.dtype = dtype;
+        c.labels = labels;
+        if (c.n_rows == 600) c.logits = c.gradient = c.target = Shape::image;
+        run(c, n_threads_);
+      }
+    });
+  }
+
+ private:
+  template <typename Body>
+  void each_labels(const Body& body) {
+    for (const DType dtype : kDTypes) {
+      for (const Labels& labels : kLabels) {
+        if (!labels.is_float32 || element_size(dtype) == 2) body(dtype, labels);
+      }
+    }
+  }
+
+  int64_t next(int64_t n) { return random_.below(n); }
+
+  // One of the numbers of rows that tiles and tasks turn on.
+  int64_t rows_for(int64_t vocab_size) {
+    const int64_t counts[] = {1, 2, 3, 7, 17, 64, 255, 256, 257, 600};
+    const int64_t limit = small_ ? 600 : 5000;
+    int64_t count = counts[next(10)];
+    while (count > 1 && count * vocab_size > limit) count = counts[next(10)];
+    return count;
+  }
+
+  bool small_;
+  int64_t n_threads_;
+  Random random_;
+};
+
+void report() {
+  std::printf("%" PRId64 " checks, %" PRId64 " failures\n", n_checks, n_failures);
+  std::printf("%-10s %18s %28s %28s %18s\n", "worst", "loss (abs or rel)",
+              "gradient at target (ulp)", "gradient elsewhere (ulp)", "of allowed error");
+  for (const DType dtype : kDTypes) {
+    const Worst& w = worst[static_cast<int>(dtype)];
+    std::printf("%-10s %18.3g %28.4g %28.4g %17.0f%%\n", name_of(dtype), w.loss, w.at_target,
+                w.elsewhere, 100 * w.share);
+  }
+}
+
+}  // namespace
+}  // namespace fused_xent::test
+
+int main(int argc, char** argv) {
+  using namespace fused_xent::test;
+  bool small = false;
+  bool only_capability = false;
+  int64_t n_threads = 0;
+  for (int i = 1; i < argc; ++i) {
+    if (std::string(argv[i]) == "--small") small = true;
+    if (std::string(argv[i]) == "--capability") only_capability = true;
+    if (std::string(argv[i]) == "--threads" && i + 1 < argc) n_threads = std::atoi(argv[++i]);
+  }
+  if (n_threads == 0) n_threads = small ? 1 : 3;
+  std::printf("capability: %s\n", fused_xent::cpu::capability_name());
+  if (only_capability) return 0;
+  Table table(small, n_threads);
+  table.vocabularies();
+  table.layouts();
+  table.values();
+  if (n_threads > 1) table.threads();
+  run_scans(n_threads);
+  report();
+  return n_failures == 0 ? 0 : 1;
+}

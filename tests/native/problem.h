@@ -1,0 +1,230 @@
+// One case of the table, and the inputs that it describes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+#include "../../csrc/xent_params.h"
+#include "tensors.h"
+
+namespace fused_xent::test {
+
+enum class Ignored { none, some, all };
+
+struct Labels {
+  const char* name;
+  TargetKind kind;
+  bool is_float32;  // probabilities, under logits of any type; else they are of the logits' type
+  bool has_weight;
+  double smoothing;
+  Ignored ignored;
+};
+
+enum class Values {
+  normal,
+  offset,     // all about 1e4 away from 0
+  peaked,     // the target's probability near 1
+  ascending,  // each block of a row has a new maximum
+  equal,
+  large,   // differences near the range of the type
+  masked,  // -inf, but not at the target
+  special  // rows of NaN, inf, -inf
+};
+
+inline const char* name_of(Values values) {
+  const char* names[] = {"normal", "offset", "peaked", "ascending",
+                         "equal",  "large",  "masked", "special"};
+  return names[static_cast<int>(values)];
+}
+
+inline const char* name_of(DType dtype) {
+  const char* names[] = {"float32", "float64", "bfloat16", "float16"};
+  return names[static_cast<int>(dtype)];
+}
+
+struct Case {
+  DType dtype;
+  Labels labels;
+  int64_t n_rows, vocab_size;
+  Values values = Values::normal;
+  Shape logits = Shape::contiguous, gradient = Shape::contiguous, target = Shape::contiguous;
+  int64_t misalignment = 0;  // elements
+  bool scalar_upstream = false;
+
+  std::string name() const {
+    const auto text = [](auto value) { return std::to_string(value); };
+    return std::string(name_of(dtype)) + " (" + text(n_rows) + ", " + text(vocab_size) + ") " +
+           labels.name + ", " + name_of(values) + " values, logits " + name_of(logits) +
+           ", grad_logits " + name_of(gradient) + ", target " + name_of(target) +
+           ", misaligned by " + text(misalignment) +
+           (scalar_upstream ? ", one grad_loss" : ", grad_loss a row");
+  }
+};
+
+// The same numbers on every machine: splitmix64.
+class Random {
+ public:
+  double uniform() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return static_cast<double>((z ^ z >> 31) >> 11) * 0x1p-53;
+  }
+  double normal() { return 2 * (uniform() + uniform() + uniform() + uniform() - 2); }
+  int64_t below(int64_t n) { return static_cast<int64_t>(uniform() * static_cast<double>(n)); }
+
+ private:
+  uint64_t state_ = 1;
+};
+
+// The inputs of a case, and params that point to them but to no output.
+class Problem {
+ public:
+  const Case c;
+  const DType acc;
+  Params params{};
+  Tensor logits, target;  // target: probabilities
+  Memory indices, weight, grad_loss;
+
+  explicit Problem(const Case& c)
+      : c(c), acc(c.dtype == DType::float64 ? DType::float64 : DType::float32) {
+    params.dtype = c.dtype;
+    params.n_rows = c.n_rows;
+    params.vocab_size = c.vocab_size;
+    params.label_smoothing = c.labels.smoothing;
+    params.target_kind = c.labels.kind;
+    fill_weight();
+    has_indices() ? fill_indices() : fill_probabilities();
+    fill_logits();
+    fill_grad_loss();
+  }
+  Problem(const Problem&) = delete;
+
+  bool has_indices() const { return c.labels.kind != TargetKind::probabilities; }
+  // -1 for probabilities.
+  int64_t index(int64_t row) const {
+    switch (c.labels.kind) {
+      case TargetKind::int64:
+        return static_cast<const int64_t*>(indices.data())[row];
+      case TargetKind::int32:
+        return static_cast<const int32_t*>(indices.data())[row];
+      case TargetKind::uint8:
+        return static_cast<const uint8_t*>(indices.data())[row];
+      default:
+        return -1;
+    }
+  }
+  bool is_ignored(int64_t row) const { return has_indices() && index(row) == params.ignore_index; }
+  double class_weight(int64_t j) const { return c.labels.has_weight ? acc_at(weight, j) : 1; }
+  double upstream(int64_t row) const {
+    return acc_at(grad_loss, row * params.grad_loss_stride) * params.grad_scale;
+  }
+  double acc_at(const Memory& memory, int64_t i) const { return read(acc, memory.data(), i); }
+  Memory new_acc(int64_t n) const {
+    return Memory(n * element_size(acc), c.misalignment * element_size(acc));
+  }
+
+  void fill_grad_loss() {
+    params.grad_loss_stride = c.scalar_upstream ? 0 : 1;
+    params.grad_scale = 0.25 + random_.uniform();
+    grad_loss = new_acc(c.scalar_upstream ? 1 : c.n_rows);
+    for (int64_t i = 0; i < (c.scalar_upstream ? 1 : c.n_rows); ++i) {
+      write(acc, grad_loss.data(), i,
+            i % 7 == 6 ? 0 : (i % 3 == 1 ? -1 : 1) + random_.normal() / 8);
+    }
+    params.grad_loss = grad_loss.data();
+  }
+
+ private:
+  void fill_weight() {
+    params.weight_sum = static_cast<double>(c.vocab_size);
+    if (!c.labels.has_weight) return;
+    weight = new_acc(c.vocab_size);
+    params.weight = weight.data();
+    params.weight_sum = 0;
+    for (int64_t j = 0; j < c.vocab_size; ++j) {
+      write(acc, weight.data(), j, j % 5 == 3 ? 0 : 2 * random_.uniform());
+      params.weight_sum += acc_at(weight, j);
+    }
+  }
+
+  void fill_indices() {
+    const bool is_byte = c.labels.kind == TargetKind::uint8;
+    const int64_t size = is_byte ? 1 : c.labels.kind == TargetKind::int32 ? 4 : 8;
+    const int64_t bound = is_byte && c.vocab_size > 256 ? 256 : c.vocab_size;
+    params.ignore_index = is_byte ? 255 : -100;
+    indices = Memory(c.n_rows * size, c.misalignment * size);
+    params.target = indices.data();
+    for (int64_t row = 0; row < c.n_rows; ++row) {
+      int64_t y = random_.below(bound);
+      if (row % 4 == 0) y = row % 8 == 0 ? bound - 1 : 0;
+      if (y == params.ignore_index) y = 0;
+      const bool some = c.labels.ignored == Ignored::some && row % 3 == 1;
+      if (some || c.labels.ignored == Ignored::all) y = params.ignore_index;
+      std::memcpy(static_cast<char*>(indices.data()) + row * size, &y, size);  // little-endian
+    }
+  }
+
+  void fill_probabilities() {
+    params.target_dtype = c.labels.is_float32 ? DType::float32 : c.dtype;
+    target = Tensor(params.target_dtype, c.target, c.n_rows, c.vocab_size, c.misalignment);
+    params.target = target.memory.data();
+    params.target_layout = target.layout;
+    for (int64_t row = 0; row < c.n_rows; ++row) {
+      const int64_t only = row % 5 == 2 ? random_.below(c.vocab_size) : -1;
+      for (int64_t j = 0; j < c.vocab_size; ++j) {
+        const double share =
+            j % 4 == 1 ? 0 : 2 * random_.uniform() / static_cast<double>(c.vocab_size);
+        target.set(row, j, only < 0 ? share : j == only);
+      }
+    }
+  }
+
+  double logit(int64_t row, int64_t j) {
+    const double x = random_.normal() * 3;
+    const double large[] = {1e30, 1e300, 1e30, 3e4};
+    switch (c.values) {
+      case Values::offset:
+        return x + (row % 2 == 0 ? 1e4 : -1e4);
+      case Values::peaked:
+        return j == index(row) ? 8 + static_cast<double>(row % 4) * 10 : x;
+      case Values::ascending:
+        return 60 * static_cast<double>(j) / static_cast<double>(c.vocab_size) + x / 8;
+      case Values::equal:
+        return -3;
+      case Values::large:
+        return large[static_cast<int>(c.dtype)] * random_.normal() / 2;
+      case Values::masked:
+        return j % 3 == 2 && j != index(row) ? -INFINITY : x;
+      case Values::special:
+        switch (row % 6) {
+          case 1:
+            return j == row % c.vocab_size ? NAN : x;
+          case 2:
+            return j == row % c.vocab_size ? INFINITY : x;
+          case 3:
+            return -INFINITY;
+          case 4:
+            return j == index(row) ? -INFINITY : x;
+        }
+        return x;
+      default:
+        return x;
+    }
+  }
+
+  void fill_logits() {
+    logits = Tensor(c.dtype, c.logits, c.n_rows, c.vocab_size, c.misalignment);
+    params.logits = logits.memory.data();
+    params.logits_layout = logits.layout;
+    for (int64_t row = 0; row < c.n_rows; ++row) {
+      if (is_ignored(row)) continue;  // they stay NaN
+      for (int64_t j = 0; j < c.vocab_size; ++j) logits.set(row, j, logit(row, j));
+    }
+  }
+
+  Random random_;
+};
+
+}  // namespace fused_xent::test
