@@ -108,7 +108,7 @@ def cross_entropy(
         loss_dtype or result_dtype,
     )
     if inplace_backward or grad_in_forward:
-        _check_overwritable(input, inplace_backward, grad_in_forward)
+        _check_overwritable(input, target, inplace_backward, grad_in_forward)
     if not _ops.has_kernels(input.device) or (weight is not None and weight.requires_grad):
         return _by_torch(input, target, weight, options)
     if weight is not None:
@@ -116,6 +116,10 @@ def cross_entropy(
     if grad_in_forward and torch.is_grad_enabled() and input.requires_grad:
         return _grad_in_forward(input, target, weight, options)
     return CrossEntropy.apply(input, target, weight, options, inplace_backward)[0]
+
+
+def _is_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _check_index(name: str, value: int) -> int:
@@ -175,7 +179,7 @@ def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
     n_classes = input.shape[reference.class_dim(input)]
     if weight.shape != (n_classes,):
         raise ValueError(f"weight must have shape ({n_classes},), got {tuple(weight.shape)}")
-    promotes = target.is_floating_point() or torch.is_autocast_enabled(input.device.type)
+    promotes = target.is_floating_point() or _is_autocast(input.device)
     if weight.dtype not in _ops.DTYPES or (weight.dtype != input.dtype and not promotes):
         raise ValueError(f"weight must have input's dtype {input.dtype}, got {weight.dtype}")
 
@@ -210,12 +214,14 @@ def _promote(
             input, target = input.to(dtype), target.to(dtype)
         elif target.dtype != input.dtype:
             target = target.to(torch.float32)
-    if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:
+    if _is_autocast(input.device) and dtype != torch.float64:
         dtype = torch.float32
     return input, target, dtype
 
 
-def _check_overwritable(input: Tensor, inplace_backward: bool, grad_in_forward: bool) -> None:
+def _check_overwritable(
+    input: Tensor, target: Tensor, inplace_backward: bool, grad_in_forward: bool
+) -> None:
     if inplace_backward and grad_in_forward:
         raise ValueError("inplace_backward must be False where grad_in_forward is True, got True")
     name = "grad_in_forward" if grad_in_forward else "inplace_backward"
@@ -231,6 +237,15 @@ def _check_overwritable(input: Tensor, inplace_backward: bool, grad_in_forward: 
         raise RuntimeError(
             f"{name} must be False where several elements of input share memory, got strides "
             f"{input.stride()} of shape {tuple(input.shape)}: clone it"
+        )
+    if target.untyped_storage()._cdata == input.untyped_storage()._cdata:
+        raise RuntimeError(
+            f"{name} must be False where target shares input's memory, which is overwritten"
+        )
+    if grad_in_forward and target.requires_grad:
+        raise RuntimeError(
+            "grad_in_forward must be False where target requires a gradient: the logits that it "
+            "would be computed from are overwritten; use inplace_backward"
         )
     if grad_in_forward and input.dtype == torch.float16:
         raise ValueError(

@@ -69,6 +69,7 @@ Tensor reduce(const Problem& problem, const Tensor& row_loss, int64_t reduction,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t dim,
     int64_t ignore_index, double label_smoothing, int64_t reduction, ScalarType loss_dtype) {
+  check_reduction(reduction, loss_dtype);
   Problem problem(logits, target, weight, dim, ignore_index, label_smoothing);
   const cpu::Threads threads = torch_threads();
   const double total_weight = total_weight_of(problem, threads);
@@ -85,6 +86,7 @@ void backward_into(const Tensor& grad_logits, const Tensor& grad_loss, const Ten
                    int64_t dim, int64_t ignore_index, double label_smoothing, int64_t reduction) {
   Problem problem(logits, target, weight, dim, ignore_index, label_smoothing);
   Params& p = problem.params;
+  check_reduction(reduction, problem.acc_dtype);
   const cpu::Threads threads = torch_threads();
   total_weight_of(problem, threads);  // the targets, once more
   check(total_weight.dim() == 0 && total_weight.scalar_type() == ScalarType::Double,
@@ -104,7 +106,8 @@ Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& tar
                 const OptionalTensor& weight, const Tensor& total_weight, const Tensor& row_max,
                 const Tensor& log_sum, const Tensor& label_mass, int64_t dim, int64_t ignore_index,
                 double label_smoothing, int64_t reduction) {
-  const Tensor grad_logits = torch::stable::empty_like(logits);
+  check(0 <= dim && dim < logits.dim(), "dim must be a dimension of logits");
+  const Tensor grad_logits = empty_gradient(logits, dim);
   advise_huge_pages(grad_logits.mutable_data_ptr(), grad_logits.numel() * logits.element_size());
   backward_into(grad_logits, grad_loss, logits, target, weight, total_weight, row_max, log_sum,
                 label_mass, dim, ignore_index, label_smoothing, reduction);
@@ -122,6 +125,7 @@ void backward_(const Tensor& grad_loss, const Tensor& logits, const Tensor& targ
 Tensor forward_backward_(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                          int64_t dim, int64_t ignore_index, double label_smoothing,
                          int64_t reduction, ScalarType loss_dtype) {
+  check_reduction(reduction, loss_dtype);
   Problem problem(logits, target, weight, dim, ignore_index, label_smoothing);
   Params& p = problem.params;
   const cpu::Threads threads = torch_threads();

@@ -35,6 +35,26 @@ bool overlaps_itself(const Tensor& tensor) {
   return false;
 }
 
+// False where more than kMaxRowDims dimensions remain.
+bool merge_rows(const Tensor& tensor, int64_t dim, Layout& layout) {
+  layout = {0, {}, {}, tensor.stride(dim)};
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (d == dim || size == 1) continue;
+    const int last = layout.n_dims - 1;
+    if (last >= 0 && layout.stride[last] == size * stride) {
+      layout.size[last] *= size;
+      layout.stride[last] = stride;
+      continue;
+    }
+    if (layout.n_dims == kMaxRowDims) return false;
+    layout.size[layout.n_dims] = size;
+    layout.stride[layout.n_dims++] = stride;
+  }
+  if (layout.n_dims == 0) layout = {1, {1}, {0}, layout.class_stride};
+  return true;
+}
+
 TargetKind target_kind(const Tensor& target) {
   switch (target.scalar_type()) {
     case ScalarType::Long:
@@ -71,24 +91,31 @@ DType dtype_of(const char* name, const Tensor& tensor) {
 }
 
 Layout layout_of(const char* name, const Tensor& tensor, int64_t dim) {
-  Layout layout{0, {}, {}, tensor.stride(dim)};
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    const int64_t size = tensor.size(d), stride = tensor.stride(d);
-    if (d == dim || size == 1) continue;
-    const int last = layout.n_dims - 1;
-    if (last >= 0 && layout.stride[last] == size * stride) {
-      layout.size[last] *= size;
-      layout.stride[last] = stride;
-      continue;
-    }
-    check(layout.n_dims < kMaxRowDims,
-          std::string(name) + " must have at most 4 row dimensions that cannot be merged, got " +
-              "shape " + tuple_of(tensor.sizes()) + " with strides " + tuple_of(tensor.strides()));
-    layout.size[layout.n_dims] = size;
-    layout.stride[layout.n_dims++] = stride;
-  }
-  if (layout.n_dims == 0) layout = {1, {1}, {0}, layout.class_stride};
+  Layout layout{};
+  check(merge_rows(tensor, dim, layout),
+        std::string(name) + " must have at most 4 row dimensions that cannot be merged, got " +
+            "shape " + tuple_of(tensor.sizes()) + " with strides " + tuple_of(tensor.strides()));
   return layout;
+}
+
+Tensor with_layout(const Tensor& tensor, int64_t dim) {
+  Layout layout{};
+  return merge_rows(tensor, dim, layout) ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor empty_gradient(const Tensor& logits, int64_t dim) {
+  Layout layout{};
+  const Tensor gradient = torch::stable::empty_like(logits);
+  return merge_rows(gradient, dim, layout) ? gradient
+                                           : torch::stable::new_empty(logits, logits.sizes());
+}
+
+void check_reduction(int64_t reduction, ScalarType loss_dtype) {
+  check(reduction == kNone || reduction == kMean || reduction == kSum,
+        "reduction must be 0, 1 or 2, got " + std::to_string(reduction));
+  check(loss_dtype == ScalarType::Float || loss_dtype == ScalarType::Double ||
+            loss_dtype == ScalarType::BFloat16 || loss_dtype == ScalarType::Half,
+        "loss_dtype must be float32, float64, bfloat16 or float16");
 }
 
 void set_grad_logits(Params& params, const char* name, const Tensor& tensor, int64_t dim) {
@@ -106,6 +133,7 @@ Problem::Problem(const Tensor& logits_, const Tensor& target_, const std::option
         "dim must be in [0, " + std::to_string(logits.dim()) + "), got " + std::to_string(dim));
   params.dtype = dtype_of("logits", logits);
   acc_dtype = params.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+  logits = with_layout(logits, dim);
   params.vocab_size = row_shape[dim];
   row_shape.erase(row_shape.begin() + dim);
   params.n_rows = 1;
@@ -141,6 +169,7 @@ void Problem::set_target(int64_t dim) {
     const bool half = params.dtype == DType::bfloat16 || params.dtype == DType::float16;
     check(params.target_dtype == params.dtype || (half && params.target_dtype == DType::float32),
           "target must have the logits' dtype, or be float32 under 16-bit logits");
+    target = with_layout(target, dim);
     params.target_layout = layout_of("target", target, dim);
   } else {
     check(shape_of(target) == row_shape,

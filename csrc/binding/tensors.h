@@ -46,7 +46,13 @@ struct Problem {
 void check(bool condition, const std::string& message);
 
 DType dtype_of(const char* name, const Tensor& tensor);
+// At most kMaxRowDims row dimensions that cannot be merged; see with_layout.
 Layout layout_of(const char* name, const Tensor& tensor, int64_t dim);
+// The tensor, or a contiguous copy where layout_of would refuse it.
+Tensor with_layout(const Tensor& tensor, int64_t dim);
+// Unwritten memory for the logits' gradient, laid out as they are where possible.
+Tensor empty_gradient(const Tensor& logits, int64_t dim);
+void check_reduction(int64_t reduction, torch::headeronly::ScalarType loss_dtype);
 // Sets params.grad_logits: a tensor to write to, each of whose elements has memory of its own.
 void set_grad_logits(Params& params, const char* name, const Tensor& tensor, int64_t dim);
 

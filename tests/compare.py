@@ -1,0 +1,146 @@
+"""When a loss or a gradient is right: the tolerances of all tests.
+
+The truth is float64 arithmetic of torch's own operations on the same rounded inputs. What we return
+may differ from it by one rounding to its dtype, and by ``ERROR`` of the terms that are added up in
+it. Gradients are judged entry by entry, relative to the entry: under one absolute tolerance every
+entry of a large vocabulary but the target's might as well be 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from cases import class_dim
+from torch import Tensor
+
+ERROR = 5e-6  # relative to the terms, for all dtypes but float64
+
+
+class Truth(NamedTuple):
+    """Loss and gradient in float64, and the size of the terms that each consists of."""
+
+    loss: Tensor
+    loss_terms: Tensor
+    gradient: Tensor
+    gradient_terms: Tensor
+    is_target: Tensor  # of the gradient's entries
+    error: float
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def label_weights(logits, target, weight=None, ignore_index=-100, label_smoothing=0.0) -> Tensor:
+    """Return q of ``loss = -sum(q * log(p))``, float64, of the logits' shape."""
+    dim = class_dim(logits.shape)
+    n_classes = logits.shape[dim]
+    by_class = (-1,) + (1,) * (logits.dim() - dim - 1)
+    weight = torch.ones(n_classes) if weight is None else weight
+    weight = weight.double().reshape(by_class).expand(logits.shape)
+    if target.is_floating_point():
+        return weight * (target.double() * (1 - label_smoothing) + label_smoothing / n_classes)
+    kept = (target != ignore_index).unsqueeze(dim)
+    index = target.long().unsqueeze(dim).masked_fill(~kept, 0)
+    onehot = torch.zeros(logits.shape, dtype=torch.float64).scatter_(dim, index, 1)
+    spread = label_smoothing / max(n_classes, 1)
+    q = weight * (onehot * (1 - label_smoothing)) + weight * spread
+    return q * kept
+
+
+def truth(logits, target, upstream=1.0, reduction="mean", **options) -> Truth:
+    """Return what torch gives in float64. The logits of ignored rows are not looked at."""
+    dim = class_dim(logits.shape)
+    exact = logits.detach().double()
+    if not target.is_floating_point():
+        ignored = target == options.get("ignore_index", -100)
+        exact = exact.masked_fill(ignored.unsqueeze(dim), 0)
+    exact = exact.requires_grad_()
+    double = {k: v.double() if k == "weight" and v is not None else v for k, v in options.items()}
+    target64 = target.detach().double() if target.is_floating_point() else target.long()
+    loss = F.cross_entropy(exact, target64, reduction=reduction, **double)
+    upstream = torch.as_tensor(upstream, dtype=torch.float64).expand(loss.shape)
+    (gradient,) = torch.autograd.grad(loss, exact, upstream)
+
+    q = label_weights(logits, target, **options).abs()
+    log_p = exact.detach().log_softmax(dim)
+    row_terms = (q * (1 - torch.where(q > 0, log_p, 0) / 10)).sum(dim)
+    divisor, row_upstream = torch.ones((), dtype=torch.float64), upstream
+    if reduction == "mean":
+        divisor = _mean_divisor(target, row_terms.numel(), **options).abs()
+    if reduction != "none":
+        row_terms = row_terms.sum() / divisor
+    else:
+        row_upstream = upstream.unsqueeze(dim)
+    q_terms = q * row_upstream.abs() / divisor
+    gradient_terms = q_terms.sum(dim, keepdim=True) * log_p.exp() + q_terms
+    is_target = torch.zeros(logits.shape, dtype=torch.bool)
+    if not target.is_floating_point():
+        index = target.long().masked_fill(ignored, 0).unsqueeze(dim)
+        is_target.scatter_(dim, index, True)
+    return Truth(
+        *(loss.detach(), row_terms, gradient, gradient_terms, is_target),
+        _error(logits.dtype, logits.shape[dim]),
+    )
+
+
+def _error(dtype: torch.dtype, n_classes: int) -> float:
+    """Return the tolerated error: for float64 what torch's own sums of equal terms are off by."""
+    return ERROR if dtype != torch.float64 else 1e-13 + n_classes * 1e-16
+
+
+def _mean_divisor(target, n_rows, weight=None, ignore_index=-100, label_smoothing=0.0) -> Tensor:
+    if target.is_floating_point():
+        return torch.tensor(float(n_rows), dtype=torch.float64)
+    kept = target[target != ignore_index].long()
+    return weight.double()[kept].sum() if weight is not None else torch.tensor(float(len(kept)))
+
+
+def half_ulp(dtype: torch.dtype) -> float:
+    """Return the greatest relative error of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """Return an error that no relative tolerance covers: half the least number, or a flush to 0."""
+    acc = torch.finfo(accumulation_dtype(dtype))
+    return max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2, 2 * acc.tiny)
+
+
+def assert_loss(loss: Tensor, truth: Truth, dtype: torch.dtype) -> None:
+    """Compare a loss, which must be of dtype."""
+    assert loss.dtype == dtype
+    assert loss.shape == truth.loss.shape
+    tolerance = truth.error * truth.loss_terms + half_ulp(dtype) * truth.loss.abs() * 1.01
+    _assert_within("loss", loss, truth.loss, tolerance + smallest(dtype))
+
+
+def assert_gradient(gradient: Tensor, truth: Truth, dtype: torch.dtype, roundings: int = 1) -> None:
+    """Compare a gradient, which must be of dtype and may have been rounded to it several times."""
+    assert gradient.dtype == dtype
+    assert gradient.shape == truth.gradient.shape
+    relative = 1.01 * roundings * half_ulp(dtype)
+    scale = truth.gradient_terms.amax() if truth.gradient.numel() else 0.0
+    tolerance = truth.error * truth.gradient_terms + relative * truth.gradient.abs()
+    tolerance = tolerance + roundings * smallest(dtype) * max(float(scale), 1.0)
+    tolerance = tolerance.masked_fill(truth.gradient_terms == 0, 0)  # ignored: exactly 0
+    for name, entries in (("target", truth.is_target), ("other", ~truth.is_target)):
+        _assert_within(
+            f"gradient of {name} class",
+            *(x.masked_fill(~entries, 0) for x in (gradient, truth.gradient)),
+            tolerance,
+        )
+
+
+def _assert_within(name: str, actual: Tensor, exact: Tensor, tolerance: Tensor) -> None:
+    actual = actual.detach().double()
+    unequal = ~((actual == exact) | (actual.isnan() & exact.isnan()))
+    wrong = unequal & ~((actual - exact).abs() <= tolerance)
+    if not wrong.any():
+        return
+    excess = ((actual - exact).abs() / tolerance).masked_fill(~wrong, 0).nan_to_num(nan=1e300)
+    at = tuple(torch.unravel_index(excess.argmax(), excess.shape)) if excess.dim() else ()
+    raise AssertionError(
+        f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong, at {tuple(int(i) for i in at)} "
+        f"{actual[at].item():.9g} instead of {exact[at].item():.9g} (+- {tolerance[at].item():.3g})"
+    )

@@ -1,0 +1,51 @@
+"""Fixtures and markers of the whole suite."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A thread that waits for another sleeps: on a busy machine spinning takes most of the time.
+# OpenMP reads this when it is loaded, by torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "kernels: numbers; run again under each instruction set")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch's threads, and restores it."""
+    count = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(count)
+
+
+@pytest.fixture
+def run_python():
+    """Runs Python in a process of its own, with the package that is under test, and returns it."""
+
+    def run(*arguments, **environment):
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+
+    return run

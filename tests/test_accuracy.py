@@ -1,0 +1,224 @@
+"""How exact the loss is where others lose digits, and what it gives where numbers end."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, make_logits
+from compare import assert_gradient, assert_loss, truth
+from modes import MODES, has_mode, loss_and_gradient, roundings
+
+import fused_xent
+
+pytestmark = pytest.mark.kernels
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+by_mode = pytest.mark.parametrize("mode", MODES)
+HALF = (torch.bfloat16, torch.float16)
+# (shape of the logits, by which kernels): models' vocabularies, and images of as many classes
+LARGE = {
+    "llama, 4 rows": (4, 128256),
+    "gemma, one row": (1, 262144),
+    "gpt2, odd": (3, 50257),
+    "mistral, more rows than threads split": (20, 32000),
+    "strided classes": (1, 50257, 3),
+    "strided classes, one column": (2, 128256, 1),
+    "imagenet": (64, 1000),
+    "small": (500, 100),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("shape", LARGE)
+def test_loss_is_within_5e_6(shape, probabilities, scale, dtype):
+    logits = make_logits(LARGE[shape], dtype, scale)
+    if probabilities:
+        target = logits.float().roll(7, 1).softmax(1)
+        exact = F.cross_entropy(logits.double(), target.double(), reduction="none")
+    else:
+        target = torch.randint(0, logits.shape[1], logits.select(1, 0).shape)
+        exact = F.cross_entropy(logits.double(), target, reduction="none")
+    loss = fused_xent.cross_entropy(logits, target, reduction="none", loss_dtype=torch.float32)
+    assert (loss.double() - exact).abs().max() <= 5e-6
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fused_xent.cross_entropy(logits, target, reduction="none"), loss)
+
+
+@by_dtype
+@by_mode
+@pytest.mark.parametrize("shape", LARGE)
+def test_gradient_of_large_vocabulary(shape, mode, dtype):
+    if not has_mode(mode, dtype):
+        pytest.skip("float16 has no fused mode")
+    logits = make_logits(LARGE[shape], dtype)
+    rows = logits.select(1, 0).shape
+    target = torch.randint(0, logits.shape[1], rows)
+    for labels in (target, logits.roll(7, 1).softmax(1)):
+        exact = truth(logits, labels, 1.0, reduction="sum")
+        loss, gradient = loss_and_gradient(logits, labels, 1.0, mode, reduction="sum")
+        assert_loss(loss, exact, torch.promote_types(dtype, torch.float32))
+        assert_gradient(gradient, exact, dtype, roundings(mode))
+
+
+@by_dtype
+@by_mode
+@pytest.mark.parametrize("n_classes", [2, 10, 200, 32000])
+@pytest.mark.parametrize("p", [0.9, 0.99, 0.999, 0.9999])
+def test_gradient_at_a_confident_target(p, n_classes, mode, dtype):
+    """It is p - 1, rounded once, and as exact as torch's in float32 or 1e-6."""
+    if not has_mode(mode, dtype):
+        pytest.skip("float16 has no fused mode")
+    target = torch.arange(8) * (n_classes - 1) // 7
+    margin = math.log(p / (1 - p) * (n_classes - 1))
+    logits = torch.zeros(8, n_classes).scatter(1, target[:, None], margin).to(dtype)
+
+    def at_target(gradient):
+        return gradient.gather(1, target[:, None]).double()
+
+    right = at_target(F.softmax(logits.double(), 1)) - 1
+    leaf = logits.float().requires_grad_()
+    F.cross_entropy(leaf, target, reduction="sum").backward()
+    torchs_error = (at_target(leaf.grad) - right).abs()
+    _, gradient = loss_and_gradient(logits, target, mode=mode, reduction="sum")
+    error = (at_target(gradient) - right).abs()
+    assert (error <= torch.finfo(dtype).eps / 2 * right.abs() + torchs_error.clamp(min=1e-6)).all()
+
+
+@by_dtype
+@pytest.mark.parametrize("n_classes", [100, 2048, 32000])
+@pytest.mark.parametrize("strided", [False, True])
+def test_many_small_probabilities_beside_a_large_one(strided, n_classes, dtype):
+    """Each is half a unit in the last place of 1: added to it one by one, none would count."""
+    logits = torch.full((2, n_classes), math.log(2**-24 * 0.99)).to(dtype)
+    logits[0, 0] = logits[1, n_classes // 2] = 0
+    logits = logits.T.contiguous().T if strided else logits
+    target = torch.tensor([0, n_classes // 2])
+    exact = F.cross_entropy(logits.double(), target, reduction="none")
+    loss, _ = loss_and_gradient(logits, target, reduction="none")
+    assert (loss.double() - exact).abs().max() <= 5e-6
+
+
+@by_mode
+@pytest.mark.parametrize("offset", [3e4, -3e4, 1e6])
+@pytest.mark.parametrize("shape", [(6, 50), (6, 5000), (3, 17000), (2, 150, 7)], ids=str)
+def test_offset_of_all_logits(shape, offset, mode):
+    logits = (torch.randn(shape) * 2 * 64).round() / 64 + offset  # as exact as without the offset
+    target = torch.randint(0, shape[1], logits.select(1, 0).shape)
+    for labels in (target, torch.rand(shape).softmax(1)):
+        exact = truth(logits, labels, 1.0, reduction="none")
+        loss, gradient = loss_and_gradient(logits, labels, 1.0, mode, reduction="none")
+        assert (loss.double() - exact.loss).abs().max() <= 5e-6
+        assert_gradient(gradient, exact, torch.float32)
+        same, same_gradient = loss_and_gradient(
+            logits - offset, labels, 1.0, mode, reduction="none"
+        )
+        torch.testing.assert_close(loss, same, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, same_gradient, rtol=1e-5, atol=0)
+
+
+@by_dtype
+@by_mode
+@pytest.mark.parametrize("masked", ["-inf", "finfo.min"])
+@pytest.mark.parametrize("n_classes", [6, 30, 200, 40000])
+def test_masked_classes(n_classes, masked, mode, dtype):
+    """Classes that cannot be: the first, the last, every other one, all but the target."""
+    if not has_mode(mode, dtype):
+        pytest.skip("float16 has no fused mode")
+    logits = make_logits((4, n_classes), dtype)
+    mask = torch.zeros(logits.shape, dtype=torch.bool)
+    mask[0, : n_classes // 2] = mask[1, n_classes // 2 :] = mask[2, ::2] = mask[3] = True
+    target = torch.tensor([n_classes - 1, 0, 1, n_classes // 2])
+    mask[3, target[3]] = False
+    least = -math.inf if masked == "-inf" else torch.finfo(dtype).min
+    logits = logits.masked_fill(mask, least)
+    exact = truth(logits, target, 1.5, reduction="sum")
+    assert exact.loss.isfinite()
+    loss, gradient = loss_and_gradient(logits, target, 1.5, mode, reduction="sum")
+    assert_loss(loss, exact, torch.promote_types(dtype, torch.float32))
+    assert_gradient(gradient, exact, dtype, roundings(mode))
+    assert (gradient[mask] == 0).all()
+
+
+@by_dtype
+@by_mode
+@pytest.mark.parametrize("n_classes", [6, 200, 20000])
+def test_probability_0_of_a_masked_class_adds_0(n_classes, mode, dtype):
+    """torch gives 0 * (-inf) = NaN; the loss is that of the other classes alone."""
+    if not has_mode(mode, dtype):
+        pytest.skip("float16 has no fused mode")
+    logits = make_logits((4, n_classes), dtype)
+    labels = torch.rand(4, n_classes // 2).softmax(1).to(dtype)
+    exact = truth(logits[:, 1::2], labels, 1.5, reduction="sum")
+    logits[:, ::2] = -math.inf
+    target = torch.stack([torch.zeros_like(labels), labels], 2).view_as(logits)
+    loss, gradient = loss_and_gradient(logits, target, 1.5, mode, reduction="sum")
+    assert_loss(loss, exact, torch.promote_types(dtype, torch.float32))
+    assert_gradient(gradient[:, 1::2], exact, dtype, roundings(mode))
+    assert (gradient[:, ::2] == 0).all()
+
+
+# What a row holds at some classes, the target's the third.
+SPECIAL = {
+    "target -inf": {2: -math.inf},
+    "other +inf": {1: math.inf},
+    "target +inf": {2: math.inf},
+    "two +inf": {1: math.inf, 2: math.inf},
+    "other NaN": {-1: math.nan},
+    "target NaN": {2: math.nan},
+    "NaN and +inf": {0: math.inf, -2: math.nan},
+    "NaN and -inf": {0: math.nan, -2: -math.inf},
+    "all -inf": {...: -math.inf},
+    "all NaN": {...: math.nan},
+    "all +inf": {...: math.inf},
+    "all least": {...: "min"},
+    "all greatest": {...: "max"},
+    "greatest and least": {0: "max", 1: "min", 2: "max"},
+    "target greatest": {2: "max"},
+    "other greatest": {1: "max"},
+    "other least": {1: "min"},
+}
+
+
+@by_dtype
+@by_mode
+@pytest.mark.parametrize("n_classes", [5, 9, 200, 33000])
+@pytest.mark.parametrize("special", SPECIAL)
+def test_infinities_nan_and_extremes_are_as_in_torch(special, n_classes, mode, dtype):
+    """Rows beside the special one keep their numbers."""
+    if not has_mode(mode, dtype):
+        pytest.skip("float16 has no fused mode")
+    finfo = torch.finfo(dtype)
+    logits = make_logits((3, n_classes), dtype)
+    for index, value in SPECIAL[special].items():
+        logits[1, index] = {"min": finfo.min, "max": finfo.max}.get(value, value)
+    target = torch.tensor([0, 2, n_classes - 1])
+    loss, gradient = loss_and_gradient(logits, target, 1.0, mode, reduction="none")
+    leaf = logits.float() if dtype in HALF else logits.clone()
+    leaf.requires_grad_()
+    expected = F.cross_entropy(leaf, target, reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(loss, expected.detach(), equal_nan=True, rtol=2e-6, atol=1e-5)
+    expected_gradient = leaf.grad.to(dtype)
+    torch.testing.assert_close(gradient, expected_gradient, equal_nan=True, rtol=1e-2, atol=1e-6)
+
+
+@by_dtype
+@by_mode
+@pytest.mark.parametrize(
+    "shape", [(1, 262144), (3, 40000), (5, 20000), (7, 16390), (50, 1000), (999, 10), (2, 60, 999)]
+)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+def test_bitwise_the_same_for_any_number_of_threads(threads, probabilities, shape, mode, dtype):
+    if not has_mode(mode, dtype):
+        pytest.skip("float16 has no fused mode")
+    logits = make_logits(shape, dtype)
+    target = torch.randint(0, shape[1], logits.select(1, 0).shape)
+    target = torch.rand(shape).softmax(1).to(dtype) if probabilities else target
+    results = []
+    for count in (1, 2, 2, 5):
+        threads(count)
+        results.append(loss_and_gradient(logits, target, 1.5, mode, label_smoothing=0.1))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))

@@ -1,0 +1,262 @@
+"""What is refused: each error names argument, rule and value, and nothing is written."""
+
+import contextlib
+import re
+
+import pytest
+import torch
+from cases import make_logits
+from modes import MODES
+
+import fused_xent
+
+INPUT, TARGET = torch.zeros(4, 9), torch.arange(4)
+PROBABILITIES = torch.full((4, 9), 1 / 9)
+
+# (arguments beyond a valid input and target, error, what its message says)
+REFUSED = {
+    "input of no tensor": ({"input": [1.0]}, TypeError, "input must be a tensor, got list"),
+    "target of no tensor": ({"target": 3}, TypeError, "target must be a tensor, got int"),
+    "target None": ({"target": None}, TypeError, "target must be a tensor, got NoneType"),
+    "weight of no tensor": ({"weight": 1.0}, TypeError, "weight must be a tensor, got float"),
+    "integer input": (
+        {"input": INPUT.long()},
+        ValueError,
+        "input must be .*got torch.int64",
+    ),
+    "complex input": ({"input": INPUT * 1j}, ValueError, "input must be .*got torch.complex64"),
+    "scalar input": (
+        {"input": torch.tensor(1.0), "target": torch.tensor(0)},
+        ValueError,
+        r"input must have a class dimension, got .*\(\)",
+    ),
+    "too few targets": (
+        {"target": TARGET[1:]},
+        ValueError,
+        r"target must have shape \(4,\).*or \(4, 9\).*got \(3,\)",
+    ),
+    "targets of shape (N, 1)": (
+        {"target": TARGET[:, None]},
+        ValueError,
+        r"target must have shape \(4,\).*got \(4, 1\)",
+    ),
+    "target without batch": (
+        {"input": INPUT[0]},
+        ValueError,
+        r"target must have shape \(\).*or \(9,\).*got \(4,\)",
+    ),
+    "image target of other size": (
+        {"input": torch.zeros(2, 3, 4, 5), "target": torch.zeros(2, 5, 4, dtype=torch.long)},
+        ValueError,
+        r"target must have shape \(2, 4, 5\).*got \(2, 5, 4\)",
+    ),
+    "floating class indices": (
+        {"target": TARGET.float()},
+        ValueError,
+        "target must be int64, int32 or uint8.*got torch.float32",
+    ),
+    "int16 class indices": ({"target": TARGET.short()}, ValueError, "target must be.*torch.int16"),
+    "bool class indices": ({"target": TARGET > 1}, ValueError, "target must be .*torch.bool"),
+    "integer probabilities": (
+        {"target": PROBABILITIES.long()},
+        ValueError,
+        r"target must .*floating-point.*\(4, 9\).*got torch.int64",
+    ),
+    "ignored class of probabilities": (
+        {"target": PROBABILITIES, "ignore_index": 3},
+        ValueError,
+        "ignore_index must be negative.*got 3",
+    ),
+    "weight of other size": (
+        {"weight": torch.ones(4)},
+        ValueError,
+        r"weight must have shape \(9,\), got \(4,\)",
+    ),
+    "weight of two dimensions": (
+        {"weight": torch.ones(9, 1)},
+        ValueError,
+        r"weight must have shape \(9,\), got \(9, 1\)",
+    ),
+    "weight of other dtype": (
+        {"weight": torch.ones(9).double()},
+        ValueError,
+        "weight must have input's dtype torch.float32, got torch.float64",
+    ),
+    "integer weight": ({"weight": torch.ones(9).long()}, ValueError, "weight must .*torch.int64"),
+    "target of other device": (
+        {"target": TARGET.to("meta")},
+        ValueError,
+        "target must be on input's device cpu, got meta",
+    ),
+    "weight of other device": (
+        {"weight": torch.ones(9, device="meta")},
+        ValueError,
+        "weight must be on input's device cpu, got meta",
+    ),
+    "reduction of other name": (
+        {"reduction": "average"},
+        ValueError,
+        "reduction must be 'none', 'mean' or 'sum', got 'average'",
+    ),
+    "no reduction": ({"reduction": None}, ValueError, "reduction must be .*got None"),
+    "negative smoothing": (
+        {"label_smoothing": -0.1},
+        ValueError,
+        r"label_smoothing must be in \[0, 1\], got -0.1",
+    ),
+    "smoothing above 1": ({"label_smoothing": 1.5}, ValueError, "label_smoothing must .*got 1.5"),
+    "smoothing NaN": ({"label_smoothing": float("nan")}, ValueError, "label_smoothing .*got nan"),
+    "smoothing of no number": (
+        {"label_smoothing": "0.1"},
+        TypeError,
+        "label_smoothing must be a number, got str",
+    ),
+    "floating ignore_index": (
+        {"ignore_index": 1.0},
+        TypeError,
+        "ignore_index must be an int, got float",
+    ),
+    "integer loss": ({"loss_dtype": torch.int64}, ValueError, "loss_dtype must .*got torch.int64"),
+    "loss dtype of another kind": (
+        {"loss_dtype": "float32"},
+        (ValueError, TypeError),
+        "loss_dtype",
+    ),
+    "both overwriting modes": (
+        {"inplace_backward": True, "grad_in_forward": True},
+        ValueError,
+        "inplace_backward must be False where grad_in_forward is True",
+    ),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_refused(refused):
+    arguments, error, message = REFUSED[refused]
+    with pytest.raises(error, match=message):
+        fused_xent.cross_entropy(**{"input": INPUT, "target": TARGET, **arguments})
+
+
+def test_ignore_index_beyond_int64():
+    with pytest.raises((ValueError, RuntimeError), match="ignore_index"):
+        fused_xent.cross_entropy(INPUT, TARGET, ignore_index=2**70)
+
+
+OUT_OF_RANGE = {
+    "too high": (9, torch.int64),
+    "negative": (-1, torch.int64),
+    "far too high": (2**40, torch.int64),
+    "lowest": (-(2**63), torch.int64),
+    "as int32": (9, torch.int32),
+    "as negative int32": (-(2**31), torch.int32),
+    "as uint8": (255, torch.uint8),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", OUT_OF_RANGE)
+@pytest.mark.parametrize(
+    ("shape", "position", "text"),
+    [
+        ((9,), (), "()"),
+        ((6, 9), (4,), "(4,)"),
+        ((2, 9, 3, 4), (1, 2, 3), "(1, 2, 3)"),
+        ((70000, 9), (66000,), "(66000,)"),
+    ],
+    ids=str,
+)
+def test_target_out_of_range(shape, position, text, bad, mode):
+    """IndexError names value, position and range, before anything is written."""
+    value, dtype = OUT_OF_RANGE[bad]
+    leaf = make_logits(shape, torch.float32).requires_grad_()
+    input = leaf * 1
+    target = torch.zeros(input.select(min(1, input.dim() - 1), 0).shape, dtype=dtype)
+    target[position] = value
+    before, version = input.detach().clone(), input._version
+    message = f"target must be in [0, 9) or equal to ignore_index (-100), got {value} at position"
+    with pytest.raises(IndexError, match=re.escape(f"{message} {text}")):
+        fused_xent.cross_entropy(input, target, **MODES[mode])
+    assert torch.equal(input, before)
+    assert input._version == version
+    assert input.grad_fn is not None
+
+
+def test_first_of_several_targets_out_of_range():
+    target = torch.tensor([0, -100, 9, 3, -7])
+    with pytest.raises(IndexError, match=r"got 9 at position \(2,\)"):
+        fused_xent.cross_entropy(torch.zeros(5, 9), target)
+
+
+def test_target_changed_between_forward_and_backward():
+    input, target = INPUT.clone().requires_grad_(), TARGET.clone()
+    loss = fused_xent.cross_entropy(input, target)
+    target[0] = 10**6
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = fused_xent.cross_entropy(input, target.copy_(TARGET))
+    target.data[0] = 10**6  # which autograd does not see
+    with pytest.raises(IndexError, match="got 1000000"):
+        loss.backward()
+    assert input.grad is None
+
+
+CALLS = {
+    "index": {},
+    "image": {"input": torch.randn(2, 9, 3), "target": torch.randint(0, 9, (2, 3))},
+    "long": {"input": torch.randn(4, 20000)},
+    "weighted": {"weight": torch.rand(9), "label_smoothing": 0.1},
+    "probabilities": {"target": PROBABILITIES},
+    "int32": {"target": TARGET.int()},
+    "target out of range": {"target": TARGET + 7},
+    "target of other shape": {"target": TARGET[1:]},
+    "weight of other dtype": {"weight": torch.rand(9).double()},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", CALLS)
+def test_tensors_of_the_caller_never_change(call, dtype, mode):
+    """After success and failure. Overwriting modes are given a clone, unless without grad."""
+    arguments = {"input": INPUT, "target": TARGET, **CALLS[call]}
+    tensors = {name: x.clone() for name, x in arguments.items() if torch.is_tensor(x)}
+    for name in ("input", "weight"):
+        if name in tensors and tensors[name].dtype == torch.float32:
+            tensors[name] = tensors[name].to(dtype)
+    before = {name: (x.clone(), x._version) for name, x in tensors.items()}
+    arguments.update(tensors)
+
+    fails = pytest.raises((ValueError, IndexError)) if " of " in call else contextlib.nullcontext()
+    with fails:
+        fused_xent.cross_entropy(**arguments, **MODES[mode])
+    leaf = tensors["input"].requires_grad_()
+    with fails, torch.no_grad():
+        fused_xent.cross_entropy(**arguments, **MODES[mode])
+    arguments["input"] = leaf if mode == "default" else leaf.clone()
+    with fails:
+        fused_xent.cross_entropy(**arguments, **MODES[mode]).backward()
+    for name, (values, version) in before.items():
+        assert torch.equal(tensors[name], values), name
+        assert tensors[name]._version == version, name
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_logits_of_shared_elements_are_refused(mode):
+    """Where one element is several logits, its gradient has no memory to take."""
+    leaf = torch.randn(9, requires_grad=True)
+    for share in (lambda row: row.expand(4, 9), lambda row: row.as_strided((4, 6), (1, 1))):
+        row = leaf * 1
+        before = row.detach().clone()
+        with pytest.raises((ValueError, RuntimeError), match="must"):
+            fused_xent.cross_entropy(share(row), TARGET, **MODES[mode]).backward()
+        assert torch.equal(row, before)
+        assert leaf.grad is None
+
+
+def test_float16_has_no_gradient_in_forward():
+    """Unscaled, most of it would be 0."""
+    logits = torch.randn(4, 9, dtype=torch.float16, requires_grad=True) * 1
+    before = logits.detach().clone()
+    with pytest.raises(ValueError, match="grad_in_forward must be False"):
+        fused_xent.cross_entropy(logits, TARGET, grad_in_forward=True)
+    assert torch.equal(logits, before)

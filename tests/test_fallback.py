@@ -1,0 +1,96 @@
+"""Where there is no kernel: the same loss by torch's operations, and a word about it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, LABELS, make_logits, make_options, make_target
+from compare import accumulation_dtype, assert_gradient, assert_loss, truth
+from modes import MODES, has_mode, loss_and_gradient
+
+import fused_xent
+from fused_xent import _ops
+
+PACKAGE = Path(fused_xent.__file__).parent
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(_ops, "has_kernels", lambda device: False)
+    monkeypatch.delattr(_ops, "forward")  # whose use would show
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers(mode, labels, dtype):
+    if not has_mode(mode, dtype):
+        pytest.skip("float16 has no fused mode")
+    for shape in ((6, 50), (2, 7, 3), (9,)):
+        logits = make_logits(shape, dtype)
+        target = make_target(logits, LABELS[labels])
+        target = target.to(dtype) if target.is_floating_point() else target
+        options = make_options(logits, LABELS[labels])
+        exact = truth(logits, target, 1.5, **options)
+        loss, gradient = loss_and_gradient(logits, target, 1.5, mode, **options)
+        assert_loss(loss, exact, accumulation_dtype(dtype))
+        assert_gradient(gradient, exact, dtype)
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("bad", [9, -1])
+def test_target_out_of_range(bad):
+    target = torch.tensor([[0, 1], [bad, 2]])
+    message = rf"target must be in \[0, 9\) .*got {bad} at position \(1, 0\)"
+    with pytest.raises(IndexError, match=message):
+        fused_xent.cross_entropy(torch.zeros(2, 9, 2), target)
+
+
+WITHOUT_LIBRARY = """
+import torch, fused_xent
+assert fused_xent.cpu_capability() is None
+logits = torch.randn(4, 9, requires_grad=True)
+loss = fused_xent.cross_entropy(logits, torch.arange(4), label_smoothing=0.1)
+expected = torch.nn.functional.cross_entropy(logits, torch.arange(4), label_smoothing=0.1)
+torch.testing.assert_close(loss, expected)
+gradients = [torch.autograd.grad(value, logits) for value in (loss, expected)]
+torch.testing.assert_close(*gradients)
+"""
+
+
+@pytest.mark.parametrize("library", ["missing", "broken"])
+def test_installation_without_a_library_that_loads(library, tmp_path):
+    """The loss works, and ``python -m fused_xent`` says why it is slow."""
+    copy = shutil.copytree(PACKAGE, tmp_path / "fused_xent")
+    for binary in copy.glob("_C*"):
+        binary.unlink() if library == "missing" else binary.write_bytes(b"not a library")
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
+    used = run("-c", WITHOUT_LIBRARY)
+    assert used.returncode == 0, used.stderr
+    report = run("-m", "fused_xent")
+    assert report.returncode == 0, report.stderr
+    reason = "without its native library" if library == "missing" else "_C"
+    assert reason in report.stdout
+    assert "torch operations" in report.stdout
+
+
+def test_report_of_what_runs_here(run_python):
+    report = run_python("-m", "fused_xent")
+    assert report.returncode == 0, report.stdout + report.stderr
+    assert f"fused_xent {fused_xent.__version__}" in report.stdout
+    assert f"instruction set {fused_xent.cpu_capability()}" in report.stdout
+    assert "WRONG" not in report.stdout

@@ -1,0 +1,232 @@
+"""The loss as a drop-in: torch's own samples, and torch's rules of dtype, shape and reduction."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, REDUCTIONS, Labels, make_logits, make_target
+from compare import assert_gradient, assert_loss, truth
+
+import fused_xent
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch's, on import
+    from torch.testing._internal.common_methods_invocations import op_db
+
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+HALF = (torch.bfloat16, torch.float16)
+OP = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
+
+
+def samples(dtype):
+    """Return the arguments and options of torch's samples, contiguous and not."""
+    for sample in OP.sample_inputs("cpu", dtype, requires_grad=True):
+        for variant in (sample, sample.noncontiguous()):
+            yield variant.input, *variant.args, variant.kwargs
+
+
+def with_gradients(loss_function, input, target, kwargs, upstream=1.0):
+    """Return the loss and the gradients of fresh leaves in the same memory."""
+    input = input.detach().requires_grad_()
+    inputs = [input]
+    if target.is_floating_point():
+        target = target.detach().requires_grad_()
+        inputs.append(target)
+    loss = loss_function(input, target, **kwargs)
+    gradients = torch.autograd.grad(loss, inputs, torch.full_like(loss, upstream))
+    return loss.detach(), *gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_torchs_samples(dtype):
+    count = 0
+    for input, target, kwargs in samples(dtype):
+        for upstream in (1.0, -0.75):
+            expected = with_gradients(F.cross_entropy, input, target, kwargs, upstream)
+            actual = with_gradients(fused_xent.cross_entropy, input, target, kwargs, upstream)
+            torch.testing.assert_close(actual, expected)  # dtypes and shapes, too
+        count += 1
+    assert count >= 40
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_torchs_samples_in_16_bits(dtype):
+    """Our error is at most torch's own at that dtype, plus two units in the last place."""
+    for input, target, kwargs in samples(dtype):
+        double = {k: v.double() if k == "weight" else v for k, v in kwargs.items()}
+        target64 = target.double() if target.is_floating_point() else target
+        exact = with_gradients(F.cross_entropy, input.double(), target64, double)
+        torchs = with_gradients(F.cross_entropy, input, target, kwargs)
+        ours = with_gradients(fused_xent.cross_entropy, input, target, kwargs)
+        for right, theirs, our in zip(exact, torchs, ours, strict=True):
+            assert our.dtype == theirs.dtype
+            assert our.shape == theirs.shape
+            error, bound = (our.double() - right).abs(), (theirs.double() - right).abs()
+            assert (error <= bound + 2 * torch.finfo(dtype).eps * right.abs() + 1e-7).all()
+
+
+SHAPES_OF_NOTHING = [
+    ((0, 5), (0,)),
+    ((2, 3, 0), (2, 0)),
+    ((0, 3, 4), (0, 4)),
+]
+
+
+@by_dtype
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize(("shape", "rows"), SHAPES_OF_NOTHING)
+def test_no_rows(shape, rows, probabilities, reduction, dtype):
+    input = torch.empty(shape, dtype=dtype)
+    target = torch.empty_like(input) if probabilities else torch.empty(rows, dtype=torch.int64)
+    expected = with_gradients(F.cross_entropy, input, target, {"reduction": reduction})
+    actual = with_gradients(fused_xent.cross_entropy, input, target, {"reduction": reduction})
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@by_dtype
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 300), (2, 20000), (2, 6, 5)], ids=str)
+def test_all_rows_ignored(shape, weighted, label_smoothing, reduction, dtype):
+    """The mean is NaN, and 0 its gradient, as in torch."""
+    input = make_logits(shape, dtype)
+    target = torch.full(input.select(1, 0).shape, -100)
+    kwargs = {"reduction": reduction, "label_smoothing": label_smoothing}
+    kwargs["weight"] = torch.ones(shape[1], dtype=dtype) if weighted else None
+    expected = with_gradients(F.cross_entropy, input, target, kwargs)
+    actual = with_gradients(fused_xent.cross_entropy, input, target, kwargs)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_all_weights_0(reduction):
+    input, target = make_logits((4, 6), torch.float32), torch.arange(4)
+    kwargs = {"weight": torch.zeros(6), "reduction": reduction}
+    expected = with_gradients(F.cross_entropy, input, target, kwargs)
+    actual = with_gradients(fused_xent.cross_entropy, input, target, kwargs)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)
+@pytest.mark.parametrize("weight_dtype", [None, *DTYPES])
+def test_dtype_of_mixed_probabilities(dtypes, weight_dtype):
+    """Promoted as in torch, and gradients of the dtypes of what they belong to."""
+    input = make_logits((4, 9), dtypes[0])
+    target = torch.rand(4, 9).softmax(1).to(dtypes[1])
+    weight = None if weight_dtype is None else torch.rand(9).to(weight_dtype)
+    expected = with_gradients(F.cross_entropy, input, target, {"weight": weight})
+    actual = with_gradients(fused_xent.cross_entropy, input, target, {"weight": weight})
+    tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    if any(tensor.dtype in HALF for tensor in (input, target, expected[0])):
+        tolerance = {"rtol": 5e-2, "atol": 2e-2}
+    torch.testing.assert_close(actual, expected, **tolerance)
+
+
+@by_dtype
+@pytest.mark.parametrize("loss_dtype", DTYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_loss_dtype(reduction, loss_dtype, dtype):
+    input, target = make_logits((4, 9), dtype), torch.arange(4)
+    exact = truth(input, target, reduction=reduction)
+    leaf = input.detach().requires_grad_()
+    loss = fused_xent.cross_entropy(leaf, target, reduction=reduction, loss_dtype=loss_dtype)
+    assert_loss(loss, exact, loss_dtype)
+    loss.backward(torch.ones_like(loss))
+    assert_gradient(leaf.grad, exact, dtype)
+
+
+@by_dtype
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("labels", ["index", "probabilities", "float32 probabilities"])
+def test_autocast(labels, label_smoothing, dtype):
+    """The loss is float32 (float64 of float64) as torch's, and as exact as without autocast."""
+    input = make_logits((4, 300), dtype)
+    target = make_target(input, Labels("probabilities" in labels))
+    target = target.float() if "float32" in labels else target
+    kwargs = {"label_smoothing": label_smoothing, "weight": torch.rand(300).to(dtype)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = F.cross_entropy(input, target, **kwargs)
+        leaf = input.detach().requires_grad_()
+        loss = fused_xent.cross_entropy(leaf, target, **kwargs)
+    assert loss.dtype == expected.dtype
+    loss.backward()
+    exact = truth(input, target, **kwargs)
+    assert_loss(loss, exact, expected.dtype)
+    assert_gradient(leaf.grad, exact, dtype)
+
+
+def test_autocast_with_a_float32_weight_beside_bfloat16_logits():
+    """A module's weight stays float32 where autocast made the logits bfloat16."""
+    input, target, weight = make_logits((4, 9), torch.bfloat16), torch.arange(4), torch.rand(9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = F.cross_entropy(input, target, weight)
+        actual = fused_xent.cross_entropy(input, target, weight)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 8, 255, 10**6, -(2**40)])
+@pytest.mark.parametrize("shape", [(20, 9), (20, 300), (4, 9, 5)], ids=str)
+def test_ignore_index(shape, ignore_index, dtype):
+    """Any: negative, a class, beyond the classes, beyond the target's dtype."""
+    input = make_logits(shape, torch.float32)
+    target = torch.randint(0, 9, input.select(1, 0).shape)
+    fits = torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max
+    if fits:
+        target[::3] = ignore_index
+    kwargs = {"ignore_index": ignore_index, "label_smoothing": 0.1}
+    expected = with_gradients(F.cross_entropy, input, target, kwargs)
+    actual = with_gradients(fused_xent.cross_entropy, input, target.to(dtype), kwargs)
+    torch.testing.assert_close(actual, expected)
+
+
+LEGACY = list(itertools.product([None, False, True], [None, False, True]))[1:]
+
+
+@pytest.mark.parametrize(("size_average", "reduce"), LEGACY)
+def test_legacy_reduction(size_average, reduce):
+    input, target = make_logits((4, 9), torch.float32), torch.arange(4)
+    legacy = {"size_average": size_average, "reduce": reduce}
+    with pytest.warns(UserWarning, match="size_average and reduce"):
+        expected = F.cross_entropy(input, target, **legacy)
+    with pytest.warns(UserWarning, match="size_average and reduce"):
+        actual = fused_xent.cross_entropy(input, target, **legacy)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_positional_arguments_are_torchs():
+    input, target, weight = make_logits((4, 9), torch.float32), torch.arange(4), torch.rand(9)
+    arguments = (input, target, weight, None, 2, None, "sum", 0.1)
+    torch.testing.assert_close(fused_xent.cross_entropy(*arguments), F.cross_entropy(*arguments))
+
+
+def test_weight_of_any_stride_that_is_a_view():
+    input, target, weight = make_logits((4, 9), torch.float32), torch.arange(4), torch.rand(18)
+    for view in (weight[::2], weight[:1].expand(9), weight[9:]):
+        expected = F.cross_entropy(input, target, view.contiguous())
+        torch.testing.assert_close(fused_xent.cross_entropy(input, target, view), expected)
+
+
+def test_tensor_subclasses_are_asked_first():
+    class Logits(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is fused_xent.cross_entropy:
+                return "asked", kwargs["reduction"]
+            return super().__torch_function__(function, types, args, kwargs)
+
+    input = make_logits((4, 9), torch.float32).as_subclass(Logits)
+    assert fused_xent.cross_entropy(input, torch.arange(4), reduction="sum") == ("asked", "sum")
+
+
+def test_meta_tensors_have_shapes_and_dtypes():
+    input = torch.empty(4, 9, 5, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    target = torch.empty(4, 5, device="meta", dtype=torch.int64)
+    loss = fused_xent.cross_entropy(input, target, reduction="none")
+    assert (loss.shape, loss.dtype, loss.device.type) == ((4, 5), torch.bfloat16, "meta")
+    loss.sum().backward()
+    assert input.grad.shape == input.shape

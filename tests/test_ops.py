@@ -1,0 +1,205 @@
+"""The operators: what torch asks of them, and that arguments which do not fit are refused."""
+
+import pytest
+import torch
+from cases import LABELS, make_logits, make_options, make_target
+from torch.library import opcheck
+
+import fused_xent
+from fused_xent import _ops
+
+ops = torch.ops.fused_xent
+SHAPES = ((4, 9), (3, 200), (2, 9, 5), (9,), (2, 17000))
+KINDS = ("index", "index, uint8", "index, weighted and smoothed", "probabilities, all options")
+
+
+def make_arguments(shape=(4, 9), dtype=torch.float32, kind="index"):
+    """Return logits, and the other arguments up to label_smoothing."""
+    logits = make_logits(shape, dtype)
+    labels = LABELS[kind]
+    if labels.dtype == torch.uint8 and max(shape) > 255:
+        labels = labels._replace(ignore_index=254)
+    target = make_target(logits, labels)
+    options = make_options(logits, labels)
+    weight = options.get("weight")
+    weight = None if weight is None else weight.to(_ops.accumulation_dtype(dtype))
+    dim = 0 if len(shape) == 1 else 1
+    ignore_index = options.get("ignore_index", -100)
+    return logits, target, weight, dim, ignore_index, options["label_smoothing"]
+
+
+OPCHECKED = [
+    *((torch.float32, shape, kind) for shape in ((9,), (4, 9), (2, 9, 5)) for kind in KINDS),
+    *((dtype, (3, 200), "index") for dtype in _ops.DTYPES),
+]
+
+
+@pytest.mark.parametrize(("dtype", "shape", "kind"), OPCHECKED, ids=str)
+def test_opcheck(dtype, shape, kind):
+    logits, *rest = make_arguments(shape, dtype, kind)
+    for reduction in (0, 1):
+        forward = (logits, *rest, reduction, torch.float32)
+        opcheck(ops.forward.default, forward)
+        loss, *saved = ops.forward(*forward)
+        options = (*rest[2:], reduction)
+        backward = (torch.ones_like(loss), logits, *rest[:2], *saved, *options)
+        opcheck(ops.backward.default, backward)
+        in_place = list(backward)
+        in_place[1] = logits.clone()
+        opcheck(ops.backward_.default, tuple(in_place))
+        opcheck(ops.forward_backward_.default, (logits.clone(), *forward[1:]))
+        gradient = ops.backward(*backward)
+        scale = (gradient, 2 * torch.ones_like(loss), rest[0], rest[2], rest[3])
+        opcheck(ops.scale_gradient_.default, scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_meta_implementations_agree_in_strides(transposed, shape):
+    logits, *rest = make_arguments(shape)
+    logits = logits.mT.contiguous().mT if transposed and len(shape) > 1 else logits
+    forward = (logits, *rest, 1, torch.float32)
+    outputs = ops.forward(*forward)
+    backward = (outputs[0], logits, *rest[:2], *outputs[1:], *rest[2:], 1)
+    real = (*outputs, ops.backward(*backward))
+    meta = [x.to("meta") if torch.is_tensor(x) else x for x in forward]
+    meta_backward = [x.to("meta") if torch.is_tensor(x) else x for x in backward]
+    fake = (*ops.forward(*meta), ops.backward(*meta_backward))
+    for one, other in zip(real, fake, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", _ops.DTYPES, ids=str)
+def test_forward_saves_what_its_documentation_says(dtype, shape):
+    """row_max and log_sum, of their product the log-sum-exp, and total_weight in float64."""
+    logits, target, _, dim, ignore_index, _ = make_arguments(shape, dtype)
+    weight = torch.rand(shape[dim], dtype=_ops.accumulation_dtype(dtype))
+    outputs = ops.forward(logits, target, weight, dim, ignore_index, 0.0, 1, torch.float64)
+    _, total_weight, row_max, log_sum, label_mass = outputs
+    assert torch.equal(row_max, logits.amax(dim).to(row_max.dtype))
+    torch.testing.assert_close(
+        (row_max + log_sum).double(), logits.double().logsumexp(dim), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(total_weight, weight[target].double().sum())
+    assert row_max.dtype == log_sum.dtype == _ops.accumulation_dtype(dtype)
+    assert label_mass.numel() == 0
+
+
+LOGITS, TARGET = torch.randn(4, 9), torch.arange(4)
+SOFT, EXPANDED = LOGITS.softmax(1), torch.randn(9).expand(4, 9)
+TAIL = (1, -100, 0.0)  # dim, ignore_index, label_smoothing
+
+FORWARD = {"logits": LOGITS, "target": TARGET, "weight": None, "dim": 1}
+WRONG_FORWARD = {
+    "dim too high": {"dim": 2},
+    "dim negative": {"dim": -1},
+    "dim of another target": {"dim": 0},
+    "scalar logits": {"logits": torch.tensor(1.0), "target": torch.tensor(0), "dim": 0},
+    "integer logits": {"logits": LOGITS.long()},
+    "too few targets": {"target": TARGET[1:]},
+    "too many targets": {"target": torch.zeros(5, dtype=torch.long)},
+    "targets of two dimensions": {"target": TARGET[:, None]},
+    "target out of range": {"target": TARGET + 100},
+    "int16 targets": {"target": TARGET.short()},
+    "bool targets": {"target": TARGET > 1},
+    "probabilities of other shape": {"target": SOFT[:, 1:]},
+    "probabilities of more precision": {"target": SOFT.double()},
+    "probabilities of less precision": {"target": SOFT.half()},
+    "short weight": {"weight": torch.ones(8)},
+    "weight of other dtype": {"weight": torch.ones(9).double()},
+    "weight with a step": {"weight": torch.ones(18)[::2]},
+    "weight of two dimensions": {"weight": torch.ones(9, 1)},
+}
+BACKWARD = dict(
+    zip(
+        ("grad_loss", "total_weight", "row_max", "log_sum", "label_mass"),
+        ops.forward(LOGITS, TARGET, None, *TAIL, 1, torch.float32),
+        strict=True,
+    )
+)
+ROWS = BACKWARD["row_max"]
+WRONG_BACKWARD = {
+    "upstream of other shape": {"grad_loss": torch.ones(5)},
+    "upstream of two dimensions": {"grad_loss": torch.ones(4, 9)},
+    "short row_max": {"row_max": ROWS[1:]},
+    "row_max of other dtype": {"row_max": ROWS.double()},
+    "row_max with a step": {"row_max": torch.ones(8)[::2]},
+    "short log_sum": {"log_sum": ROWS[1:]},
+    "total_weight of float32": {"total_weight": torch.tensor(4.0)},
+    "total_weight of one dimension": {"total_weight": torch.tensor([4.0]).double()},
+    "probabilities without label_mass": {"target": SOFT},
+    "label_mass of other shape": {"target": SOFT, "label_mass": ROWS[1:]},
+    "target out of range": {"target": TARGET + 100},
+    "logits of other shape": {"logits": torch.randn(5, 9)},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_FORWARD)
+def test_wrong_arguments_of_forward_are_refused(wrong):
+    logits, target, weight, dim = {**FORWARD, **WRONG_FORWARD[wrong]}.values()
+    for operator in (ops.forward, ops.forward_backward_):
+        before = logits.clone()
+        with pytest.raises((ValueError, RuntimeError, IndexError), match="must"):
+            operator(logits, target, weight, dim, *TAIL[1:], 1, torch.float32)
+        assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("wrong", WRONG_BACKWARD)
+def test_wrong_arguments_of_backward_are_refused(wrong):
+    arguments = {**BACKWARD, "logits": LOGITS, "target": TARGET, **WRONG_BACKWARD[wrong]}
+    names = ("total_weight", "row_max", "log_sum", "label_mass")
+    before = arguments["logits"].clone()
+    for operator in (ops.backward, ops.backward_):
+        with pytest.raises((ValueError, RuntimeError, IndexError), match="must"):
+            operator(
+                *(arguments[name] for name in ("grad_loss", "logits", "target")),
+                None,
+                *(arguments[name] for name in names),
+                *(*TAIL, 1),
+            )
+    assert torch.equal(arguments["logits"], before)
+
+
+def test_overlapping_memory_is_not_written_to():
+    before = EXPANDED.clone()
+    grad_loss, *saved = BACKWARD.values()
+    with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
+        ops.backward_(grad_loss, EXPANDED, TARGET, None, *saved, *TAIL, 1)
+    with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
+        ops.forward_backward_(EXPANDED, TARGET, None, *TAIL, 1, torch.float32)
+    with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
+        ops.scale_gradient_(EXPANDED, 2 * grad_loss, TARGET, *TAIL[:2])
+    assert torch.equal(EXPANDED, before)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "upstream", "target"),
+    [
+        (LOGITS, torch.ones(5), TARGET),
+        (LOGITS, torch.ones(4, 1), TARGET),
+        (LOGITS[1:], torch.ones(4), TARGET),
+        (LOGITS, torch.ones(4), TARGET[1:]),
+        (LOGITS.long(), torch.ones(4), TARGET),
+    ],
+)
+def test_wrong_arguments_of_scale_gradient_are_refused(gradient, upstream, target):
+    before = gradient.clone()
+    with pytest.raises((ValueError, RuntimeError), match="must"):
+        ops.scale_gradient_(gradient, upstream, target, *TAIL[:2])
+    assert torch.equal(gradient, before)
+
+
+@pytest.mark.parametrize("reduction", [-1, 3, 100])
+def test_unknown_reduction(reduction):
+    with pytest.raises((ValueError, RuntimeError), match="reduction must"):
+        ops.forward(*make_arguments(), reduction, torch.float32)
+
+
+def test_loss_of_integers():
+    with pytest.raises((ValueError, RuntimeError)):
+        ops.forward(*make_arguments(), 1, torch.int64)
+
+
+def test_capability_is_one_of_those_documented():
+    assert fused_xent.cpu_capability() in ("avx512_bf16", "avx512", "avx2", "portable")

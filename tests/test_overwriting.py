@@ -1,0 +1,184 @@
+"""inplace_backward and grad_in_forward: the gradient in the logits' memory. Right, or refused."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import make_logits, make_upstream
+from modes import ARGUMENT, MODES, N_CLASSES, N_ROWS, OVERWRITING_MODES, gradient_of, make_problem
+
+import fused_xent
+
+by_mode = pytest.mark.parametrize("mode", OVERWRITING_MODES)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@by_dtype
+@by_mode
+@pytest.mark.parametrize("n_classes", [7, 150, 20000])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_gradient_is_the_default_modes_and_in_the_logits(reduction, n_classes, mode, dtype):
+    leaf, target = make_problem(dtype, n_classes)
+    upstream = make_upstream(target.shape, reduction).to(dtype)
+    default = fused_xent.cross_entropy(leaf, target, reduction=reduction)
+    (expected,) = torch.autograd.grad(default, leaf, upstream)
+    logits = leaf * 1
+    loss = fused_xent.cross_entropy(logits, target, reduction=reduction, **MODES[mode])
+    assert torch.equal(loss, default)
+    received = []
+    logits.register_hook(received.append)
+    loss.backward(upstream)
+    eps = torch.finfo(dtype).eps
+    tiny = torch.finfo(dtype).tiny
+    torch.testing.assert_close(leaf.grad, expected, rtol=16 * eps if eps < 1e-3 else eps, atol=tiny)
+    if mode == "inplace":
+        assert torch.equal(leaf.grad, expected)
+        assert received[0].data_ptr() == logits.data_ptr()
+    assert torch.equal(logits.detach(), leaf.grad)
+
+
+@by_mode
+@pytest.mark.parametrize("factor", [1.0, 3.0, 0.0, -0.5, float("nan")])
+def test_scalar_upstream_is_applied_once(factor, mode):
+    leaf, target = make_problem()
+    expected = gradient_of(lambda: factor * F.cross_entropy(leaf, target), leaf)
+    actual = gradient_of(
+        lambda: factor * fused_xent.cross_entropy(leaf * 1, target, **MODES[mode]), leaf
+    )
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@by_mode
+def test_sum_of_several_losses_of_different_logits(mode):
+    leaf, target = make_problem()
+    other = torch.randn_like(leaf)
+    expected = gradient_of(
+        lambda: F.cross_entropy(leaf * 2, target) + 3 * F.cross_entropy(leaf * other, target), leaf
+    )
+
+    def model():
+        first = fused_xent.cross_entropy(leaf * 2, target, **MODES[mode])
+        return first + 3 * fused_xent.cross_entropy(leaf * other, target, **MODES[mode])
+
+    torch.testing.assert_close(gradient_of(model, leaf), expected)
+
+
+@by_mode
+def test_a_leaf_is_refused(mode):
+    leaf, target = make_problem()
+    leaf3 = torch.randn(2, 3, N_CLASSES, requires_grad=True)
+    before = leaf.detach().clone()
+    for logits in (
+        leaf,
+        leaf.view(N_ROWS, N_CLASSES),
+        leaf3.view(-1, N_CLASSES),
+        leaf[:],
+        leaf.T.T,
+    ):
+        with pytest.raises(RuntimeError, match=f"{ARGUMENT[mode]} must be False .*leaf"):
+            fused_xent.cross_entropy(logits, target, **MODES[mode])
+    assert torch.equal(leaf, before)
+
+
+@by_mode
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_grad_nothing_is_overwritten(context, mode):
+    leaf, target = make_problem()
+    expected = F.cross_entropy(leaf, target)
+    before = leaf.detach().clone()
+    with context():
+        logits = leaf * 1
+        for input in (leaf, logits, leaf.detach()):
+            torch.testing.assert_close(
+                fused_xent.cross_entropy(input, target, **MODES[mode]), expected.detach()
+            )
+            assert torch.equal(input, before)
+    detached = (leaf * 1).detach()
+    fused_xent.cross_entropy(detached, target, **MODES[mode])
+    assert torch.equal(detached, before)
+
+
+@by_mode
+def test_second_backward_is_refused(mode):
+    leaf, target = make_problem()
+    loss = fused_xent.cross_entropy(leaf * 1, target, **MODES[mode])
+    loss.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert torch.equal(leaf.grad, first)
+
+
+@by_mode
+def test_gradient_of_gradient_is_refused(mode):
+    leaf, target = make_problem()
+    loss = fused_xent.cross_entropy(leaf * 1, target, **MODES[mode])
+    with pytest.raises(RuntimeError, match=f"{ARGUMENT[mode]} must be False .*graph"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+ROWS_OF_SEQUENCES = {
+    "view": lambda logits: logits.view(-1, N_CLASSES),
+    "flatten": lambda logits: logits.flatten(0, 1),
+    "reshape": lambda logits: logits.reshape(6, N_CLASSES),
+    "view of a view": lambda logits: logits.view(3, 2, N_CLASSES).view(6, N_CLASSES),
+    "transposed": lambda logits: logits.mT,
+}
+
+
+@by_mode
+@pytest.mark.parametrize("rows", ROWS_OF_SEQUENCES)
+def test_logits_of_three_dimensions(rows, mode):
+    rows = ROWS_OF_SEQUENCES[rows]
+    leaf = torch.randn(2, 3, N_CLASSES, requires_grad=True)
+    target = torch.randint(0, N_CLASSES, rows(leaf).select(1, 0).shape)
+    expected = gradient_of(lambda: F.cross_entropy(rows(leaf * 1), target), leaf)
+    actual = gradient_of(
+        lambda: fused_xent.cross_entropy(rows(leaf * 1), target, **MODES[mode]), leaf
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@by_mode
+@pytest.mark.parametrize("n_classes", [9, 300])
+def test_probabilities(n_classes, mode):
+    leaf = make_logits((5, n_classes), torch.float32).requires_grad_()
+    soft = torch.rand(5, n_classes).softmax(1).requires_grad_()
+    expected = torch.autograd.grad(F.cross_entropy(leaf, soft), [leaf, soft])
+    loss = fused_xent.cross_entropy(leaf * 1, soft.detach(), **MODES[mode])
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf), expected[:1])
+
+
+def test_gradient_of_probabilities_inplace():
+    leaf, soft = (torch.randn(5, 9).softmax(1).requires_grad_() for _ in range(2))
+    expected = torch.autograd.grad(F.cross_entropy(leaf, soft), [leaf, soft])
+    loss = fused_xent.cross_entropy(leaf * 1, soft, inplace_backward=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, [leaf, soft]), expected)
+
+
+def test_gradient_of_probabilities_in_fused_mode():
+    """Refused: forward keeps nothing to compute it from."""
+    logits, soft = (torch.randn(5, 9).softmax(1).requires_grad_() for _ in range(2))
+    with pytest.raises((RuntimeError, ValueError), match="must"):
+        fused_xent.cross_entropy(logits * 1, soft, grad_in_forward=True)
+
+
+@by_mode
+def test_training_as_with_the_default_mode(mode):
+    """A linear model with accumulated gradients and clipped norms ends at the same weights."""
+    features, target = torch.randn(2, 8, 16), torch.randint(0, 50, (2, 8))
+    start = torch.nn.Linear(16, 50)
+    ends = []
+    for kwargs in ({}, MODES[mode]):
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(5):
+            optimizer.zero_grad()
+            for x, y in zip(features, target, strict=True):
+                (fused_xent.cross_entropy(model(x), y, **kwargs) / 2).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+        ends.append(model.weight.detach())
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,159 @@
+"""Overwritten logits that something else uses too: the right gradient, or an error."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from modes import MODES, N_ROWS, OVERWRITING_MODES, gradient_of, make_problem, refused_or_right
+
+import fused_xent
+
+by_mode = pytest.mark.parametrize("mode", OVERWRITING_MODES)
+
+
+# Another use of the logits, and the memory around them. Each returns logits and a second loss.
+def _before_by_value(leaf):
+    logits = leaf * 1
+    return logits, (logits**2).sum()
+
+
+def _before_through_a_view(leaf):
+    logits = leaf * 1
+    return logits, (logits.view(-1)[::3] ** 2).sum()
+
+
+def _before_through_the_base(leaf):
+    memory = leaf * 1
+    return memory.view(N_ROWS, -1), (memory**2).sum()
+
+
+def _saved_by_the_operation_before(leaf):
+    return leaf.exp(), 0.0
+
+
+def _before_without_need_of_values(leaf):
+    logits = leaf * 1
+    return logits, logits.sum()
+
+
+def _base_before_without_need_of_values(leaf):
+    memory = leaf * 1
+    return memory.view(N_ROWS, -1), 2 * memory.sum()
+
+
+@by_mode
+@pytest.mark.parametrize(
+    "use",
+    [
+        _before_by_value,
+        _before_through_a_view,
+        _before_through_the_base,
+        _saved_by_the_operation_before,
+        _before_without_need_of_values,
+        _base_before_without_need_of_values,
+    ],
+)
+def test_logits_used_before_the_loss_too(use, mode):
+    """autograd's own error where the use needs the old values, the right gradient where not."""
+    leaf, target = make_problem()
+    logits, other = use(leaf)
+    expected = gradient_of(lambda: F.cross_entropy(logits, target) + other, leaf)
+    leaf.grad = None
+    logits, other = use(leaf)
+    total = fused_xent.cross_entropy(logits, target, **MODES[mode]) + other
+    if "without" in use.__name__:
+        total.backward()
+        torch.testing.assert_close(leaf.grad, expected)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+        assert leaf.grad is None
+
+
+AFTER = {
+    "by value": lambda logits, memory: (logits**2).sum(),
+    "without need of values": lambda logits, memory: logits.sum(),
+    "through a view": lambda logits, memory: (logits[1:, ::2] * 3).sum(),
+    "through the base": lambda logits, memory: (memory * 3).sum(),
+    "through the base, by value": lambda logits, memory: memory.exp().sum(),
+    "through another view of the base": lambda logits, memory: memory.view(-1)[::7].tanh().sum(),
+    "another loss": lambda logits, memory: F.cross_entropy(logits, torch.arange(N_ROWS)),
+    "another loss of ours": lambda logits, memory: fused_xent.cross_entropy(
+        logits, torch.arange(N_ROWS)
+    ),
+    "the same loss again, inplace": lambda logits, memory: fused_xent.cross_entropy(
+        logits, torch.arange(N_ROWS), inplace_backward=True
+    ),
+    "the same loss again, fused": lambda logits, memory: fused_xent.cross_entropy(
+        logits, torch.arange(N_ROWS), grad_in_forward=True
+    ),
+}
+
+
+@by_mode
+@pytest.mark.parametrize("is_view", [False, True], ids=["whole", "view"])
+@pytest.mark.parametrize("use", AFTER)
+def test_logits_used_after_the_loss_too(use, is_view, mode):
+    """The gradient is right, or an error says why there is none."""
+    leaf, target = make_problem()
+
+    def total_of(loss_function, **kwargs):
+        memory = leaf * 1
+        logits = memory.view(N_ROWS, -1) if is_view else memory
+        loss = loss_function(logits, target, **kwargs)
+        return 2 * loss + AFTER[use](logits, memory)
+
+    expected = gradient_of(lambda: total_of(F.cross_entropy), leaf)
+    refusal = refused_or_right(
+        lambda: total_of(fused_xent.cross_entropy, **MODES[mode]), leaf, expected
+    )
+    assert refusal or mode == "inplace"
+
+
+PARTS = {
+    "shifted tokens": lambda logits: logits[:-1],
+    "rows with a step": lambda logits: logits[::2],
+    "some classes": lambda logits: logits[:, 5:100],
+    "classes with a step": lambda logits: logits[:, ::2],
+    "a chunk": lambda logits: logits.chunk(2)[1],
+    "an unbound row": lambda logits: logits.unbind()[2],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_of_a_tensor_inplace(part):
+    """Only the part is overwritten, and the rest of the tensor gets its own gradient."""
+    take = PARTS[part]
+    leaf, _ = make_problem()
+    target = torch.randint(0, take(leaf).shape[-1], take(leaf).shape[:-1])
+    expected = gradient_of(lambda: F.cross_entropy(take(leaf * 1), target) + leaf.sum(), leaf)
+    memory = leaf * 1
+    loss = fused_xent.cross_entropy(take(memory), target, inplace_backward=True)
+    torch.testing.assert_close(gradient_of(lambda: loss + leaf.sum(), leaf), expected)
+    outside = torch.ones_like(memory, dtype=torch.bool)
+    take(outside).fill_(False)
+    assert torch.equal(memory[outside], leaf[outside])
+    assert not torch.equal(memory, leaf)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_of_a_tensor_has_no_gradient_in_forward(part):
+    leaf, _ = make_problem()
+    memory = leaf * 1
+    rows = PARTS[part](memory)
+    target = torch.zeros(rows.shape[:-1], dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"must be False .*part of another tensor"):
+        fused_xent.cross_entropy(rows, target, grad_in_forward=True)
+    assert torch.equal(memory, leaf)
+
+
+@by_mode
+def test_probabilities_that_share_the_logits_memory(mode):
+    """They are overwritten with the logits."""
+    leaf, _ = make_problem()
+    expected = gradient_of(lambda: F.cross_entropy(leaf * 1, leaf.detach().clone()), leaf)
+
+    def model():
+        logits = leaf * 1
+        return fused_xent.cross_entropy(logits, logits.detach(), **MODES[mode])
+
+    refused_or_right(model, leaf, expected)

@@ -1,0 +1,124 @@
+"""The house: layers, names, the choice of instruction set, and the suite under each of them."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_xent
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fused_xent"
+CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
+
+# Each module, and the modules of the package that it may import: those below it.
+LAYERS = {
+    "reference": set(),
+    "_ops": set(),
+    "_autograd": {"_ops", "reference"},
+    "functional": {"_autograd", "_ops", "reference"},
+    "nn": {"functional"},
+    "__init__": {"_ops", "functional", "nn"},
+    "__main__": {"__init__", "_ops", "functional", "nn", "reference"},
+}
+
+
+def package_imports(path):
+    """Return which modules of the package a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (
+            node.level or (node.module or "").split(".")[0] == "fused_xent"
+        ):
+            module = (node.module or "").removeprefix("fused_xent").strip(".")
+            found |= {module} if module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("fused_xent")]
+            found |= {name.partition(".")[2] or "__init__" for name in names}
+    return {name if (PACKAGE / f"{name}.py").exists() else "__init__" for name in found}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_modules_import_only_what_is_below_them(path):
+    assert package_imports(path) <= LAYERS[path.stem]
+
+
+def test_torch_is_included_in_the_binding_alone():
+    sources = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h")]
+    assert len(sources) > 10
+    torch_include = re.compile(r"#include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)")
+    found = {path.parent.name for path in sources if torch_include.search(path.read_text())}
+    assert found == {"binding"}
+    upwards = re.compile(r"#include\s*\"[^\"]*binding/")
+    assert not [path for path in sources if upwards.search(path.read_text())]
+
+
+def test_bench_uses_the_public_names_alone():
+    files = sorted((ROOT / "bench").rglob("*.py"))
+    assert files
+    private = re.compile(r"fused_xent\._[a-z]|fused_xent import .*\b_[a-z]|torch\.ops\.fused")
+    assert not [path.name for path in files if private.search(path.read_text())]
+
+
+def test_public_names():
+    assert set(fused_xent.__all__) == {"CrossEntropyLoss", "cpu_capability", "cross_entropy"}
+    assert all(getattr(fused_xent, name).__doc__ for name in fused_xent.__all__)
+
+
+def test_version_is_the_projects():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{fused_xent.__version__}"\n' in project
+
+
+PRINT_CAPABILITY = "import fused_xent; print(fused_xent.cpu_capability())"
+
+
+def capability_under(limit, run_python):
+    result = run_python("-c", PRINT_CAPABILITY, FUSED_XENT_CPU_CAPABILITY=limit)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_capability_is_the_best_that_the_environment_allows(run_python):
+    best = CAPABILITIES.index(capability_under("", run_python))
+    torchs = {"AVX512": (0, 1), "AVX2": (2,)}.get(torch.backends.cpu.get_cpu_capability(), (3,))
+    assert best in torchs
+    for limit in ("avx512", "portable"):
+        lowered = max(best, CAPABILITIES.index(limit))
+        assert capability_under(limit, run_python) == CAPABILITIES[lowered]
+
+
+USE_KERNELS = """
+import torch, fused_xent
+try:
+    fused_xent.cpu_capability()
+except ValueError as error:
+    print(error)
+fused_xent.cross_entropy(torch.ones(2, 3), torch.arange(2))
+"""
+
+
+@pytest.mark.parametrize("limit", ["sse", "AVX2"])
+def test_unknown_capability(limit, run_python):
+    """When asked, and at each use of a kernel."""
+    result = run_python("-c", USE_KERNELS, FUSED_XENT_CPU_CAPABILITY=limit)
+    rule = "FUSED_XENT_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or portable"
+    assert f"{rule}, got {limit}\n" in result.stdout
+    assert f"ValueError: {rule}, got {limit}\n" in result.stderr
+    assert result.returncode == 1
+
+
+def lower_capabilities():
+    """Return those besides the one in use that this processor has."""
+    return CAPABILITIES[CAPABILITIES.index(fused_xent.cpu_capability()) + 1 :]
+
+
+@pytest.mark.parametrize("capability", lower_capabilities())
+def test_kernels_of_other_instruction_sets(capability, run_python):
+    """The numeric tests once more, in a process that may use less of the processor."""
+    command = ("-m", "pytest", "-q", "-x", "-m", "kernels", "-p", "no:cacheprovider", "tests")
+    result = run_python(*command, FUSED_XENT_CPU_CAPABILITY=capability)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert re.search(r"[1-9]\d* passed", result.stdout)

@@ -1,0 +1,61 @@
+"""The readable specification: torch's own numbers in float64, and our rule where torch has NaN."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LABELS, REDUCTIONS, SHAPES, class_dim, make_logits, make_options, make_target
+
+from fused_xent.reference import cross_entropy
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_torchs(shape, labels, reduction):
+    shape, labels = SHAPES[shape], LABELS[labels]
+    if labels.dtype == torch.uint8 and shape[class_dim(shape)] > 255:
+        pytest.skip("255, which is ignored, would be a class")
+    logits = make_logits(shape, torch.float64).requires_grad_()
+    target = make_target(logits.detach(), labels)
+    options = make_options(logits.detach(), labels)
+    index = target.double() if target.is_floating_point() else target.long()
+    expected = F.cross_entropy(logits, index, reduction=reduction, **options)
+    actual = cross_entropy(logits, index, reduction=reduction, **options)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+    upstream = torch.rand_like(expected)
+    gradients = [torch.autograd.grad(loss, logits, upstream)[0] for loss in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_by_hand():
+    """p = (1/4, 1/4, 1/2): losses are multiples of log 2."""
+    logits = torch.tensor([[0.0, 0.0, math.log(2)]]).double()
+    log2 = math.log(2)
+    for target, expected in ((0, 2 * log2), (2, log2)):
+        assert cross_entropy(logits, torch.tensor([target])).item() == pytest.approx(expected)
+    soft = torch.tensor([[0.5, 0.0, 0.5]]).double()
+    assert cross_entropy(logits, soft).item() == pytest.approx(1.5 * log2)
+    smoothed = cross_entropy(logits, torch.tensor([2]), label_smoothing=0.3)
+    assert smoothed.item() == pytest.approx(0.7 * log2 + 0.1 * 5 * log2)
+    weight = torch.tensor([3.0, 1.0, 1.0]).double()
+    weighted = cross_entropy(logits.repeat(2, 1), torch.tensor([0, 2]), weight)
+    assert weighted.item() == pytest.approx((3 * 2 + 1) / 4 * log2)
+    kept = cross_entropy(logits.repeat(2, 1), torch.tensor([0, -100]))
+    assert kept.item() == pytest.approx(2 * log2)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_probability_or_weight_0_of_a_masked_class_adds_0(label_smoothing):
+    logits = make_logits((4, 6), torch.float64)
+    soft = torch.rand(4, 6).double()
+    logits[:, 2], soft[:, 2] = -math.inf, 0
+    weight = torch.ones(6).double()
+    weight[2] = 0
+    rest = [0, 1, 3, 4, 5]
+    expected = F.cross_entropy(logits[:, rest], soft[:, rest])
+    torch.testing.assert_close(cross_entropy(logits, soft), expected)
+    assert cross_entropy(logits, soft, weight, label_smoothing=label_smoothing).isfinite()
+    loss = cross_entropy(logits, torch.zeros(4).long(), weight, label_smoothing=label_smoothing)
+    assert loss.isfinite()
