@@ -67,7 +67,7 @@ template <typename T, typename Spread>
 XENT_INLINE void add_block(RowStats<double>& stats, const T* x, const Spread& spread, int64_t begin,
                            int64_t end, Acc<T>* saved) {
   using A = Acc<T>;
-  constexpr int64_t kRun = 256;
+  constexpr int64_t kRun = 16 * 2 * kLanes<A>;
   const A max = static_cast<A>(stats.max);
   LongSum<A> sum, mass, dot;
   for (int64_t run = begin; run < end; run += kRun) {
