@@ -73,7 +73,7 @@ class TileMemory {
   T scratch_[kGroup * kTileRows];
 };
 
-// Calls step(j, count) for all classes, count a compile-time kGroup, 4, 2 or 1.
+// Calls step(j, count) for all classes, count a compile-time kGroup, 2 or 1.
 template <typename Step>
 XENT_INLINE void for_class_groups(int64_t vocab_size, Step step) {
   int64_t j = 0;
