@@ -1,5 +1,6 @@
 """The autograd Functions: the only place that knows what is saved from forward for backward."""
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,12 @@ class Options(NamedTuple):
         return (*self[:3], _ops.REDUCTIONS[self.reduction])
 
 
+def _keep_signature(forward):
+    """Keep the signature that ``Function.apply`` asks for in every call: making it takes 60 us."""
+    forward.__signature__ = inspect.signature(forward)
+    return forward
+
+
 class CrossEntropy(torch.autograd.Function):
     """Loss in one read of the logits; gradient in one more read and one write.
 
@@ -35,6 +42,7 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
+    @_keep_signature
     def forward(logits, target, weight, options: Options, inplace: bool):
         """Return the loss, and after it what backward needs."""
         return _ops.forward(logits, target, weight, *options.for_forward())
@@ -114,6 +122,7 @@ class CrossEntropyGradInForward(torch.autograd.Function):
     """
 
     @staticmethod
+    @_keep_signature
     def forward(memory, view, target, weight, options: Options):
         """Return the memory, now the gradient for an upstream gradient of 1, and the loss."""
         logits = memory.as_strided(*view)

@@ -2,7 +2,6 @@
 
 import operator
 from numbers import Real
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -123,7 +122,7 @@ def _is_autocast(device: torch.device) -> bool:
 
 
 def _check_index(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     value = operator.index(value)
     if not -(2**63) <= value < 2**63:

@@ -17,6 +17,10 @@ constexpr int64_t kSegmentClasses = 16384;
 // Classes that a row kernel keeps in the first-level cache: 4 to 16 KiB of logits.
 constexpr int64_t kBlock = 2048;
 
+// Rows whose maximum is not between these, in size, are for the tile kernels: those by rows count
+// on log2(e) max having a fraction.
+constexpr double kMaxOrigin = 0x1p24;
+
 // One row's gradient at class j is logit_factor * exp(x_j - max) - spread * t_j.
 struct RowGradient {
   double max;
@@ -26,15 +30,17 @@ struct RowGradient {
 
 // What a row's forward leaves for its backward where both run at once.
 struct RowScratch {
-  float* exponentials;   // one a class; for 16-bit logits alone: others have room in their place
-  double* block_maxima;  // one a block
+  float* exponentials;  // one a class; for 16-bit logits alone: others have room in their place
+  double* origins;      // one a block: what its exponentials are relative to
 };
 
 struct Kernels {
-  // Adjacent classes in vector lanes: classes [begin, end) of one row. Class stride 1.
+  // Adjacent classes in vector lanes: classes [begin, end) of one row. Class stride 1. Only where
+  // the row's maximum is within kMaxOrigin is what they give of use.
   RowStats<double> (*segment_stats)(const Params&, int64_t row, int64_t begin, int64_t end);
   void (*segment_gradient)(const Params&, int64_t row, int64_t begin, int64_t end, RowGradient);
   // The same for a whole row, the gradient in place of the logits and without their exponentials.
+  // Any maximum will do where these are saved over the logits.
   RowStats<double> (*row_stats_saving)(const Params&, int64_t row, const RowScratch&);
   void (*row_gradient_of_saved)(const Params&, int64_t row, const RowScratch&, RowGradient);
   void (*segment_scale)(const Params&, int64_t row, int64_t begin, int64_t end, double factor);
@@ -57,15 +63,21 @@ Kernels avx512_bf16_kernels(const Params& p);
 // Those of the instruction set in use.
 Kernels kernels_in_use(const Params& p);
 
-XENT_INLINE int64_t target_index(const Params& p, int64_t row) {
+// Calls body with the class indices, of their own type.
+template <typename Body>
+XENT_INLINE auto with_indices(const Params& p, const Body& body) {
   switch (p.target_kind) {
     case TargetKind::int64:
-      return static_cast<const int64_t*>(p.target)[row];
+      return body(static_cast<const int64_t*>(p.target));
     case TargetKind::int32:
-      return static_cast<const int32_t*>(p.target)[row];
+      return body(static_cast<const int32_t*>(p.target));
     default:
-      return static_cast<const uint8_t*>(p.target)[row];
+      return body(static_cast<const uint8_t*>(p.target));
   }
+}
+
+XENT_INLINE int64_t target_index(const Params& p, int64_t row) {
+  return with_indices(p, [&](const auto* target) { return static_cast<int64_t>(target[row]); });
 }
 
 }  // namespace fused_xent::cpu

@@ -12,7 +12,7 @@ namespace fused_xent::cpu {
 namespace {
 
 constexpr int64_t kTaskElements = 32768;  // logits that are worth a task of their own
-constexpr int64_t kBlockRows = 65536;     // rows a task of work that touches no logits
+constexpr int64_t kBlockRows = 8192;      // rows a task of work that touches no logits
 constexpr int64_t kFewRows = 16;          // for fused mode, see forward_backward
 constexpr int64_t kMaxTileVocab = 128;    // up to here a row has too few vectors to fill a sweep
 
@@ -103,12 +103,16 @@ void finish_ignored(const Params& p, int64_t row) {
   for (void* values : {p.row_loss, p.row_max, p.log_sum}) set_acc(p, values, row, 0);
 }
 
+// See kMaxOrigin.
+bool is_for_tiles(double max) { return !(std::fabs(max) < kMaxOrigin); }
+
 void forward_row(const Params& p, const Kernels& k, int64_t row) {
   if (is_ignored(p, row)) return finish_ignored(p, row);
   RowStats<double> stats = k.segment_stats(p, row, 0, std::min(kSegmentClasses, p.vocab_size));
   for (int64_t j = kSegmentClasses; j < p.vocab_size; j += kSegmentClasses) {
     merge_stats(stats, k.segment_stats(p, row, j, std::min(j + kSegmentClasses, p.vocab_size)));
   }
+  if (is_for_tiles(stats.max)) return k.tile_forward(p, row, row + 1);
   finish_forward(p, row, target_logit(p, k, row), stats);
 }
 
@@ -155,18 +159,19 @@ void zero_gradient(const Params& p, int64_t row, int64_t begin, int64_t end) {
 
 void backward_row(const Params& p, const Kernels& k, int64_t row) {
   if (is_ignored(p, row)) return zero_gradient(p, row, 0, p.vocab_size);
+  if (is_for_tiles(acc_at(p, p.row_max, row))) return k.tile_backward(p, row, row + 1);
   RowBackward(p, row, target_logit(p, k, row)).write(p, k, row, 0, p.vocab_size);
 }
 
 // The memory of a RowScratch, kept by each thread from row to row.
 struct ScratchMemory {
   std::vector<float> exponentials;
-  std::vector<double> block_maxima;
+  std::vector<double> origins;
 
   RowScratch for_row(const Params& p) {
     if (element_size(p.dtype) == 2) exponentials.resize(p.vocab_size);
-    block_maxima.resize(ceil_div(p.vocab_size, kBlock));
-    return {exponentials.data(), block_maxima.data()};
+    origins.resize(ceil_div(p.vocab_size, kBlock));
+    return {exponentials.data(), origins.data()};
   }
 };
 
@@ -177,7 +182,12 @@ void forward_backward_row(const Params& p, const Kernels& k, int64_t row,
     return zero_gradient(p, row, 0, p.vocab_size);
   }
   const double logit = target_logit(p, k, row);  // before it is overwritten
-  finish_forward(p, row, logit, k.row_stats_saving(p, row, scratch));
+  const RowStats<double> stats = k.row_stats_saving(p, row, scratch);
+  if (is_for_tiles(stats.max) && element_size(p.dtype) == 2) {  // then the logits are still there
+    k.tile_forward(p, row, row + 1);
+    return k.tile_backward(p, row, row + 1);
+  }
+  finish_forward(p, row, logit, stats);
   const RowBackward backward(p, row, logit);
   k.row_gradient_of_saved(p, row, scratch, backward.gradient);
   backward.write_target(p, k, row, 0, p.vocab_size);
@@ -212,6 +222,10 @@ void forward_segments(const Params& p, const Kernels& k, const Threads& threads)
     }
     RowStats<double> merged = stats[row * n_segments];
     for (int64_t i = 1; i < n_segments; ++i) merge_stats(merged, stats[row * n_segments + i]);
+    if (is_for_tiles(merged.max)) {
+      k.tile_forward(p, row, row + 1);
+      continue;
+    }
     finish_forward(p, row, target_logit(p, k, row), merged);
   }
 }
@@ -224,7 +238,8 @@ void backward_segments(const Params& p, const Kernels& k, const Threads& threads
   }
   run_segments(p, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
     if (is_ignored(p, row)) return zero_gradient(p, row, begin, end);
-    rows[row].write(p, k, row, begin, end);
+    if (!is_for_tiles(acc_at(p, p.row_max, row))) return rows[row].write(p, k, row, begin, end);
+    if (begin == 0) k.tile_backward(p, row, row + 1);
   });
 }
 
@@ -252,23 +267,54 @@ void run_tiles(const Params& p, const Layout& layout, const Threads& threads, co
   });
 }
 
+// ---- indices and losses, without logits --------------------------------------------------------
+
+template <typename Index>
+TargetScan scan_rows(const Params& p, const Index* target, int64_t begin, int64_t end) {
+  TargetScan scan;
+  int64_t n_kept = 0, n_bad = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t y = target[row];
+    const bool keep = y != p.ignore_index;
+    n_kept += keep;
+    n_bad += keep & (static_cast<uint64_t>(y) >= static_cast<uint64_t>(p.vocab_size));
+  }
+  scan.total_weight = static_cast<double>(n_kept);
+  if (n_bad > 0) {
+    scan.bad_row = begin;
+    const auto is_good = [&](int64_t y) {
+      return y == p.ignore_index || (0 <= y && y < p.vocab_size);
+    };
+    while (is_good(target[scan.bad_row])) ++scan.bad_row;
+  } else if (p.weight != nullptr) {
+    scan.total_weight = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      if (target[row] != p.ignore_index) scan.total_weight += class_weight(p, target[row]);
+    }
+  }
+  return scan;
+}
+
+// In four sums, which do not wait for each other.
+template <typename A>
+double sum_of(const A* values, int64_t count) {
+  double sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    for (int k = 0; k < 4; ++k) sums[k] += values[i + k];
+  }
+  for (; i < count; ++i) sums[0] += values[i];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 }  // namespace
 
 TargetScan scan_targets(const Params& p, const Threads& threads) {
   std::vector<TargetScan> blocks(ceil_div(p.n_rows, kBlockRows));
   run_tasks(threads, blocks.size(), [&](int64_t i) {
-    TargetScan scan;
     const int64_t end = std::min(p.n_rows, (i + 1) * kBlockRows);
-    for (int64_t row = i * kBlockRows; row < end; ++row) {
-      const int64_t y = target_index(p, row);
-      if (y == p.ignore_index) continue;
-      if (y < 0 || y >= p.vocab_size) {
-        scan.bad_row = row;
-        break;
-      }
-      scan.total_weight += class_weight(p, y);
-    }
-    blocks[i] = scan;
+    blocks[i] = with_indices(
+        p, [&](const auto* target) { return scan_rows(p, target, i * kBlockRows, end); });
   });
   TargetScan all;
   for (const TargetScan& block : blocks) {
@@ -281,8 +327,10 @@ TargetScan scan_targets(const Params& p, const Threads& threads) {
 double sum_rows(const Params& p, const Threads& threads) {
   std::vector<double> blocks(ceil_div(p.n_rows, kBlockRows));
   run_tasks(threads, blocks.size(), [&](int64_t i) {
-    const int64_t end = std::min(p.n_rows, (i + 1) * kBlockRows);
-    for (int64_t row = i * kBlockRows; row < end; ++row) blocks[i] += acc_at(p, p.row_loss, row);
+    const int64_t begin = i * kBlockRows, count = std::min(kBlockRows, p.n_rows - begin);
+    blocks[i] = p.dtype == DType::float64
+                    ? sum_of(static_cast<const double*>(p.row_loss) + begin, count)
+                    : sum_of(static_cast<const float*>(p.row_loss) + begin, count);
   });
   double sum = 0;
   for (double block : blocks) sum += block;

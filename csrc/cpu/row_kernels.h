@@ -1,10 +1,10 @@
 // Row kernels: one row, or a segment of one, whose classes are adjacent in memory. Included like
 // simd.h.
 //
-// The online softmax of Milakov and Gimelshein, https://arxiv.org/abs/1805.02867, by blocks: the
-// maximum of a block is found while it comes from memory, its exponentials are summed from the
-// first level cache, and the sum so far is rescaled once a block. That is one exponential a logit,
-// and lanes that need no maxima of their own. The next block is fetched meanwhile.
+// The online softmax of Milakov and Gimelshein, https://arxiv.org/abs/1805.02867, by blocks: a
+// block's exponentials are summed around a guess of its maximum, good enough if it is not far too
+// low, and the sum so far is rescaled once a block. That is one exponential a logit, one load, and
+// lanes that need no maxima of their own. The next block is fetched meanwhile.
 
 template <typename T>
 XENT_INLINE const T* logits_row(const Params& p, int64_t row) {
@@ -49,26 +49,30 @@ template <typename A>
 struct RunSums {
   Vec<A> sum[2] = {}, mass[2] = {}, dot[2] = {};
 
-  template <bool kHasSpread>
-  XENT_INLINE Vec<A> add(int i, Vec<A> d, Vec<A> t) {
-    const Vec<A> e = exp_nonpositive(d);
+  template <bool kHasSpread, typename Exp>
+  XENT_INLINE Vec<A> add(int i, const Exp& exp, Vec<A> x, Vec<A> t) {
+    const Vec<A> exponent = exp.exponent(x), e = exp.power(exponent);
     sum[i] += e;
     if (kHasSpread) {
       mass[i] += t;
-      dot[i] += t == 0 ? Vec<A>{} : t * d;
+      dot[i] += t == 0 ? Vec<A>{} : t * exponent;
     }
     return e;
   }
 };
 
-// Adds a block to stats, whose maximum is the block's or above. With saved, writes exp(x_j - max)
-// there, in load_pair's order; saved may be x.
-template <typename T, typename Spread>
-XENT_INLINE void add_block(RowStats<double>& stats, const T* x, const Spread& spread, int64_t begin,
-                           int64_t end, Acc<T>* saved) {
+struct BlockStats {
+  double max, sum, mass, dot;  // the sums are those of RowStats around exp.origin()
+};
+
+// With saved, writes the powers of exp there, in load_pair's order; saved may be x.
+template <typename T, typename Exp, typename Spread>
+XENT_INLINE BlockStats block_stats(const T* x, const Exp& exp, const Spread& spread, int64_t begin,
+                                   int64_t end, Acc<T>* saved) {
   using A = Acc<T>;
   constexpr int64_t kRun = 16 * 2 * kLanes<A>;
-  const A max = static_cast<A>(stats.max);
+  constexpr A kLowest = -std::numeric_limits<A>::infinity();
+  Vec<A> top[2] = {Vec<A>{} + kLowest, Vec<A>{} + kLowest};
   LongSum<A> sum, mass, dot;
   for (int64_t run = begin; run < end; run += kRun) {
     RunSums<A> sums;
@@ -79,18 +83,20 @@ XENT_INLINE void add_block(RowStats<double>& stats, const T* x, const Spread& sp
           const Pair<A> logits = load_pair<T>(x + j);
           Pair<A> t{};
           if constexpr (Spread::kExists) t = spread.pair(j);
-          const Vec<A> first = sums.template add<Spread::kExists>(0, logits.first - max, t.first);
-          const Vec<A> second =
-              sums.template add<Spread::kExists>(1, logits.second - max, t.second);
+          top[0] = vmax(logits.first, top[0]);
+          top[1] = vmax(logits.second, top[1]);
+          const Vec<A> first = sums.template add<Spread::kExists>(0, exp, logits.first, t.first);
+          const Vec<A> second = sums.template add<Spread::kExists>(1, exp, logits.second, t.second);
           if (saved == nullptr) return;
           store(saved + j, first);
           store(saved + j + kLanes<A>, second);
         },
         [&](int64_t j, int n) __attribute__((always_inline)) {
-          const Vec<A> logits = load_first(x + j, n, -std::numeric_limits<A>::infinity());
+          const Vec<A> logits = load_first(x + j, n, kLowest);
           Vec<A> t{};
           if constexpr (Spread::kExists) t = spread.first(j, n);
-          const Vec<A> e = sums.template add<Spread::kExists>(0, logits - max, t);
+          top[0] = vmax(logits, top[0]);
+          const Vec<A> e = sums.template add<Spread::kExists>(0, exp, logits, t);
           if (saved != nullptr) store_first(saved + j, e, n);
         });
     sum.add(sums.sum[0] + sums.sum[1]);
@@ -98,22 +104,56 @@ XENT_INLINE void add_block(RowStats<double>& stats, const T* x, const Spread& sp
     mass.add(sums.mass[0] + sums.mass[1]);
     dot.add(sums.dot[0] + sums.dot[1]);
   }
-  stats.sum += sum_lanes(sum.value());
-  stats.mass += sum_lanes(mass.value());
-  stats.dot += sum_lanes(dot.value());
+  return {max_lane(vmax(top[0], top[1])), Exp::kScale * sum_lanes(sum.value()),
+          sum_lanes(mass.value()), Exp::kUnit * sum_lanes(dot.value())};
 }
 
-// saved and its blocks' maxima: see add_block. Null: not wanted.
+XENT_INLINE void add_block(RowStats<double>& stats, const BlockStats& block, double origin) {
+  if (stats.max != origin) shift_stats(stats, origin);
+  stats.sum += block.sum;
+  stats.mass += block.mass;
+  stats.dot += block.dot;
+}
+
+// One read: each block is summed around a guess of its maximum, and again only where that was far
+// too low. saved: see block_stats. origins: what each block's are relative to. Null: not wanted.
 template <typename T, typename Spread>
 RowStats<double> sweep(const T* x, const Spread& spread, int64_t begin, int64_t end, Acc<T>* saved,
-                       double* block_maxima) {
-  RowStats<double> stats{std::numeric_limits<Acc<T>>::lowest(), 0, 0, 0};
+                       double* origins) {
+  constexpr int64_t kSample = 64;  // classes to guess from
+  constexpr double kSlack = 8;     // above the guess; costs 4 bits of the exponent's fraction
+  RowStats<double> stats{-kMaxOrigin, 0, 0, 0};
+  double max = -kMaxOrigin;
   for (int64_t j = begin; j < end; j += kBlock) {
     const int64_t block_end = j + kBlock < end ? j + kBlock : end;
-    const double max = block_max(x, j, block_end, stats.max);
-    if (max > stats.max) shift_stats(stats, max);
-    add_block(stats, x, spread, j, block_end, saved);
-    if (block_maxima != nullptr) block_maxima[(j - begin) / kBlock] = max;
+    const int64_t sample_end = j + kSample < block_end ? j + kSample : block_end;
+    double guess = block_max(x, j, sample_end, max), guessed, origin;
+    BlockStats block;
+    do {
+      const RowExp<Acc<T>> exp(guess);
+      block = block_stats(x, exp, spread, j, block_end, saved);
+      origin = exp.origin();
+      guessed = guess;
+      guess = block.max;
+    } while (block.max > guessed + kSlack);
+    add_block(stats, block, origin);
+    if (block.max > max) max = block.max;
+    if (origins != nullptr) origins[(j - begin) / kBlock] = origin;
+  }
+  shift_stats(stats, max);
+  return stats;
+}
+
+// The same with exponentials that take the logits' place, so that a block's maximum must be known
+// before.
+template <typename A, typename Spread>
+RowStats<double> sweep_in_place(A* x, const Spread& spread, int64_t end, double* origins) {
+  RowStats<double> stats{std::numeric_limits<A>::lowest(), 0, 0, 0};
+  for (int64_t j = 0; j < end; j += kBlock) {
+    const int64_t block_end = j + kBlock < end ? j + kBlock : end;
+    const SubtractingExp<A> exp(block_max(x, j, block_end, stats.max));
+    add_block(stats, block_stats(x, exp, spread, j, block_end, x), exp.origin());
+    origins[j / kBlock] = exp.origin();
   }
   return stats;
 }
@@ -127,7 +167,7 @@ RowStats<double> segment_stats(const Params& p, int64_t row, int64_t begin, int6
 
 // Stores the softmax part of the gradient, which pair(j) and rest(j, n) give, less the labels'
 // part.
-template <typename T, typename Spread, typename OnPair, typename OnRest>
+template <bool kMayBeNan = true, typename T, typename Spread, typename OnPair, typename OnRest>
 XENT_INLINE void write_gradient(T* out, const Spread& spread, int64_t begin, int64_t end,
                                 Acc<T> scale, const OnPair& pair, const OnRest& rest) {
   using A = Acc<T>;
@@ -139,7 +179,7 @@ XENT_INLINE void write_gradient(T* out, const Spread& spread, int64_t begin, int
           const Pair<A> t = spread.pair(j);
           value = {value.first - t.first * scale, value.second - t.second * scale};
         }
-        store_pair(out + j, value);
+        store_pair<kMayBeNan>(out + j, value);
       },
       [&](int64_t j, int n) __attribute__((always_inline)) {
         Vec<A> value = rest(j, n);
@@ -148,18 +188,40 @@ XENT_INLINE void write_gradient(T* out, const Spread& spread, int64_t begin, int
       });
 }
 
+// Whole pairs of vectors from begin on; returns where they end.
+XENT_INLINE int64_t write_rounded_gradient(BFloat16* out, const BFloat16* x, int64_t begin,
+                                           int64_t end, const RoundedExp& exp) {
+  constexpr int64_t kPair = 2 * kLanes<float>;
+  int64_t j = begin;
+#pragma GCC unroll 2
+  for (; j + kPair <= end; j += kPair) {
+    const Pair<float> logits = load_pair<BFloat16>(x + j);
+    store_bits(out + j, join_halves(exp(logits.first), exp(logits.second)));
+  }
+  return j;
+}
+
 template <typename T, typename Target>
 void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
                       RowGradient gradient) {
   using A = Acc<T>;
   const T* x = logits_row<T>(p, row);
-  const A max = static_cast<A>(gradient.max), factor = static_cast<A>(gradient.logit_factor);
+  T* out = gradient_row<T>(p, row);
+  const RowExp<A> exp(gradient.max);
+  const A factor =
+      static_cast<A>(gradient.logit_factor * exp.kScale * std::exp(exp.origin() - gradient.max));
   const auto softmax = [=](Vec<A> logits) __attribute__((always_inline)) {
-    return exp_nonpositive(logits - max) * factor;
+    return exp.power(exp.exponent(logits)) * factor;
   };
   with_spread<T, Target>(p, row, [&](const auto& spread) {
+    int64_t rest = begin;
+    if constexpr (kByTurns<T> && !std::decay_t<decltype(spread)>::kExists) {
+      if (RoundedExp::can_do(gradient.max, gradient.logit_factor)) {
+        rest = write_rounded_gradient(out, x, begin, end, {gradient.max, gradient.logit_factor});
+      }
+    }
     write_gradient(
-        gradient_row<T>(p, row), spread, begin, end, static_cast<A>(gradient.spread),
+        out, spread, rest, end, static_cast<A>(gradient.spread),
         [&](int64_t j) __attribute__((always_inline)) {
           const Pair<A> logits = load_pair<T>(x + j);
           return Pair<A>{softmax(logits.first), softmax(logits.second)};
@@ -171,41 +233,57 @@ void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
 
 // Both of a whole row without a second exponential. They are saved as acc: over the logits where
 // these are of that type, and the gradient overwrites them, or in scratch.
-template <typename T>
-XENT_INLINE Acc<T>* saved_row(const Params& p, int64_t row, const RowScratch& scratch) {
-  if constexpr (std::is_same_v<T, Acc<T>>) {
-    return gradient_row<T>(p, row);
-  } else {
-    return scratch.exponentials;
-  }
-}
-
 template <typename T, typename Target>
 RowStats<double> row_stats_saving(const Params& p, int64_t row, const RowScratch& scratch) {
   return with_spread<T, Target>(p, row, [&](const auto& spread) {
-    return sweep(logits_row<T>(p, row), spread, 0, p.vocab_size, saved_row<T>(p, row, scratch),
-                 scratch.block_maxima);
+    if constexpr (std::is_same_v<T, Acc<T>>) {
+      return sweep_in_place(gradient_row<T>(p, row), spread, p.vocab_size, scratch.origins);
+    } else {
+      return sweep(logits_row<T>(p, row), spread, 0, p.vocab_size, scratch.exponentials,
+                   scratch.origins);
+    }
   });
+}
+
+template <bool kMayBeNan, typename T, typename Spread>
+XENT_INLINE void scale_saved(T* out, const Acc<T>* saved, const Spread& spread, int64_t begin,
+                             int64_t end, Acc<T> factor, Acc<T> scale) {
+  using A = Acc<T>;
+  write_gradient<kMayBeNan>(
+      out, spread, begin, end, scale,
+      [&](int64_t j) __attribute__((always_inline)) {
+        return Pair<A>{load(saved + j) * factor, load(saved + j + kLanes<A>) * factor};
+      },
+      [&](int64_t j, int n)
+          __attribute__((always_inline)) { return load_first(saved + j, n) * factor; });
 }
 
 template <typename T, typename Target>
 void row_gradient_of_saved(const Params& p, int64_t row, const RowScratch& scratch,
                            RowGradient gradient) {
   using A = Acc<T>;
-  const A* saved = saved_row<T>(p, row, scratch);
+  constexpr bool kInPlace = std::is_same_v<T, A>;
+  using Exp = std::conditional_t<kInPlace, SubtractingExp<A>, RowExp<A>>;
+  T* out = gradient_row<T>(p, row);
+  const A* saved;
+  if constexpr (kInPlace) {
+    saved = out;
+  } else {
+    saved = scratch.exponentials;
+  }
+  const A scale = static_cast<A>(gradient.spread);
   with_spread<T, Target>(p, row, [&](const auto& spread) {
+    constexpr bool kHasSpread = std::decay_t<decltype(spread)>::kExists;
     for (int64_t begin = 0; begin < p.vocab_size; begin += kBlock) {
-      const double shift = scratch.block_maxima[begin / kBlock] - gradient.max;
-      const A factor = static_cast<A>(gradient.logit_factor * std::exp(shift));
-      write_gradient(
-          gradient_row<T>(p, row), spread, begin,
-          begin + kBlock < p.vocab_size ? begin + kBlock : p.vocab_size,
-          static_cast<A>(gradient.spread),
-          [&](int64_t j) __attribute__((always_inline)) {
-            return Pair<A>{load(saved + j) * factor, load(saved + j + kLanes<A>) * factor};
-          },
-          [&](int64_t j, int n)
-              __attribute__((always_inline)) { return load_first(saved + j, n) * factor; });
+      const int64_t end = begin + kBlock < p.vocab_size ? begin + kBlock : p.vocab_size;
+      const double shift = scratch.origins[begin / kBlock] - gradient.max;
+      const A factor = static_cast<A>(gradient.logit_factor * Exp::kScale * std::exp(shift));
+      // A finite factor means a finite row.
+      if (kByTurns<T> && !kHasSpread && std::fabs(factor) < std::numeric_limits<A>::max()) {
+        scale_saved<false>(out, saved, spread, begin, end, factor, scale);
+      } else {
+        scale_saved<true>(out, saved, spread, begin, end, factor, scale);
+      }
     }
   });
 }

@@ -61,6 +61,24 @@ XENT_INLINE V vmax(V a, V b) {
 }
 #endif
 
+// x * factor + addend, rounded once where kHasFusedMultiplyAdd.
+#if XENT_VECTOR_BYTES == 64
+constexpr bool kHasFusedMultiplyAdd = true;
+XENT_INLINE F32 fused_multiply_add(F32 x, float factor, float addend) {
+  return (F32)_mm512_fmadd_ps((__m512)x, _mm512_set1_ps(factor), _mm512_set1_ps(addend));
+}
+#elif XENT_VECTOR_BYTES == 32
+constexpr bool kHasFusedMultiplyAdd = true;
+XENT_INLINE F32 fused_multiply_add(F32 x, float factor, float addend) {
+  return (F32)_mm256_fmadd_ps((__m256)x, _mm256_set1_ps(factor), _mm256_set1_ps(addend));
+}
+#else
+constexpr bool kHasFusedMultiplyAdd = false;
+XENT_INLINE F32 fused_multiply_add(F32 x, float factor, float addend) {
+  return x * factor + addend;
+}
+#endif
+
 template <typename V>
 XENT_INLINE auto max_lane(V v) {
   auto max = v[0];
@@ -82,10 +100,13 @@ XENT_INLINE F64 load(const double* from) { return load_bits<F64>(from); }
 XENT_INLINE void store(float* to, F32 value) { store_bits(to, value); }
 XENT_INLINE void store(double* to, F64 value) { store_bits(to, value); }
 
-// To nearest even, in the high half of each lane; NaN gives 0xffff, which is one too.
+// To nearest even, in the high half of each lane; NaN, where there may be one, gives 0xffff, which
+// is one too.
+template <bool kMayBeNan = true>
 XENT_INLINE U32 round_to_bfloat16(F32 value) {
   const U32 bits = (U32)value;
-  return (bits + 0x7fff + ((bits >> 16) & 1)) | (U32)(value != value);
+  const U32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return kMayBeNan ? rounded | (U32)(value != value) : rounded;
 }
 
 #if XENT_VECTOR_BYTES == 64
@@ -197,11 +218,20 @@ XENT_INLINE Pair<Acc<T>> load_pair(const From* from) {
   }
 }
 
-template <typename T>
+// The low half of each lane of first, and above it that of second.
+XENT_INLINE U32 join_halves(U32 first, U32 second) {
+#if XENT_VECTOR_BYTES == 32
+  return (U32)_mm256_blend_epi16((__m256i)first, (__m256i)(second << 16), 0xaa);
+#else
+  return (first & 0xffff) | (second << 16);
+#endif
+}
+
+template <bool kMayBeNan = true, typename T>
 XENT_INLINE void store_pair(T* to, Pair<Acc<T>> pair) {
   if constexpr (kByTurns<T>) {
-    const U32 even = round_to_bfloat16(pair.first) >> 16;
-    store_bits(to, even | (round_to_bfloat16(pair.second) & 0xffff0000));
+    const U32 even = round_to_bfloat16<kMayBeNan>(pair.first) >> 16;
+    store_bits(to, even | (round_to_bfloat16<kMayBeNan>(pair.second) & 0xffff0000));
   } else {
     store(to, pair.first);
     store(to + kLanes<Acc<T>>, pair.second);
@@ -229,7 +259,11 @@ XENT_INLINE void store_first(T* to, Vec<Acc<T>> value, int n) {
 
 template <typename T>
 XENT_INLINE Acc<T> load_one(const T* from) {
-  return load_first(from, 1)[0];
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    return *from;
+  } else {
+    return load_first(from, 1)[0];
+  }
 }
 
 template <typename T>
@@ -239,7 +273,8 @@ XENT_INLINE void store_one(T* to, Acc<T> value) {
 
 // ---- elementary functions --------------------------------------------------------------------
 
-// exp(x) for x <= 0, and NaN for NaN. Below the smallest normal number the result is 0.
+// exp(x) for x <= 0, and a few above, and NaN for NaN. Below the smallest normal number the result
+// is 0.
 //
 // x = (n + f) log 2 with integer n and |f| <= 1/2. Adding 1.5 * 2^23 + 127 leaves n + 127 in the
 // low bits, which, shifted by 23, are the number 2^n. 2^f is the polynomial of degree 5 with p(0) =
@@ -280,6 +315,81 @@ XENT_INLINE F64 exp_nonpositive(F64 x) {
   p = p * r + 1;
   return p * (F64)((U64)shifted << 52);
 }
+
+// exp(x - m) of a row's logits is kScale * power(exponent(x)): two steps, because the loss of soft
+// labels needs x - m, which is kUnit * exponent(x), too.
+template <typename A>
+struct SubtractingExp {
+  static constexpr double kScale = 1, kUnit = 1;
+  A max;
+
+  XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<A>(m)) {}
+  XENT_INLINE double origin() const { return max; }
+  XENT_INLINE Vec<A> exponent(Vec<A> x) const { return x - max; }
+  XENT_INLINE static Vec<A> power(Vec<A> d) { return exp_nonpositive(d); }
+};
+
+// The same in the fewest instructions. x log2(e) + shift is one, and rounded once (this rests on
+// that); what shift was rounded to is the same for all x, so that they are right around the
+// origin() that it stands for, and that is near m where |m| < kMaxOrigin. exp_nonpositive's
+// polynomial is divided by its highest coefficient, which would otherwise be copied each time.
+struct FusedExp {
+  static constexpr float kLog2e = 1.44269504f;
+  static constexpr double kScale = 1 / 753.606689453125, kUnit = 1 / double{kLog2e};
+  float shift;
+
+  XENT_INLINE explicit FusedExp(double m) : shift(-static_cast<float>(m * kLog2e)) {}
+  XENT_INLINE double origin() const { return -kUnit * shift; }
+  XENT_INLINE F32 exponent(F32 x) const { return fused_multiply_add(x, kLog2e, shift); }
+  XENT_INLINE static F32 power(F32 t) {
+    constexpr float kShifter = 12582912.0f + 127;
+    t = vmax(-127.0f - F32{}, t);  // 2^n is 0 there
+    const F32 shifted = t + kShifter;
+    const F32 f = t - (shifted - kShifter);
+    F32 p = f + 7.28834963f;
+    p = p * f + 41.8305283f;
+    p = p * f + 181.033264f;
+    p = p * f + 522.360229f;
+    p = p * f + 753.606689f;
+    return p * (F32)((U32)shifted << 23);
+  }
+};
+
+template <typename A>
+using RowExp = std::conditional_t<kHasFusedMultiplyAdd && std::is_same_v<A, float>, FusedExp,
+                                  SubtractingExp<A>>;
+
+// factor * exp(x - max), rounded to bfloat16 in the low half of each lane, for finite factors and
+// |max| <= kMaxRounded, beyond which the exponent would lose too much.
+//
+// It is 2^n * c 2^f with integer n, |f| <= 1/2 and c = 181 / 128, a little below sqrt(2). So c 2^f
+// is in [1, 2] and has its 8 bits at one place: the addition of 1.5 * 2^16, part of the
+// polynomial's last step, leaves them, rounded, in the low bits. Adding n above them makes the
+// number. Below the smallest normal number results are between 0 and that.
+struct RoundedExp {
+  static constexpr double kMaxRounded = 1024;
+  static constexpr double kLog2C = 0.4998458870832054;
+  float shift, shifter;
+
+  XENT_INLINE RoundedExp(double max, double factor)
+      : shift(static_cast<float>(std::log2(std::fabs(factor)) - max * 1.4426950408889634 - kLog2C)),
+        shifter(12582912.0f + 126 + (factor < 0 ? 256 : 0)) {}
+
+  XENT_INLINE static bool can_do(double max, double factor) {
+    return kHasFusedMultiplyAdd && std::fabs(max) <= kMaxRounded && std::fabs(factor) < 0x1p100;
+  }
+  XENT_INLINE U32 operator()(F32 x) const {
+    const F32 t = vmax(-127.5f - F32{}, fused_multiply_add(x, 1.44269504f, shift));  // 0 there
+    const F32 shifted = t + shifter;
+    const F32 f = t - (shifted - shifter);
+    F32 p = 0.00187639325f * f + 0.0136758104f;
+    p = p * f + 0.0784905208f;
+    p = p * f + 0.339689585f;
+    p = p * f + 0.980153185f;
+    p = p * f + (1.4140625f + 98304.0f);
+    return (U32)p + ((U32)shifted << 7);
+  }
+};
 
 // log(x) for x >= 1, x = 0 (-inf) and NaN. x = 2^n m with m in [sqrt(1/2), sqrt(2)) and
 // log(m) = 2 atanh((m - 1) / (m + 1)), by the series of atanh.
