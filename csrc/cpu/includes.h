@@ -2,6 +2,7 @@
 // must not be compiled for one instruction set.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>

@@ -9,6 +9,7 @@ namespace {
 #include "spread.h"
 #include "row_kernels.h"
 #include "lane_stats.h"
+#include "tile_memory.h"
 #include "tile_kernels.h"
 // clang-format on
 

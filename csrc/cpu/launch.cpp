@@ -254,16 +254,20 @@ bool needs_tiles(const Params& p, const Layout& layout) {
          (!has_indices(p) && p.target_layout.class_stride != 1);
 }
 
-// Calls tile(begin, end) for all tiles. None reaches over the end of the innermost row dimension,
-// beyond which rows are no longer adjacent, unless that would leave most lanes empty.
+// Calls tile(begin, end) for all tiles, in tasks of neighbours. None reaches over the end of the
+// innermost row dimension, beyond which rows are no longer adjacent, unless that would leave most
+// lanes empty.
 template <typename Tile>
 void run_tiles(const Params& p, const Layout& layout, const Threads& threads, const Tile& tile) {
   int64_t inner = layout.size[layout.n_dims - 1];
   if (inner < kTileRows) inner = p.n_rows;
-  const int64_t per_inner = ceil_div(inner, kTileRows);
-  run_tasks(threads, p.n_rows / inner * per_inner, [&](int64_t i) {
-    const int64_t first = i / per_inner * inner, begin = first + i % per_inner * kTileRows;
-    tile(begin, std::min(begin + kTileRows, first + inner));
+  const int64_t per_inner = ceil_div(inner, kTileRows), n_tiles = p.n_rows / inner * per_inner;
+  const int64_t step = ceil_div(kTaskElements, kTileRows * std::max<int64_t>(p.vocab_size, 1));
+  run_tasks(threads, ceil_div(n_tiles, step), [&](int64_t task) {
+    for (int64_t i = task * step; i < std::min((task + 1) * step, n_tiles); ++i) {
+      const int64_t first = i / per_inner * inner, begin = first + i % per_inner * kTileRows;
+      tile(begin, std::min(begin + kTileRows, first + inner));
+    }
   });
 }
 

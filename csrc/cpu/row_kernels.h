@@ -195,6 +195,7 @@ XENT_INLINE int64_t write_rounded_gradient(BFloat16* out, const BFloat16* x, int
   int64_t j = begin;
 #pragma GCC unroll 2
   for (; j + kPair <= end; j += kPair) {
+    __builtin_prefetch(x + j + kBlock);
     const Pair<float> logits = load_pair<BFloat16>(x + j);
     store_bits(out + j, join_halves(exp(logits.first), exp(logits.second)));
   }
@@ -223,6 +224,7 @@ void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
     write_gradient(
         out, spread, rest, end, static_cast<A>(gradient.spread),
         [&](int64_t j) __attribute__((always_inline)) {
+          __builtin_prefetch(x + j + kBlock);
           const Pair<A> logits = load_pair<T>(x + j);
           return Pair<A>{softmax(logits.first), softmax(logits.second)};
         },

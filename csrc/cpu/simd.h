@@ -102,12 +102,34 @@ XENT_INLINE void store(double* to, F64 value) { store_bits(to, value); }
 
 // To nearest even, in the high half of each lane; NaN, where there may be one, gives 0xffff, which
 // is one too.
-template <bool kMayBeNan = true>
-XENT_INLINE U32 round_to_bfloat16(F32 value) {
-  const U32 bits = (U32)value;
-  const U32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  return kMayBeNan ? rounded | (U32)(value != value) : rounded;
+template <bool kMayBeNan = true, typename V>
+XENT_INLINE auto round_to_bfloat16(V value) {
+  using Bits = typename VectorOf<uint32_t, sizeof(V) / 4>::type;
+  const Bits bits = (Bits)value;
+  const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return kMayBeNan ? rounded | (Bits)(value != value) : rounded;
 }
+
+#if XENT_VECTOR_BYTES >= 32
+// Eight numbers, whatever the width of a vector.
+using F32x8 = VectorOf<float, 8>::type;
+
+XENT_INLINE F32x8 load8(const float* from) { return load_bits<F32x8>(from); }
+XENT_INLINE void store8(float* to, F32x8 value) { store_bits(to, value); }
+XENT_INLINE F32x8 load8(const BFloat16* from) {
+  return (F32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_bits<__m128i>(from)), 16);
+}
+XENT_INLINE void store8(BFloat16* to, F32x8 value) {
+  const __m256i bits = (__m256i)(round_to_bfloat16(value) >> 16);
+  store_bits(to, _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+}
+XENT_INLINE F32x8 load8(const Half* from) {
+  return (F32x8)_mm256_cvtph_ps(load_bits<__m128i>(from));
+}
+XENT_INLINE void store8(Half* to, F32x8 value) {
+  store_bits(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#endif
 
 #if XENT_VECTOR_BYTES == 64
 
@@ -130,17 +152,10 @@ XENT_INLINE void store(BFloat16* to, F32 value) {
 
 #elif XENT_VECTOR_BYTES == 32
 
-XENT_INLINE F32 load(const BFloat16* from) {
-  return (F32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_bits<__m128i>(from)), 16);
-}
-XENT_INLINE F32 load(const Half* from) { return (F32)_mm256_cvtph_ps(load_bits<__m128i>(from)); }
-XENT_INLINE void store(BFloat16* to, F32 value) {
-  const __m256i bits = (__m256i)(round_to_bfloat16(value) >> 16);
-  store_bits(to, _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
-}
-XENT_INLINE void store(Half* to, F32 value) {
-  store_bits(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+XENT_INLINE F32 load(const BFloat16* from) { return load8(from); }
+XENT_INLINE F32 load(const Half* from) { return load8(from); }
+XENT_INLINE void store(BFloat16* to, F32 value) { store8(to, value); }
+XENT_INLINE void store(Half* to, F32 value) { store8(to, value); }
 
 #else
 
@@ -257,18 +272,26 @@ XENT_INLINE void store_first(T* to, Vec<Acc<T>> value, int n) {
   for (int i = 0; i < n; ++i) to[i] = lanes[i];
 }
 
-template <typename T>
-XENT_INLINE Acc<T> load_one(const T* from) {
-  if constexpr (std::is_same_v<T, Acc<T>>) {
-    return *from;
-  } else {
-    return load_first(from, 1)[0];
-  }
+XENT_INLINE float load_one(const float* from) { return *from; }
+XENT_INLINE double load_one(const double* from) { return *from; }
+XENT_INLINE float load_one(const BFloat16* from) {
+  return std::bit_cast<float>(static_cast<uint32_t>(from->bits) << 16);
+}
+XENT_INLINE float load_one(const Half* from) {
+#if XENT_VECTOR_BYTES >= 32
+  return _cvtsh_ss(from->bits);
+#else
+  return load_first(from, 1)[0];
+#endif
 }
 
 template <typename T>
 XENT_INLINE void store_one(T* to, Acc<T> value) {
-  store_first(to, value - Vec<Acc<T>>{}, 1);
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    *to = value;
+  } else {
+    store_first(to, value - Vec<Acc<T>>{}, 1);
+  }
 }
 
 // ---- elementary functions --------------------------------------------------------------------

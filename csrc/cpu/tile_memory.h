@@ -1,0 +1,157 @@
+// How the rows of a tile lie in memory, and their way into vector lanes and back. Included like
+// simd.h.
+//
+// Lanes hold the rows of a tile, one class after another, as A: kGroup classes at a time in scratch
+// memory, which is copied by whole vectors where the rows or the classes of the tile are adjacent.
+// Copying costs less than reading twice where the tile lies, whose classes may be a power of two
+// apart, and so at one place in every cache.
+
+constexpr int kGroup = 16;
+
+// Class u of row i is at lanes[u * kTileRows + i].
+template <typename A>
+struct TileScratch {
+  alignas(64) A lanes[kGroup * kTileRows];
+
+  // Lanes beyond the last row are computed on, and not used.
+  explicit TileScratch(int n_rows) {
+    if (n_rows % kLanes<A> != 0) __builtin_memset(lanes, 0, sizeof lanes);
+  }
+};
+
+#if XENT_VECTOR_BYTES >= 32
+// Eight rows of eight numbers to eight columns, in 24 shuffles.
+XENT_INLINE void transpose(F32x8 (&rows)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = (F32x8)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    rows[i + 4] = (F32x8)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+#endif
+
+template <typename T>
+class TileMemory {
+ public:
+  using A = Acc<T>;
+  const int n_rows;
+
+  TileMemory(const void* data, const Layout& layout, int64_t begin, int64_t end)
+      : n_rows(static_cast<int>(end - begin)),
+        base_(static_cast<T*>(const_cast<void*>(data)) + row_offset(layout, begin)),
+        class_stride_(layout.class_stride) {
+    const int inner = layout.n_dims - 1;
+    const int64_t until_end = layout.size[inner] - begin % layout.size[inner];
+    const int64_t row_stride = layout.stride[inner];
+    const bool is_regular = inner == 0 || n_rows <= until_end;
+    rows_are_adjacent_ = is_regular && row_stride == 1;
+    for (int i = 0; i < n_rows && is_regular; ++i) offsets_[i] = i * row_stride;
+    for (int i = 0; i < n_rows && !is_regular; ++i) {
+      offsets_[i] = row_offset(layout, begin + i) - row_offset(layout, begin);
+    }
+  }
+
+  T* at(int row, int64_t j) const { return base_ + offsets_[row] + j * class_stride_; }
+
+  // Classes [j, j + count), count at most kGroup. Lanes beyond the last row are not written.
+  XENT_INLINE void read(int64_t j, int count, A* lanes) const {
+    if (rows_are_adjacent_) {
+      for (int u = 0; u < count; ++u) read_row(at(0, j + u), lanes + u * kTileRows);
+    } else {
+      read_columns(j, count, lanes);
+    }
+  }
+  XENT_INLINE void write(int64_t j, int count, const A* lanes) const {
+    if (rows_are_adjacent_) {
+      for (int u = 0; u < count; ++u) write_row(lanes + u * kTileRows, at(0, j + u));
+    } else {
+      write_columns(j, count, lanes);
+    }
+  }
+
+ private:
+  // Fetches the same class of the next tile: its classes are too far apart for the processor to see
+  // them coming.
+  XENT_INLINE void read_row(const T* from, A* lanes) const {
+    constexpr int kLine = 64 / sizeof(T);
+    int i = 0;
+    for (; i + kLine <= n_rows; i += kLine) {
+      __builtin_prefetch(from + kTileRows + i);
+#pragma GCC unroll 8
+      for (int k = 0; k < kLine; k += kLanes<A>) store(lanes + i + k, load(from + i + k));
+    }
+    for (; i < n_rows; i += kLanes<A>) {
+      store(lanes + i, load_first(from + i, n_rows - i < kLanes<A> ? n_rows - i : kLanes<A>));
+    }
+  }
+  XENT_INLINE void write_row(const A* lanes, T* to) const {
+    int i = 0;
+#pragma GCC unroll 4
+    for (; i + kLanes<A> <= n_rows; i += kLanes<A>) store(to + i, load(lanes + i));
+    if (i < n_rows) store_first(to + i, load(lanes + i), n_rows - i);
+  }
+
+  // Eight rows of eight adjacent classes make a square of vectors: calls square(i, u) for its first
+  // row and class. The last squares overlap those before. Returns how many rows that covers.
+  template <typename Square>
+  XENT_INLINE int for_squares(int count, const Square& square) const {
+    if (!std::is_same_v<A, float> || XENT_VECTOR_BYTES < 32) return 0;
+    if (class_stride_ != 1 || count < 8) return 0;
+    const int rows = n_rows / 8 * 8;
+    for (int i = 0; i < rows; i += 8) {
+      for (int u = 0; u + 8 <= count; u += 8) square(i, u);
+      if (count % 8 != 0) square(i, count - 8);
+    }
+    return rows;
+  }
+  XENT_INLINE void read_columns(int64_t j, int count, A* lanes) const {
+    const int squared = for_squares(count, [&](int i, int u) __attribute__((always_inline)) {
+      read_square(i, j + u, lanes + u * kTileRows + i);
+    });
+    for (int i = squared; i < n_rows; ++i) {
+      const T* from = at(i, j);
+      for (int u = 0; u < count; ++u) lanes[u * kTileRows + i] = load_one(from + u * class_stride_);
+    }
+  }
+  XENT_INLINE void write_columns(int64_t j, int count, const A* lanes) const {
+    const int squared = for_squares(count, [&](int i, int u) __attribute__((always_inline)) {
+      write_square(lanes + u * kTileRows + i, i, j + u);
+    });
+    for (int i = squared; i < n_rows; ++i) {
+      T* to = at(i, j);
+      for (int u = 0; u < count; ++u) store_one(to + u * class_stride_, lanes[u * kTileRows + i]);
+    }
+  }
+#if XENT_VECTOR_BYTES >= 32
+  XENT_INLINE void read_square(int i, int64_t j, float* lanes) const {
+    F32x8 square[8];
+    for (int k = 0; k < 8; ++k) square[k] = load8(at(i + k, j));
+    transpose(square);
+    for (int k = 0; k < 8; ++k) store8(lanes + k * kTileRows, square[k]);
+  }
+  XENT_INLINE void write_square(const float* lanes, int i, int64_t j) const {
+    F32x8 square[8];
+    for (int k = 0; k < 8; ++k) square[k] = load8(lanes + k * kTileRows);
+    transpose(square);
+    for (int k = 0; k < 8; ++k) store8(at(i + k, j), square[k]);
+  }
+#endif
+  // Where for_squares finds none.
+  XENT_INLINE void read_square(int, int64_t, ...) const {}
+  XENT_INLINE void write_square(...) const {}
+
+  T* base_;
+  int64_t class_stride_;
+  bool rows_are_adjacent_;
+  int64_t offsets_[kTileRows];
+};
