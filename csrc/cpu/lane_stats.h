@@ -14,7 +14,6 @@ template <typename A, bool kHasSpread>
 struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<A>> {
   // A finite start: lanes of -inf alone give exp(-inf - max) = 0 and not NaN.
   Vec<A> max = Vec<A>{} + std::numeric_limits<A>::lowest();
-  LongSum<A> sum;
 
   // x: count classes, kTileRows apart; t(u): the labels' weight of the u-th of them. pick sees all.
   template <typename Pick, typename Spread>
@@ -28,32 +27,44 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
     }
     if (!is_first) rescale(top);
     max = top;
-    Vec<A> sums[2] = {}, masses{}, dots{};
-    const auto add_one = [&](int u, Vec<A>& to) __attribute__((always_inline)) {
+    Vec<A> masses{}, dots{};
+#pragma GCC unroll 2
+    for (int u = 0; u < count; ++u) {
       const Vec<A> d = load(x + u * kTileRows) - max;
-      to += exp_nonpositive(d);
-      if (!kHasSpread) return;
+      add_to_sum(exp_nonpositive(d));
+      if (!kHasSpread) continue;
       const Vec<A> weight = t(u);
       masses += weight;
       dots += weight == 0 ? Vec<A>{} : weight * d;
-    };
-    int u = 0;
-    for (; u + 2 <= count; u += 2) {
-      add_one(u, sums[0]);
-      add_one(u + 1, sums[1]);
     }
-    if (u < count) add_one(u, sums[0]);
-    sum.add(sums[0] + sums[1]);
     if constexpr (kHasSpread) {
       this->mass.add(masses);
       this->dot.add(dots);
     }
   }
 
+  XENT_INLINE Vec<A> log_sum() const {
+    const Vec<A> sum = above_one_ - 1, log = log_positive(sum);
+    return sum == 0 ? log : log + lost_ / sum;
+  }
+
  private:
+  // The sum is above_one_ - 1 + lost_. No term is greater than above_one_: so what adding one to it
+  // loses is a number, and in lost_ (Dekker's fast two-sum). log_sum, which is near 0 where one
+  // class has almost all of the probability, has all of its digits even there.
+  Vec<A> above_one_ = Vec<A>{} + 1, lost_{};
+
+  XENT_INLINE void add_to_sum(Vec<A> term) {
+    const Vec<A> total = above_one_ + term;
+    lost_ += term + (above_one_ - total);
+    above_one_ = total;
+  }
   XENT_INLINE void rescale(Vec<A> top) {
-    const Vec<A> shift = max - top;
-    sum.scale(exp_nonpositive(shift));
+    const Vec<A> shift = max - top, factor = exp_nonpositive(shift);
+    const Vec<A> sum = (above_one_ - 1) * factor;
+    lost_ *= factor;
+    above_one_ = Vec<A>{} + 1;
+    add_to_sum(sum);
     if constexpr (kHasSpread) {
       // shift is -inf where it overflows, and mass is still 0 there.
       const Vec<A> finite = vmax(Vec<A>{} + std::numeric_limits<A>::lowest(), shift);

@@ -130,7 +130,7 @@ RowStats<double> sweep(const T* x, const Spread& spread, int64_t begin, int64_t 
     double guess = block_max(x, j, sample_end, max), guessed, origin;
     BlockStats block;
     do {
-      const RowExp<Acc<T>> exp(guess);
+      const RowExp<Acc<T>, Spread> exp(guess);
       block = block_stats(x, exp, spread, j, block_end, saved);
       origin = exp.origin();
       guessed = guess;
@@ -208,15 +208,16 @@ void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
   using A = Acc<T>;
   const T* x = logits_row<T>(p, row);
   T* out = gradient_row<T>(p, row);
-  const RowExp<A> exp(gradient.max);
-  const A factor =
-      static_cast<A>(gradient.logit_factor * exp.kScale * std::exp(exp.origin() - gradient.max));
-  const auto softmax = [=](Vec<A> logits) __attribute__((always_inline)) {
-    return exp.power(exp.exponent(logits)) * factor;
-  };
   with_spread<T, Target>(p, row, [&](const auto& spread) {
+    using Spread = std::decay_t<decltype(spread)>;
+    const RowExp<A, Spread> exp(gradient.max);
+    const A factor =
+        static_cast<A>(gradient.logit_factor * exp.kScale * std::exp(exp.origin() - gradient.max));
+    const auto softmax = [=](Vec<A> logits) __attribute__((always_inline)) {
+      return exp.power(exp.exponent(logits)) * factor;
+    };
     int64_t rest = begin;
-    if constexpr (kByTurns<T> && !std::decay_t<decltype(spread)>::kExists) {
+    if constexpr (kByTurns<T> && !Spread::kExists) {
       if (RoundedExp::can_do(gradient.max, gradient.logit_factor)) {
         rest = write_rounded_gradient(out, x, begin, end, {gradient.max, gradient.logit_factor});
       }
@@ -265,7 +266,6 @@ void row_gradient_of_saved(const Params& p, int64_t row, const RowScratch& scrat
                            RowGradient gradient) {
   using A = Acc<T>;
   constexpr bool kInPlace = std::is_same_v<T, A>;
-  using Exp = std::conditional_t<kInPlace, SubtractingExp<A>, RowExp<A>>;
   T* out = gradient_row<T>(p, row);
   const A* saved;
   if constexpr (kInPlace) {
@@ -275,13 +275,14 @@ void row_gradient_of_saved(const Params& p, int64_t row, const RowScratch& scrat
   }
   const A scale = static_cast<A>(gradient.spread);
   with_spread<T, Target>(p, row, [&](const auto& spread) {
-    constexpr bool kHasSpread = std::decay_t<decltype(spread)>::kExists;
+    using Spread = std::decay_t<decltype(spread)>;
+    using Exp = std::conditional_t<kInPlace, SubtractingExp<A>, RowExp<A, Spread>>;
     for (int64_t begin = 0; begin < p.vocab_size; begin += kBlock) {
       const int64_t end = begin + kBlock < p.vocab_size ? begin + kBlock : p.vocab_size;
       const double shift = scratch.origins[begin / kBlock] - gradient.max;
       const A factor = static_cast<A>(gradient.logit_factor * Exp::kScale * std::exp(shift));
       // A finite factor means a finite row.
-      if (kByTurns<T> && !kHasSpread && std::fabs(factor) < std::numeric_limits<A>::max()) {
+      if (kByTurns<T> && !Spread::kExists && std::fabs(factor) < std::numeric_limits<A>::max()) {
         scale_saved<false>(out, saved, spread, begin, end, factor, scale);
       } else {
         scale_saved<true>(out, saved, spread, begin, end, factor, scale);

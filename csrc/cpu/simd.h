@@ -352,18 +352,11 @@ struct SubtractingExp {
   XENT_INLINE static Vec<A> power(Vec<A> d) { return exp_nonpositive(d); }
 };
 
-// The same in the fewest instructions. x log2(e) + shift is one, and rounded once (this rests on
-// that); what shift was rounded to is the same for all x, so that they are right around the
-// origin() that it stands for, and that is near m where |m| < kMaxOrigin. exp_nonpositive's
-// polynomial is divided by its highest coefficient, which would otherwise be copied each time.
-struct FusedExp {
+// exp_nonpositive's polynomial, divided by its highest coefficient: that would be copied each time.
+struct Power {
   static constexpr float kLog2e = 1.44269504f;
   static constexpr double kScale = 1 / 753.606689453125, kUnit = 1 / double{kLog2e};
-  float shift;
 
-  XENT_INLINE explicit FusedExp(double m) : shift(-static_cast<float>(m * kLog2e)) {}
-  XENT_INLINE double origin() const { return -kUnit * shift; }
-  XENT_INLINE F32 exponent(F32 x) const { return fused_multiply_add(x, kLog2e, shift); }
   XENT_INLINE static F32 power(F32 t) {
     constexpr float kShifter = 12582912.0f + 127;
     t = vmax(-127.0f - F32{}, t);  // 2^n is 0 there
@@ -378,9 +371,33 @@ struct FusedExp {
   }
 };
 
-template <typename A>
-using RowExp = std::conditional_t<kHasFusedMultiplyAdd && std::is_same_v<A, float>, FusedExp,
-                                  SubtractingExp<A>>;
+// x - max is exact for the x that matter, so that the same number added to all changes no bit.
+template <>
+struct SubtractingExp<float> : Power {
+  float max;
+
+  XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<float>(m)) {}
+  XENT_INLINE double origin() const { return max; }
+  XENT_INLINE F32 exponent(F32 x) const { return (x - max) * kLog2e; }
+};
+
+// One instruction instead of two. x log2(e) + shift is rounded once (this rests on that), and what
+// shift was rounded to is the same for all x: so they are right around the origin() that it stands
+// for, which is near m where |m| < kMaxOrigin.
+struct FusedExp : Power {
+  float shift;
+
+  XENT_INLINE explicit FusedExp(double m) : shift(-static_cast<float>(m * kLog2e)) {}
+  XENT_INLINE double origin() const { return -kUnit * shift; }
+  XENT_INLINE F32 exponent(F32 x) const { return fused_multiply_add(x, kLog2e, shift); }
+};
+
+// Where labels are spread over the classes, their gradient is a difference of numbers that may be
+// near each other: there, x - max is worth its instruction.
+template <typename A, typename Spread>
+using RowExp =
+    std::conditional_t<kHasFusedMultiplyAdd && std::is_same_v<A, float> && !Spread::kExists,
+                       FusedExp, SubtractingExp<A>>;
 
 // factor * exp(x - max), rounded to bfloat16 in the low half of each lane, for finite factors and
 // |max| <= kMaxRounded, beyond which the exponent would lose too much.
@@ -461,10 +478,6 @@ struct LongSum {
     const Vec<A> total = sum + value, added = total - sum;
     lost += (sum - (total - added)) + (value - added);
     sum = total;
-  }
-  XENT_INLINE void scale(Vec<A> factor) {
-    sum *= factor;
-    lost *= factor;
   }
   XENT_INLINE Vec<A> value() const {
     return lost - lost == 0 ? sum + lost : sum;  // what an infinite sum lost is not a number

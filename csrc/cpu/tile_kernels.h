@@ -162,7 +162,7 @@ void forward_tile(const Params& p, int64_t begin, int64_t end) {
       mass = s.mass.value();
       dot = s.dot.value();
     }
-    const Vec<A> log_sum = log_positive(s.sum.value());
+    const Vec<A> log_sum = s.log_sum();
     Vec<A> loss;
     if constexpr (std::is_void_v<Target>) {
       loss = index_loss(labels.on_target(lane), labels.spread,
