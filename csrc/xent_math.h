@@ -64,6 +64,12 @@ XENT_INLINE Real index_loss(Real on_target, Acc spread, Real shifted_target, Rea
   return spread == 0 ? loss : loss + spread * (mass * log_sum - dot);
 }
 
+// Q, of which class weights of no row's target, even infinite ones, are no part without smoothing.
+template <typename Real, typename Acc>
+XENT_INLINE Real label_mass(Real on_target, Acc spread, Real mass) {
+  return spread == 0 ? on_target : on_target + spread * mass;
+}
+
 template <typename Real>
 XENT_INLINE Real probability_loss(Real log_sum, Real mass, Real dot) {
   return mass * log_sum - dot;

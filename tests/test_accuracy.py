@@ -222,3 +222,62 @@ def test_bitwise_the_same_for_any_number_of_threads(threads, probabilities, shap
         results.append(loss_and_gradient(logits, target, 1.5, mode, label_smoothing=0.1))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+@by_dtype
+@by_mode
+@pytest.mark.parametrize("n_classes", [3, 200, 20000])
+@pytest.mark.parametrize("other", [math.inf, math.nan, 3e38])
+def test_weight_of_a_class_that_no_row_has(other, n_classes, mode, dtype):
+    """1 / count gives an absent class an infinite weight: it is no part of any row's gradient."""
+    if not has_mode(mode, dtype):
+        pytest.skip("float16 has no fused mode")
+    logits, target = make_logits((4, n_classes), dtype), torch.tensor([0, 1, 0, 1])
+    weight = torch.full((n_classes,), other).to(dtype)
+    weight[0] = weight[1] = 1
+    _, plain = loss_and_gradient(logits, target, 1.0, mode, reduction="sum")
+    _, gradient = loss_and_gradient(logits, target, 1.0, mode, reduction="sum", weight=weight)
+    assert torch.equal(gradient, plain)
+
+
+@by_dtype
+@pytest.mark.parametrize("n_classes", [20, 129, 5000])
+def test_loss_is_never_below_0(n_classes, dtype):
+    """Where one class has all of the probability, whatever its logit."""
+    top = torch.arange(1, 401).div(4).unsqueeze(1) + 20
+    logits = F.pad(top, (n_classes // 2, n_classes - 1 - n_classes // 2)).to(dtype)
+    target = torch.full((400,), n_classes // 2)
+    loss, gradient = loss_and_gradient(logits, target, 1.0, reduction="none")
+    assert (loss >= 0).all()
+    assert (gradient.gather(1, target.unsqueeze(1)) <= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 128256, 4), (2, 128256)], ids=["strided", "rows"])
+def test_ascending_logits_with_spread_labels(shape):
+    """A maximum that moves again and again."""
+    logits = (
+        torch.linspace(-30, 0, shape[1])
+        .view(1, -1, *[1] * (len(shape) - 2))
+        .repeat(shape[0], *[1] * (len(shape) - 1))
+    )
+    logits = logits.expand(shape).contiguous()
+    target = torch.full(shape, 0.7 / shape[1])
+    loss, _ = loss_and_gradient(logits, target, reduction="mean")
+    assert_loss(loss, truth(logits, target), torch.float32)
+
+
+@by_mode
+def test_sum_beyond_float32_is_infinite(mode):
+    logits = torch.tensor([[1e38, -1e38]] * 2)
+    loss, _ = loss_and_gradient(logits, torch.tensor([1, 1]), 1.0, mode, reduction="sum")
+    assert loss == math.inf
+
+
+@pytest.mark.parametrize("n_classes", [100, 200])
+def test_least_number_among_spread_labels(n_classes):
+    logits = torch.zeros(1, n_classes)
+    logits[0, 5] = torch.finfo(torch.float32).min
+    target = torch.tensor([0])
+    loss, _ = loss_and_gradient(logits, target, label_smoothing=0.1)
+    expected = F.cross_entropy(logits.double(), target, label_smoothing=0.1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)

@@ -63,7 +63,8 @@ Tensor reduce(const Problem& problem, const Tensor& row_loss, int64_t reduction,
               double total_weight, ScalarType loss_dtype, const cpu::Threads& threads) {
   if (reduction == kNone) return torch::stable::to(row_loss, loss_dtype);
   const double sum = cpu::sum_rows(problem.params, threads);
-  return torch::stable::full({}, reduction == kMean ? sum / total_weight : sum, loss_dtype);
+  const double loss = reduction == kMean ? sum / total_weight : sum;  // may be beyond loss_dtype
+  return torch::stable::to(torch::stable::full({}, loss, ScalarType::Double), loss_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(

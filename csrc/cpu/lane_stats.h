@@ -68,7 +68,7 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
     if constexpr (kHasSpread) {
       // shift is -inf where it overflows, and mass is still 0 there.
       const Vec<A> finite = vmax(Vec<A>{} + std::numeric_limits<A>::lowest(), shift);
-      this->dot.add(finite * this->mass.sum);
+      this->dot.add(finite * this->mass.value());
     }
   }
 };

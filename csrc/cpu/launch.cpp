@@ -84,7 +84,8 @@ double target_logit(const Params& p, const Kernels& k, int64_t row) {
 
 void finish_forward(const Params& p, int64_t row, double target_logit,
                     const RowStats<double>& stats) {
-  const double log_sum = std::log(stats.sum);
+  // The maximum's own term is 1, and may come out a little below.
+  const double log_sum = 0 < stats.sum && stats.sum < 1 ? 0 : std::log(stats.sum);
   double loss;
   if (has_indices(p)) {
     const int64_t y = target_index(p, row);
@@ -135,7 +136,7 @@ struct RowBackward {
     } else {
       mass = acc_at(p, p.label_mass, row);
     }
-    gradient = {max, g * (on_target + spread * mass) * std::exp(-log_sum), g * spread};
+    gradient = {max, g * label_mass(on_target, spread, mass) * std::exp(-log_sum), g * spread};
   }
 
   void write(const Params& p, const Kernels& k, int64_t row, int64_t begin, int64_t end) const {

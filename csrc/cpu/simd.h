@@ -355,7 +355,7 @@ struct SubtractingExp {
 // exp_nonpositive's polynomial, divided by its highest coefficient: that would be copied each time.
 struct Power {
   static constexpr float kLog2e = 1.44269504f;
-  static constexpr double kScale = 1 / 753.606689453125, kUnit = 1 / double{kLog2e};
+  static constexpr double kScale = 1 / 753.606689453125;
 
   XENT_INLINE static F32 power(F32 t) {
     constexpr float kShifter = 12582912.0f + 127;
@@ -374,17 +374,20 @@ struct Power {
 // x - max is exact for the x that matter, so that the same number added to all changes no bit.
 template <>
 struct SubtractingExp<float> : Power {
+  static constexpr double kUnit = 1;
   float max;
 
   XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<float>(m)) {}
   XENT_INLINE double origin() const { return max; }
-  XENT_INLINE F32 exponent(F32 x) const { return (x - max) * kLog2e; }
+  XENT_INLINE F32 exponent(F32 x) const { return x - max; }
+  XENT_INLINE static F32 power(F32 d) { return Power::power(d * kLog2e); }
 };
 
 // One instruction instead of two. x log2(e) + shift is rounded once (this rests on that), and what
 // shift was rounded to is the same for all x: so they are right around the origin() that it stands
 // for, which is near m where |m| < kMaxOrigin.
 struct FusedExp : Power {
+  static constexpr double kUnit = 1 / double{kLog2e};
   float shift;
 
   XENT_INLINE explicit FusedExp(double m) : shift(-static_cast<float>(m * kLog2e)) {}

@@ -207,9 +207,9 @@ struct TileGradient {
     }
     for (int lane = 0; lane < n; lane += kLanes<A>) {
       const Vec<A> g = labels.kept_lanes(lane) == 0 ? Vec<A>{} : load(upstream + lane);
-      const Vec<A> label_mass = labels.on_target(lane) + labels.spread * load(mass + lane);
+      const Vec<A> q = label_mass(labels.on_target(lane), labels.spread, load(mass + lane));
       store(spread + lane, g * labels.spread);
-      store(logit_factor + lane, g * label_mass * exp_nonpositive(-load(log_sum + lane)));
+      store(logit_factor + lane, g * q * exp_nonpositive(-load(log_sum + lane)));
     }
   }
 
