@@ -60,7 +60,8 @@ XENT_INLINE void merge_stats(RowStats<Acc>& stats, RowStats<Acc> other) {
 template <typename Real, typename Acc>
 XENT_INLINE Real index_loss(Real on_target, Acc spread, Real shifted_target, Real log_sum,
                             Real mass, Real dot) {
-  const Real loss = on_target == 0 ? Real{} : on_target * (log_sum - shifted_target);
+  // The row itself counts: where log_sum is not finite, neither is the loss.
+  const Real loss = on_target == 0 ? log_sum - log_sum : on_target * (log_sum - shifted_target);
   return spread == 0 ? loss : loss + spread * (mass * log_sum - dot);
 }
 

@@ -255,11 +255,7 @@ def test_loss_is_never_below_0(n_classes, dtype):
 @pytest.mark.parametrize("shape", [(1, 128256, 4), (2, 128256)], ids=["strided", "rows"])
 def test_ascending_logits_with_spread_labels(shape):
     """A maximum that moves again and again."""
-    logits = (
-        torch.linspace(-30, 0, shape[1])
-        .view(1, -1, *[1] * (len(shape) - 2))
-        .repeat(shape[0], *[1] * (len(shape) - 1))
-    )
+    logits = torch.linspace(-30, 0, shape[1]).view(1, -1, *[1] * (len(shape) - 2))
     logits = logits.expand(shape).contiguous()
     target = torch.full(shape, 0.7 / shape[1])
     loss, _ = loss_and_gradient(logits, target, reduction="mean")
@@ -281,3 +277,14 @@ def test_least_number_among_spread_labels(n_classes):
     loss, _ = loss_and_gradient(logits, target, label_smoothing=0.1)
     expected = F.cross_entropy(logits.double(), target, label_smoothing=0.1)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("n_classes", [5, 200])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_target_of_weight_0_hides_no_nan(value, n_classes):
+    logits = torch.zeros(1, n_classes)
+    logits[0, 3] = value
+    weight = torch.ones(n_classes)
+    weight[0] = 0
+    loss, _ = loss_and_gradient(logits, torch.tensor([0]), reduction="sum", weight=weight)
+    assert loss.isnan()

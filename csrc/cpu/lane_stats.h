@@ -1,7 +1,5 @@
 // The forward pass of one row a lane. Included like simd.h.
 
-// Online softmax (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867) by groups of classes:
-// each lane keeps the maximum and the sum of what it has seen, and rescales its sum once a group.
 template <typename A>
 struct NoSpreadStats {};
 
@@ -10,6 +8,8 @@ struct SpreadStats {
   LongSum<A> mass, dot;
 };
 
+// Online softmax (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867) by groups of classes:
+// each lane keeps the maximum and the sum of what it has seen, and rescales its sum once a group.
 template <typename A, bool kHasSpread>
 struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<A>> {
   // A finite start: lanes of -inf alone give exp(-inf - max) = 0 and not NaN.

@@ -66,19 +66,22 @@ template <typename T, bool kNone>
 class TargetPick {
   using A = Acc<T>;
   using Bits = typename TileLabels<T>::Bits;
-  Vec<Bits> target_{}, number_;
+  Vec<Bits> target_{}, next_{};  // counted from the group's first class; 255: not in this group
   Vec<A> logit_;
 
  public:
-  // The next class is j. Class numbers are compared by Bits: beyond 2^32 classes, two may be alike.
+  // The next class is j, the first of a group.
   XENT_INLINE TargetPick(const TileLabels<T>& labels, int64_t j, int lane)
-      : number_(Vec<Bits>{} + static_cast<Bits>(j)), logit_(load(labels.target_logit + lane)) {
-    for (int i = 0; i < kLanes<A>; ++i) target_[i] = static_cast<Bits>(labels.index[lane + i]);
+      : logit_(load(labels.target_logit + lane)) {
+    for (int i = 0; i < kLanes<A>; ++i) {
+      const uint64_t u = static_cast<uint64_t>(labels.index[lane + i] - j);
+      target_[i] = static_cast<Bits>(u < kGroup ? u : 255);
+    }
   }
   XENT_INLINE void operator()(Vec<A> x) {
     if (kNone) return;
-    logit_ = number_ == target_ ? x : logit_;
-    number_ += 1;
+    logit_ = next_ == target_ ? x : logit_;
+    next_ += 1;
   }
   XENT_INLINE void finish(TileLabels<T>& labels, int lane) const {
     if (!kNone) store(labels.target_logit + lane, logit_);

@@ -105,7 +105,6 @@ class TileMemory {
   // row and class. The last squares overlap those before. Returns how many rows that covers.
   template <typename Square>
   XENT_INLINE int for_squares(int count, const Square& square) const {
-    if (!std::is_same_v<A, float> || XENT_VECTOR_BYTES < 32) return 0;
     if (class_stride_ != 1 || count < 8) return 0;
     const int rows = n_rows / 8 * 8;
     for (int i = 0; i < rows; i += 8) {
@@ -115,40 +114,39 @@ class TileMemory {
     return rows;
   }
   XENT_INLINE void read_columns(int64_t j, int count, A* lanes) const {
-    const int squared = for_squares(count, [&](int i, int u) __attribute__((always_inline)) {
-      read_square(i, j + u, lanes + u * kTileRows + i);
-    });
+    int squared = 0;
+#if XENT_VECTOR_BYTES >= 32
+    if constexpr (std::is_same_v<A, float>) {
+      squared = for_squares(count, [&](int i, int u) __attribute__((always_inline)) {
+        F32x8 square[8];
+        for (int k = 0; k < 8; ++k) square[k] = load8(at(i + k, j + u));
+        transpose(square);
+        for (int k = 0; k < 8; ++k) store8(lanes + (u + k) * kTileRows + i, square[k]);
+      });
+    }
+#endif
     for (int i = squared; i < n_rows; ++i) {
       const T* from = at(i, j);
       for (int u = 0; u < count; ++u) lanes[u * kTileRows + i] = load_one(from + u * class_stride_);
     }
   }
   XENT_INLINE void write_columns(int64_t j, int count, const A* lanes) const {
-    const int squared = for_squares(count, [&](int i, int u) __attribute__((always_inline)) {
-      write_square(lanes + u * kTileRows + i, i, j + u);
-    });
+    int squared = 0;
+#if XENT_VECTOR_BYTES >= 32
+    if constexpr (std::is_same_v<A, float>) {
+      squared = for_squares(count, [&](int i, int u) __attribute__((always_inline)) {
+        F32x8 square[8];
+        for (int k = 0; k < 8; ++k) square[k] = load8(lanes + (u + k) * kTileRows + i);
+        transpose(square);
+        for (int k = 0; k < 8; ++k) store8(at(i + k, j + u), square[k]);
+      });
+    }
+#endif
     for (int i = squared; i < n_rows; ++i) {
       T* to = at(i, j);
       for (int u = 0; u < count; ++u) store_one(to + u * class_stride_, lanes[u * kTileRows + i]);
     }
   }
-#if XENT_VECTOR_BYTES >= 32
-  XENT_INLINE void read_square(int i, int64_t j, float* lanes) const {
-    F32x8 square[8];
-    for (int k = 0; k < 8; ++k) square[k] = load8(at(i + k, j));
-    transpose(square);
-    for (int k = 0; k < 8; ++k) store8(lanes + k * kTileRows, square[k]);
-  }
-  XENT_INLINE void write_square(const float* lanes, int i, int64_t j) const {
-    F32x8 square[8];
-    for (int k = 0; k < 8; ++k) square[k] = load8(lanes + k * kTileRows);
-    transpose(square);
-    for (int k = 0; k < 8; ++k) store8(at(i + k, j), square[k]);
-  }
-#endif
-  // Where for_squares finds none.
-  XENT_INLINE void read_square(int, int64_t, ...) const {}
-  XENT_INLINE void write_square(...) const {}
 
   T* base_;
   int64_t class_stride_;

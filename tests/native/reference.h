@@ -71,6 +71,7 @@ class Reference {
     }
     const Real log_sum = std::log(sum);
     lse[row] = max == -INFINITY ? max : max + log_sum;
+    row_loss = log_sum - log_sum;  // 0, or not a number
     for (int64_t j = 0; j < vocab_size; ++j) {
       if (q[j] != 0) row_loss += q[j] * (log_sum - shifted[j]);
     }
