@@ -27,7 +27,10 @@ def _load() -> str | None:
             except OSError as error:
                 return str(error)
             return None
-    return "this installation was built without its native library"
+    return (
+        f"there is no native library in {Path(__file__).parent}: built without one, or it is "
+        "a source folder that hides the installed package (then run from another folder)"
+    )
 
 
 LOAD_ERROR = _load()

@@ -61,7 +61,7 @@ def programs(tmp_path_factory):
 
     kernels = sorted(KERNELS.glob("*.cpp"))
     unused = () if machine_has_avx512() else tuple(KERNELS.glob("avx512*.cpp"))
-    threaded = [KERNELS / f"{name}.cpp" for name in ("portable", "launch", "capability")]
+    threaded = [KERNELS / f"{name}.cpp" for name in ("portable", "launch", "scan", "capability")]
     jobs = {
         ADDRESS: [(source, () if source in unused else ADDRESS) for source in [*kernels, CHECK]],
         THREAD: [(source, THREAD if source in threaded else ()) for source in [*kernels, CHECK]],

@@ -6,6 +6,7 @@ namespace {
 
 // clang-format off: each uses those before it
 #include "simd.h"
+#include "elementary.h"
 #include "spread.h"
 #include "row_kernels.h"
 #include "lane_stats.h"

@@ -1,38 +1,19 @@
 #include "launch.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "kernels.h"
+#include "tasks.h"
 
 namespace fused_xent::cpu {
 namespace {
 
 constexpr int64_t kTaskElements = 32768;  // logits that are worth a task of their own
-constexpr int64_t kBlockRows = 8192;      // rows a task of work that touches no logits
 constexpr int64_t kFewRows = 16;          // for fused mode, see forward_backward
 constexpr int64_t kMaxTileVocab = 128;    // up to here a row has too few vectors to fill a sweep
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Tasks are taken as threads come free: ignored rows cost nothing, so that equal shares would not
-// be.
-template <typename Task>
-void run_tasks(const Threads& threads, int64_t n_tasks, const Task& task) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t) {
-    for (int64_t i = next++; i < n_tasks; i = next++) task(i);
-  };
-  const int64_t count = std::min(threads.count, n_tasks);
-  if (count > 1) {
-    threads.run(count, work);
-  } else {
-    work(0);
-  }
-}
 
 // Calls row_body(row) for all rows, in tasks of about kTaskElements logits.
 template <typename RowBody>
@@ -42,11 +23,6 @@ void run_rows(const Params& p, const Threads& threads, const RowBody& row_body) 
     const int64_t end = std::min(p.n_rows, (i + 1) * step);
     for (int64_t row = i * step; row < end; ++row) row_body(row);
   });
-}
-
-double acc_at(const Params& p, const void* values, int64_t i) {
-  return p.dtype == DType::float64 ? static_cast<const double*>(values)[i]
-                                   : static_cast<const float*>(values)[i];
 }
 
 void set_acc(const Params& p, void* values, int64_t i, double value) {
@@ -61,10 +37,6 @@ bool has_indices(const Params& p) { return p.target_kind != TargetKind::probabil
 
 bool is_ignored(const Params& p, int64_t row) {
   return has_indices(p) && target_index(p, row) == p.ignore_index;
-}
-
-double class_weight(const Params& p, int64_t index) {
-  return p.weight == nullptr ? 1.0 : acc_at(p, p.weight, index);
 }
 
 double spread_of(const Params& p) {
@@ -272,75 +244,7 @@ void run_tiles(const Params& p, const Layout& layout, const Threads& threads, co
   });
 }
 
-// ---- indices and losses, without logits --------------------------------------------------------
-
-template <typename Index>
-TargetScan scan_rows(const Params& p, const Index* target, int64_t begin, int64_t end) {
-  TargetScan scan;
-  int64_t n_kept = 0, n_bad = 0;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t y = target[row];
-    const bool keep = y != p.ignore_index;
-    n_kept += keep;
-    n_bad += keep & (static_cast<uint64_t>(y) >= static_cast<uint64_t>(p.vocab_size));
-  }
-  scan.total_weight = static_cast<double>(n_kept);
-  if (n_bad > 0) {
-    scan.bad_row = begin;
-    const auto is_good = [&](int64_t y) {
-      return y == p.ignore_index || (0 <= y && y < p.vocab_size);
-    };
-    while (is_good(target[scan.bad_row])) ++scan.bad_row;
-  } else if (p.weight != nullptr) {
-    scan.total_weight = 0;
-    for (int64_t row = begin; row < end; ++row) {
-      if (target[row] != p.ignore_index) scan.total_weight += class_weight(p, target[row]);
-    }
-  }
-  return scan;
-}
-
-// In four sums, which do not wait for each other.
-template <typename A>
-double sum_of(const A* values, int64_t count) {
-  double sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    for (int k = 0; k < 4; ++k) sums[k] += values[i + k];
-  }
-  for (; i < count; ++i) sums[0] += values[i];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
 }  // namespace
-
-TargetScan scan_targets(const Params& p, const Threads& threads) {
-  std::vector<TargetScan> blocks(ceil_div(p.n_rows, kBlockRows));
-  run_tasks(threads, blocks.size(), [&](int64_t i) {
-    const int64_t end = std::min(p.n_rows, (i + 1) * kBlockRows);
-    blocks[i] = with_indices(
-        p, [&](const auto* target) { return scan_rows(p, target, i * kBlockRows, end); });
-  });
-  TargetScan all;
-  for (const TargetScan& block : blocks) {
-    if (all.bad_row < 0) all.bad_row = block.bad_row;
-    all.total_weight += block.total_weight;
-  }
-  return all;
-}
-
-double sum_rows(const Params& p, const Threads& threads) {
-  std::vector<double> blocks(ceil_div(p.n_rows, kBlockRows));
-  run_tasks(threads, blocks.size(), [&](int64_t i) {
-    const int64_t begin = i * kBlockRows, count = std::min(kBlockRows, p.n_rows - begin);
-    blocks[i] = p.dtype == DType::float64
-                    ? sum_of(static_cast<const double*>(p.row_loss) + begin, count)
-                    : sum_of(static_cast<const float*>(p.row_loss) + begin, count);
-  });
-  double sum = 0;
-  for (double block : blocks) sum += block;
-  return sum;
-}
 
 void forward(const Params& p, const Threads& threads) {
   if (p.n_rows == 0) return;

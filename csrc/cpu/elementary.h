@@ -1,0 +1,192 @@
+// Exponentials, logarithms and long sums of vectors. Included like simd.h.
+
+// exp(x) for x <= 0, and a few above, and NaN for NaN. Below the smallest normal number the result
+// is 0.
+//
+// x = (n + f) log 2 with integer n and |f| <= 1/2. Adding 1.5 * 2^23 + 127 leaves n + 127 in the
+// low bits, which, shifted by 23, are the number 2^n. 2^f is the polynomial of degree 5 with p(0) =
+// 1 and the least relative error, 9.3e-8; all in all 2.2e-7 for x > -5, growing with |x| to 1e-6.
+XENT_INLINE F32 exp_nonpositive(F32 x) {
+  constexpr float kShifter = 12582912.0f + 127;
+  constexpr float kLog2e = 1.44269504f;
+  x = vmax(-88.03f - F32{}, x);  // there n = -127, and 2^n is 0
+  const F32 shifted = x * kLog2e + kShifter;
+  const F32 f = x * kLog2e - (shifted - kShifter);
+  F32 p = 1.32695213e-3f * f + 9.67129134e-3f;
+  p = p * f + 5.55071086e-2f;
+  p = p * f + 2.40222469e-1f;
+  p = p * f + 6.93147004e-1f;
+  p = p * f + 1.0f;
+  return p * (F32)((U32)shifted << 23);
+}
+
+// As above, with log 2 in two parts and Taylor's series of e^r to r^13, |r| <= log(2) / 2.
+XENT_INLINE F64 exp_nonpositive(F64 x) {
+  constexpr double kShifter = 6755399441055744.0 + 1023;
+  x = vmax(-709.0895657128241 - F64{}, x);
+  const F64 shifted = x * 1.4426950408889634 + kShifter;
+  const F64 n = shifted - kShifter;
+  const F64 r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  F64 p = 1.0 / 6227020800 * r + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * r + 1;
+  p = p * r + 1;
+  return p * (F64)((U64)shifted << 52);
+}
+
+// exp(x - m) of a row's logits is kScale * power(exponent(x)): two steps, because the loss of soft
+// labels needs x - m, which is kUnit * exponent(x), too.
+template <typename A>
+struct SubtractingExp {
+  static constexpr double kScale = 1, kUnit = 1;
+  A max;
+
+  XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<A>(m)) {}
+  XENT_INLINE double origin() const { return max; }
+  XENT_INLINE Vec<A> exponent(Vec<A> x) const { return x - max; }
+  XENT_INLINE static Vec<A> power(Vec<A> d) { return exp_nonpositive(d); }
+};
+
+// exp_nonpositive's polynomial, divided by its highest coefficient: that would be copied each time.
+struct Power {
+  static constexpr float kLog2e = 1.44269504f;
+  static constexpr double kScale = 1 / 753.606689453125;
+
+  XENT_INLINE static F32 power(F32 t) {
+    constexpr float kShifter = 12582912.0f + 127;
+    t = vmax(-127.0f - F32{}, t);  // 2^n is 0 there
+    const F32 shifted = t + kShifter;
+    const F32 f = t - (shifted - kShifter);
+    F32 p = f + 7.28834963f;
+    p = p * f + 41.8305283f;
+    p = p * f + 181.033264f;
+    p = p * f + 522.360229f;
+    p = p * f + 753.606689f;
+    return p * (F32)((U32)shifted << 23);
+  }
+};
+
+// x - max is exact for the x that matter, so that the same number added to all changes no bit.
+template <>
+struct SubtractingExp<float> : Power {
+  static constexpr double kUnit = 1;
+  float max;
+
+  XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<float>(m)) {}
+  XENT_INLINE double origin() const { return max; }
+  XENT_INLINE F32 exponent(F32 x) const { return x - max; }
+  XENT_INLINE static F32 power(F32 d) { return Power::power(d * kLog2e); }
+};
+
+// One instruction instead of two. x log2(e) + shift is rounded once (this rests on that), and what
+// shift was rounded to is the same for all x: so they are right around the origin() that it stands
+// for, which is near m where |m| < kMaxOrigin.
+struct FusedExp : Power {
+  static constexpr double kUnit = 1 / double{kLog2e};
+  float shift;
+
+  XENT_INLINE explicit FusedExp(double m) : shift(-static_cast<float>(m * kLog2e)) {}
+  XENT_INLINE double origin() const { return -kUnit * shift; }
+  XENT_INLINE F32 exponent(F32 x) const { return fused_multiply_add(x, kLog2e, shift); }
+};
+
+// Where labels are spread over the classes, their gradient is a difference of numbers that may be
+// near each other: there, x - max is worth its instruction.
+template <typename A, typename Spread>
+using RowExp =
+    std::conditional_t<kHasFusedMultiplyAdd && std::is_same_v<A, float> && !Spread::kExists,
+                       FusedExp, SubtractingExp<A>>;
+
+// factor * exp(x - max), rounded to bfloat16 in the low half of each lane, for finite factors and
+// |max| <= kMaxRounded, beyond which the exponent would lose too much.
+//
+// It is 2^n * c 2^f with integer n, |f| <= 1/2 and c = 181 / 128, a little below sqrt(2). So c 2^f
+// is in [1, 2] and has its 8 bits at one place: the addition of 1.5 * 2^16, part of the
+// polynomial's last step, leaves them, rounded, in the low bits. Adding n above them makes the
+// number. Below the smallest normal number results are between 0 and that.
+struct RoundedExp {
+  static constexpr double kMaxRounded = 1024;
+  static constexpr double kLog2C = 0.4998458870832054;
+  float shift, shifter;
+
+  XENT_INLINE RoundedExp(double max, double factor)
+      : shift(static_cast<float>(std::log2(std::fabs(factor)) - max * 1.4426950408889634 - kLog2C)),
+        shifter(12582912.0f + 126 + (factor < 0 ? 256 : 0)) {}
+
+  XENT_INLINE static bool can_do(double max, double factor) {
+    return kHasFusedMultiplyAdd && std::fabs(max) <= kMaxRounded && std::fabs(factor) < 0x1p100;
+  }
+  XENT_INLINE U32 operator()(F32 x) const {
+    const F32 t = vmax(-127.5f - F32{}, fused_multiply_add(x, 1.44269504f, shift));  // 0 there
+    const F32 shifted = t + shifter;
+    const F32 f = t - (shifted - shifter);
+    F32 p = 0.00187639325f * f + 0.0136758104f;
+    p = p * f + 0.0784905208f;
+    p = p * f + 0.339689585f;
+    p = p * f + 0.980153185f;
+    p = p * f + (1.4140625f + 98304.0f);
+    return (U32)p + ((U32)shifted << 7);
+  }
+};
+
+// log(x) for x >= 1, x = 0 (-inf) and NaN. x = 2^n m with m in [sqrt(1/2), sqrt(2)) and
+// log(m) = 2 atanh((m - 1) / (m + 1)), by the series of atanh.
+XENT_INLINE F32 log_positive(F32 x) {
+  const U32 bits = (U32)x - 0x3f3504f3;  // of sqrt(1/2)
+  const F32 n = __builtin_convertvector((Vec<int32_t>)bits >> 23, F32);
+  const F32 m = (F32)((bits & 0x7fffff) + 0x3f3504f3);
+  const F32 t = (m - 1) / (m + 1);
+  const F32 t2 = t * t;
+  F32 p = 2.0f / 9 * t2 + 2.0f / 7;
+  p = p * t2 + 2.0f / 5;
+  p = p * t2 + 2.0f / 3;
+  p = p * t2 + 2.0f;
+  const F32 log = n * 6.93147181e-1f + t * p;
+  return x == 0 ? -__builtin_inff() - F32{} : log + (x - x);
+}
+
+XENT_INLINE F64 log_positive(F64 x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log(x[i]);
+  return x;
+}
+
+// exp(x) - 1 for x <= 0: Taylor's series where exp would cancel.
+XENT_INLINE F32 expm1_nonpositive(F32 x) {
+  F32 p = x * (1.0f / 40320) + 1.0f / 5040;
+  p = p * x + 1.0f / 720;
+  p = p * x + 1.0f / 120;
+  p = p * x + 1.0f / 24;
+  p = p * x + 1.0f / 6;
+  p = p * x + 0.5f;
+  return x > -0.5f ? (p * x) * x + x : exp_nonpositive(x) - 1;
+}
+
+XENT_INLINE F64 expm1_nonpositive(F64 x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::expm1(x[i]);
+  return x;
+}
+
+// A sum of many numbers, a vector of them at a time, and apart from it what its additions lost
+// (Knuth's two-sum): the error no longer grows with the number of additions.
+template <typename A>
+struct LongSum {
+  Vec<A> sum{}, lost{};
+
+  XENT_INLINE void add(Vec<A> value) {
+    const Vec<A> total = sum + value, added = total - sum;
+    lost += (sum - (total - added)) + (value - added);
+    sum = total;
+  }
+  XENT_INLINE Vec<A> value() const {
+    return lost - lost == 0 ? sum + lost : sum;  // what an infinite sum lost is not a number
+  }
+};
