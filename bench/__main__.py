@@ -47,7 +47,10 @@ def parser() -> Parser:
     result.add_argument("--vocab", type=at_least(2), help="classes of a case of your own")
     result.add_argument("--soft", action="store_true", help="soft labels in your own case")
     result.add_argument("--dtype", action="append", choices=DTYPES, help="may be given repeatedly")
-    modes = "may be given repeatedly; fused mode is measured under both"
+    modes = (
+        "may be given repeatedly; backward and both also measure inplace "
+        "(inplace_backward=True), both also fused (grad_in_forward=True)"
+    )
     result.add_argument("--mode", action="append", choices=MODES, help=modes)
     result.add_argument("--quick", action="store_true", help="fewer cases and rounds: a minute")
     result.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")

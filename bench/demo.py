@@ -167,7 +167,8 @@ def main() -> int:
         print("\r\033[K", end="", file=sys.stderr)
     print(
         f"{len(tokens):,} tokens of Python's own library, {vocab_size} different ones; "
-        f"{len(runs[0].steps)} steps in float32 on {runs[0].summary['threads']} threads; medians\n"
+        f"{len(runs[0].steps)} of {STEPS} float32 steps on {runs[0].summary['threads']} threads, "
+        "medians\n"
     )
     print(*table(runs), sep="\n")
     agree = all(difference(run, runs[0]) <= TOLERANCE for run in runs)

@@ -38,8 +38,13 @@ def main() -> int:
         f"fused_xent {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     )
     if _ops.LOAD_ERROR is None:
+        try:
+            capability = _ops.cpu_capability()
+        except ValueError as error:
+            print(f"CPU: no kernels, because {error}")
+            return 1
         threads = torch.get_num_threads()
-        print(f"CPU: native kernels, instruction set {_ops.cpu_capability()}, {threads} threads")
+        print(f"CPU: native kernels, instruction set {capability}, {threads} threads")
     else:
         print(f"CPU: torch operations, because {_ops.LOAD_ERROR}")
     print("CUDA, MPS and other devices: torch operations\n")

@@ -288,3 +288,15 @@ def test_target_of_weight_0_hides_no_nan(value, n_classes):
     weight[0] = 0
     loss, _ = loss_and_gradient(logits, torch.tensor([0]), reduction="sum", weight=weight)
     assert loss.isnan()
+
+
+@pytest.mark.parametrize("n_classes", [24, 200])
+@pytest.mark.parametrize(("low", "high"), [(0, 20), (20, 0)])
+def test_distance_beyond_float32_hides_in_no_number(n_classes, low, high):
+    """The loss, 6e36, is a number, but the way to it is not: infinite or right, nothing else."""
+    logits = torch.full((1, n_classes), -3e38)
+    logits[0, high] = 3e38
+    target = torch.zeros_like(logits)
+    target[0, low], target[0, high] = 0.01, 0.99
+    loss, _ = loss_and_gradient(logits, target)
+    assert loss.isinf() or torch.isclose(loss, torch.tensor(6e36), rtol=1e-5)

@@ -95,3 +95,10 @@ def test_report_of_what_runs_here(run_python):
     assert f"fused_xent {fused_xent.__version__}" in report.stdout
     assert f"instruction set {fused_xent.cpu_capability()}" in report.stdout
     assert "WRONG" not in report.stdout
+
+
+def test_report_of_an_instruction_set_that_does_not_exist(run_python):
+    report = run_python("-m", "fused_xent", FUSED_XENT_CPU_CAPABILITY="sse")
+    assert report.returncode == 1
+    assert "must be avx512_bf16, avx512, avx2 or portable, got sse" in report.stdout
+    assert "Traceback" not in report.stderr

@@ -66,9 +66,9 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
     above_one_ = Vec<A>{} + 1;
     add_to_sum(sum);
     if constexpr (kHasSpread) {
-      // shift is -inf where it overflows, and mass is still 0 there.
-      const Vec<A> finite = vmax(Vec<A>{} + std::numeric_limits<A>::lowest(), shift);
-      this->dot.add(finite * this->mass.value());
+      // shift may overflow to -inf: of no mass that is still 0, of some the dot has no number.
+      const Vec<A> mass = this->mass.value();
+      this->dot.add(mass == 0 ? Vec<A>{} : shift * mass);
     }
   }
 };
