@@ -1,0 +1,86 @@
+// Backward by rows: one read of the logits (and of the probabilities), one write of the gradient,
+// which may take their place. Purely elementwise: a block on each part of a long row.
+//
+// scale_gradient is the same with another formula.
+#include "dispatch.cuh"
+#include "sweep.cuh"
+
+namespace fused_xent::cuda {
+namespace {
+
+constexpr int kMaxThreads = 256;
+
+template <typename T, typename Values>
+__device__ __forceinline__ void write_share(T* out, const RowView<const T>& view,
+                                            const Values& values, const Share& share) {
+  write_edges(out, view, values, share);
+  write_vectors(out, view, values, share, share.begin + share.rank);
+}
+
+template <typename T, typename S>
+__global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S>))
+    backward_rows(const __grid_constant__ Arguments a, int team_size) {
+  using A = Acc<T>;
+  const A scale = upstream_scale<A>(a);
+  const Team team(team_size, 1, 0);
+  const int vocab_size = static_cast<int>(a.vocab_size);
+  const int part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
+  for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
+    T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
+    const Target target = read_target(a, row);
+    if (target.is_ignored || target.is_bad) {
+      fill_row(out, vocab_size, target.is_bad ? kNaN<A> : A(0), team, part, parts);
+      continue;
+    }
+    const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
+    const RowView<const T> view = view_for<T>(logits, out, vocab_size);
+    const Spread<T, S> spread(a, row);
+    const Share share(team, view.n_vectors, part, parts);
+    // The target's own thread reads its logit before it overwrites it, and its gradient after.
+    const bool has_target = share.owns(view, target.index);
+    const A target_logit = has_target ? to_acc(logits[target.index]) : A(0);
+    const RowGradient<A> gradient =
+        saved_gradient(a, scale, row, target.index, has_target, target_logit);
+    write_share(out, view, GradientOf<T, S>{gradient, spread}, share);
+    if (has_target) out[target.index] = from_acc<T>(gradient.at_target);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    scale_rows(const __grid_constant__ Arguments a, int team_size) {
+  using A = Acc<T>;
+  const A scale = upstream_scale<A>(a);
+  if (a.grad_loss_stride == 0 && upstream_of(a, scale, 0) == 1) return;
+  const Team team(team_size, 1, 0);
+  const int vocab_size = static_cast<int>(a.vocab_size);
+  for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
+    if (read_target(a, row).is_ignored) continue;
+    T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
+    const RowView<const T> view(out, vocab_size);
+    write_share(
+        out, view, ScaledBy<T>{upstream_of(a, scale, row)},
+        Share(team, view.n_vectors, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)));
+  }
+}
+
+}  // namespace
+
+cudaError_t backward_by_rows(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+  return with_types(a, [&](auto t, auto s) {
+    using T = typename decltype(t)::type;
+    using S = typename decltype(s)::type;
+    backward_rows<T, S><<<grid_for(a, plan), plan.threads, 0, stream>>>(a, plan.team);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t scale_by_rows(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+  return with_dtype(a.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    scale_rows<T><<<grid_for(a, plan), plan.threads, 0, stream>>>(a, plan.team);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace fused_xent::cuda

@@ -1,0 +1,299 @@
+// All three passes where the classes of a row are not adjacent, or so few that a thread takes them
+// all: images (batch, class, pixel), transposed matrices, ten classes.
+//
+// A thread has one row, or 16 bytes of adjacent ones, and walks over the classes; neighbouring
+// threads have neighbouring rows, so that accesses are whole lines without a transposition. Where
+// rows are few, several workers share the classes of each. Forward reads once; backward reads and
+// writes once; forward_backward reads a second time, soon enough to find it in a cache.
+#include "dispatch.cuh"
+#include "labels.cuh"
+#include "sweep.cuh"
+#include "team.cuh"
+
+namespace fused_xent::cuda {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int kClasses = 4;  // that a thread reads before it uses the first
+
+// R adjacent rows of one class.
+template <int R, typename T>
+__device__ __forceinline__ void load_rows(const T* p, Acc<T> (&x)[R]) {
+  if constexpr (R == 1) {
+    x[0] = to_acc(*p);
+  } else {
+    static_assert(R % kVector<T> == 0);
+#pragma unroll
+    for (int begin = 0; begin < R; begin += kVector<T>) {
+      Acc<T> part[kVector<T>];
+      unpack<T>(load_vector(p + begin), part);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) x[begin + i] = part[i];
+    }
+  }
+}
+
+template <int R, typename T>
+__device__ __forceinline__ void store_rows(T* p, const Acc<T> (&x)[R]) {
+  if constexpr (R == 1) {
+    *p = from_acc<T>(x[0]);
+  } else {
+    store_vector(p, pack<T>(x));
+  }
+}
+
+// t_j of R adjacent rows.
+template <int R, typename T, typename S>
+__device__ __forceinline__ void load_spread(const Spread<T, S>& spread, bool is_shared, int j,
+                                            Acc<T> (&t)[R]) {
+  if (R == 1 || is_shared) {
+    const Acc<T> one = spread.at(j);
+#pragma unroll
+    for (int r = 0; r < R; ++r) t[r] = one;
+  } else {
+    load_rows<R>(spread.t + j * spread.class_stride, t);
+#pragma unroll
+    for (int r = 0; r < R; ++r) t[r] = spread.smooth(t[r], j);
+  }
+}
+
+// A thread's rows, and its classes: every n_workers-th group of kClasses.
+template <int R>
+struct Rows {
+  int64_t first;
+  int worker, n_workers, vocab_size;
+  bool any, is_kept[R];
+  int target[R];
+
+  __device__ Rows(const Params& p, int64_t first, int worker, int n_workers)
+      : first(first),
+        worker(worker),
+        n_workers(n_workers),
+        vocab_size(static_cast<int>(p.vocab_size)),
+        any(false) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      Target t{-1, true, false};
+      if (first < p.n_rows) t = read_target(p, first + r);
+      is_kept[r] = !t.is_ignored;
+      target[r] = t.index;
+      any |= !t.is_ignored && !t.is_bad;
+    }
+  }
+  // Calls body(j, count) for its classes.
+  template <typename Body>
+  __device__ __forceinline__ void for_classes(const Body& body) const {
+    for (int64_t j = worker * kClasses; j < vocab_size; j += n_workers * kClasses) {
+      body(static_cast<int>(j), static_cast<int>(min(vocab_size - j, int64_t{kClasses})));
+    }
+  }
+  // False for -1. The number of workers is a power of two.
+  __device__ bool owns(int j) const { return j >= 0 && (j / kClasses & (n_workers - 1)) == worker; }
+};
+
+template <typename T, typename S, int R>
+__device__ __forceinline__ void sweep_rows(const Params& p, const Rows<R>& rows,
+                                           RowStats<Acc<T>> (&stats)[R]) {
+  using A = Acc<T>;
+  constexpr bool kHasSpread = Spread<T, S>::kExists;
+  const T* logits = row_of<const T>(p.logits, p.logits_layout, rows.first);
+  const Spread<T, S> spread(p, rows.first);
+  rows.for_classes([&](int j, int count) {
+    A x[kClasses][R], max[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) max[r] = stats[r].max;
+#pragma unroll
+    for (int u = 0; u < kClasses; ++u) {
+      if (u < count) load_rows<R>(logits + (j + u) * p.logits_layout.class_stride, x[u]);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (u >= count) x[u][r] = -kInfinity<A>;
+        max[r] = fmax(max[r], x[u][r]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) raise_max<kHasSpread>(stats[r], max[r]);
+#pragma unroll
+    for (int u = 0; u < kClasses; ++u) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) stats[r].sum += exp_nonpositive(x[u][r] - max[r]);
+      if constexpr (kHasSpread) {
+        if (u >= count) continue;
+        A t[R];
+        load_spread<R>(spread, has_indices(p), j + u, t);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          stats[r].mass += t[r];
+          if (t[r] != 0) stats[r].dot += t[r] * (x[u][r] - max[r]);
+        }
+      }
+    }
+  });
+}
+
+// One thread a row: merges the workers' statistics, finishes the row's loss, makes its gradient.
+template <typename T>
+__device__ __forceinline__ RowGradient<Acc<T>> finish_row(const Arguments& a, Acc<T> scale,
+                                                          int64_t row,
+                                                          const RowStats<Acc<T>>* stats,
+                                                          int n_workers, int stride,
+                                                          bool has_forward, bool has_backward) {
+  using A = Acc<T>;
+  const Target target = read_target(a, row);
+  if (target.is_ignored || target.is_bad) {
+    if (has_forward) write_unread_row<A>(a, row, target.is_bad);
+    return {0, target.is_bad ? kNaN<A> : A(0), 0, 0};
+  }
+  const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
+  const A target_logit =
+      target.index < 0 ? A(0) : to_acc(logits[target.index * a.logits_layout.class_stride]);
+  const bool wants_target = has_backward && target.index >= 0;
+  if (!has_forward) return saved_gradient(a, scale, row, target.index, wants_target, target_logit);
+  RowStats<A> merged = stats[0];
+  for (int i = 1; i < n_workers; ++i) merge_stats(merged, stats[i * stride]);
+  finish_forward(a, row, target.index, target_logit, merged);
+  if (!has_backward) return {};
+  return gradient_of_row(a, scale, row, target.index, merged.max, log_sum_of(merged), merged.mass,
+                         wants_target, target_logit);
+}
+
+template <typename T, typename S, int R>
+__device__ __forceinline__ void write_rows(const Arguments& a, const Rows<R>& rows,
+                                           const RowGradient<Acc<T>>* shared) {
+  using A = Acc<T>;
+  const T* logits = row_of<const T>(a.logits, a.logits_layout, rows.first);
+  T* out = row_of<T>(a.grad_logits, a.grad_layout, rows.first);
+  const Spread<T, S> spread(a, rows.first);
+  RowGradient<A> gradients[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) gradients[r] = shared[r];
+  rows.for_classes([&](int j, int count) {
+    A x[kClasses][R];
+#pragma unroll
+    for (int u = 0; u < kClasses; ++u) {
+      if (u < count && rows.any) {
+        load_rows<R>(logits + (j + u) * a.logits_layout.class_stride, x[u]);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kClasses; ++u) {
+      if (u >= count) continue;
+      A t[R];
+      if constexpr (Spread<T, S>::kExists) {
+        if (rows.any) load_spread<R>(spread, has_indices(a), j + u, t);
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        A value = gradients[r].factor;  // of a row that is not read: all of its gradient
+        if (rows.any) {
+          value *= exp_nonpositive(x[u][r] - gradients[r].max);
+          if constexpr (Spread<T, S>::kExists) value -= t[r] * gradients[r].spread;
+        }
+        x[u][r] = rows.is_kept[r] ? value : A(0);
+      }
+      store_rows<R>(out + (j + u) * a.grad_layout.class_stride, x[u]);
+    }
+  });
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (!rows.owns(rows.target[r])) continue;
+    out[r + rows.target[r] * a.grad_layout.class_stride] = from_acc<T>(shared[r].at_target);
+  }
+}
+
+template <typename T, typename S, int R>
+__global__ void __launch_bounds__(kMaxThreads, (R == 8 ? 1 : kMinBlocks<T, S>))
+    columns(const __grid_constant__ Arguments a, int n_workers, bool has_forward,
+            bool has_backward) {
+  using A = Acc<T>;
+  static_assert(sizeof(RowGradient<A>) == sizeof(RowStats<A>));
+  extern __shared__ __align__(16) char memory[];
+  auto* stats = reinterpret_cast<RowStats<A>*>(memory);
+  auto* gradients = reinterpret_cast<RowGradient<A>*>(memory);
+  const A scale = has_backward ? upstream_scale<A>(a) : A(0);
+  const int lanes = static_cast<int>(blockDim.x) / n_workers, n_slots = lanes * R;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int worker = static_cast<int>(threadIdx.x) / lanes;
+  for (int64_t block = blockIdx.x; block * n_slots < a.n_rows; block += gridDim.x) {
+    const int64_t first = block * n_slots;
+    const Rows<R> rows(a, first + lane * R, worker, n_workers);
+    const bool has_rows = rows.first < a.n_rows;
+    if (has_forward) {
+      RowStats<A> mine[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) mine[r] = empty_stats<A>();
+      if (has_rows && rows.any) sweep_rows<T, S, R>(a, rows, mine);
+#pragma unroll
+      for (int r = 0; r < R; ++r) stats[worker * n_slots + lane * R + r] = mine[r];
+    }
+    __syncthreads();
+    for (int slot = threadIdx.x; slot < n_slots; slot += blockDim.x) {
+      if (first + slot >= a.n_rows) continue;
+      gradients[slot] = finish_row<T>(a, scale, first + slot, stats + slot, n_workers, n_slots,
+                                      has_forward, has_backward);
+    }
+    __syncthreads();
+    if (has_backward && has_rows) write_rows<T, S, R>(a, rows, gradients + lane * R);
+    __syncthreads();  // the next rows' statistics go where these gradients are
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads, 4)
+    scale_columns(const __grid_constant__ Arguments a, int n_workers) {
+  using A = Acc<T>;
+  const A scale = upstream_scale<A>(a);
+  if (a.grad_loss_stride == 0 && upstream_of(a, scale, 0) == 1) return;
+  const int lanes = static_cast<int>(blockDim.x) / n_workers;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int worker = static_cast<int>(threadIdx.x) / lanes;
+  for (int64_t row = int64_t{blockIdx.x} * lanes + lane; row < a.n_rows;
+       row += int64_t{gridDim.x} * lanes) {
+    const Rows<1> rows(a, row, worker, n_workers);
+    if (!rows.is_kept[0]) continue;
+    T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
+    const A factor = upstream_of(a, scale, row);
+    rows.for_classes([&](int j, int count) {
+      for (int u = 0; u < count; ++u) {
+        T& value = out[(j + u) * a.grad_layout.class_stride];
+        value = from_acc<T>(to_acc(value) * factor);
+      }
+    });
+  }
+}
+
+template <typename T, typename S, int R>
+cudaError_t launch(const Arguments& a, const Plan& plan, int64_t shared, bool has_forward,
+                   bool has_backward, cudaStream_t stream) {
+  const cudaError_t error = allow_shared(columns<T, S, R>, shared);
+  if (error != cudaSuccess) return error;
+  const unsigned grid = blocks_for(a.n_rows, plan.threads / plan.workers * R);
+  columns<T, S, R><<<grid, plan.threads, static_cast<size_t>(shared), stream>>>(
+      a, plan.workers, has_forward, has_backward);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t by_columns(const Arguments& a, const Plan& plan, int64_t shared, bool has_forward,
+                       bool has_backward, cudaStream_t stream) {
+  return with_types(a, [&](auto t, auto s) {
+    using T = typename decltype(t)::type;
+    using S = typename decltype(s)::type;
+    if (plan.row_vector == 1) {
+      return launch<T, S, 1>(a, plan, shared, has_forward, has_backward, stream);
+    }
+    return launch<T, S, kVector<T>>(a, plan, shared, has_forward, has_backward, stream);
+  });
+}
+
+cudaError_t scale_by_columns(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+  return with_dtype(a.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    const unsigned grid = blocks_for(a.n_rows, plan.threads / plan.workers);
+    scale_columns<T><<<grid, plan.threads, 0, stream>>>(a, plan.workers);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace fused_xent::cuda

@@ -1,0 +1,59 @@
+// From the types that Params name to the kernels' template arguments, and checked launches.
+#pragma once
+
+#include "launch.h"
+#include "memory.cuh"
+
+namespace fused_xent::cuda {
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+template <typename Body>
+cudaError_t with_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::float32:
+      return body(Type<float>{});
+    case DType::float64:
+      return body(Type<double>{});
+    case DType::bfloat16:
+      return body(Type<__nv_bfloat16>{});
+    default:
+      return body(Type<__half>{});
+  }
+}
+
+// Calls body(T, S): the types of the logits and of Spread.
+template <typename Body>
+cudaError_t with_types(const Params& p, const Body& body) {
+  return with_dtype(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const bool probabilities = p.target_kind == TargetKind::probabilities;
+    if (!probabilities && p.label_smoothing == 0) return body(type, Type<void>{});
+    if constexpr (sizeof(T) == 2) {
+      if (probabilities && p.target_dtype == p.dtype) return body(type, type);
+    }
+    return body(type, Type<Acc<T>>{});
+  });
+}
+
+// The kernels loop over what is beyond the largest grid.
+inline unsigned blocks_for(int64_t units, int64_t per_block, int64_t most = INT32_MAX) {
+  const int64_t blocks = (units + per_block - 1) / per_block;
+  return static_cast<unsigned>(blocks < most ? blocks : most);
+}
+// By rows and parts of them.
+inline dim3 grid_for(const Params& p, const Plan& plan) {
+  return dim3(blocks_for(p.n_rows, plan.threads / plan.team), static_cast<unsigned>(plan.parts));
+}
+
+// More shared memory than 48 KiB has to be asked for.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, int64_t bytes) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+}  // namespace fused_xent::cuda

@@ -1,0 +1,206 @@
+// A row's labels, its results and the factors of its gradient: all that is not a loop over classes.
+#pragma once
+
+#include <cstdint>
+
+#include "../xent_math.h"
+#include "launch.h"
+#include "memory.cuh"
+
+namespace fused_xent::cuda {
+
+__device__ __forceinline__ bool has_indices(const Params& p) {
+  return p.target_kind != TargetKind::probabilities;
+}
+
+struct Target {
+  int index;  // -1: of probabilities, or of a row without a gradient
+  bool is_ignored, is_bad;
+};
+
+__device__ __forceinline__ Target read_target(const Params& p, int64_t row) {
+  if (!has_indices(p)) return {-1, false, false};
+  int64_t index;
+  if (p.target_kind == TargetKind::int64) {
+    index = static_cast<const int64_t*>(p.target)[row];
+  } else if (p.target_kind == TargetKind::int32) {
+    index = static_cast<const int32_t*>(p.target)[row];
+  } else {
+    index = static_cast<const uint8_t*>(p.target)[row];
+  }
+  if (index == p.ignore_index) return {-1, true, false};
+  const bool is_bad = index < 0 || index >= p.vocab_size;
+  return {is_bad ? -1 : static_cast<int>(index), false, is_bad};
+}
+
+// row_offset of ../xent_params.h, by divisions of 32 bits.
+template <typename T>
+__device__ __forceinline__ T* row_of(const void* data, const Layout& layout, int64_t row) {
+  auto rest = static_cast<uint32_t>(row);
+  int64_t offset = 0;
+  for (int d = layout.n_dims - 1; d > 0; --d) {
+    const auto size = static_cast<uint32_t>(layout.size[d]);
+    offset += rest % size * layout.stride[d];
+    rest /= size;
+  }
+  return const_cast<T*>(static_cast<const T*>(data)) + offset + rest * layout.stride[0];
+}
+
+template <typename A>
+__device__ __forceinline__ A class_weight(const Params& p, int j) {
+  return p.weight == nullptr ? A(1) : static_cast<const A*>(p.weight)[j];
+}
+
+// on_target and spread of ../xent_math.h.
+template <typename A>
+__device__ __forceinline__ A on_target_of(const Params& p, int target) {
+  return target < 0 ? A(0) : static_cast<A>(1 - p.label_smoothing) * class_weight<A>(p, target);
+}
+template <typename A>
+__device__ __forceinline__ A spread_of(const Params& p) {
+  return has_indices(p) ? static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size))
+                        : A(1);
+}
+
+// t_j of ../xent_math.h. S is the type it is read in: that of the probabilities, the accumulation
+// type for class weights, or void where there is no spread.
+template <typename T, typename S>
+struct Spread {
+  using A = Acc<T>;
+  static constexpr bool kExists = true;
+  const S* t;  // of class 0; null: all are `offset`
+  int64_t class_stride;
+  const A* weight;  // null: all are 1
+  A scale, offset;
+
+  __device__ Spread(const Params& p, int64_t row) {
+    const bool probabilities = !has_indices(p);
+    t = probabilities ? row_of<S>(p.target, p.target_layout, row) : static_cast<const S*>(p.weight);
+    class_stride = probabilities ? p.target_layout.class_stride : 1;
+    weight = probabilities ? static_cast<const A*>(p.weight) : nullptr;
+    scale = probabilities ? static_cast<A>(1 - p.label_smoothing) : A(1);
+    offset = !probabilities ? A(t == nullptr)
+                            : static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size));
+  }
+
+  __device__ __forceinline__ A smooth(A value, int j) const {
+    value = value * scale + offset;
+    return weight == nullptr ? value : value * weight[j];
+  }
+  __device__ __forceinline__ A at(int j) const {
+    return t == nullptr ? offset : smooth(to_acc(t[j * class_stride]), j);
+  }
+  // Of kVector<T> classes from j on, which are adjacent.
+  __device__ __forceinline__ void vector(int j, A (&values)[kVector<T>]) const {
+    constexpr int kN = kVector<S>;
+    if (t == nullptr || !is_vector_aligned(t + j)) {
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) values[i] = at(j + i);
+      return;
+    }
+#pragma unroll
+    for (int begin = 0; begin < kVector<T>; begin += kN) {
+      Acc<S> read[kN];
+      unpack<S>(load_vector(t + j + begin), read);
+#pragma unroll
+      for (int i = 0; i < kN; ++i) values[begin + i] = smooth(read[i], j + begin + i);
+    }
+  }
+};
+
+template <typename T>
+struct Spread<T, void> {
+  static constexpr bool kExists = false;
+  __device__ Spread(const Params&, int64_t) {}
+};
+
+// ---- what forward leaves ---------------------------------------------------------------------
+
+template <typename A>
+__device__ __forceinline__ void write_row(const Params& p, int64_t row, A loss, A max, A log_sum,
+                                          A mass) {
+  if (p.row_loss != nullptr) static_cast<A*>(p.row_loss)[row] = loss;
+  if (p.row_max == nullptr) return;
+  static_cast<A*>(p.row_max)[row] = max;
+  static_cast<A*>(p.log_sum)[row] = log_sum;
+  if (p.label_mass != nullptr) static_cast<A*>(p.label_mass)[row] = mass;
+}
+
+// Of a row that is ignored, or whose target is no class: that of the latter is NaN.
+template <typename A>
+__device__ __forceinline__ void write_unread_row(const Params& p, int64_t row, bool is_bad) {
+  const A value = is_bad ? kNaN<A> : A(0);
+  write_row<A>(p, row, value, value, value, value);
+}
+
+template <typename A>
+__device__ __forceinline__ A log_sum_of(const RowStats<A>& stats) {
+  // The maximum's own term is 1, and may come out a little below.
+  return 0 < stats.sum && stats.sum < 1 ? A(0) : log(stats.sum);
+}
+
+template <typename A>
+__device__ __forceinline__ void finish_forward(const Params& p, int64_t row, int target,
+                                               A target_logit, const RowStats<A>& stats) {
+  const A log_sum = log_sum_of(stats);
+  const A loss = has_indices(p)
+                     ? index_loss(on_target_of<A>(p, target), spread_of<A>(p),
+                                  target_logit - stats.max, log_sum, stats.mass, stats.dot)
+                     : probability_loss(log_sum, stats.mass, stats.dot);
+  write_row(p, row, loss, stats.max, log_sum, stats.mass);
+}
+
+// ---- what backward takes from it -------------------------------------------------------------
+
+// What every row's upstream gradient is multiplied by. For a kernel's beginning: a division is a
+// call there, around which what is in registers would have to be saved.
+template <typename A>
+__device__ __forceinline__ A upstream_scale(const Arguments& a) {
+  const A scale = static_cast<A>(a.grad_scale);
+  return a.total_weight == nullptr ? scale : scale / static_cast<A>(*a.total_weight);
+}
+template <typename A>
+__device__ __forceinline__ A upstream_of(const Params& p, A scale, int64_t row) {
+  return static_cast<const A*>(p.grad_loss)[row * p.grad_loss_stride] * scale;
+}
+
+// The gradient at class j is factor * exp(x_j - max) - spread * t_j, but for the target's.
+template <typename A>
+struct RowGradient {
+  A max, factor, spread, at_target;
+
+  __device__ __forceinline__ A at(A x) const { return exp_nonpositive(x - max) * factor; }
+};
+
+// mass is that of RowStats. at_target is made only where it is wanted.
+template <typename A>
+__device__ __forceinline__ RowGradient<A> gradient_of_row(const Arguments& a, A scale, int64_t row,
+                                                          int target, A max, A log_sum, A mass,
+                                                          bool wants_target, A target_logit) {
+  if (has_indices(a)) {
+    mass = a.weight_sum_on_device == nullptr ? static_cast<A>(a.vocab_size)
+                                             : static_cast<A>(*a.weight_sum_on_device);
+  }
+  const A upstream = upstream_of(a, scale, row), on_target = on_target_of<A>(a, target);
+  const A spread = spread_of<A>(a);
+  A at_target = 0;
+  if (wants_target) {
+    const A log_p = (target_logit - max) - log_sum;
+    at_target = upstream * target_gradient(on_target, spread, exp(log_p), expm1(log_p), mass,
+                                           class_weight<A>(a, target));
+  }
+  return {max, upstream * label_mass(on_target, spread, mass) * exp(-log_sum), upstream * spread,
+          at_target};
+}
+
+// By what forward has left of a row.
+template <typename A>
+__device__ __forceinline__ RowGradient<A> saved_gradient(const Arguments& a, A scale, int64_t row,
+                                                         int target, bool wants_target,
+                                                         A target_logit) {
+  const A mass = a.label_mass == nullptr ? A(0) : static_cast<const A*>(a.label_mass)[row];
+  return gradient_of_row(a, scale, row, target, static_cast<const A*>(a.row_max)[row],
+                         static_cast<const A*>(a.log_sum)[row], mass, wants_target, target_logit);
+}
+
+}  // namespace fused_xent::cuda

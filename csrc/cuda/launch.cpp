@@ -1,0 +1,76 @@
+#include "launch.h"
+
+#include "regimes.h"
+
+namespace fused_xent::cuda {
+namespace {
+
+bool is_aligned_to(const Layout& layout, const void* data, int64_t elements, int64_t element_size) {
+  const int inner = layout.n_dims - 1;
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || layout.stride[inner] != 1) return false;
+  if (layout.size[inner] % elements != 0 || layout.class_stride % elements != 0) return false;
+  for (int d = 0; d < inner; ++d) {
+    if (layout.stride[d] % elements != 0) return false;
+  }
+  return 16 % element_size == 0;
+}
+
+}  // namespace
+
+cudaError_t describe_device(Device* device) {
+  int index = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  const auto read = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
+  };
+  read(&major, cudaDevAttrComputeCapabilityMajor);
+  read(&minor, cudaDevAttrComputeCapabilityMinor);
+  read(&device->sm_count, cudaDevAttrMultiProcessorCount);
+  read(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  device->capability = 10 * major + minor;
+  return error;
+}
+
+Shape shape_of(const Params& p) {
+  const int size = static_cast<int>(element_size(p.dtype));
+  const int64_t vector = 16 / size;
+  Shape shape{p.n_rows, p.vocab_size, size, true, true};
+  const auto add = [&](const void* data, const Layout& layout, int64_t its_size) {
+    if (data == nullptr) return;
+    shape.adjacent_classes &= layout.class_stride == 1;
+    shape.adjacent_rows &= is_aligned_to(layout, data, vector, its_size);
+  };
+  add(p.logits, p.logits_layout, size);
+  add(p.grad_logits, p.grad_layout, size);
+  if (p.target_kind == TargetKind::probabilities) {
+    add(p.target, p.target_layout, element_size(p.target_dtype));
+  }
+  return shape;
+}
+
+cudaError_t forward(const Arguments& a, const Plan& plan, void* workspace, cudaStream_t stream) {
+  if (a.n_rows == 0) return cudaSuccess;
+  if (plan.regime != Regime::columns) return forward_by_rows(a, plan, workspace, stream);
+  return by_columns(a, plan, shared_bytes(plan, shape_of(a)), true, false, stream);
+}
+
+cudaError_t backward(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+  if (a.n_rows == 0) return cudaSuccess;
+  if (plan.regime != Regime::columns) return backward_by_rows(a, plan, stream);
+  return by_columns(a, plan, shared_bytes(plan, shape_of(a)), false, true, stream);
+}
+
+cudaError_t forward_backward(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+  if (a.n_rows == 0) return cudaSuccess;
+  const int64_t shared = shared_bytes(plan, shape_of(a));
+  if (plan.regime == Regime::columns) return by_columns(a, plan, shared, true, true, stream);
+  return forward_backward_by_rows(a, plan, shared, stream);
+}
+
+cudaError_t scale_gradient(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+  if (a.n_rows == 0) return cudaSuccess;
+  return plan.regime == Regime::columns ? scale_by_columns(a, plan, stream)
+                                        : scale_by_rows(a, plan, stream);
+}
+
+}  // namespace fused_xent::cuda

@@ -1,0 +1,47 @@
+// Softmax cross-entropy on CUDA devices: the launchers. No torch: pointers to device memory, sizes
+// and a stream. Nothing here waits for the device, so that all of it can be captured in a graph.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../xent_params.h"
+#include "plan.h"
+
+namespace fused_xent::cuda {
+
+constexpr int64_t kMaxExtent = INT32_MAX;  // of n_rows and vocab_size; tensors may hold more
+
+// Params, and of it what only the device knows. Every pointer is to memory of the current device.
+struct Arguments : Params {
+  const double* weight_sum_on_device;  // of all class weights; null: vocab_size
+  const double* total_weight;          // the gradient is divided by it; null: by 1
+};
+
+// The current device.
+cudaError_t describe_device(Device* device);
+
+// Per row RowStats of the accumulation type for each of plan.parts, where there are several.
+int64_t workspace_bytes(const Params& p, const Plan& plan);
+
+// The same four as on the CPU, see ../cpu/launch.h. A target that is no class and not ignore_index
+// makes its row's loss and gradient NaN.
+cudaError_t forward(const Arguments& a, const Plan& plan, void* workspace, cudaStream_t stream);
+cudaError_t backward(const Arguments& a, const Plan& plan, cudaStream_t stream);
+cudaError_t forward_backward(const Arguments& a, const Plan& plan, cudaStream_t stream);
+cudaError_t scale_gradient(const Arguments& a, const Plan& plan, cudaStream_t stream);
+
+// Where the sums over rows go, each of them null if it is not wanted.
+struct Sums {
+  double* total_weight;  // of the targets of rows that are neither ignored nor out of range
+  void* loss;            // the sum of row_loss, or its mean by total_weight
+  DType loss_dtype;
+  bool mean;
+  double host_total_weight;  // of probabilities, for which it is not summed
+};
+constexpr int kMaxSumBlocks = 256;  // two doubles of workspace each
+cudaError_t sum_rows(const Arguments& a, const Sums& sums, double* workspace, cudaStream_t stream);
+cudaError_t sum_class_weights(const Params& p, double* sum, cudaStream_t stream);
+
+}  // namespace fused_xent::cuda

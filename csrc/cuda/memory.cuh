@@ -1,0 +1,167 @@
+// The kernels' memory accesses and number formats: 16 bytes at a time wherever a row allows.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+namespace fused_xent::cuda {
+
+// The type that sums are kept in.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+constexpr int kVector = static_cast<int>(16 / sizeof(T));  // elements of an access
+
+// Blocks of 256 threads that a multiprocessor shall have room for: what decides over registers.
+// Float64 and labels on all classes need more of these.
+template <typename T, typename S>
+constexpr int kMinBlocks = sizeof(T) == 8 || !std::is_void_v<S> ? 2 : 4;
+
+template <typename A>
+constexpr A kLowest = std::numeric_limits<A>::lowest();
+template <typename A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+template <typename A>
+constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
+
+__device__ __forceinline__ float to_acc(float x) { return x; }
+__device__ __forceinline__ double to_acc(double x) { return x; }
+__device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_acc(Acc<T> x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return x;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ bool is_vector_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// Read or written once: not to stay in the cache.
+template <typename T>
+__device__ __forceinline__ uint4 load_vector(const T* p) {
+  return __ldcs(reinterpret_cast<const uint4*>(p));
+}
+template <typename T>
+__device__ __forceinline__ void store_vector(T* p, uint4 bits) {
+  __stcs(reinterpret_cast<uint4*>(p), bits);
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(uint4 bits, Acc<T> (&x)[kVector<T>]) {
+  const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
+  if constexpr (std::is_same_v<T, double>) {
+    x[0] = __hiloint2double(bits.y, bits.x);
+    x[1] = __hiloint2double(bits.w, bits.z);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (std::is_same_v<T, float>) {
+        x[i] = __uint_as_float(words[i]);
+      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        x[2 * i] = __uint_as_float(words[i] << 16);
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      } else {
+        const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+      }
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack(const Acc<T> (&x)[kVector<T>]) {
+  uint32_t words[4];
+  if constexpr (std::is_same_v<T, double>) {
+    return make_uint4(__double2loint(x[0]), __double2hiint(x[0]), __double2loint(x[1]),
+                      __double2hiint(x[1]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (std::is_same_v<T, float>) {
+        words[i] = __float_as_uint(x[i]);
+      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+        words[i] = reinterpret_cast<const uint32_t&>(pair);
+      } else {
+        const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+        words[i] = reinterpret_cast<const uint32_t&>(pair);
+      }
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+// What stands for classes that are not there: exponentials of 0.
+template <typename T>
+__device__ __forceinline__ uint4 all_minus_infinity() {
+  constexpr uint32_t kWord = std::is_same_v<T, double>          ? 0
+                             : std::is_same_v<T, float>         ? 0xff800000u
+                             : std::is_same_v<T, __nv_bfloat16> ? 0xff80ff80u
+                                                                : 0xfc00fc00u;
+  const uint32_t high = std::is_same_v<T, double> ? 0xfff00000u : kWord;
+  return make_uint4(kWord, high, kWord, high);
+}
+
+// Element by element. 16-bit pairs need one instruction; NaN is passed over, and found in the sum.
+template <typename T>
+__device__ __forceinline__ uint4 max_of(uint4 a, uint4 b) {
+  if constexpr (sizeof(T) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    const auto one = [](uint32_t u, uint32_t v) {
+      const Pair pair = __hmax2(reinterpret_cast<Pair&>(u), reinterpret_cast<Pair&>(v));
+      return reinterpret_cast<const uint32_t&>(pair);
+    };
+    return make_uint4(one(a.x, b.x), one(a.y, b.y), one(a.z, b.z), one(a.w, b.w));
+  } else {
+    Acc<T> x[kVector<T>], y[kVector<T>];
+    unpack<T>(a, x);
+    unpack<T>(b, y);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) x[i] = fmax(x[i], y[i]);
+    return pack<T>(x);
+  }
+}
+
+// exp of 0 and below, to 2 units in the last place and |x| roundings; subnormal results are 0.
+__device__ __forceinline__ float exp_nonpositive(float x) {
+  constexpr float kLog2E = 1.44269504f;
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kLog2E));
+  return power;
+}
+__device__ __forceinline__ double exp_nonpositive(double x) { return exp(x); }
+
+// A row's classes in memory: whole aligned vectors, and before and after them single elements.
+template <typename T>
+struct RowView {
+  T* data;
+  int head, n_vectors, n_edges;  // elements before the first vector; before it and after all
+
+  __device__ RowView(T* data, int vocab_size) : data(data) {
+    const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
+    head = min((kVector<T> - misaligned) % kVector<T>, vocab_size);
+    n_vectors = (vocab_size - head) / kVector<T>;
+    n_edges = vocab_size - n_vectors * kVector<T>;
+  }
+  // Classes at which vector v and edge element i begin.
+  __device__ int vector_class(int v) const { return head + v * kVector<T>; }
+  __device__ int edge_class(int i) const { return i < head ? i : i + n_vectors * kVector<T>; }
+};
+
+}  // namespace fused_xent::cuda

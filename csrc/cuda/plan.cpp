@@ -1,0 +1,143 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace fused_xent::cuda {
+namespace {
+
+constexpr int64_t kKiB = 1024;
+constexpr int64_t kThreadPerRowBytes = 128;        // rows up to here: a cache line
+constexpr int64_t kWarpBytes = 4 * kKiB;           // 8 vectors a lane
+constexpr int64_t kClusterSliceBytes = 32 * kKiB;  // of a row for each block: 2 stages, 3 blocks
+constexpr int64_t kPartBytes = 64 * kKiB;          // of a row that a block writes in backward
+constexpr int kMaxCluster = 8;                    // the largest that every device with clusters has
+constexpr int kVectorsInFlight = 4;               // that a thread reads before it uses them
+constexpr int kBlocksPerSm = 4;                   // that keep enough bytes in flight
+constexpr int64_t kStaticSharedBytes = 2 * kKiB;  // that the kernels declare, at most
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The least power of two that is not below n, between two powers of two.
+int power_of_two(int64_t n, int least, int most) {
+  int power = least;
+  while (power < n && power < most) power *= 2;
+  return power;
+}
+
+// The launch bounds of forward_backward; the other kernels' are 256.
+int max_threads(const Shape& shape) { return shape.element_size == 8 ? 256 : 512; }
+
+bool has_clusters(const Device& device) { return device.capability >= 90; }
+
+Plan plan_columns(const Shape& shape, const Device& device) {
+  Plan plan{Regime::columns, 256};
+  const int vector = 16 / shape.element_size;
+  const int64_t wanted_threads = int64_t{512} * device.sm_count;
+  if (shape.adjacent_rows && shape.n_rows / vector >= wanted_threads) plan.row_vector = vector;
+  // At least 16 classes a worker, and workers only where rows alone are too few.
+  const int64_t missing =
+      ceil_div(wanted_threads * plan.row_vector, std::max<int64_t>(shape.n_rows, 1));
+  plan.workers = power_of_two(std::min(missing, shape.vocab_size / 16), 1, 8);
+  return plan;
+}
+
+bool is_by_columns(const Shape& shape) {
+  return !shape.adjacent_classes || shape.row_bytes() <= kThreadPerRowBytes;
+}
+
+// A row to a part of a warp or to a block, by its length.
+Plan plan_rows(const Shape& shape) {
+  const int64_t wanted = ceil_div(shape.row_vectors(), kVectorsInFlight);
+  if (shape.row_bytes() <= kWarpBytes) {
+    return {Regime::warp, 128, power_of_two(wanted, 2, 32)};
+  }
+  const int threads = power_of_two(wanted / 2, 64, 256);
+  return {Regime::block, threads, threads};
+}
+
+}  // namespace
+
+const char* name_of(Regime regime) {
+  const char* names[] = {"columns", "warp", "block", "split"};
+  return names[static_cast<int>(regime)];
+}
+
+Plan plan_forward(const Shape& shape, const Device& device) {
+  if (is_by_columns(shape)) return plan_columns(shape, device);
+  Plan plan = plan_rows(shape);
+  const int64_t parts =
+      ceil_div(int64_t{kBlocksPerSm} * device.sm_count, std::max<int64_t>(shape.n_rows, 1));
+  const int64_t most = shape.row_vectors() / (kVectorsInFlight * plan.threads);
+  if (plan.regime == Regime::block && std::min(parts, most) > 1) {
+    plan.regime = Regime::split;
+    plan.parts = static_cast<int>(std::min(parts, most));
+  }
+  return plan;
+}
+
+Plan plan_backward(const Shape& shape, const Device& device) {
+  if (is_by_columns(shape)) return plan_columns(shape, device);
+  Plan plan = plan_rows(shape);
+  if (plan.regime != Regime::block) return plan;
+  const int64_t for_length = ceil_div(shape.row_bytes(), kPartBytes);
+  const int64_t for_card =
+      ceil_div(int64_t{kBlocksPerSm} * device.sm_count, std::max<int64_t>(shape.n_rows, 1));
+  const int64_t most = shape.row_vectors() / (kVectorsInFlight * plan.threads);
+  plan.parts =
+      static_cast<int>(std::max<int64_t>(std::min(std::max(for_length, for_card), most), 1));
+  if (plan.parts > 1) plan.regime = Regime::split;
+  return plan;
+}
+
+Plan plan_forward_backward(const Shape& shape, const Device& device) {
+  if (is_by_columns(shape)) return plan_columns(shape, device);
+  Plan plan = plan_rows(shape);
+  if (plan.regime == Regime::block) {
+    if (has_clusters(device) && shape.row_bytes() > kClusterSliceBytes) {
+      plan.regime = Regime::split;
+      plan.parts = power_of_two(ceil_div(shape.row_bytes(), kClusterSliceBytes), 2, kMaxCluster);
+    }
+    plan.threads = power_of_two(ceil_div(shape.row_vectors(), kVectorsInFlight * plan.parts), 64,
+                                max_threads(shape));
+    plan.team = plan.threads;
+  }
+  const int64_t vectors = ceil_div(shape.row_vectors(), int64_t{plan.team} * plan.parts);
+  const int64_t room = (device.shared_bytes - kStaticSharedBytes) / (16 * plan.threads);
+  const int64_t wanted = ceil_div(vectors, kVectorsInFlight) * kVectorsInFlight;
+  plan.stages = 2 * wanted <= room ? 2 : 1;
+  plan.held = static_cast<int>(std::min(wanted, room / kVectorsInFlight * kVectorsInFlight));
+  return plan;
+}
+
+int64_t shared_bytes(const Plan& plan, const Shape& shape) {
+  if (plan.regime != Regime::columns) return int64_t{16} * plan.threads * plan.held * plan.stages;
+  // A row's statistics from each worker, or its factors: four numbers.
+  const int64_t acc = shape.element_size == 8 ? 8 : 4;
+  return 4 * acc * plan.threads * plan.row_vector;
+}
+
+const char* why_not(const Plan& plan, const Shape& shape, const Device& device) {
+  const auto is_power_of_two = [](int n) { return n > 0 && (n & (n - 1)) == 0; };
+  const bool one_block = plan.team == plan.threads;
+  if (!is_power_of_two(plan.threads) || plan.threads < 32 || plan.threads > max_threads(shape))
+    return "threads must be a power of two from 32 to 512, of float64 to 256";
+  if (shared_bytes(plan, shape) + kStaticSharedBytes > device.shared_bytes)
+    return "the device has less shared memory";
+  if (plan.regime == Regime::columns) {
+    if (!is_power_of_two(plan.workers) || plan.threads < 32 * plan.workers)
+      return "workers must be a power of two, at most threads / 32";
+    if (plan.row_vector != 1 &&
+        !(shape.adjacent_rows && plan.row_vector == 16 / shape.element_size))
+      return "row_vector must be 1, or of adjacent rows 16 bytes";
+    return nullptr;
+  }
+  if (!shape.adjacent_classes) return "classes must be adjacent";
+  if (!one_block && !(is_power_of_two(plan.team) && plan.team <= 32))
+    return "team must be threads, or a power of two up to 32";
+  if (plan.parts < 1 || (plan.parts > 1 && !one_block)) return "parts must be of whole blocks";
+  if (plan.held % kVectorsInFlight != 0) return "held must be a multiple of 4";
+  if (plan.stages != 1 && plan.stages != 2) return "stages must be 1 or 2";
+  return nullptr;
+}
+
+}  // namespace fused_xent::cuda

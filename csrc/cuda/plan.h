@@ -1,0 +1,67 @@
+// Which kernel runs, and in what shape: the one place that decides. Plain C++, no CUDA.
+//
+// With b bytes an element and n = vocab_size * b bytes a row:
+//
+//   regime    chosen for                          what works on a row
+//   columns   class stride not 1, or n <= 128     one thread on one row, or on 16 bytes of adjacent
+//                                                 rows; workers share its classes if there are many
+//   warp      n <= 4 KiB                          2 to 32 neighbouring threads
+//   block     longer rows                         a block of 64 to 512 threads
+//   split     longer rows, too few to fill the    several blocks. forward: each leaves its part's
+//             card with a block each; backward:   statistics, a second kernel merges them;
+//             rows above 64 KiB; forward_backward backward: each writes its part; forward_backward:
+//             above 32 KiB, on clusters           a thread-block cluster of 2, 4 or 8
+//
+// forward_backward keeps rows on chip, in shared memory: the next row arrives while this one is
+// worked on, if there is room for two. What there is no room for is read again, soon enough to be
+// in the second-level cache.
+#pragma once
+
+#include <cstdint>
+
+#include "../xent_params.h"
+
+namespace fused_xent::cuda {
+
+enum class Regime { columns, warp, block, split };
+const char* name_of(Regime regime);
+
+struct Device {
+  int capability;    // 90 for 9.0
+  int sm_count;      // multiprocessors
+  int shared_bytes;  // that one block may have
+};
+
+// What of a problem matters.
+struct Shape {
+  int64_t n_rows, vocab_size;
+  int element_size;
+  bool adjacent_classes;  // class stride 1, in all tensors of the logits' shape
+  bool adjacent_rows;     // 16 bytes of neighbouring rows are aligned vectors, in all of them
+
+  int64_t row_bytes() const { return vocab_size * element_size; }
+  int64_t row_vectors() const { return (row_bytes() + 15) / 16; }  // as if aligned
+};
+Shape shape_of(const Params& p);
+
+struct Plan {
+  Regime regime;
+  int threads;         // a block's
+  int team = 0;        // by rows: threads of a block on a row; a power of two, or all of them
+  int parts = 1;       // split: blocks on a row
+  int held = 0;        // forward_backward: 16-byte vectors of a row that a thread keeps on chip
+  int stages = 1;      // and rows that it keeps at a time: 1 or 2
+  int workers = 1;     // columns: threads on a row
+  int row_vector = 1;  // columns: adjacent rows of a thread
+};
+
+Plan plan_forward(const Shape& shape, const Device& device);
+Plan plan_backward(const Shape& shape, const Device& device);
+Plan plan_forward_backward(const Shape& shape, const Device& device);
+
+// Of shared memory that is not declared in the kernel.
+int64_t shared_bytes(const Plan& plan, const Shape& shape);
+// Why a plan, perhaps not one of the above, cannot serve; null if it can.
+const char* why_not(const Plan& plan, const Shape& shape, const Device& device);
+
+}  // namespace fused_xent::cuda

@@ -1,0 +1,235 @@
+// The loops over a row's classes, for one of the threads that share it.
+#pragma once
+
+#include <cstdint>
+
+#include "labels.cuh"
+#include "memory.cuh"
+#include "team.cuh"
+
+namespace fused_xent::cuda {
+
+constexpr int kUnroll = 4;  // vectors that a thread reads before it uses the first
+
+// The share of a thread: of vectors [begin, end) every step-th from begin + rank on, and every
+// step-th of the elements that are in no vector.
+struct Share {
+  int begin, end, rank, step;
+  int edge_rank, edge_step;
+
+  // Part `part` of `parts` of a row.
+  __device__ Share(const Team& team, int n_vectors, int part, int parts) {
+    const int per_part = (n_vectors + parts - 1) / parts;
+    begin = min(part * per_part, n_vectors);
+    end = min(begin + per_part, n_vectors);
+    rank = team.rank();
+    step = team.size();
+    edge_rank = rank + part * step;
+    edge_step = step * parts;
+  }
+
+  // Whether this thread has class j; false for -1.
+  template <typename T>
+  __device__ bool owns(const RowView<T>& view, int j) const {
+    const int after = j - view.head, v = after / kVector<T>;
+    if (j >= 0 && (after < 0 || v >= view.n_vectors)) {
+      return (after < 0 ? j : j - view.n_vectors * kVector<T>) % edge_step == edge_rank;
+    }
+    return j >= 0 && begin <= v && v < end && ((v - begin) & (step - 1)) == rank;
+  }
+};
+
+// ---- forward ---------------------------------------------------------------------------------
+
+// Online softmax (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867) by groups: the sum so
+// far is rescaled when a group has a new maximum, and no more than once a group.
+template <bool kHasSpread, typename A>
+__device__ __forceinline__ void raise_max(RowStats<A>& stats, A max) {
+  if (max == stats.max) return;
+  const A shift = stats.max - max;
+  stats.sum *= exp_nonpositive(shift);
+  if constexpr (kHasSpread) {
+    if (stats.mass != 0) stats.dot += shift * stats.mass;
+  }
+  stats.max = max;
+}
+
+template <bool kHasSpread, typename A>
+__device__ __forceinline__ void add_element(RowStats<A>& stats, A x, A t) {
+  raise_max<kHasSpread>(stats, fmax(x, stats.max));
+  const A shifted = x - stats.max;
+  stats.sum += exp_nonpositive(shifted);
+  if constexpr (kHasSpread) {
+    stats.mass += t;
+    if (t != 0) stats.dot += t * shifted;
+  }
+}
+
+// Adds vectors first, first + step, ... below end; of those beyond, bits are minus infinity.
+template <typename T, typename S>
+__device__ __forceinline__ void add_vectors(RowStats<Acc<T>>& stats, const uint4 (&bits)[kUnroll],
+                                            const RowView<const T>& view,
+                                            const Spread<T, S>& spread, int first, int step,
+                                            int end) {
+  using A = Acc<T>;
+  uint4 top = bits[0];
+#pragma unroll
+  for (int u = 1; u < kUnroll; ++u) top = max_of<T>(top, bits[u]);
+  A x[kVector<T>];
+  unpack<T>(top, x);
+  A max = stats.max;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) max = fmax(max, x[i]);
+  raise_max<Spread<T, S>::kExists>(stats, max);
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    unpack<T>(bits[u], x);
+    A sum = 0;
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) sum += exp_nonpositive(x[i] - max);
+    stats.sum += sum;
+    if constexpr (Spread<T, S>::kExists) {
+      const int v = first + u * step;
+      if (v >= end) continue;
+      A t[kVector<T>];
+      spread.vector(view.vector_class(v), t);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) {
+        stats.mass += t[i];
+        if (t[i] != 0) stats.dot += t[i] * (x[i] - max);
+      }
+    }
+  }
+}
+
+template <typename T, typename S>
+__device__ __forceinline__ void sweep_edges(RowStats<Acc<T>>& stats, const RowView<const T>& view,
+                                            const Spread<T, S>& spread, const Share& share) {
+  for (int i = share.edge_rank; i < view.n_edges; i += share.edge_step) {
+    const int j = view.edge_class(i);
+    Acc<T> t = 0;
+    if constexpr (Spread<T, S>::kExists) t = spread.at(j);
+    add_element<Spread<T, S>::kExists>(stats, to_acc(view.data[j]), t);
+  }
+}
+
+// Vectors from `first` on, of this thread's.
+template <typename T, typename S>
+__device__ __forceinline__ void sweep_vectors(RowStats<Acc<T>>& stats, const RowView<const T>& view,
+                                              const Spread<T, S>& spread, const Share& share,
+                                              int first) {
+  const T* data = view.data + view.head;
+  for (int v = first; v < share.end; v += kUnroll * share.step) {
+    uint4 bits[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = v + u * share.step;
+      bits[u] = at < share.end ? load_vector(data + at * kVector<T>) : all_minus_infinity<T>();
+    }
+    add_vectors(stats, bits, view, spread, v, share.step, share.end);
+  }
+}
+
+// ---- backward --------------------------------------------------------------------------------
+
+// Either the gradient of the logits, or, to scale one, its product with the upstream gradient.
+template <typename T, typename S>
+struct GradientOf {
+  using A = Acc<T>;
+  const RowGradient<A>& row;
+  const Spread<T, S>& spread;
+
+  __device__ __forceinline__ A element(A x, int j) const {
+    A value = row.at(x);
+    if constexpr (Spread<T, S>::kExists) value -= spread.at(j) * row.spread;
+    return value;
+  }
+  __device__ __forceinline__ uint4 vector(uint4 bits, int j) const {
+    A x[kVector<T>];
+    unpack<T>(bits, x);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) x[i] = row.at(x[i]);
+    if constexpr (Spread<T, S>::kExists) {
+      A t[kVector<T>];
+      spread.vector(j, t);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) x[i] -= t[i] * row.spread;
+    }
+    return pack<T>(x);
+  }
+};
+
+template <typename T>
+struct ScaledBy {
+  using A = Acc<T>;
+  A factor;
+
+  __device__ __forceinline__ A element(A x, int) const { return x * factor; }
+  __device__ __forceinline__ uint4 vector(uint4 bits, int) const {
+    A x[kVector<T>];
+    unpack<T>(bits, x);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) x[i] *= factor;
+    return pack<T>(x);
+  }
+};
+
+// Writes vectors from `first` on, of this thread's. out may be the logits.
+template <typename T, typename Values>
+__device__ __forceinline__ void write_vectors(T* out, const RowView<const T>& view,
+                                              const Values& values, const Share& share, int first) {
+  for (int v = first; v < share.end; v += kUnroll * share.step) {
+    uint4 bits[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = v + u * share.step;
+      if (at < share.end) bits[u] = load_vector(view.data + view.vector_class(at));
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = v + u * share.step, j = view.vector_class(at);
+      if (at < share.end) store_vector(out + j, values.vector(bits[u], j));
+    }
+  }
+}
+
+template <typename T, typename Values>
+__device__ __forceinline__ void write_edges(T* out, const RowView<const T>& view,
+                                            const Values& values, const Share& share) {
+  for (int i = share.edge_rank; i < view.n_edges; i += share.edge_step) {
+    const int j = view.edge_class(i);
+    out[j] = from_acc<T>(values.element(to_acc(view.data[j]), j));
+  }
+}
+
+// The logits of a row whose results go to `out`: vectors only where both are aligned to them.
+template <typename T>
+__device__ __forceinline__ RowView<const T> view_for(const T* logits, const T* out,
+                                                     int vocab_size) {
+  RowView<const T> view(logits, vocab_size);
+  if (reinterpret_cast<uintptr_t>(logits) % 16 != reinterpret_cast<uintptr_t>(out) % 16) {
+    view.head = view.n_edges = vocab_size;
+    view.n_vectors = 0;
+  }
+  return view;
+}
+
+// A whole gradient row of one value, without a look at the logits.
+template <typename T>
+__device__ __forceinline__ void fill_row(T* out, int vocab_size, Acc<T> value, const Team& team,
+                                         int part, int parts) {
+  const RowView<T> view(out, vocab_size);
+  const Share share(team, view.n_vectors, part, parts);
+  Acc<T> values[kVector<T>];
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) values[i] = value;
+  const uint4 bits = pack<T>(values);
+  for (int v = share.begin + share.rank; v < share.end; v += share.step) {
+    store_vector(out + view.vector_class(v), bits);
+  }
+  for (int i = share.edge_rank; i < view.n_edges; i += share.edge_step) {
+    out[view.edge_class(i)] = from_acc<T>(value);
+  }
+}
+
+}  // namespace fused_xent::cuda

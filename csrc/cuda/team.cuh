@@ -1,0 +1,112 @@
+// The threads that share a row: a part of a warp, a block, or a cluster of blocks; and what they do
+// together. Which it is, is known at run time: the loops over a row are the same.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <cstdint>
+
+#include "../xent_math.h"
+#include "memory.cuh"
+
+namespace fused_xent::cuda {
+
+constexpr int kMaxWarps = 16;
+constexpr int kMaxBlocksOfTeam = 8;
+constexpr int kWarp = 32;
+
+template <typename Acc>
+__device__ __forceinline__ RowStats<Acc> empty_stats() {
+  return {kLowest<Acc>, 0, 0, 0};
+}
+
+// Over `size` neighbouring lanes, all of which are in mask; each gets the result.
+template <bool kHasSpread, typename Acc>
+__device__ __forceinline__ RowStats<Acc> merge_lanes(RowStats<Acc> stats, int size, unsigned mask) {
+  Acc max = stats.max;
+  for (int lane = size / 2; lane > 0; lane /= 2) {
+    max = fmax(max, __shfl_xor_sync(mask, max, lane));
+  }
+  shift_stats(stats, max);
+  for (int lane = size / 2; lane > 0; lane /= 2) {
+    stats.sum += __shfl_xor_sync(mask, stats.sum, lane);
+    if constexpr (kHasSpread) {
+      stats.mass += __shfl_xor_sync(mask, stats.mass, lane);
+      stats.dot += __shfl_xor_sync(mask, stats.dot, lane);
+    }
+  }
+  return stats;
+}
+
+// The memory through which warps and blocks exchange, of which each row uses the half that the row
+// before did not: so that one barrier a row is enough, and nobody overwrites what is being read.
+template <typename Acc>
+struct Exchange {
+  RowStats<Acc> warps[2][kMaxWarps];
+  RowStats<Acc> blocks[2][kMaxBlocksOfTeam];
+};
+
+// Its size is a power of two.
+class Team {
+ public:
+  // `size` threads of a block; with several blocks, those of all blocks of the cluster.
+  __device__ Team(int size, int n_blocks, int block)
+      : in_block_(size), n_blocks_(n_blocks), block_(block) {}
+
+  __device__ int size() const { return in_block_ * n_blocks_; }
+  __device__ int rank() const {
+    return block_ * in_block_ + (static_cast<int>(threadIdx.x) & (in_block_ - 1));
+  }
+  __device__ bool is_leader() const { return rank() == 0; }
+  // Teams of the grid, and which this is.
+  __device__ int64_t count() const { return of_blocks(gridDim.x, 0); }
+  __device__ int64_t index() const { return of_blocks(blockIdx.x, threadIdx.x); }
+
+  // All threads get the sum of their stats. Orders their reads before it and writes after it.
+  template <bool kHasSpread, typename Acc>
+  __device__ __forceinline__ RowStats<Acc> merge(RowStats<Acc> stats, Exchange<Acc>& exchange) {
+    if (in_block_ <= kWarp) {
+      const unsigned first = threadIdx.x % kWarp & ~(in_block_ - 1u);
+      const unsigned mask = (in_block_ == kWarp ? ~0u : (1u << in_block_) - 1) << first;
+      stats = merge_lanes<kHasSpread>(stats, in_block_, mask);
+      __syncwarp(mask);
+      if (n_blocks_ == 1) return stats;
+    } else {
+      stats = merge_lanes<kHasSpread>(stats, kWarp, ~0u);
+      const int lane = threadIdx.x % kWarp, n_warps = in_block_ / kWarp;
+      if (lane == 0) exchange.warps[turn_][threadIdx.x / kWarp] = stats;
+      __syncthreads();
+      stats = lane < n_warps ? exchange.warps[turn_][lane] : empty_stats<Acc>();
+      stats = merge_lanes<kHasSpread>(stats, kWarp, ~0u);
+    }
+    if (n_blocks_ > 1) stats = merge_blocks<kHasSpread>(stats, exchange);
+    turn_ ^= 1;
+    return stats;
+  }
+
+ private:
+  template <bool kHasSpread, typename Acc>
+  __device__ __forceinline__ RowStats<Acc> merge_blocks(RowStats<Acc> stats,
+                                                        Exchange<Acc>& exchange) {
+#if __CUDA_ARCH__ >= 900
+    const auto cluster = cooperative_groups::this_cluster();
+    const int lane = threadIdx.x % kWarp;
+    if (static_cast<int>(threadIdx.x) < n_blocks_) {
+      *cluster.map_shared_rank(&exchange.blocks[turn_][block_], threadIdx.x) = stats;
+    }
+    cluster.sync();
+    stats = lane < n_blocks_ ? exchange.blocks[turn_][lane] : empty_stats<Acc>();
+    stats = merge_lanes<kHasSpread>(stats, kWarp, ~0u);
+#endif
+    return stats;
+  }
+
+  __device__ int64_t of_blocks(unsigned blocks, unsigned threads) const {
+    return (int64_t{blocks / n_blocks_} * blockDim.x + threads) >> (31 - __clz(in_block_));
+  }
+
+  int in_block_, n_blocks_, block_;
+  int turn_ = 0;
+};
+
+}  // namespace fused_xent::cuda

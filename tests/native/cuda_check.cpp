@@ -1,0 +1,284 @@
+// Runs the CUDA kernels, by their launchers, over a table of cases and compares with the
+// definitions in long double: under the emulator, as a program of its own for the sanitizers.
+//
+//   cuda_check [--small] [--only forward|backward|forward_backward|columns|bfloat16]...
+//
+// --small: blocks of 64 threads and few cases, for race checks.
+#include <cstring>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/launch.h"
+#include "checks.h"
+
+namespace fused_xent::test {
+namespace {
+
+using cuda::Plan;
+using cuda::Regime;
+
+void require(cudaError_t error, const Case& c, const char* what) {
+  check(error == cudaSuccess, c, std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+struct Plans {
+  Plan forward, backward, forward_backward;
+};
+
+std::string name_of_plan(const Plan& p) {
+  const auto text = [](int value) { return std::to_string(value); };
+  return std::string(cuda::name_of(p.regime)) + " threads " + text(p.threads) + " team " +
+         text(p.team) + " parts " + text(p.parts) + " held " + text(p.held) + " stages " +
+         text(p.stages) + " workers " + text(p.workers) + " row_vector " + text(p.row_vector);
+}
+
+// What the kernels make of a problem, by one choice of plans, in fresh memory.
+class Run {
+ public:
+  Run(const Problem& problem, const Reference& reference, const Plans& plans)
+      : problem_(problem), reference_(reference) {
+    static_cast<Params&>(a_) = problem.params;
+    if (problem.c.labels.has_weight) a_.weight_sum_on_device = &problem.params.weight_sum;
+    forward_and_backward(plans);
+    both_at_once(plans.forward_backward);
+  }
+
+ private:
+  void forward_and_backward(const Plans& plans) {
+    const Case& c = problem_.c;
+    Tensor logits = problem_.logits, in_place = problem_.logits;
+    Tensor grad_logits(c.dtype, c.gradient, c.n_rows, c.vocab_size, c.misalignment);
+    Rows rows(problem_, a_);
+    a_.logits = logits.memory.data();
+    Memory workspace(cuda::workspace_bytes(a_, plans.forward), 0);
+    require(cuda::forward(a_, plans.forward, workspace.data(), nullptr), c, "forward");
+    check_rows(problem_, reference_, rows);
+    write_to(a_, grad_logits);
+    require(cuda::backward(a_, plans.backward, nullptr), c, "backward");
+    check_gradient(problem_, reference_, grad_logits, "backward");
+    check(logits.memory == problem_.logits.memory, c, "logits have changed");
+    if (c.gradient == c.logits) {
+      a_.logits = in_place.memory.data();
+      write_to(a_, in_place);
+      require(cuda::backward(a_, plans.backward, nullptr), c, "backward in place");
+      check_gradient(problem_, reference_, in_place, "backward in place");
+    }
+  }
+
+  void both_at_once(const Plan& plan) {
+    const Case& c = problem_.c;
+    Tensor logits = problem_.logits;
+    Rows rows(problem_, a_);
+    a_.logits = logits.memory.data();
+    write_to(a_, logits);
+    require(cuda::forward_backward(a_, plan, nullptr), c, "forward_backward");
+    check_rows(problem_, reference_, rows);
+    check_gradient(problem_, reference_, logits, "forward_backward");
+    scale(logits, plan);
+  }
+
+  void scale(Tensor& gradient, Plan plan) {
+    const Case& c = problem_.c;
+    const Tensor before = gradient;
+    plan.held = 0;
+    if (plan.regime == Regime::split) plan.regime = Regime::block;
+    if (plan.threads > 256) plan.threads = plan.team = 256;
+    require(cuda::scale_gradient(a_, plan, nullptr), c, "scale_gradient");
+    check(gradient.gaps_are_intact(), c, "scale_gradient wrote outside of its elements");
+    for (int64_t row = 0; row < c.n_rows; ++row) {
+      for (int64_t j = 0; j < c.vocab_size; ++j) {
+        const double value = before.at(row, j) * problem_.upstream(row);
+        const double allowed = ulp(c.dtype, value) / 2 + 4 * unit_roundoff(problem_.acc) *
+                                                             std::fabs(value);
+        check_near(gradient.at(row, j), {value, allowed, 0}, c, "scale_gradient", row, j);
+      }
+    }
+  }
+
+  const Problem& problem_;
+  const Reference& reference_;
+  cuda::Arguments a_{};
+};
+
+// ---- plans -----------------------------------------------------------------------------------
+
+Plan by_rows(int threads, int team, int parts = 1, int held = 0, int stages = 1) {
+  Plan plan{parts > 1          ? Regime::split
+            : team == threads ? Regime::block
+                              : Regime::warp,
+            threads};
+  plan.team = team;
+  plan.parts = parts;
+  plan.held = held;
+  plan.stages = stages;
+  return plan;
+}
+
+Plan by_columns(int threads, int workers, int row_vector) {
+  Plan plan{Regime::columns, threads};
+  plan.workers = workers;
+  plan.row_vector = row_vector;
+  return plan;
+}
+
+// Every shape of every regime; forward, backward and forward_backward take turns.
+std::vector<Plans> all_plans(bool small, const cuda::Device& device, int vector) {
+  const int cluster = device.capability >= 90 ? 1 : 0;
+  std::vector<Plans> plans{
+      {by_rows(64, 4), by_rows(64, 2), by_rows(64, 8, 1, 4, 2)},
+      {by_rows(64, 64), by_rows(64, 64, 3), by_rows(64, 64, 1, 4, 1)},
+      {by_rows(64, 64, 2), by_rows(64, 32), by_rows(64, 64, cluster ? 4 : 1, 4, 2)},
+      {by_columns(64, 1, vector), by_columns(64, 2, 1), by_columns(64, 2, vector)},
+  };
+  if (small) return plans;
+  plans.push_back({by_rows(128, 32), by_rows(128, 16), by_rows(64, 2, 1, 0, 1)});
+  plans.push_back({by_rows(256, 256, 5), by_rows(256, 256, 2), by_rows(128, 32, 1, 8, 2)});
+  plans.push_back({by_rows(32, 32), by_rows(32, 1), by_rows(32, 32, cluster ? 2 : 1, 4, 1)});
+  plans.push_back({by_rows(128, 128, 3), by_rows(128, 4), by_rows(64, 64, cluster ? 8 : 1, 4, 2)});
+  plans.push_back({by_columns(256, 8, 1), by_columns(256, 4, vector), by_columns(128, 1, 1)});
+  return plans;
+}
+
+// ---- the table -------------------------------------------------------------------------------
+
+class Table {
+ public:
+  Table(bool small, bool bfloat16_only) : small_(small), bfloat16_only_(bfloat16_only) {
+    if (cuda::describe_device(&device_) != cudaSuccess) std::exit(2);
+  }
+
+  // Every shape of every kernel, for every vocabulary size that matters to some of them.
+  void vocabularies() {
+    std::vector<int64_t> sizes{1, 2, 7, 8, 9, 15, 17, 31, 33, 64, 100, 129, 257, 600};
+    if (small_) sizes = {7, 33, 257};
+    each_labels([&](DType dtype, const Labels& labels) {
+      const auto plans = all_plans(small_, device_, static_cast<int>(16 / element_size(dtype)));
+      for (const Plans& plan : plans) {
+        for (const int64_t size : {sizes[next(sizes.size())], sizes[next(sizes.size())]}) {
+          Case c{dtype, labels, small_ ? 3 : 1 + next(9), size};
+          c.misalignment = next(4);
+          c.scalar_upstream = next(3) == 0;
+          run(c, {plan});
+        }
+      }
+    });
+  }
+
+  // Every layout, and rows in vectors where they can be.
+  void layouts() {
+    each_labels([&](DType dtype, const Labels& labels) {
+      for (int shape = 0; shape < 8; ++shape) {
+        if (small_ && shape != 2) continue;
+        Case c{dtype, labels, shape == 2 ? 32 : 12, shape == 3 ? 21 : 1 + next(70)};
+        c.logits = static_cast<Shape>(shape);
+        c.gradient = next(3) > 0 ? c.logits : static_cast<Shape>(next(8));
+        c.target = next(3) > 0 ? c.logits : static_cast<Shape>(next(8));
+        c.misalignment = shape == 2 ? 0 : next(4);
+        const auto plans = all_plans(small_, device_, static_cast<int>(16 / element_size(dtype)));
+        run(c, {plans[3], default_plans(c), plans.back()});
+      }
+    });
+  }
+
+  void values() {
+    each_labels([&](DType dtype, const Labels& labels) {
+      for (int values = 1; values < 8; ++values) {
+        Case c{dtype, labels, 7, 150};
+        c.values = static_cast<Values>(values);
+        const auto plans = all_plans(small_, device_, 1);
+        run(c, {plans[next(plans.size())], default_plans(c)});
+      }
+    });
+  }
+
+  // As users call it: the plans that are chosen, at lengths around which they change.
+  void chosen() {
+    for (const int64_t bytes : {96, 128, 512, 4096, 5000, 32768, 40000, 66000, 140000}) {
+      for (const DType dtype : kDTypes) {
+        if (bfloat16_only_ && dtype != DType::bfloat16) continue;
+        for (const int labels : {0, 1, 3, 6}) {
+          if (bytes > 40000 && labels != 0 && dtype != DType::bfloat16) continue;
+          Case c{dtype, kLabels[labels], 1 + next(3), bytes / element_size(dtype) + next(3)};
+          c.misalignment = next(3);
+          run(c, {default_plans(c)});
+        }
+      }
+    }
+  }
+
+ private:
+  template <typename Body>
+  void each_labels(const Body& body) {
+    for (const DType dtype : kDTypes) {
+      if (bfloat16_only_ && dtype != DType::bfloat16) continue;
+      for (const Labels& labels : kLabels) {
+        if (!labels.is_float32 || element_size(dtype) == 2) body(dtype, labels);
+      }
+    }
+  }
+
+  int64_t next(int64_t n) { return random_.below(n); }
+
+  static cuda::Shape shape_of(const Problem& problem) {
+    Params p = problem.params;
+    p.grad_logits = const_cast<void*>(p.logits);
+    p.grad_layout = layout_of(problem.c.gradient, p.n_rows, p.vocab_size);
+    return cuda::shape_of(p);
+  }
+
+  Plans default_plans(const Case& c) {
+    const Problem problem(c);
+    const cuda::Shape shape = shape_of(problem);
+    return {cuda::plan_forward(shape, device_), cuda::plan_backward(shape, device_),
+            cuda::plan_forward_backward(shape, device_)};
+  }
+
+  void run(const Case& c, const std::vector<Plans>& all) {
+    const Problem problem(c);
+    const Reference reference(problem);
+    const cuda::Shape shape = shape_of(problem);
+    for (Plans plans : all) {
+      const Plans chosen = default_plans(c);
+      bool same = true;
+      for (const auto& [plan, otherwise] :
+           {std::pair{&plans.forward, &chosen.forward}, {&plans.backward, &chosen.backward},
+            {&plans.forward_backward, &chosen.forward_backward}}) {
+        if (plan->regime == Regime::columns && plan->row_vector > 1 && !shape.adjacent_rows) {
+          plan->row_vector = 1;
+        }
+        const char* why = cuda::why_not(*plan, shape, device_);
+        if (why != nullptr) *plan = *otherwise;
+        same &= why != nullptr;
+      }
+      const int64_t failures = n_failures;
+      Run(problem, reference, plans);
+      if (n_failures > failures) {
+        std::printf("  by %s; %s; %s\n", name_of_plan(plans.forward).c_str(),
+                    name_of_plan(plans.backward).c_str(),
+                    name_of_plan(plans.forward_backward).c_str());
+      }
+    }
+  }
+
+  bool small_, bfloat16_only_;
+  cuda::Device device_{};
+  Random random_;
+};
+
+}  // namespace
+}  // namespace fused_xent::test
+
+int main(int argc, char** argv) {
+  using namespace fused_xent::test;
+  std::set<std::string> arguments(argv + 1, argv + argc);
+  Table table(arguments.count("--small") > 0, arguments.count("--bfloat16") > 0);
+  table.vocabularies();
+  table.layouts();
+  if (arguments.count("--small") == 0) {
+    table.values();
+    table.chosen();
+  }
+  report();
+  return n_failures == 0 ? 0 : 1;
+}
