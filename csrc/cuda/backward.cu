@@ -14,7 +14,7 @@ template <typename T, typename Values>
 __device__ __forceinline__ void write_share(T* out, const RowView<const T>& view,
                                             const Values& values, const Share& share) {
   write_edges(out, view, values, share);
-  write_vectors(out, view, values, share, share.begin + share.rank);
+  write_vectors(out, view, values, share, ReadGlobal<T>{view});
 }
 
 template <typename T, typename S>
@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S>))
       continue;
     }
     const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
-    const RowView<const T> view = view_for<T>(logits, out, vocab_size);
     const Spread<T, S> spread(a, row);
+    const RowView<const T> view = view_for<T>(logits, out, spread, vocab_size);
     const Share share(team, view.n_vectors, part, parts);
     // The target's own thread reads its logit before it overwrites it, and its gradient after.
     const bool has_target = share.owns(view, target.index);

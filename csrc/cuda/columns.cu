@@ -14,7 +14,9 @@ namespace fused_xent::cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int kClasses = 4;  // that a thread reads before it uses the first
+// Classes that a thread reads before it uses the first.
+template <typename S>
+constexpr int kClasses = std::is_void_v<S> ? 4 : 2;
 
 // R adjacent rows of one class.
 template <int R, typename T>
@@ -57,8 +59,8 @@ __device__ __forceinline__ void load_spread(const Spread<T, S>& spread, bool is_
   }
 }
 
-// A thread's rows, and its classes: every n_workers-th group of kClasses.
-template <int R>
+// A thread's rows, and its classes: every n_workers-th group of kGroup.
+template <int kGroup, int R>
 struct Rows {
   int64_t first;
   int worker, n_workers, vocab_size;
@@ -83,27 +85,27 @@ struct Rows {
   // Calls body(j, count) for its classes.
   template <typename Body>
   __device__ __forceinline__ void for_classes(const Body& body) const {
-    for (int64_t j = worker * kClasses; j < vocab_size; j += n_workers * kClasses) {
-      body(static_cast<int>(j), static_cast<int>(min(vocab_size - j, int64_t{kClasses})));
+    for (int64_t j = worker * kGroup; j < vocab_size; j += n_workers * kGroup) {
+      body(static_cast<int>(j), static_cast<int>(min(vocab_size - j, int64_t{kGroup})));
     }
   }
   // False for -1. The number of workers is a power of two.
-  __device__ bool owns(int j) const { return j >= 0 && (j / kClasses & (n_workers - 1)) == worker; }
+  __device__ bool owns(int j) const { return j >= 0 && (j / kGroup & (n_workers - 1)) == worker; }
 };
 
 template <typename T, typename S, int R>
-__device__ __forceinline__ void sweep_rows(const Params& p, const Rows<R>& rows,
+__device__ __forceinline__ void sweep_rows(const Params& p, const Rows<kClasses<S>, R>& rows,
                                            RowStats<Acc<T>> (&stats)[R]) {
   using A = Acc<T>;
   constexpr bool kHasSpread = Spread<T, S>::kExists;
   const T* logits = row_of<const T>(p.logits, p.logits_layout, rows.first);
   const Spread<T, S> spread(p, rows.first);
   rows.for_classes([&](int j, int count) {
-    A x[kClasses][R], max[R];
+    A x[kClasses<S>][R], max[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) max[r] = stats[r].max;
 #pragma unroll
-    for (int u = 0; u < kClasses; ++u) {
+    for (int u = 0; u < kClasses<S>; ++u) {
       if (u < count) load_rows<R>(logits + (j + u) * p.logits_layout.class_stride, x[u]);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
@@ -114,7 +116,7 @@ __device__ __forceinline__ void sweep_rows(const Params& p, const Rows<R>& rows,
 #pragma unroll
     for (int r = 0; r < R; ++r) raise_max<kHasSpread>(stats[r], max[r]);
 #pragma unroll
-    for (int u = 0; u < kClasses; ++u) {
+    for (int u = 0; u < kClasses<S>; ++u) {
 #pragma unroll
       for (int r = 0; r < R; ++r) stats[r].sum += exp_nonpositive(x[u][r] - max[r]);
       if constexpr (kHasSpread) {
@@ -158,7 +160,7 @@ __device__ __forceinline__ RowGradient<Acc<T>> finish_row(const Arguments& a, Ac
 }
 
 template <typename T, typename S, int R>
-__device__ __forceinline__ void write_rows(const Arguments& a, const Rows<R>& rows,
+__device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kClasses<S>, R>& rows,
                                            const RowGradient<Acc<T>>* shared) {
   using A = Acc<T>;
   const T* logits = row_of<const T>(a.logits, a.logits_layout, rows.first);
@@ -168,15 +170,15 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<R>& ro
 #pragma unroll
   for (int r = 0; r < R; ++r) gradients[r] = shared[r];
   rows.for_classes([&](int j, int count) {
-    A x[kClasses][R];
+    A x[kClasses<S>][R];
 #pragma unroll
-    for (int u = 0; u < kClasses; ++u) {
+    for (int u = 0; u < kClasses<S>; ++u) {
       if (u < count && rows.any) {
         load_rows<R>(logits + (j + u) * a.logits_layout.class_stride, x[u]);
       }
     }
 #pragma unroll
-    for (int u = 0; u < kClasses; ++u) {
+    for (int u = 0; u < kClasses<S>; ++u) {
       if (u >= count) continue;
       A t[R];
       if constexpr (Spread<T, S>::kExists) {
@@ -216,7 +218,7 @@ __global__ void __launch_bounds__(kMaxThreads, (R == 8 ? 1 : kMinBlocks<T, S>))
   const int worker = static_cast<int>(threadIdx.x) / lanes;
   for (int64_t block = blockIdx.x; block * n_slots < a.n_rows; block += gridDim.x) {
     const int64_t first = block * n_slots;
-    const Rows<R> rows(a, first + lane * R, worker, n_workers);
+    const Rows<kClasses<S>, R> rows(a, first + lane * R, worker, n_workers);
     const bool has_rows = rows.first < a.n_rows;
     if (has_forward) {
       RowStats<A> mine[R];
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   const int worker = static_cast<int>(threadIdx.x) / lanes;
   for (int64_t row = int64_t{blockIdx.x} * lanes + lane; row < a.n_rows;
        row += int64_t{gridDim.x} * lanes) {
-    const Rows<1> rows(a, row, worker, n_workers);
+    const Rows<4, 1> rows(a, row, worker, n_workers);
     if (!rows.is_kept[0]) continue;
     T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
     const A factor = upstream_of(a, scale, row);

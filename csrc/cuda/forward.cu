@@ -12,7 +12,7 @@ namespace {
 constexpr int kMaxThreads = 256;
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 6 : 2))
+__global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : 2))
     forward_rows(const __grid_constant__ Arguments a, int team_size, RowStats<Acc<T>>* partials) {
   using A = Acc<T>;
   constexpr bool kHasSpread = Spread<T, S>::kExists;
@@ -25,15 +25,15 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 6 : 2))
       if (team.is_leader() && part == 0) write_unread_row<A>(a, row, target.is_bad);
       continue;
     }
-    const RowView<const T> view(row_of<const T>(a.logits, a.logits_layout, row),
-                                static_cast<int>(a.vocab_size));
+    const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
+    const Spread<T, S> spread(a, row);
+    const RowView<const T> view = view_for(logits, logits, spread, static_cast<int>(a.vocab_size));
     const A target_logit =
         team.is_leader() && target.index >= 0 ? to_acc(view.data[target.index]) : A(0);
-    const Spread<T, S> spread(a, row);
     const Share share(team, view.n_vectors, part, parts);
     RowStats<A> stats = empty_stats<A>();
     sweep_edges(stats, view, spread, share);
-    sweep_vectors(stats, view, spread, share, share.begin + share.rank);
+    sweep_vectors(stats, view, spread, share, ReadGlobal<T>{view});
     stats = team.merge<kHasSpread>(stats, exchange);
     if (!team.is_leader()) continue;
     if (parts == 1) {

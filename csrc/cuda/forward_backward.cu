@@ -33,53 +33,25 @@ class HeldRow {
  public:
   __device__ HeldRow(uint4* vectors, int held) : vectors_(vectors + threadIdx.x), held_(held) {}
 
-  __device__ uint4& operator[](int k) const { return vectors_[k * static_cast<int>(blockDim.x)]; }
-  __device__ int held() const { return held_; }
-  // Where the vectors that are not held begin.
-  __device__ int rest(const Share& share) const {
-    return share.begin + share.rank + held_ * share.step;
-  }
-
   template <typename T>
   __device__ void copy(const RowView<const T>& view, const Share& share) const {
     int v = share.begin + share.rank;
     for (int k = 0; k < held_ && v < share.end; ++k, v += share.step) {
-      copy_vector_async(&(*this)[k], view.data + view.vector_class(v));
+      copy_vector_async(&at(k), view.data + view.vector_class(v));
     }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ uint4 read(const RowView<const T>& view, int k, int v) const {
+    return k < held_ ? at(k) : load_vector(view.data + view.vector_class(v));
   }
 
  private:
+  __device__ uint4& at(int k) const { return vectors_[k * static_cast<int>(blockDim.x)]; }
+
   uint4* vectors_;
   int held_;
 };
-
-template <typename T, typename S>
-__device__ __forceinline__ void sweep_held(RowStats<Acc<T>>& stats, const HeldRow& held,
-                                           const RowView<const T>& view, const Spread<T, S>& spread,
-                                           const Share& share) {
-  for (int k = 0; k < held.held(); k += kUnroll) {
-    const int v = share.begin + share.rank + k * share.step;
-    if (v >= share.end) return;
-    uint4 bits[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      bits[u] = v + u * share.step < share.end ? held[k + u] : all_minus_infinity<T>();
-    }
-    add_vectors(stats, bits, view, spread, v, share.step, share.end);
-  }
-}
-
-template <typename T, typename Values>
-__device__ __forceinline__ void write_held(T* out, const HeldRow& held,
-                                           const RowView<const T>& view, const Values& values,
-                                           const Share& share) {
-  int v = share.begin + share.rank;
-#pragma unroll 2
-  for (int k = 0; k < held.held() && v < share.end; ++k, v += share.step) {
-    const int j = view.vector_class(v);
-    store_vector(out + j, values.vector(held[k], j));
-  }
-}
 
 template <typename T, typename S>
 __global__ void __launch_bounds__(kMaxThreads<T>, (kMinBlocks<T, S> / 2))
@@ -100,7 +72,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>, (kMinBlocks<T, S> / 2))
   Team team(team_size, n_blocks, block);
   const auto view_of = [&](int64_t row) {
     return view_for<T>(row_of<const T>(a.logits, a.logits_layout, row),
-                       row_of<const T>(a.grad_logits, a.grad_layout, row),
+                       row_of<const T>(a.grad_logits, a.grad_layout, row), Spread<T, S>(a, row),
                        static_cast<int>(a.vocab_size));
   };
   const auto row_in = [&](int stage) {
@@ -117,12 +89,15 @@ __global__ void __launch_bounds__(kMaxThreads<T>, (kMinBlocks<T, S> / 2))
     end_of_copies();
   };
 
+  // Rows are copied stages - 1 rows ahead of where they are worked on.
+  const int64_t n_teams = team.count();
   int stage = 0;
-  copy_row(team.index(), 0);
-  for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
-    const int64_t next = row + team.count();
+  for (int64_t copied = team.index(), row = copied - (stages - 1) * n_teams; row < a.n_rows;
+       copied += n_teams, row += n_teams) {
+    copy_row(copied, stage);
+    stage = stages - 1 - stage;  // of two: the other one, which holds the row to work on
+    if (row < 0) continue;
     if (stages == 2) {
-      copy_row(next, stage ^ 1);
       wait_for_copies<1>();
     } else {
       wait_for_copies<0>();
@@ -137,14 +112,14 @@ __global__ void __launch_bounds__(kMaxThreads<T>, (kMinBlocks<T, S> / 2))
       const Share share(team, view.n_vectors, 0, 1);
       const Spread<T, S> spread(a, row);
       const HeldRow held = row_in(stage);
+      const auto read = [&](int k, int v) { return held.read(view, k, v); };
       const bool has_target = share.owns(view, target.index);
       const bool needs_target = has_target || (team.is_leader() && target.index >= 0);
       const A target_logit = needs_target ? to_acc(view.data[target.index]) : A(0);
 
       RowStats<A> stats = empty_stats<A>();
       sweep_edges(stats, view, spread, share);
-      sweep_held(stats, held, view, spread, share);
-      sweep_vectors(stats, view, spread, share, held.rest(share));
+      sweep_vectors(stats, view, spread, share, read);
       stats = team.merge<kHasSpread>(stats, exchange);
       if (team.is_leader()) finish_forward(a, row, target.index, target_logit, stats);
 
@@ -153,14 +128,8 @@ __global__ void __launch_bounds__(kMaxThreads<T>, (kMinBlocks<T, S> / 2))
                           has_target, target_logit);
       const GradientOf<T, S> values{gradient, spread};
       write_edges(out, view, values, share);
-      write_held(out, held, view, values, share);
-      write_vectors(out, view, values, share, held.rest(share));
+      write_vectors(out, view, values, share, read);
       if (has_target) out[target.index] = from_acc<T>(gradient.at_target);
-    }
-    if (stages == 2) {
-      stage ^= 1;
-    } else {
-      copy_row(next, 0);
     }
   }
 }

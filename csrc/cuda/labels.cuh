@@ -38,6 +38,7 @@ template <typename T>
 __device__ __forceinline__ T* row_of(const void* data, const Layout& layout, int64_t row) {
   auto rest = static_cast<uint32_t>(row);
   int64_t offset = 0;
+#pragma unroll 1
   for (int d = layout.n_dims - 1; d > 0; --d) {
     const auto size = static_cast<uint32_t>(layout.size[d]);
     offset += rest % size * layout.stride[d];
@@ -68,7 +69,7 @@ template <typename T, typename S>
 struct Spread {
   using A = Acc<T>;
   static constexpr bool kExists = true;
-  const S* t;  // of class 0; null: all are `offset`
+  const S* t;  // of class 0; null: all are 0
   int64_t class_stride;
   const A* weight;  // null: all are 1
   A scale, offset;
@@ -88,20 +89,18 @@ struct Spread {
     return weight == nullptr ? value : value * weight[j];
   }
   __device__ __forceinline__ A at(int j) const {
-    return t == nullptr ? offset : smooth(to_acc(t[j * class_stride]), j);
+    return smooth(t == nullptr ? A(0) : to_acc(t[j * class_stride]), j);
   }
-  // Of kVector<T> classes from j on, which are adjacent.
+  // Whether vector() can be had at j, and every kVector<T> classes from there.
+  __device__ __forceinline__ bool has_vectors_at(int j) const {
+    return t == nullptr || is_vector_aligned(t + j);
+  }
   __device__ __forceinline__ void vector(int j, A (&values)[kVector<T>]) const {
     constexpr int kN = kVector<S>;
-    if (t == nullptr || !is_vector_aligned(t + j)) {
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) values[i] = at(j + i);
-      return;
-    }
 #pragma unroll
     for (int begin = 0; begin < kVector<T>; begin += kN) {
-      Acc<S> read[kN];
-      unpack<S>(load_vector(t + j + begin), read);
+      Acc<S> read[kN] = {};
+      if (t != nullptr) unpack<S>(load_vector(t + j + begin), read);
 #pragma unroll
       for (int i = 0; i < kN; ++i) values[begin + i] = smooth(read[i], j + begin + i);
     }
@@ -112,6 +111,7 @@ template <typename T>
 struct Spread<T, void> {
   static constexpr bool kExists = false;
   __device__ Spread(const Params&, int64_t) {}
+  __device__ __forceinline__ bool has_vectors_at(int) const { return true; }
 };
 
 // ---- what forward leaves ---------------------------------------------------------------------

@@ -40,10 +40,10 @@ __device__ __forceinline__ void write_loss(const Sums& sums, double loss) {
       *static_cast<float*>(sums.loss) = static_cast<float>(loss);
       break;
     case DType::bfloat16:
-      *static_cast<__nv_bfloat16*>(sums.loss) = __double2bfloat16(loss);
+      *static_cast<__nv_bfloat16*>(sums.loss) = __float2bfloat16_rn(static_cast<float>(loss));
       break;
     default:
-      *static_cast<__half*>(sums.loss) = __double2half(loss);
+      *static_cast<__half*>(sums.loss) = __float2half_rn(static_cast<float>(loss));
   }
 }
 

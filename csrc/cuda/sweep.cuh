@@ -9,7 +9,9 @@
 
 namespace fused_xent::cuda {
 
-constexpr int kUnroll = 4;  // vectors that a thread reads before it uses the first
+// Vectors that a thread reads before it uses the first. Labels on all classes are read beside them.
+template <typename S>
+constexpr int kUnroll = std::is_void_v<S> ? 4 : 2;
 
 // The share of a thread: of vectors [begin, end) every step-th from begin + rank on, and every
 // step-th of the elements that are in no vector.
@@ -67,14 +69,15 @@ __device__ __forceinline__ void add_element(RowStats<A>& stats, A x, A t) {
 
 // Adds vectors first, first + step, ... below end; of those beyond, bits are minus infinity.
 template <typename T, typename S>
-__device__ __forceinline__ void add_vectors(RowStats<Acc<T>>& stats, const uint4 (&bits)[kUnroll],
+__device__ __forceinline__ void add_vectors(RowStats<Acc<T>>& stats,
+                                            const uint4 (&bits)[kUnroll<S>],
                                             const RowView<const T>& view,
                                             const Spread<T, S>& spread, int first, int step,
                                             int end) {
   using A = Acc<T>;
   uint4 top = bits[0];
 #pragma unroll
-  for (int u = 1; u < kUnroll; ++u) top = max_of<T>(top, bits[u]);
+  for (int u = 1; u < kUnroll<S>; ++u) top = max_of<T>(top, bits[u]);
   A x[kVector<T>];
   unpack<T>(top, x);
   A max = stats.max;
@@ -82,7 +85,7 @@ __device__ __forceinline__ void add_vectors(RowStats<Acc<T>>& stats, const uint4
   for (int i = 0; i < kVector<T>; ++i) max = fmax(max, x[i]);
   raise_max<Spread<T, S>::kExists>(stats, max);
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
+  for (int u = 0; u < kUnroll<S>; ++u) {
     unpack<T>(bits[u], x);
     A sum = 0;
 #pragma unroll
@@ -113,20 +116,21 @@ __device__ __forceinline__ void sweep_edges(RowStats<Acc<T>>& stats, const RowVi
   }
 }
 
-// Vectors from `first` on, of this thread's.
-template <typename T, typename S>
+// read(k, v) gives the k-th vector of this thread's, which is the row's v-th.
+template <typename T, typename S, typename Read>
 __device__ __forceinline__ void sweep_vectors(RowStats<Acc<T>>& stats, const RowView<const T>& view,
                                               const Spread<T, S>& spread, const Share& share,
-                                              int first) {
-  const T* data = view.data + view.head;
-  for (int v = first; v < share.end; v += kUnroll * share.step) {
-    uint4 bits[kUnroll];
+                                              const Read& read) {
+  int k = 0;
+  for (int v = share.begin + share.rank; v < share.end; v += kUnroll<S> * share.step) {
+    uint4 bits[kUnroll<S>];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<S>; ++u) {
       const int at = v + u * share.step;
-      bits[u] = at < share.end ? load_vector(data + at * kVector<T>) : all_minus_infinity<T>();
+      bits[u] = at < share.end ? read(k + u, at) : all_minus_infinity<T>();
     }
     add_vectors(stats, bits, view, spread, v, share.step, share.end);
+    k += kUnroll<S>;
   }
 }
 
@@ -136,6 +140,7 @@ __device__ __forceinline__ void sweep_vectors(RowStats<Acc<T>>& stats, const Row
 template <typename T, typename S>
 struct GradientOf {
   using A = Acc<T>;
+  static constexpr int kUnrolled = kUnroll<S>;
   const RowGradient<A>& row;
   const Spread<T, S>& spread;
 
@@ -162,6 +167,7 @@ struct GradientOf {
 template <typename T>
 struct ScaledBy {
   using A = Acc<T>;
+  static constexpr int kUnrolled = 4;
   A factor;
 
   __device__ __forceinline__ A element(A x, int) const { return x * factor; }
@@ -174,22 +180,26 @@ struct ScaledBy {
   }
 };
 
-// Writes vectors from `first` on, of this thread's. out may be the logits.
-template <typename T, typename Values>
+// read as above; out may be the logits.
+template <typename T, typename Values, typename Read>
 __device__ __forceinline__ void write_vectors(T* out, const RowView<const T>& view,
-                                              const Values& values, const Share& share, int first) {
-  for (int v = first; v < share.end; v += kUnroll * share.step) {
-    uint4 bits[kUnroll];
+                                              const Values& values, const Share& share,
+                                              const Read& read) {
+  constexpr int kCount = Values::kUnrolled;
+  int k = 0;
+  for (int v = share.begin + share.rank; v < share.end; v += kCount * share.step) {
+    uint4 bits[kCount];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       const int at = v + u * share.step;
-      if (at < share.end) bits[u] = load_vector(view.data + view.vector_class(at));
+      if (at < share.end) bits[u] = read(k + u, at);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       const int at = v + u * share.step, j = view.vector_class(at);
       if (at < share.end) store_vector(out + j, values.vector(bits[u], j));
     }
+    k += kCount;
   }
 }
 
@@ -202,17 +212,27 @@ __device__ __forceinline__ void write_edges(T* out, const RowView<const T>& view
   }
 }
 
-// The logits of a row whose results go to `out`: vectors only where both are aligned to them.
-template <typename T>
+// The logits of a row whose results go to `out`, and whose labels are read beside them: in vectors
+// only where all are aligned together.
+template <typename T, typename S>
 __device__ __forceinline__ RowView<const T> view_for(const T* logits, const T* out,
-                                                     int vocab_size) {
+                                                     const Spread<T, S>& spread, int vocab_size) {
   RowView<const T> view(logits, vocab_size);
-  if (reinterpret_cast<uintptr_t>(logits) % 16 != reinterpret_cast<uintptr_t>(out) % 16) {
+  const uintptr_t apart = reinterpret_cast<uintptr_t>(logits) - reinterpret_cast<uintptr_t>(out);
+  if (apart % 16 != 0 || !spread.has_vectors_at(view.head)) {
     view.head = view.n_edges = vocab_size;
     view.n_vectors = 0;
   }
   return view;
 }
+
+template <typename T>
+struct ReadGlobal {
+  const RowView<const T>& view;
+  __device__ __forceinline__ uint4 operator()(int, int v) const {
+    return load_vector(view.data + view.vector_class(v));
+  }
+};
 
 // A whole gradient row of one value, without a look at the logits.
 template <typename T>

@@ -160,6 +160,8 @@ FUNCTIONS = {
 def transcendental(i):
     if i.type.removesuffix("x2") in HALF_TYPES:
         return half_arithmetic(i)
+    if i.text.startswith("rcp.approx.ftz.f64"):
+        return i.write(f"rough_reciprocal({i.read(1)})")
     if i.type not in FLOATS or i.has(*DIRECTED_ROUNDING) or (i.has("approx") and i.type == "f64"):
         return None
     value = FUNCTIONS[i.name].format(i.read(1))
