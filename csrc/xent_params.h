@@ -47,7 +47,7 @@ struct Params {
   DType target_dtype;  // of probabilities: dtype, or float32 under 16-bit logits
   Layout target_layout;
   const void* weight;  // acc (vocab_size,), or null
-  double weight_sum;   // of all class weights; vocab_size without them
+  double weight_sum;   // of all class weights; vocab_size without them. On the CPU alone
   int64_t ignore_index;
   double label_smoothing;
 

@@ -21,6 +21,20 @@ cpu::Threads torch_threads() {
           }};
 }
 
+// A problem, and the sum of the class weights.
+Problem cpu_problem(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                    int64_t dim, int64_t ignore_index, double label_smoothing) {
+  Problem problem(logits, target, weight, dim, ignore_index, label_smoothing);
+  Params& p = problem.params;
+  if (!weight) return problem;
+  p.weight_sum = 0;
+  for (int64_t j = 0; j < p.vocab_size; ++j) {
+    p.weight_sum += p.dtype == DType::float64 ? static_cast<const double*>(p.weight)[j]
+                                              : static_cast<const float*>(p.weight)[j];
+  }
+  return problem;
+}
+
 // By what `mean` divides: the kept targets' weights, or the number of rows of probabilities. Throws
 // where a target is no class, so that nothing has been written by then.
 double total_weight_of(const Problem& problem, const cpu::Threads& threads) {
@@ -38,27 +52,6 @@ double grad_scale(int64_t reduction, double total_weight) {
   return reduction == kMean ? 1 / total_weight : 1;
 }
 
-// Per-row tensors that forward writes. Rows of no classes have loss 0.
-struct Rows {
-  Tensor loss, max, log_sum, label_mass;
-
-  explicit Rows(Problem& problem) {
-    Params& p = problem.params;
-    const bool probabilities = p.target_kind == TargetKind::probabilities;
-    loss = problem.empty_rows();
-    max = problem.empty_rows();
-    log_sum = problem.empty_rows();
-    label_mass = probabilities ? problem.empty_rows()
-                               : torch::stable::new_empty(problem.logits, {0}, problem.acc_dtype);
-    p.row_loss = loss.mutable_data_ptr();
-    p.row_max = max.mutable_data_ptr();
-    p.log_sum = log_sum.mutable_data_ptr();
-    p.label_mass = probabilities ? label_mass.mutable_data_ptr() : nullptr;
-    if (p.vocab_size > 0) return;
-    for (Tensor* rows : {&loss, &max, &log_sum, &label_mass}) torch::stable::zero_(*rows);
-  }
-};
-
 Tensor reduce(const Problem& problem, const Tensor& row_loss, int64_t reduction,
               double total_weight, ScalarType loss_dtype, const cpu::Threads& threads) {
   if (reduction == kNone) return torch::stable::to(row_loss, loss_dtype);
@@ -71,10 +64,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t dim,
     int64_t ignore_index, double label_smoothing, int64_t reduction, ScalarType loss_dtype) {
   check_reduction(reduction, loss_dtype);
-  Problem problem(logits, target, weight, dim, ignore_index, label_smoothing);
+  Problem problem = cpu_problem(logits, target, weight, dim, ignore_index, label_smoothing);
   const cpu::Threads threads = torch_threads();
   const double total_weight = total_weight_of(problem, threads);
-  const Rows rows(problem);
+  const Rows rows(problem, problem.params);
   cpu::forward(problem.params, threads);
   return {reduce(problem, rows.loss, reduction, total_weight, loss_dtype, threads),
           torch::stable::full({}, total_weight, ScalarType::Double), rows.max, rows.log_sum,
@@ -85,7 +78,7 @@ void backward_into(const Tensor& grad_logits, const Tensor& grad_loss, const Ten
                    const Tensor& target, const OptionalTensor& weight, const Tensor& total_weight,
                    const Tensor& row_max, const Tensor& log_sum, const Tensor& label_mass,
                    int64_t dim, int64_t ignore_index, double label_smoothing, int64_t reduction) {
-  Problem problem(logits, target, weight, dim, ignore_index, label_smoothing);
+  Problem problem = cpu_problem(logits, target, weight, dim, ignore_index, label_smoothing);
   Params& p = problem.params;
   check_reduction(reduction, problem.acc_dtype);
   const cpu::Threads threads = torch_threads();
@@ -97,7 +90,7 @@ void backward_into(const Tensor& grad_logits, const Tensor& grad_loss, const Ten
   if (p.target_kind == TargetKind::probabilities) {
     p.label_mass = problem.check_rows("label_mass", label_mass).data_ptr();
   }
-  const Tensor upstream = problem.set_grad_loss(grad_loss);
+  const Tensor upstream = problem.set_grad_loss(p, grad_loss);
   p.grad_scale = grad_scale(reduction, *static_cast<const double*>(total_weight.const_data_ptr()));
   set_grad_logits(p, "grad_logits", grad_logits, dim);
   cpu::backward(p, threads);
@@ -127,13 +120,13 @@ Tensor forward_backward_(const Tensor& logits, const Tensor& target, const Optio
                          int64_t dim, int64_t ignore_index, double label_smoothing,
                          int64_t reduction, ScalarType loss_dtype) {
   check_reduction(reduction, loss_dtype);
-  Problem problem(logits, target, weight, dim, ignore_index, label_smoothing);
+  Problem problem = cpu_problem(logits, target, weight, dim, ignore_index, label_smoothing);
   Params& p = problem.params;
   const cpu::Threads threads = torch_threads();
   const double total_weight = total_weight_of(problem, threads);
   set_grad_logits(p, "logits", logits, dim);
-  const Rows rows(problem);
-  const Tensor one = problem.set_grad_loss(torch::stable::full({}, 1, problem.acc_dtype));
+  const Rows rows(problem, p);
+  const Tensor one = problem.set_grad_loss(p, torch::stable::full({}, 1, problem.acc_dtype));
   p.grad_scale = grad_scale(reduction, total_weight);
   cpu::forward_backward(p, threads);
   return reduce(problem, rows.loss, reduction, total_weight, loss_dtype, threads);
@@ -143,7 +136,7 @@ void scale_gradient_(const Tensor& grad_logits, const Tensor& grad_loss, const T
                      int64_t dim, int64_t ignore_index) {
   Problem problem(grad_logits, target, std::nullopt, dim, ignore_index, 0);
   Params& p = problem.params;
-  const Tensor upstream = problem.set_grad_loss(grad_loss);
+  const Tensor upstream = problem.set_grad_loss(p, grad_loss);
   p.grad_scale = 1;
   set_grad_logits(p, "grad_logits", grad_logits, dim);
   cpu::scale_gradient(p, torch_threads());

@@ -144,22 +144,23 @@ Problem::Problem(const Tensor& logits_, const Tensor& target_, const std::option
   params.label_smoothing = label_smoothing;
   params.weight_sum = static_cast<double>(params.vocab_size);
   if (weight) {
-    check(weight->is_cpu() && weight->scalar_type() == acc_dtype && weight->is_contiguous() &&
-              weight->dim() == 1 && weight->size(0) == params.vocab_size,
+    check_device("weight", *weight);
+    check(weight->scalar_type() == acc_dtype && weight->is_contiguous() && weight->dim() == 1 &&
+              weight->size(0) == params.vocab_size,
           "weight must be contiguous, of the accumulation type and shape (" +
               std::to_string(params.vocab_size) + ",), got shape " + tuple_of(weight->sizes()));
     params.weight = weight->const_data_ptr();
-    params.weight_sum = 0;
-    for (int64_t j = 0; j < params.vocab_size; ++j) {
-      params.weight_sum += acc_dtype == ScalarType::Double
-                               ? static_cast<const double*>(params.weight)[j]
-                               : static_cast<const float*>(params.weight)[j];
-    }
   }
   set_target(dim);
 }
 
+void Problem::check_device(const char* name, const Tensor& tensor) const {
+  check(tensor.device() == logits.device(),
+        std::string(name) + " must be on the logits' device, got another one");
+}
+
 void Problem::set_target(int64_t dim) {
+  check_device("target", target);
   params.target_kind = target_kind(target);
   if (params.target_kind == TargetKind::probabilities) {
     params.target_dtype = dtype_of("target", target);
@@ -184,21 +185,36 @@ Tensor Problem::empty_rows() const {
 }
 
 const Tensor& Problem::check_rows(const char* name, const Tensor& rows) const {
+  check_device(name, rows);
   check(shape_of(rows) == row_shape && rows.scalar_type() == acc_dtype && rows.is_contiguous(),
         std::string(name) + " must be contiguous, of the accumulation type and shape " +
             tuple_of(row_shape) + ", got shape " + tuple_of(rows.sizes()));
   return rows;
 }
 
-Tensor Problem::set_grad_loss(const Tensor& grad_loss) {
+Tensor Problem::set_grad_loss(Params& p, const Tensor& grad_loss) const {
+  check_device("grad_loss", grad_loss);
   const bool is_scalar = grad_loss.dim() == 0;
   check(is_scalar || shape_of(grad_loss) == row_shape, "grad_loss must have shape () or " +
                                                            tuple_of(row_shape) + ", got " +
                                                            tuple_of(grad_loss.sizes()));
   Tensor rows = torch::stable::contiguous(torch::stable::to(grad_loss, acc_dtype));
-  params.grad_loss = rows.const_data_ptr();
-  params.grad_loss_stride = is_scalar ? 0 : 1;
+  p.grad_loss = rows.const_data_ptr();
+  p.grad_loss_stride = is_scalar ? 0 : 1;
   return rows;
+}
+
+Rows::Rows(const Problem& problem, Params& p)
+    : loss(problem.empty_rows()), max(problem.empty_rows()), log_sum(problem.empty_rows()) {
+  const bool probabilities = p.target_kind == TargetKind::probabilities;
+  label_mass = probabilities ? problem.empty_rows()
+                             : torch::stable::new_empty(problem.logits, {0}, problem.acc_dtype);
+  p.row_loss = loss.mutable_data_ptr();
+  p.row_max = max.mutable_data_ptr();
+  p.log_sum = log_sum.mutable_data_ptr();
+  p.label_mass = probabilities ? label_mass.mutable_data_ptr() : nullptr;
+  if (p.vocab_size > 0) return;
+  for (Tensor* rows : {&loss, &max, &log_sum, &label_mass}) torch::stable::zero_(*rows);
 }
 
 std::string Problem::position(int64_t row) const {

@@ -30,16 +30,24 @@ struct Problem {
   Problem(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
           int64_t dim, int64_t ignore_index, double label_smoothing);
 
+  void check_device(const char* name, const Tensor& tensor) const;
   Tensor empty_rows() const;
   // A per-row tensor that a caller passes: acc, contiguous, row_shape.
   const Tensor& check_rows(const char* name, const Tensor& rows) const;
-  // Sets params.grad_loss; the result owns its memory.
-  Tensor set_grad_loss(const Tensor& grad_loss);
+  // Sets p.grad_loss; the result owns its memory.
+  Tensor set_grad_loss(Params& p, const Tensor& grad_loss) const;
   // "(3, 1)" for row 7 of a (4, 2) loss.
   std::string position(int64_t row) const;
 
  private:
   void set_target(int64_t dim);
+};
+
+// Per-row tensors that forward writes, and p points to. Rows of no classes have loss 0.
+struct Rows {
+  Tensor loss, max, log_sum, label_mass;
+
+  Rows(const Problem& problem, Params& p);
 };
 
 // Throws std::invalid_argument, Python's ValueError: "<argument> must be <rule>, got <value>".

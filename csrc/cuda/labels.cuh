@@ -161,6 +161,7 @@ __device__ __forceinline__ A upstream_scale(const Arguments& a) {
 }
 template <typename A>
 __device__ __forceinline__ A upstream_of(const Params& p, A scale, int64_t row) {
+  if (p.grad_loss == nullptr) return scale;
   return static_cast<const A*>(p.grad_loss)[row * p.grad_loss_stride] * scale;
 }
 

@@ -17,6 +17,7 @@ constexpr int64_t kMaxExtent = INT32_MAX;  // of n_rows and vocab_size; tensors 
 struct Arguments : Params {
   const double* weight_sum_on_device;  // of all class weights; null: vocab_size
   const double* total_weight;          // the gradient is divided by it; null: by 1
+  // grad_loss may be null: 1.
 };
 
 // The current device.

@@ -89,8 +89,8 @@ class Run {
     for (int64_t row = 0; row < c.n_rows; ++row) {
       for (int64_t j = 0; j < c.vocab_size; ++j) {
         const double value = before.at(row, j) * problem_.upstream(row);
-        const double allowed = ulp(c.dtype, value) / 2 + 4 * unit_roundoff(problem_.acc) *
-                                                             std::fabs(value);
+        const double allowed =
+            ulp(c.dtype, value) / 2 + 4 * unit_roundoff(problem_.acc) * std::fabs(value);
         check_near(gradient.at(row, j), {value, allowed, 0}, c, "scale_gradient", row, j);
       }
     }
@@ -104,10 +104,7 @@ class Run {
 // ---- plans -----------------------------------------------------------------------------------
 
 Plan by_rows(int threads, int team, int parts = 1, int held = 0, int stages = 1) {
-  Plan plan{parts > 1          ? Regime::split
-            : team == threads ? Regime::block
-                              : Regime::warp,
-            threads};
+  Plan plan{parts > 1 ? Regime::split : team == threads ? Regime::block : Regime::warp, threads};
   plan.team = team;
   plan.parts = parts;
   plan.held = held;
@@ -241,9 +238,9 @@ class Table {
     for (Plans plans : all) {
       const Plans chosen = default_plans(c);
       bool same = true;
-      for (const auto& [plan, otherwise] :
-           {std::pair{&plans.forward, &chosen.forward}, {&plans.backward, &chosen.backward},
-            {&plans.forward_backward, &chosen.forward_backward}}) {
+      for (const auto& [plan, otherwise] : {std::pair{&plans.forward, &chosen.forward},
+                                            {&plans.backward, &chosen.backward},
+                                            {&plans.forward_backward, &chosen.forward_backward}}) {
         if (plan->regime == Regime::columns && plan->row_vector > 1 && !shape.adjacent_rows) {
           plan->row_vector = 1;
         }

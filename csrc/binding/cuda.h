@@ -1,0 +1,19 @@
+// The operators on CUDA devices; cuda_device.cpp registers them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <vector>
+
+namespace fused_xent::binding {
+
+void implement_on_cuda(torch::stable::detail::StableLibrary& m);
+
+// For tests and the benchmark: the plan of "forward", "backward" or "forward_backward" from now on,
+// in the order of cuda::Plan's members; of no members: again the one that ../cuda/plan.h chooses.
+// A plan that cannot serve makes the operator throw.
+constexpr char kForceCudaPlanSchema[] = "force_cuda_plan(str operation, int[] plan) -> ()";
+void force_cuda_plan(const std::string& operation, const std::vector<int64_t>& plan);
+
+}  // namespace fused_xent::binding

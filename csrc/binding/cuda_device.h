@@ -1,0 +1,24 @@
+// What only a torch with CUDA has: the GPU that a tensor is on, and torch's stream there. Needs
+// none of CUDA's own headers.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+
+namespace fused_xent::binding {
+
+// Until its scope ends the tensor's GPU is the current one, where kernels are launched.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const torch::stable::Tensor& tensor);
+
+ private:
+  std::shared_ptr<void> guard_;
+};
+
+// The stream on the tensor's GPU that torch launches on now: a cudaStream_t. Fetch it in each call
+// of an operator: it is the caller's to change.
+void* current_stream(const torch::stable::Tensor& tensor);
+
+}  // namespace fused_xent::binding
