@@ -18,12 +18,12 @@ bench: setup
 lint: .venv/ready
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/clang-format --dry-run --Werror $(shell git ls-files '*.h' '*.cpp')
+	.venv/bin/clang-format --dry-run --Werror $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 format: .venv/ready
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
-	.venv/bin/clang-format -i $(shell git ls-files '*.h' '*.cpp')
+	.venv/bin/clang-format -i $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:
 	rm -rf .venv build fused_xent/_C*.so *.egg-info

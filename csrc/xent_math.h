@@ -85,4 +85,10 @@ XENT_INLINE Real target_gradient(Real on_target, Acc spread, Real p, Real expm1_
   return spread == 0 ? gradient : gradient + spread * (mass * p - t);
 }
 
+// The mean by the sum of the targets' weights. Of a sum of 0 it is NaN: torch divides the target's
+// part and smoothing's part of the loss apart, and the former is 0 then.
+XENT_INLINE double mean_of(double sum, double total_weight) {
+  return total_weight == 0 ? NAN : sum / total_weight;
+}
+
 }  // namespace fused_xent

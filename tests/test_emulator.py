@@ -36,7 +36,7 @@ def configure(library, **settings):
         assert library.emulator_set(name.encode(), str(value).encode()) == 0, name
 
 
-DEFAULTS = dict(sm_count=0, order="forward", first_block=0, block_count=-1, ulp_noise=0)
+DEFAULTS = {"sm_count": 0, "order": "forward", "first_block": 0, "block_count": -1, "ulp_noise": 0}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,8 @@ def test_ulp_noise(rows):
     configure(rows, ulp_noise=7)
     _, noisy, _ = exponential(rows)
     ulps = np.abs(exact.view(np.int32) - noisy.view(np.int32))
-    assert 0 < np.count_nonzero(ulps) and ulps.max() <= 4
+    assert np.count_nonzero(ulps) > 0
+    assert ulps.max() <= 4
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -137,13 +138,13 @@ def test_portable_fibers(cache):
 
 def test_unknown_instruction_names_its_line():
     ptx = ".target sm_90\n.entry k()\n{\n.reg .b32 %r<2>;\n\tfrobnicate.b32 %r1, 1;\nret;\n}\n"
-    with pytest.raises(PtxError, match="PTX line 5: unsupported instruction: frobnicate.b32"):
+    with pytest.raises(PtxError, match=r"PTX line 5: unsupported instruction: frobnicate\.b32"):
         translate_module(ptx)
 
 
 # ---- the device table and launch errors -------------------------------------------------------
 @pytest.mark.parametrize(
-    "device, facts",
+    ("device", "facts"),
     [
         ("sm_80", (80, 108, 163 << 10)),
         ("sm_90", (90, 132, 227 << 10)),
@@ -190,7 +191,7 @@ def test_launch_errors(rows):
 # ---- bugs that the machine reports ------------------------------------------------------------
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    "case, report",
+    ("case", "report"),
     [
         ("divergent_barrier", "divergent barrier"),
         ("wrong_mask", "mask that omits the calling lane"),
@@ -218,8 +219,8 @@ def test_missing_async_wait_gives_a_wrong_result(bugs):
 @pytest.fixture(scope="module")
 def programs(cache):
     def build(sanitizer):
-        sources = dict(sources=[HERE / "bugs.cu"], host_sources=[HERE / "bugs_main.cpp"])
-        return Harness(**sources, sanitizer=sanitizer).program(cache)
+        harness = Harness([HERE / "bugs.cu"], [HERE / "bugs_main.cpp"], sanitizer=sanitizer)
+        return harness.program(cache)
 
     return {sanitizer: build(sanitizer) for sanitizer in ("address", "thread")}
 
@@ -229,7 +230,7 @@ def run(command, **variables):
 
 
 def run_program(program, *cases, order="forward"):
-    options = dict(ASAN_OPTIONS="detect_leaks=0", TSAN_OPTIONS="atexit_sleep_ms=0")
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "atexit_sleep_ms=0"}
     return run([program, *cases], EMULATOR_ORDER=order, **options)
 
 
@@ -247,7 +248,8 @@ def test_good_cases_are_clean(programs, sanitizer, order):
 )
 def test_overruns(programs, case, order):
     result = run_program(programs["address"], case, order=order)
-    assert result.returncode != 0 and "ERROR: AddressSanitizer" in result.stderr
+    assert result.returncode != 0
+    assert "ERROR: AddressSanitizer" in result.stderr
     assert "bugs.cu:" in result.stderr
 
 
@@ -258,11 +260,12 @@ def test_overruns(programs, case, order):
 )
 def test_races(programs, case, order):
     result = run_program(programs["thread"], case, order=order)
-    assert result.returncode == 66 and "data race" in result.stderr, result.stdout
+    assert result.returncode == 66, result.stdout
+    assert "data race" in result.stderr
     assert "bugs.cu:" in result.stderr
 
 
-@pytest.mark.parametrize("case, caught", [("good_block", False), ("global_overrun", True)])
+@pytest.mark.parametrize(("case", "caught"), [("good_block", False), ("global_overrun", True)])
 def test_address_sanitizer_inside_python(cache, case, caught):
     library = Harness([HERE / "bugs.cu"], sanitizer="address").library(cache)
     script = f"import ctypes; print(ctypes.CDLL({str(library)!r}).run_case({case.encode()!r}))"

@@ -157,7 +157,7 @@ __device__ __forceinline__ void finish_forward(const Params& p, int64_t row, int
 template <typename A>
 __device__ __forceinline__ A upstream_scale(const Arguments& a) {
   const A scale = static_cast<A>(a.grad_scale);
-  return a.total_weight == nullptr ? scale : scale / static_cast<A>(*a.total_weight);
+  return a.total_weight == nullptr ? scale : static_cast<A>(mean_of(scale, *a.total_weight));
 }
 template <typename A>
 __device__ __forceinline__ A upstream_of(const Params& p, A scale, int64_t row) {

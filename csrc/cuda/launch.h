@@ -36,7 +36,7 @@ cudaError_t scale_gradient(const Arguments& a, const Plan& plan, cudaStream_t st
 // Where the sums over rows go, each of them null if it is not wanted.
 struct Sums {
   double* total_weight;  // of the targets of rows that are neither ignored nor out of range
-  void* loss;            // the sum of row_loss, or its mean by total_weight
+  void* loss;            // the sum of row_loss, or its mean by total_weight; see xent_math.h
   DType loss_dtype;
   bool mean;
   double host_total_weight;  // of probabilities, for which it is not summed

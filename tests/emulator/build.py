@@ -1,7 +1,7 @@
 """Builds CUDA sources for the emulator: nvcc, translation, g++; everything cached by content.
 
-    library = Harness(sources=[Path("rows.cu")], arch="sm_90").library(build_directory)
-    ctypes.CDLL(library)
+library = Harness(sources=[Path("rows.cu")], arch="sm_90").library(build_directory)
+ctypes.CDLL(library)
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +21,15 @@ EMULATOR = Path(__file__).resolve().parent
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = str(CUDA / "bin" / "nvcc")
 CXX = os.environ.get("CXX", "g++")
-CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 SANITIZERS = {
-    "": [],
-    "address": ["-fsanitize=address", "-fno-omit-frame-pointer"],
-    "thread": ["-fsanitize=thread"],
+    "": (),
+    "address": ("-fsanitize=address", "-fno-omit-frame-pointer"),
+    "thread": ("-fsanitize=thread",),
 }
 SOURCE_SUFFIXES = {".h", ".hpp", ".cuh", ".cu", ".cpp"}
+REGISTRATIONS = ("__cudaRegisterFunction", "__cudaRegisterVar")
+processes = threading.Semaphore(os.cpu_count() or 1)
 
 
 @dataclass
@@ -37,94 +40,95 @@ class Harness:
     host_sources: list[Path] = field(default_factory=list)  # plain C++: a main(), bindings
     arch: str = "sm_90"
     sanitizer: str = ""  # "", "address" or "thread"
-    include: list[Path] = field(default_factory=list)
+    include: list[Path] = field(default_factory=list)  # folders of the project's own headers
+    defines: list[str] = field(default_factory=list)  # NAME or NAME=VALUE, for all sources
+    standard: str = "c++17"
+    optimize: str = "-Og"  # of the translated kernels: ptx is optimized already
     nvcc_flags: list[str] = field(default_factory=list)
     host_flags: list[str] = field(default_factory=list)
     link_flags: list[str] = field(default_factory=list)
     machine_flags: list[str] = field(default_factory=list)  # -DEMULATOR_UCONTEXT, for example
-    depends: list[Path] = field(default_factory=list)  # more folders whose headers matter
 
-    def library(self, build_directory):
-        return self._link(build_directory, ["-shared", "-Wl,-z,defs"], "library.so")
+    def library(self, build_directory, name="library.so"):
+        return self._link(build_directory, ("-shared", "-Wl,-z,defs"), name)
 
     def program(self, build_directory):
-        return self._link(build_directory, ["-pie"], "program")
+        return self._link(build_directory, ("-pie",), "program")
 
     def _link(self, build_directory, flags, name):
         cache = Cache(Path(build_directory))
         flags = [*flags, *SANITIZERS[self.sanitizer], *self.link_flags, "-pthread"]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [pool.submit(job, cache) for job in self._jobs()]
+        with ThreadPoolExecutor(64) as pool:  # most of them wait: `processes` is what limits
+            jobs = [pool.submit(self._cuda, cache, source, pool) for source in self.sources]
+            jobs += [pool.submit(self._host, cache, source) for source in self.host_sources]
+            jobs.append(pool.submit(self._machine, cache))
             objects = [path for job in jobs for path in job.result()]
         return cache.make(
             name,
             [*objects, *flags],
-            lambda out: run([CXX, *map(str, objects), *flags, "-o", out / name]),
+            lambda out: run([CXX, *objects, *flags, "-o", out / name]),
         )
 
-    def _jobs(self):
-        yield from (lambda cache, s=s: self._cuda(cache, s) for s in self.sources)
-        yield from (lambda cache, s=s: [self._host(cache, s)] for s in self.host_sources)
-        yield from (
-            lambda cache, s=s: [self._machine(cache, s)]
-            for s in sorted(EMULATOR.glob("*.cpp"))
-        )
-
-    def _includes(self):
-        return [f"-I{path}" for path in self.include]
+    def _project_flags(self):
+        includes = (f"-I{Path(path).resolve()}" for path in self.include)
+        return [f"-std={self.standard}", *includes, *(f"-D{name}" for name in self.defines)]
 
     def _source_key(self):
+        """Any file near the sources may be included: to know which takes a compiler run."""
         folders = {Path(s).resolve().parent for s in [*self.sources, *self.host_sources]}
-        folders |= {Path(p).resolve() for p in self.depends}
-        return digest_of_folders(folders)
+        return digest_of_folders(folders | {Path(path).resolve() for path in self.include})
 
-    def _cuda(self, cache, source):
+    def _cuda(self, cache, source, pool):
         """One nvcc run gives the host object and the very PTX that it embeds."""
         source = Path(source).resolve()
         number = self.arch.removeprefix("sm_")
-        flags = ["-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
-        flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
-        flags += [*self._includes(), *self.nvcc_flags]
+        flags = ["-lineinfo", "-Xcompiler", "-fPIC", *self._project_flags()]
+        flags += ["-gencode", f"arch=compute_{number},code=compute_{number}", *self.nvcc_flags]
+        key = [NVCC, source, *flags, self._source_key(), digest_of_folders([EMULATOR], {".py"})]
+        name = f"{source.stem}_{digest_of(key)}"
 
         def compile_cuda(out):
-            command = [NVCC, *flags, "-c", source, "-o", out / "host.o"]
             with tempfile.TemporaryDirectory() as keep:
+                command = [NVCC, *flags, "-c", source, "-o", out / "host.o"]
                 run([*command, "--keep", "--keep-dir", keep])
-                shutil.copy(Path(keep) / f"{source.stem}.ptx", out / "kernels.ptx")
+                ptx = (Path(keep) / f"{source.stem}.ptx").read_text()
+            own = [f"--redefine-sym={function}={function}_{name}" for function in REGISTRATIONS]
+            run(["objcopy", *own, out / "host.o"])
+            for number, part in enumerate(translate_module(ptx, name)):
+                (out / f"{number}.cpp").write_text(part)
 
-        host = cache.make("host.o", [source, *flags, self._source_key()], compile_cuda)
-        return [host, self._kernels(cache, host.parent / "kernels.ptx")]
+        host = cache.make("host.o", key, compile_cuda)
+        parts = sorted(host.parent.glob("*.cpp"))
+        return [host, *pool.map(lambda part: self._kernels(cache, part), parts)]
 
-    def _kernels(self, cache, ptx):
-        flags = [*CXX_FLAGS, "-O1", "-g1", "-ffp-contract=off", f"-I{EMULATOR}"]
-        flags += [*SANITIZERS[self.sanitizer], *(["-mfma"] if cpu_has_fma() else [])]
-
-        def compile_translation(out):
-            (out / "kernels.cpp").write_text(translate_module(ptx.read_text()))
-            run([CXX, *flags, "-c", out / "kernels.cpp", "-o", out / "kernels.o"])
-
-        key = [ptx, *flags, digest_of_folders([EMULATOR], {".py", ".h"})]
-        return cache.make("kernels.o", key, compile_translation)
-
-    def _machine(self, cache, source):
-        """Compiled without sanitizers, whatever the harness: see sanitizer_hooks.h."""
-        flags = [*CXX_FLAGS, "-O2", "-g", f"-I{CUDA}/include", *self.machine_flags]
-        if source.name == "settings.cpp":
-            flags.append(f'-DEMULATOR_DEFAULT_DEVICE="{self.arch.rstrip("af")}"')
+    def _kernels(self, cache, part):
+        flags = [*CXX_FLAGS, "-std=c++17", self.optimize, "-g1", "-ffp-contract=off"]
+        flags += ["-fno-math-errno", f"-I{EMULATOR}", *SANITIZERS[self.sanitizer], *cpu_flags()]
         return cache.make(
-            "machine.o",
-            [source, *flags, digest_of_folders([EMULATOR], {".h", ".cpp"})],
-            lambda out: run([CXX, *flags, "-c", source, "-o", out / "machine.o"]),
+            "kernels.o",
+            [part, *flags, digest_of_folders([EMULATOR], {".h"})],
+            lambda out: run([CXX, *flags, "-c", part, "-o", out / "kernels.o"]),
         )
+
+    def _machine(self, cache):
+        """Compiled as one, which is quicker, and never sanitized: see sanitizer_hooks.h."""
+        flags = [*CXX_FLAGS, "-std=c++17", "-O2", "-g1", f"-I{CUDA}/include", *self.machine_flags]
+        flags += [f"-I{EMULATOR}", f'-DEMULATOR_DEFAULT_DEVICE="{self.arch.rstrip("af")}"']
+
+        def compile_machine(out):
+            sources = sorted(EMULATOR.glob("*.cpp"))
+            (out / "all.cpp").write_text("".join(f'#include "{s}"\n' for s in sources))
+            run([CXX, *flags, "-c", out / "all.cpp", "-o", out / "machine.o"])
+
+        key = [*flags, digest_of_folders([EMULATOR], {".h", ".cpp"})]
+        return [cache.make("machine.o", key, compile_machine)]
 
     def _host(self, cache, source):
-        flags = [*CXX_FLAGS, "-O1", "-g", f"-I{CUDA}/include", f"-I{EMULATOR}"]
-        flags += [*self._includes(), *SANITIZERS[self.sanitizer], *self.host_flags]
-        return cache.make(
-            "host.o",
-            [source, *flags, self._source_key()],
-            lambda out: run([CXX, *flags, "-c", source, "-o", out / "host.o"]),
-        )
+        flags = [*CXX_FLAGS, "-O1", "-g1", f"-I{CUDA}/include", f"-I{EMULATOR}"]
+        flags += [*self._project_flags(), *SANITIZERS[self.sanitizer], *self.host_flags]
+        key = [source, *flags, self._source_key()]
+        command = [CXX, *flags, "-c", source, "-o"]
+        return [cache.make("host.o", key, lambda out: run([*command, out / "host.o"]))]
 
 
 class Cache:
@@ -134,8 +138,7 @@ class Cache:
         self.root = root
 
     def make(self, name, key, build):
-        digest = hashlib.sha256("\0".join(map(str, [name, *key])).encode()).hexdigest()[:24]
-        folder = self.root / digest
+        folder = self.root / digest_of([name, *key])
         if not folder.exists():
             self.root.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(dir=self.root))
@@ -147,23 +150,29 @@ class Cache:
         return folder / name
 
 
+def digest_of(key):
+    return hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:24]
+
+
 def digest_of_folders(folders, suffixes=frozenset(SOURCE_SUFFIXES)):
+    """Of all files below them."""
     digest = hashlib.sha256()
-    for folder in sorted(map(str, folders)):
-        for path in sorted(Path(folder).iterdir()):
-            if path.suffix in suffixes:
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    paths = {path for folder in folders for path in Path(folder).rglob("*")}
+    for path in sorted(path for path in paths if path.suffix in suffixes):
+        digest.update(f"{path}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def cpu_has_fma():
-    """Without -mfma every fused multiply-add is a library call."""
+def cpu_flags():
+    """With them a fused multiply-add or a conversion of fp16 is an instruction, not a call."""
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and " fma " in cpuinfo.read_text()
+    have = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return ["-march=x86-64-v3"] if {"avx2", "fma", "f16c", "bmi2", "movbe"} <= set(have) else []
 
 
 def run(command):
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    with processes:
+        result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
     if result.stderr.strip():

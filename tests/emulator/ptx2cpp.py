@@ -4,7 +4,7 @@ import re
 
 from . import ptx_arithmetic, ptx_parallel  # noqa: F401  (they register instruction handlers)
 from .ptx_instructions import translate
-from .ptx_operands import REGISTER_TYPES, Operands, bits, identifier
+from .ptx_operands import Operands, bits, identifier, register_type
 from .ptx_parser import PtxError, parse_module, parse_variable
 
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)")
@@ -88,9 +88,9 @@ class KernelTranslator:
             numbered = re.fullmatch(r"\s*(.*)<(\d+)>", declared)
             count = int(numbered[2]) if numbered else 0
             names += [f"{numbered[1]}{n}" for n in range(count)] if numbered else [declared.strip()]
-        width = bits(match[1])
-        self.operands.registers |= dict.fromkeys(names, width)
-        self.output.append(f"{REGISTER_TYPES[width]} {', '.join(map(identifier, names))};")
+        c_type = register_type(match[1])
+        self.operands.registers |= dict.fromkeys(names, c_type)
+        self.output.append(f"{c_type} {', '.join(map(identifier, names))};")
 
     def declare_shared_in_body(self, text):
         variable = parse_variable(text, self.operands.line)
@@ -117,41 +117,92 @@ class KernelTranslator:
             guard = f"if ({self.operands.read(predicate, 'pred')}) "
         self.output.append(f"{guard}{{ {translate(text, self.operands)} }}")
 
-    def registration(self):
+    def definition(self):
+        return [
+            f"void {self.function}(void** parameters) {{",
+            "(void)parameters;",
+            "char* const arena = current->shared;",
+            *self.output,
+            "}",
+        ]
+
+    @property
+    def function(self):
+        return f"kernel_{identifier(self.kernel.name)}"
+
+    def table_entry(self):
+        """The initializer of a Kernel, see registry.h."""
         kernel = self.kernel
-        shared = ", ".join(f"{{{size}, {alignment}}}" for size, alignment in self.shared)
-        return (
-            f'register_kernel({{"{kernel.name}", kernel_{identifier(kernel.name)}, {{{shared}}}, '
-            f"{kernel.max_threads}, {{{kernel.cluster}, 1, 1}}, {self.module.target}}});"
-        )
+        pairs = ", ".join(f"{{{size}, {alignment}}}" for size, alignment in self.shared)
+        shared = f"shared_of_{self.function}" if pairs else "nullptr"
+        table = f"constexpr SharedVariable {shared}[] = {{{pairs}}};" if pairs else ""
+        limits = f"{kernel.max_threads}, {kernel.cluster}, {self.module.target}"
+        entry = f'{{"{kernel.name}", {self.function}, {shared}, {len(self.shared)}, {limits}}},'
+        return table, entry
+
+
+def declare_variable(variable):
+    """A __device__ or __constant__ variable becomes an ordinary array."""
+    declared = f"uint{bits(variable.type)}_t {identifier(variable.name)}[{variable.count}]"
+    return f"alignas({variable.alignment}) extern {declared};"
 
 
 def define_variable(variable):
-    """A __device__ or __constant__ variable becomes an ordinary array."""
-    width = bits(variable.type)
     values = re.sub(r"0[fd]([0-9a-fA-F]{8,16})", r"0x\1", variable.initializer.strip("{} "))
     if re.search(r"[g-wyzG-WYZ$(]", values):
         raise PtxError(variable.line, f"unsupported initializer of {variable.name}")
-    return (
-        f"alignas({variable.alignment}) uint{width}_t {identifier(variable.name)}"
-        f"[{variable.count}] = {{{values}}};"
-    )
+    return f"decltype({identifier(variable.name)}) {identifier(variable.name)} = {{{values}}};"
 
 
-def translate_module(text):
+REGISTRATION = """
+}}  // namespace
+using namespace emulator;
+using namespace module_{name};
+extern "C" void __cudaRegisterFunction_{name}(void**, const char* stub, char*, const char* name,
+                                              int, void*, void*, void*, void*, int*) {{
+  register_kernel(stub, name, kernels);
+}}
+extern "C" void __cudaRegisterVar_{name}(void**, char* variable, char*, const char* name, int,
+                                         size_t, int, int) {{
+  register_variable(variable, name, variables);
+}}
+"""
+
+
+def tables(kernels, stored, name):
+    """What the host's stubs, which call these functions by this name, are matched with."""
+    shared, entries = zip(*(k.table_entry() for k in kernels), strict=True) if kernels else ((), ())
+    names = [(v.name, identifier(v.name)) for v in stored]
+    return [
+        *map(define_variable, stored),
+        *(f"void {k.function}(void**);" for k in kernels),
+        *shared,
+        "constexpr Kernel kernels[] = {",
+        *entries,
+        "{}};",
+        "constexpr Variable variables[] = {",
+        *(f'{{"{mangled}", {plain}, sizeof {plain}}},' for mangled, plain in names),
+        "{}};",
+        REGISTRATION.format(name=name),
+    ]
+
+
+def translate_module(text, name="module", lines_per_part=8000):
+    """C++ files, to be compiled in parallel: the tables of the module, and its kernels."""
     module = parse_module(text)
     stored = [v for v in module.variables if v.space != "shared"]
+    opening = ['#include "ptx_prelude.h"', f"namespace emulator::module_{name} {{"]
+    opening += map(declare_variable, stored)
     kernels = [KernelTranslator(kernel, module).translate() for kernel in module.kernels]
-    output = ['#include "ptx_prelude.h"', "namespace emulator {", "namespace {"]
-    output += [define_variable(v) for v in stored]
-    for k in kernels:
-        output.append(f"void kernel_{identifier(k.kernel.name)}(void** parameters) {{")
-        output += ["(void)parameters;", "char* const arena = current->shared;"]
-        output += [*k.output, "}"]
-    output.append("const bool registered = [] {")
-    for v in stored:
-        name = identifier(v.name)
-        output.append(f'register_variable("{v.name}", {name}, sizeof {name});')
-    output += [k.registration() for k in kernels]
-    output += ["return true;", "}();", "}  // namespace", "}  // namespace emulator"]
-    return "\n".join(output) + "\n"
+    parts, lines = [], lines_per_part
+    for definition in (kernel.definition() for kernel in kernels):
+        if lines + len(definition) > lines_per_part:
+            parts.append([*opening])
+            lines = 0
+        parts[-1] += definition
+        lines += len(definition)
+    whole = [
+        [*opening, *tables(kernels, stored, name)],
+        *([*part, "}  // namespace"] for part in parts),
+    ]
+    return ["\n".join(part) + "\n" for part in whole]

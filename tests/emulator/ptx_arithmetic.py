@@ -5,16 +5,16 @@ from .ptx_operands import C_TYPES, FLOATS, bits
 
 # ---- arithmetic -------------------------------------------------------------------------------
 HALF_OPERATIONS = {
-    "add": "x + y",
-    "sub": "x - y",
-    "mul": "x * y",
-    "fma": "std::fma(x, y, z)",
-    "max": "std::fmax(x, y)",
-    "min": "std::fmin(x, y)",
-    "neg": "-x",
-    "abs": "std::fabs(x)",
-    "ex2": "approximate(std::exp2(x))",
-    "tanh": "approximate(std::tanh(x))",
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "fma": "(float)__builtin_fma({0}, {1}, {2})",
+    "max": "max_number({0}, {1})",
+    "min": "min_number({0}, {1})",
+    "neg": "-{0}",
+    "abs": "__builtin_fabsf({0})",
+    "ex2": "approximate(__builtin_exp2f({0}))",
+    "tanh": "approximate(__builtin_tanhf({0}))",
 }
 
 
@@ -23,18 +23,12 @@ def half_arithmetic(i):
     if i.has("sat", "relu", "ftz", *DIRECTED_ROUNDING) or i.name not in HALF_OPERATIONS:
         return None
     half = i.type.removesuffix("x2")
-    number = "double" if i.name == "fma" else "float"
-    formula = HALF_OPERATIONS[i.name]
-    if i.has("NaN"):
-        formula = f"{i.name}_nan(x, y)"
+    formula = f"{i.name}_nan({{0}}, {{1}})" if i.has("NaN") else HALF_OPERATIONS[i.name]
+    inputs = [i.read(n) for n in range(1, len(i.arguments))]
 
     def one(shift):
-        inputs = zip("xyz", (i.read(n) for n in range(1, len(i.arguments))))
-        loads = " ".join(
-            f"{number} {name} = from_{half}((uint16_t)({value} >> {shift}));"
-            for name, value in inputs
-        )
-        return f"to_{half}([&] {{ {loads} return (float)({formula}); }}())"
+        numbers = (f"from_{half}((uint16_t)({value} >> {shift}))" for value in inputs)
+        return f"to_{half}({formula.format(*numbers)})"
 
     return i.write(one(0) if half == i.type else f"(uint32_t){one(16)} << 16 | {one(0)}")
 
@@ -53,7 +47,7 @@ def arithmetic(i):
     if i.name == "mul" and i.has("hi"):
         return high(i, "")
     if i.type in FLOATS:
-        return float_operation(i, f"x {OPERATORS[i.name]} y")
+        return float_operation(i, f"{{0}} {OPERATORS[i.name]} {{1}}")
     if i.type == "pred":
         return i.write(f"{i.read(1)} {OPERATORS[i.name]} {i.read(2)}")
     if i.has("sat"):
@@ -62,17 +56,22 @@ def arithmetic(i):
     return i.write(f"{i.read(1, unsigned)} {OPERATORS[i.name]} {i.read(2, unsigned)}", unsigned)
 
 
+def builtin(i, name):
+    """The function of the instruction's type: overloads of std:: take longer to compile."""
+    return f"__builtin_{name}{'f' if i.type == 'f32' else ''}"
+
+
 def float_operation(i, formula):
-    """x, y and z are the instruction's inputs."""
+    """The formula's {0}, {1} and {2} are the instruction's inputs."""
     c_type = C_TYPES[i.type]
     inputs = [i.read(n) for n in range(1, len(i.arguments))]
     mode = next((DIRECTED_ROUNDING[p] for p in i.parts if p in DIRECTED_ROUNDING), None)
     if mode is None:
-        loads = " ".join(f"{c_type} {n} = {value};" for n, value in zip("xyz", inputs))
-        return f"{loads} {i.write(formula)}"
+        return i.write(formula.format(*inputs))
     values = ", ".join([*inputs, "0"][:3])
     names = f"{c_type} x, {c_type} y, {c_type} z"
-    return i.write(f"rounded<{mode}, {c_type}>({values}, []({names}) {{ return {formula}; }})")
+    body = formula.format("x", "y", "z")
+    return i.write(f"rounded<{mode}, {c_type}>({values}, []({names}) {{ return {body}; }})")
 
 
 def wide(i, addend):
@@ -93,7 +92,7 @@ def multiply_add(i):
     if i.has("cc", "f32x2"):
         return None
     if i.type in FLOATS:
-        return float_operation(i, "std::fma(x, y, z)")
+        return float_operation(i, f"{builtin(i, 'fma')}({{0}}, {{1}}, {{2}})")
     if i.has("wide"):
         return wide(i, f" + {i.read(3, i.type[0] + str(2 * bits(i.type)))}")
     if i.has("hi"):
@@ -121,9 +120,9 @@ def minimum_maximum(i):
     if i.has("xorsign", "relu"):
         return None
     if i.type in FLOATS:
-        function = f"{i.name}_nan" if i.has("NaN") else f"std::f{i.name}"
+        function = f"{i.name}_{'nan' if i.has('NaN') else 'number'}"
     else:
-        function = f"std::{i.name}"
+        function = f"{i.name}_of"
     result = i.read(1)
     for index in range(2, len(i.arguments)):  # sm_100 has a variant with three inputs
         result = f"{function}({result}, {i.read(index)})"
@@ -135,25 +134,17 @@ def sign_and_complement(i):
     if i.type.removesuffix("x2") in HALF_TYPES:
         return half_arithmetic(i)
     if i.name == "copysign":
-        return i.write(f"std::copysign({i.read(2)}, {i.read(1)})")
+        return i.write(f"{builtin(i, 'copysign')}({i.read(2)}, {i.read(1)})")
     if i.name == "not":
         return i.write(f"{'!' if i.type == 'pred' else '~'}{i.read(1)}")
     if i.type in FLOATS:
-        return i.write(f"-{i.read(1)}" if i.name == "neg" else f"std::abs({i.read(1)})")
+        return i.write(f"-{i.read(1)}" if i.name == "neg" else f"{builtin(i, 'fabs')}({i.read(1)})")
     negated = f"0 - {i.read(1, 'u' + str(bits(i.type)))}"
     return i.write(negated if i.name == "neg" else f"{i.read(1)} < 0 ? {negated} : {i.read(1)}")
 
 
-FUNCTIONS = {
-    "ex2": "std::exp2({})",
-    "lg2": "std::log2({})",
-    "rcp": "1 / {}",
-    "sqrt": "std::sqrt({})",
-    "rsqrt": "1 / std::sqrt({})",
-    "tanh": "std::tanh({})",
-    "sin": "std::sin({})",
-    "cos": "std::cos({})",
-}
+FUNCTIONS = {"ex2": "exp2", "lg2": "log2", "rcp": "", "sqrt": "sqrt", "rsqrt": "sqrt"}
+FUNCTIONS |= {name: name for name in ("tanh", "sin", "cos")}
 
 
 @handles(*FUNCTIONS)
@@ -164,16 +155,22 @@ def transcendental(i):
         return i.write(f"rough_reciprocal({i.read(1)})")
     if i.type not in FLOATS or i.has(*DIRECTED_ROUNDING) or (i.has("approx") and i.type == "f64"):
         return None
-    value = FUNCTIONS[i.name].format(i.read(1))
+    function = FUNCTIONS[i.name]
+    value = f"{builtin(i, function)}({i.read(1)})" if function else i.read(1)
+    if i.name in ("rcp", "rsqrt"):
+        value = f"1 / {value}"
     return i.write(f"approximate({value})" if i.has("approx") else value)
 
 
 # ---- bits -------------------------------------------------------------------------------------
 @handles("shl", "shr")
 def shift(i):
-    if i.name == "shl":
-        return i.write(f"shift_left({i.read(1, f'u{bits(i.type)}')}, {i.read(2, 'u32')})")
-    return i.write(f"shift_right({i.read(1)}, {i.read(2, 'u32')})")
+    value = i.read(1, f"u{bits(i.type)}") if i.name == "shl" else i.read(1)
+    count = i.arguments[2]
+    if count.isdigit() and int(count) < bits(i.type):
+        return i.write(f"{value} {'<<' if i.name == 'shl' else '>>'} {count}")
+    direction = "left" if i.name == "shl" else "right"
+    return i.write(f"shift_{direction}<{C_TYPES[i.type]}>({value}, {i.read(2, 'u32')})")
 
 
 @handles("popc", "clz")
@@ -196,5 +193,5 @@ def bit_fields(i):
         return i.write(f"permute_bytes({a}, {b}, {c})")
     if i.name == "lop3":
         return i.write(f"logic3({a}, {b}, {c}, {i.read(4, 'u32')})")
-    count = f"{c} & 31" if i.has("wrap") else f"std::min({c}, 32u)"
+    count = f"{c} & 31" if i.has("wrap") else f"min_of({c}, 32u)"
     return i.write(f"funnel_{'left' if i.has('l') else 'right'}({a}, {b}, {count})")

@@ -146,10 +146,10 @@ def set_predicate(i):
 
 
 TO_INTEGRAL = {
-    "rzi": "std::trunc",
-    "rni": "std::nearbyint",
-    "rmi": "std::floor",
-    "rpi": "std::ceil",
+    "rzi": "trunc",
+    "rni": "nearbyint",
+    "rmi": "floor",
+    "rpi": "ceil",
 }
 
 
@@ -170,7 +170,7 @@ def convert(i):
     value = i.read(1)
     rounding = [TO_INTEGRAL[p] for p in i.parts if p in TO_INTEGRAL]
     if rounding:
-        value = f"{rounding[0]}({value})"
+        value = f"__builtin_{rounding[0]}{'f' if source == 'f32' else ''}({value})"
     if source in FLOATS and to not in FLOATS:
         value = f"to_integer<{C_TYPES[to]}>({value})"
     return i.write(f"({C_TYPES[to]}){value}", to)

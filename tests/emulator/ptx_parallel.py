@@ -46,8 +46,8 @@ def load_store(i):
 
 UPDATES = {
     "add": "a + b",
-    "min": "std::min(a, b)",
-    "max": "std::max(a, b)",
+    "min": "min_of(a, b)",
+    "max": "max_of(a, b)",
     "and": "a & b",
     "or": "a | b",
     "xor": "a ^ b",
