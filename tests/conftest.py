@@ -20,6 +20,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: numbers; run again under each instruction set")
 
 
+@pytest.fixture(scope="session")
+def emulator_builds(tmp_path_factory):
+    """The folder of builds for the emulator, which share what is the same."""
+    return tmp_path_factory.mktemp("emulator")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

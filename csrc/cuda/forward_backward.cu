@@ -150,6 +150,7 @@ cudaError_t launch_resident(Kernel kernel, const Arguments& a, const Plan& plan,
   const int64_t teams_per_block = plan.threads / plan.team;
   int64_t resident = int64_t{sm_count} * (blocks_per_sm > 0 ? blocks_per_sm : 1) / plan.parts;
   resident = resident > 0 ? resident : 1;
+  if (plan.max_groups > 0 && plan.max_groups < resident) resident = plan.max_groups;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(plan.parts), 1, 1};

@@ -137,6 +137,7 @@ const char* why_not(const Plan& plan, const Shape& shape, const Device& device) 
   if (plan.parts < 1 || (plan.parts > 1 && !one_block)) return "parts must be of whole blocks";
   if (plan.held % kVectorsInFlight != 0) return "held must be a multiple of 4";
   if (plan.stages != 1 && plan.stages != 2) return "stages must be 1 or 2";
+  if (plan.held < 0 || plan.max_groups < 0) return "held and max_groups must not be negative";
   return nullptr;
 }
 

@@ -53,6 +53,8 @@ struct Plan {
   int stages = 1;      // and rows that it keeps at a time: 1 or 2
   int workers = 1;     // columns: threads on a row
   int row_vector = 1;  // columns: adjacent rows of a thread
+  int max_groups =
+      0;  // forward_backward: blocks or clusters, which loop over rows; 0: all that fit
 };
 
 Plan plan_forward(const Shape& shape, const Device& device);

@@ -51,7 +51,8 @@ __device__ __forceinline__ void finish(const Params& p, const Sums& sums, Pair s
   if (threadIdx.x != 0) return;
   const double total_weight = has_indices(p) ? sum.weight : sums.host_total_weight;
   if (sums.total_weight != nullptr) *sums.total_weight = total_weight;
-  if (sums.loss != nullptr) write_loss(sums, sums.mean ? mean_of(sum.loss, total_weight) : sum.loss);
+  if (sums.loss != nullptr)
+    write_loss(sums, sums.mean ? mean_of(sum.loss, total_weight) : sum.loss);
 }
 
 template <typename A>

@@ -73,10 +73,10 @@ class Harness:
         includes = (f"-I{Path(path).resolve()}" for path in self.include)
         return [f"-std={self.standard}", *includes, *(f"-D{name}" for name in self.defines)]
 
-    def _source_key(self):
-        """Any file near the sources may be included: to know which takes a compiler run."""
-        folders = {Path(s).resolve().parent for s in [*self.sources, *self.host_sources]}
-        return digest_of_folders(folders | {Path(path).resolve() for path in self.include})
+    def _source_key(self, source):
+        """Any file near the source may be included: to know which takes a compiler run."""
+        folders = {Path(source).resolve().parent, *(Path(path).resolve() for path in self.include)}
+        return digest_of_folders(folders)
 
     def _cuda(self, cache, source, pool):
         """One nvcc run gives the host object and the very PTX that it embeds."""
@@ -84,7 +84,13 @@ class Harness:
         number = self.arch.removeprefix("sm_")
         flags = ["-lineinfo", "-Xcompiler", "-fPIC", *self._project_flags()]
         flags += ["-gencode", f"arch=compute_{number},code=compute_{number}", *self.nvcc_flags]
-        key = [NVCC, source, *flags, self._source_key(), digest_of_folders([EMULATOR], {".py"})]
+        key = [
+            NVCC,
+            source,
+            *flags,
+            self._source_key(source),
+            digest_of_folders([EMULATOR], {".py"}),
+        ]
         name = f"{source.stem}_{digest_of(key)}"
 
         def compile_cuda(out):
@@ -126,7 +132,7 @@ class Harness:
     def _host(self, cache, source):
         flags = [*CXX_FLAGS, "-O1", "-g1", f"-I{CUDA}/include", f"-I{EMULATOR}"]
         flags += [*self._project_flags(), *SANITIZERS[self.sanitizer], *self.host_flags]
-        key = [source, *flags, self._source_key()]
+        key = [source, *flags, self._source_key(source)]
         command = [CXX, *flags, "-c", source, "-o"]
         return [cache.make("host.o", key, lambda out: run([*command, out / "host.o"]))]
 

@@ -39,7 +39,8 @@ std::vector<int> members_of(const Plan& plan) {
           plan.held,
           plan.stages,
           plan.workers,
-          plan.row_vector};
+          plan.row_vector,
+          plan.max_groups};
 }
 
 std::vector<int> plan_for(const std::string& operation, const cuda::Shape& shape,

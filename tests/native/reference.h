@@ -42,7 +42,6 @@ class Reference {
     }
   }
 
- private:
   // q_j of xent_math.h.
   Real label(int64_t row, int64_t j) const {
     const Params& p = problem_.params;
@@ -55,6 +54,7 @@ class Reference {
                : problem_.class_weight(j) * ((1 - smoothing) * hard + uniform);
   }
 
+ private:
   void compute(int64_t row) {
     const int64_t vocab_size = problem_.c.vocab_size;
     std::vector<Real> q(vocab_size), e(vocab_size), shifted(vocab_size);

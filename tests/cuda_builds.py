@@ -1,0 +1,103 @@
+"""Builds of the CUDA kernels for the emulator: a Python module with their operators, and programs.
+
+Both need nvcc and g++, and no GPU. Whoever builds gives the folder that keeps the results, so that
+builds of one test run share what is the same.
+"""
+
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pybind11
+import torch
+from emulator.build import CUDA, Harness
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+KERNELS = ("forward", "backward", "forward_backward", "columns", "sums")
+OPERATORS = ("forward", "backward", "backward_", "forward_backward_", "scale_gradient_")
+MISSING = next(
+    (
+        f"{name} is not there"
+        for name, found in (
+            ("nvcc", (CUDA / "bin" / "nvcc").exists()),
+            ("g++", shutil.which("g++")),
+            ("objcopy", shutil.which("objcopy")),
+        )
+        if not found
+    ),
+    None,
+)
+
+
+def program(folder: Path, arch: str, sanitizer: str = "", csrc: Path = CSRC, kernels=KERNELS):
+    """Build tests/native/cuda_check.cpp with these kernels, of this csrc; return its path."""
+    native = ROOT / "tests" / "native"
+    return Harness(
+        [csrc / "cuda" / f"{name}.cu" for name in kernels],
+        host_sources=[
+            CSRC / "cuda" / "launch.cpp",
+            CSRC / "cuda" / "plan.cpp",
+            native / "cuda_check.cpp",
+            native / "absent_kernels.cpp",
+        ],
+        arch=arch,
+        sanitizer=sanitizer,
+        standard="c++20",
+        optimize="-O0",
+        host_flags=["-Wno-psabi"],
+    ).program(folder)
+
+
+@functools.cache
+def module(folder: Path, arch: str):
+    """Build and import the operators of csrc/binding/cuda.cpp for CPU tensors, in the emulator."""
+    library = Path(torch.__file__).parent / "lib"
+    includes = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+    path = Harness(
+        [CSRC / "cuda" / f"{name}.cu" for name in KERNELS],
+        host_sources=[
+            CSRC / "cuda" / "launch.cpp",
+            CSRC / "cuda" / "plan.cpp",
+            CSRC / "binding" / "cuda.cpp",
+            CSRC / "binding" / "tensors.cpp",
+            ROOT / "tests" / "native" / "cuda_module.cpp",
+        ],
+        include=[CSRC],
+        arch=arch,
+        standard="c++20",
+        host_flags=[
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            *(f"-isystem{path}" for path in includes),
+        ],
+        link_flags=[
+            f"-L{library}",
+            "-ltorch_cpu",
+            "-lc10",
+            f"-Wl,-rpath,{library}",
+            "-Wl,-z,undefs",
+        ],
+    ).library(folder)
+    loader = importlib.machinery.ExtensionFileLoader("emulated_cuda", str(path))
+    spec = importlib.util.spec_from_file_location("emulated_cuda", path, loader=loader)
+    imported = importlib.util.module_from_spec(spec)
+    loader.exec_module(imported)
+    return imported
+
+
+def operators() -> dict:
+    """Return the emulated operators, by the names that they have in fused_xent._ops."""
+    return {name: getattr(torch.ops.fused_xent_emulated, name).default for name in OPERATORS}
+
+
+def environment(**settings) -> dict[str, str]:
+    """Return the environment of a program with these settings of the emulator."""
+    named = {f"EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
+    return {**os.environ, "EMULATOR_SM_COUNT": "3", **named}

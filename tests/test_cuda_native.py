@@ -1,0 +1,165 @@
+"""The CUDA kernels without torch, from the PTX of each architecture: tests/native/cuda_check.cpp.
+
+Under the sanitizers, in several schedules, and with faults put into them, which must be found.
+"""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cuda_builds import CSRC, MISSING, environment, program
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+def run(path, *arguments, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [path, *arguments],
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=250,
+    )
+
+
+def assert_right(result: subprocess.CompletedProcess) -> None:
+    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+    assert int(re.search(r"(\d+) checks, 0 failures", result.stdout)[1]) > 1000
+
+
+def write_reduced(folder, changes=()):
+    """Copy the kernels, for bfloat16 alone, with texts replaced in csrc/cuda."""
+    shutil.copytree(CSRC, folder / "csrc")
+    dispatch = folder / "csrc" / "cuda" / "dispatch.cuh"
+    text = dispatch.read_text()
+    reduced = re.sub(
+        r"  switch \(dtype\) \{.*?\n  \}\n",
+        "  (void)dtype;\n  return body(Type<__nv_bfloat16>{});\n",
+        text,
+        flags=re.DOTALL,
+    )
+    assert reduced != text
+    dispatch.write_text(reduced)
+    for name, old, new in changes:
+        path = folder / "csrc" / "cuda" / name
+        assert path.read_text().count(old) == 1, f"{old!r} in {name}"
+        path.write_text(path.read_text().replace(old, new))
+    return folder / "csrc"
+
+
+@pytest.fixture(scope="module")
+def addressed(emulator_builds):
+    return program(emulator_builds, "sm_90", "address")
+
+
+@pytest.mark.timeout(600)
+def test_sm_90_under_address_sanitizer(addressed):
+    assert_right(run(addressed))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("order", "noise"), [("reverse", 1), ("random", 2)])
+def test_schedules_and_noise_on_approximate_instructions(addressed, order, noise):
+    assert_right(run(addressed, "--bfloat16", order=order, seed=noise, ulp_noise=noise))
+
+
+@pytest.mark.timeout(600)
+def test_sm_80(emulator_builds):
+    assert_right(run(program(emulator_builds, "sm_80")))
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory):
+    return write_reduced(tmp_path_factory.mktemp("reduced"))
+
+
+@pytest.mark.timeout(600)
+def test_races(emulator_builds, reduced):
+    checked = program(emulator_builds, "sm_90", "thread", reduced)
+    assert_right(run(checked, "--small", "--bfloat16"))
+
+
+# Name: sanitizer, kernels, arguments, file of csrc/cuda, old and new text.
+FAULTS = {
+    "a barrier of a block is missing": (
+        *("", "forward", "team.cuh"),
+        "      __syncthreads();\n",
+        "",
+    ),
+    "the barrier of a cluster is missing": (
+        *("", "forward_backward", "team.cuh"),
+        "    cluster.sync();\n    stats",
+        "    stats",
+    ),
+    "rows share the memory of the exchange": (
+        *("thread", "forward_backward", "team.cuh"),
+        "    turn_ ^= 1;\n",
+        "",
+    ),
+    "lanes are merged without a common maximum": (
+        *("", "forward", "team.cuh"),
+        "  shift_stats(stats, max);\n",
+        "  stats.max = max;\n",
+    ),
+    "a vector too many is read": (
+        *("", "forward", "sweep.cuh"),
+        "bits[u] = at < share.end ? read",
+        "bits[u] = at <= share.end ? read",
+    ),
+    "a class too many is in a row's gradient": (
+        *("", "columns", "columns.cu"),
+        "static_cast<int>(min(vocab_size - j, int64_t{kGroup}))",
+        "kGroup",
+    ),
+    "single elements are taken one by one": (
+        *("", "forward", "sweep.cuh"),
+        "i < view.n_edges; i += share.edge_step) {\n    const int j = view.edge_class(i);\n    Acc",
+        "i < view.n_edges; ++i) {\n    const int j = view.edge_class(i);\n    Acc",
+    ),
+    "an ignored row is read": (
+        *("address", "forward_backward", "forward_backward.cu"),
+        "if (!target.is_ignored && !target.is_bad) {",
+        "if (true) {",
+    ),
+    "nobody waits for the copies": (
+        *("", "forward_backward", "forward_backward.cu"),
+        "      wait_for_copies<1>();\n",
+        "",
+    ),
+    "the target's gradient is as the others'": (
+        *("", "backward", "backward.cu"),
+        "    if (has_target) out[target.index] = from_acc<T>(gradient.at_target);\n",
+        "",
+    ),
+    "the workers' statistics are not awaited": (
+        *("", "columns", "columns.cu"),
+        "    }\n    __syncthreads();\n    for (int slot",
+        "    }\n    for (int slot",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def results_with_faults(emulator_builds, tmp_path_factory):
+    """By fault: what the check of the kernels that have it says."""
+
+    def check(fault: str) -> subprocess.CompletedProcess:
+        sanitizer, kernels, name, old, new = FAULTS[fault]
+        csrc = write_reduced(tmp_path_factory.mktemp("fault"), [(name, old, new)])
+        checked = program(emulator_builds, "sm_90", sanitizer, csrc, (kernels,))
+        small = ["--small"] if sanitizer == "thread" else []
+        return run(checked, *small, "--bfloat16", kernels)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FAULTS, pool.map(check, FAULTS), strict=True))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(results_with_faults, fault):
+    result = results_with_faults[fault]
+    assert result.returncode != 0
+    assert "FAILED" in result.stdout or "Sanitizer" in result.stderr, result.stderr[-3000:]
