@@ -16,8 +16,19 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tensors are made: cpu, or cuda")
+
+
 def pytest_configure(config):
+    torch.set_default_device(config.getoption("--device"))
     config.addinivalue_line("markers", "kernels: numbers; run again under each instruction set")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The kind of device that tensors are made on."""
+    return request.config.getoption("--device")
 
 
 @pytest.fixture(scope="session")

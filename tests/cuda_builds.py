@@ -71,6 +71,7 @@ def module(folder: Path, arch: str):
         include=[CSRC],
         arch=arch,
         standard="c++20",
+        optimize="-O0",
         host_flags=[
             "-fPIC",
             "-fvisibility=hidden",

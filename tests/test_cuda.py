@@ -1,0 +1,202 @@
+"""The CUDA operators as Python calls them: in the emulator from the PTX of sm_100, on CPU tensors.
+
+With ``--device cuda`` the same cases run on a GPU.
+"""
+
+import mmap
+import re
+
+import cuda_builds
+import pytest
+import torch
+from cases import DTYPES, LABELS, SHAPES, VOCABULARIES, Labels, class_dim, make_logits, make_target
+from compare import assert_gradient, assert_loss, truth
+from modes import loss_and_gradient
+from test_kernels import check, make_options
+
+import fused_xent
+from fused_xent import _ops
+
+REGIMES = {"columns": 0, "warp": 1, "block": 2, "split": 3}
+
+
+@pytest.fixture(scope="module")
+def emulated(emulator_builds, device):
+    if device != "cpu":
+        pytest.skip("runs on a GPU, not in the emulator")
+    if cuda_builds.MISSING:
+        pytest.skip(cuda_builds.MISSING)
+    module = cuda_builds.module(emulator_builds, "sm_100")
+    module.set("sm_count", "3")
+    return module
+
+
+@pytest.fixture(autouse=True)
+def operators(request, device, monkeypatch):
+    """Put the CUDA operators where those of the CPU are; return the one that forces plans."""
+    if device != "cpu":
+        yield torch.ops.fused_xent.force_cuda_plan
+        return
+    request.getfixturevalue("emulated")
+    for name, operator in cuda_builds.operators().items():
+        monkeypatch.setattr(_ops, name, operator)
+    yield torch.ops.fused_xent_emulated.force_cuda_plan
+
+
+@pytest.fixture
+def force(operators):
+    """Forces plans, until the test's end."""
+    forced = []
+
+    def force(operation, regime, *, threads, team=0, parts=1, held=0, stages=1, **others):
+        forced.append(operation)
+        rest = [others.get(name, default) for name, default in (("workers", 1), ("vector", 1))]
+        plan = [REGIMES[regime], threads, team or threads, parts, held, stages, *rest]
+        operators(operation, [*plan, others.get("groups", 0)])
+
+    yield force
+    for operation in forced:
+        operators(operation, [])
+
+
+def cases(*tables):
+    """Return all pairs of two tables' names, with dtypes in turn."""
+    pairs = [(a, b) for a in tables[0] for b in tables[1]]
+    return [(*pair, DTYPES[i % len(DTYPES)]) for i, pair in enumerate(pairs)]
+
+
+@pytest.mark.parametrize(("shape", "labels", "dtype"), cases(SHAPES, LABELS))
+def test_shape(shape, labels, dtype):
+    shape, labels = SHAPES[shape], LABELS[labels]
+    if labels.dtype == torch.uint8 and shape[class_dim(shape)] > 255:
+        pytest.skip("255, which is ignored, would be a class")
+    if dtype == torch.float64 and labels.dtype == torch.float32:
+        dtype = torch.bfloat16
+    logits = make_logits(shape, dtype)
+    reduction = ("none", "mean", "sum")[(len(shape) + shape[-1]) % 3]
+    check(logits, make_target(logits, labels), reduction, **make_options(logits, labels))
+
+
+@pytest.mark.parametrize("index", range(0, len(VOCABULARIES), 3))
+def test_vocabulary(index):
+    for i, vocab_size in enumerate(VOCABULARIES[index : index + 3]):
+        dtype = DTYPES[(index // 3 + i) % len(DTYPES)]
+        logits = make_logits((3, vocab_size), dtype)
+        check(logits, torch.tensor([0, vocab_size // 2, vocab_size - 1]))
+        check(logits, make_target(logits, Labels(True)), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides(dtype):
+    target = torch.tensor([4, 0, 49, 7])
+    wide = make_logits((4, 101), dtype)
+    check(wide[:, ::2][:, :50], target)
+    check(wide[:, 1:51], target)
+    check(make_logits((50, 4), dtype).t(), target)
+    check(make_logits((2, 64, 50), dtype).transpose(1, 2), torch.randint(50, (2, 64)))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("mode", ["default", "inplace", "fused"])
+@pytest.mark.parametrize("shape", [(6, 20), (6, 700), (6, 20000), (2, 20, 3)])
+def test_target_that_is_no_class(shape, mode, reduction):
+    logits = make_logits(shape, torch.float32)
+    n_classes, rows = shape[1], shape[:1] + shape[2:]
+    target = torch.randint(n_classes, rows)
+    target.view(-1)[0], target.view(-1)[1], target.view(-1)[-1] = -100, n_classes, -1
+    bad = (target == n_classes) | (target == -1)
+    loss, gradient = loss_and_gradient(logits, target, 1.0, mode, reduction=reduction)
+    if reduction == "none":
+        assert torch.equal(loss.isnan(), bad)
+    else:
+        assert loss.isnan()
+    gradient = gradient.movedim(1, -1)
+    assert gradient[bad].isnan().all()
+    assert not gradient[~bad].isnan().any()
+    kept = torch.where(bad, -100, target)
+    scale = (kept != -100).sum() if reduction == "mean" else 1
+    exact = truth(logits, kept, 1.0, reduction="sum").gradient.movedim(1, -1) / scale
+    torch.testing.assert_close(gradient[~bad].double(), exact[~bad], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(
+    ("n_classes", "plans"),
+    [
+        (40, {"forward": {"regime": "columns", "threads": 64, "workers": 2}}),
+        (500, {"forward": {"regime": "block", "threads": 128}}),
+        (500, {"backward": {"regime": "split", "threads": 64, "parts": 3}}),
+        (3000, {"forward": {"regime": "split", "threads": 64, "parts": 7}}),
+        (3000, {"forward_backward": {"regime": "split", "threads": 64, "parts": 8, "held": 4}}),
+        (3000, {"forward_backward": {"regime": "block", "threads": 64, "stages": 2, "held": 8}}),
+        (3000, {"forward_backward": {"regime": "warp", "threads": 64, "team": 16, "groups": 1}}),
+    ],
+)
+def test_forced_plans(force, n_classes, plans, dtype):
+    for operation, plan in plans.items():
+        force(operation, **plan)
+    logits = make_logits((7, n_classes), dtype)
+    for labels in ("index, mostly ignored", "probabilities, all options"):
+        target = make_target(logits, LABELS[labels])
+        check(logits, target, "mean", **make_options(logits, LABELS[labels]))
+
+
+def test_plan_that_cannot_serve(force):
+    force("forward", regime="block", threads=100)
+    with pytest.raises(ValueError, match="threads must be a power of two"):
+        fused_xent.cross_entropy(make_logits((2, 5000), torch.float32), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("shape", [(9, 300), (3, 40000), (2, 30, 70)])
+def test_results_do_not_depend_on_the_schedule(emulated, shape):
+    logits = make_logits(shape, torch.bfloat16)
+    target = torch.randint(shape[1], shape[:1] + shape[2:])
+    results = []
+    for order in ("forward", "reverse", "random"):
+        emulated.set("order", order)
+        for mode in ("default", "fused"):
+            results.append(loss_and_gradient(logits, target, 1.0, mode))
+    emulated.set("order", "forward")
+    for (loss, gradient), expected in zip(results[2:], results[:2] * 2, strict=True):
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(gradient, expected[1])
+
+
+def test_offsets_beyond_32_bits():
+    n_rows, n_classes = 2**16 + 3, 2**15 + 8  # 4 GiB of bfloat16, of which one row is touched
+    memory = mmap.mmap(-1, n_rows * n_classes * 2)
+    logits = torch.frombuffer(memory, dtype=torch.bfloat16).view(n_rows, n_classes)
+    target = torch.full((n_rows,), -100)
+    for row in (n_rows - 1, 2**15):
+        target.fill_(-100)
+        target[row] = n_classes - 1
+        logits[row] = make_logits((n_classes,), torch.bfloat16)
+        exact = truth(logits[row], target[row])
+        loss = fused_xent.cross_entropy(logits, target, loss_dtype=torch.float32)
+        assert_loss(loss, exact, torch.float32)
+
+
+def test_gradient_beyond_32_bits(emulated):
+    n_classes = 2**15 + 8
+    memory = mmap.mmap(-1, (2**16 + 3) * n_classes * 2)
+    logits = torch.frombuffer(memory, dtype=torch.bfloat16).view(-1, 2**16 + 3, n_classes)[0]
+    logits = logits[:: 2**16 + 2].requires_grad_()  # two rows, far apart
+    with torch.no_grad():
+        logits.copy_(make_logits((2, n_classes), torch.bfloat16))
+    target = torch.tensor([3, n_classes - 1])
+    (logits,) = [logits.detach()]
+    exact = truth(logits, target)
+    loss, gradient = loss_and_gradient(logits, target)
+    assert_loss(loss, exact, torch.float32)
+    assert_gradient(gradient, exact, torch.bfloat16)
+    grad_loss, rest = torch.ones(()), (None, 1, -100, 0.0, 1, torch.float32)
+    _, *saved = _ops.forward(logits, target, *rest)
+    _ops.backward_(grad_loss, logits, target, None, *saved, 1, -100, 0.0, 1)
+    assert_gradient(logits, exact, torch.bfloat16)
+
+
+def test_more_rows_or_classes_than_kernels_count():
+    logits = torch.empty(1, dtype=torch.float32).expand(2**31, 1)
+    target = torch.zeros(1, dtype=torch.uint8).expand(2**31)
+    with pytest.raises(ValueError, match=re.escape("less than 2^31 rows")):
+        _ops.scale_gradient_(logits, torch.ones(()), target, 1, -100)
