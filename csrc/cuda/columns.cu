@@ -204,7 +204,7 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kClass
 }
 
 template <typename T, typename S, int R>
-__global__ void __launch_bounds__(kMaxThreads, (R == 8 ? 1 : kMinBlocks<T, S>))
+__global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S> : 1))
     columns(const __grid_constant__ Arguments a, int n_workers, bool has_forward,
             bool has_backward) {
   using A = Acc<T>;

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>, (kMinBlocks<T, S> / 2))
       const RowGradient<A> gradient =
           gradient_of_row(a, scale, row, target.index, stats.max, log_sum_of(stats), stats.mass,
                           has_target, target_logit);
-      const GradientOf<T, S> values{gradient, spread};
+      const GradientOf<T, S, 2> values{gradient, spread};  // from shared memory: soon there
       write_edges(out, view, values, share);
       write_vectors(out, view, values, share, read);
       if (has_target) out[target.index] = from_acc<T>(gradient.at_target);

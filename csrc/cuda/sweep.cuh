@@ -137,10 +137,10 @@ __device__ __forceinline__ void sweep_vectors(RowStats<Acc<T>>& stats, const Row
 // ---- backward --------------------------------------------------------------------------------
 
 // Either the gradient of the logits, or, to scale one, its product with the upstream gradient.
-template <typename T, typename S>
+template <typename T, typename S, int kCount = kUnroll<S>>
 struct GradientOf {
   using A = Acc<T>;
-  static constexpr int kUnrolled = kUnroll<S>;
+  static constexpr int kUnrolled = kCount;
   const RowGradient<A>& row;
   const Spread<T, S>& spread;
 
