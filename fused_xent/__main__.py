@@ -32,6 +32,21 @@ def largest_errors(dtype: torch.dtype, soft: bool) -> tuple[float, float]:
     return loss_error, gradient_error
 
 
+def cuda_kernels() -> str:
+    """Return whether the CUDA kernels are loaded, and why not."""
+    if _ops.CUDA_LOAD_ERROR is None:
+        return "native kernels"
+    return f"torch operations, because {_ops.CUDA_LOAD_ERROR}"
+
+
+def gpu() -> str:
+    """Return the current GPU's name and compute capability, empty where there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    properties = torch.cuda.get_device_properties()
+    return f"; {properties.name}, compute capability {properties.major}.{properties.minor}"
+
+
 def main() -> int:
     """Print the report; return 1 where a kernel is wrong."""
     print(
@@ -47,7 +62,8 @@ def main() -> int:
         print(f"CPU: native kernels, instruction set {capability}, {threads} threads")
     else:
         print(f"CPU: torch operations, because {_ops.LOAD_ERROR}")
-    print("CUDA, MPS and other devices: torch operations\n")
+    print(f"CUDA: {cuda_kernels()}{gpu()}")
+    print("MPS and other devices: torch operations\n")
     print(f"{'on the CPU against float64':28}{'loss, a row':>14}{'gradient':>14}")
     wrong = False
     for dtype, soft in itertools.product(_ops.DTYPES, (False, True)):

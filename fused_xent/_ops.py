@@ -17,28 +17,41 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _load() -> str | None:
-    """Load the library of schemas and CPU kernels; return why that failed, or None."""
+def _load(name: str, missing: str) -> str | None:
+    """Load a native library of this folder; return why that failed, or None."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_C{suffix}")
+        path = Path(__file__).with_name(f"{name}{suffix}")
         if path.exists():
             try:
                 torch.ops.load_library(path)
             except OSError as error:
                 return str(error)
             return None
-    return (
-        f"there is no native library in {Path(__file__).parent}: built without one, or it is "
-        "a source folder that hides the installed package (then run from another folder)"
-    )
+    return missing
 
 
-LOAD_ERROR = _load()
+def _load_cuda() -> str | None:
+    """Load the library of CUDA kernels where torch has CUDA, which the library needs."""
+    if LOAD_ERROR is not None:  # without the schemas there is nothing to implement
+        return LOAD_ERROR
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) has no CUDA"
+    return _load("_C_cuda", missing="built without CUDA kernels (no nvcc at build time)")
+
+
+LOAD_ERROR = _load(
+    "_C",
+    missing=f"there is no native library in {Path(__file__).parent}: built without one, or it is "
+    "a source folder that hides the installed package (then run from another folder)",
+)
+CUDA_LOAD_ERROR = _load_cuda()
 _ops = torch.ops.fused_xent
 
 
 def has_kernels(device: torch.device) -> bool:
     """Whether native kernels serve tensors of this device; otherwise torch's operations do."""
+    if device.type == "cuda":
+        return CUDA_LOAD_ERROR is None
     return LOAD_ERROR is None and device.type in ("cpu", "meta")
 
 
