@@ -106,6 +106,7 @@ print([_ops.has_kernels(torch.device(name)) for name in ("cpu", "cuda")])
         ("broken", "13.0", r".*_C_cuda\.abi3\.so.*"),
         ("broken", "", rf"this torch \({re.escape(torch.__version__)}\) has no CUDA"),
     ],
+    ids=["missing", "broken", "torch"],
 )
 def test_cuda_library_that_does_not_load(library, cuda, reason, tmp_path):
     """The CPU kernels serve as ever."""
