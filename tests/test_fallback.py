@@ -1,6 +1,7 @@
 """Where there is no kernel: the same loss by torch's operations, and a word about it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,9 +90,42 @@ def test_installation_without_a_library_that_loads(library, tmp_path):
     assert "torch operations" in report.stdout
 
 
+WITH_CUDA = """
+import sys, torch
+torch.version.cuda = sys.argv[1] or None
+from fused_xent import _ops
+print(_ops.CUDA_LOAD_ERROR)
+print([_ops.has_kernels(torch.device(name)) for name in ("cpu", "cuda")])
+"""
+
+
+@pytest.mark.parametrize(
+    ("library", "cuda", "reason"),
+    [
+        ("missing", "13.0", r"built without CUDA kernels \(no nvcc at build time\)"),
+        ("broken", "13.0", r".*_C_cuda\.abi3\.so.*"),
+        ("broken", "", rf"this torch \({re.escape(torch.__version__)}\) has no CUDA"),
+    ],
+    ids=["missing", "broken", "torch"],
+)
+def test_cuda_library_that_does_not_load(library, cuda, reason, tmp_path):
+    """The CPU kernels serve as ever."""
+    copy = shutil.copytree(PACKAGE, tmp_path / "fused_xent")
+    (copy / "_C_cuda.abi3.so").unlink(missing_ok=True)
+    if library == "broken":
+        (copy / "_C_cuda.abi3.so").write_bytes(b"not a library")
+    result = subprocess.run(
+        [sys.executable, "-c", WITH_CUDA, cuda], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert re.fullmatch(rf"{reason}\n\[True, False\]\n", result.stdout), result
+
+
 def test_report_of_what_runs_here(run_python):
     report = run_python("-m", "fused_xent")
     assert report.returncode == 0, report.stdout + report.stderr
+    reason = _ops.CUDA_LOAD_ERROR
+    state = f"torch operations, because {reason}" if reason else "native kernels"
+    assert f"\nCUDA: {state}" in report.stdout
     assert f"fused_xent {fused_xent.__version__}" in report.stdout
     assert f"instruction set {fused_xent.cpu_capability()}" in report.stdout
     assert "WRONG" not in report.stdout

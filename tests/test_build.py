@@ -1,0 +1,231 @@
+"""What is built: the libraries' needs of torch and the system, the GPUs, and setup.py's choices."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+from torch.utils import cpp_extension
+
+import fused_xent
+
+ROOT = Path(__file__).parents[1]
+TORCH = Path(torch.__file__).parent
+SHIM = re.compile(r"(aoti_)?torch_\w+")
+SYSTEM = re.compile(r".+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+")
+# Standard C++ that an older libstdc++ lacks: torch has it too, so the linker takes it from there.
+STANDARD = re.compile(r"_Z(N[KRO]*)?S[to]\w+")
+OPTIONAL = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
+CUDA_SHIM = {"_C": set(), "_C_cuda": {"aoti_torch_get_current_cuda_stream"}}
+LIBRARIES = sorted(CUDA_SHIM)
+
+
+def run(*command):
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    words = [str(word) for word in command]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def library(name):
+    path = Path(fused_xent.__file__).with_name(f"{name}.abi3.so")
+    if not path.exists():
+        pytest.skip(f"{name} was not built: no {'nvcc' if 'cuda' in name else 'compiler'}")
+    return path
+
+
+def symbols(path, which):
+    """Return the names of the dynamic symbols of a library, with their versions."""
+    lines = run("nm", "-D", which, path).splitlines()
+    return {line.split()[-1] for line in lines}
+
+
+def shim_functions():
+    """Return the functions of torch's C shim up to torch 2.10, and the later ones."""
+    functions = {False: set(), True: set()}
+    headers = TORCH / "include/torch/csrc"
+    for path in [headers / "stable/c/shim.h", *headers.glob("inductor/aoti_torch/**/*.h")]:
+        later = [False]  # within each #if that is open
+        for line in path.read_text().splitlines():
+            version = re.match(r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(\d+)_", line)
+            if re.match(r"#\s*if", line):
+                later.append(later[-1] or (version is not None and int(version[1]) > 10))
+            elif re.match(r"#\s*endif", line):
+                later.pop()
+            elif not line.startswith("//"):
+                functions[later[-1]] |= {match[0] for match in SHIM.finditer(line)}
+    return functions[False], functions[True]
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_needs_only_what_torch_and_the_system_offer(name):
+    """No symbol of CUDA's or Python's, and none of torch's C++."""
+    torchs = ("libtorch_cpu.so", "libc10.so")
+    offered = set().union(*(symbols(TORCH / "lib" / file, "--defined-only") for file in torchs))
+    needed = symbols(library(name), "--undefined-only") - OPTIONAL - CUDA_SHIM[name]
+    unversioned = {symbol for symbol in needed if not SYSTEM.fullmatch(symbol)}
+    ours = {symbol for symbol in unversioned if SHIM.fullmatch(symbol)}
+    assert ours
+    assert not [symbol for symbol in unversioned - ours if not STANDARD.fullmatch(symbol)]
+    assert unversioned <= offered
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_needs_no_torch_after_2_10(name):
+    early, late = shim_functions()
+    assert "torch_call_dispatcher" in early - late
+    needed = symbols(library(name), "--undefined-only")
+    used = {symbol for symbol in needed if SHIM.fullmatch(symbol)}
+    assert used & CUDA_SHIM[name] == CUDA_SHIM[name]
+    assert used <= early
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_offers_no_names_that_others_have(name):
+    """Nothing of the CUDA runtime, which is inside, nor of our own."""
+    offered = symbols(library(name), "--defined-only")
+    assert not [symbol for symbol in offered if re.match(r"_*cu[A-Zdo]|.*fused_xent", symbol)]
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_libraries_that_it_loads(name):
+    dynamic = run("readelf", "-d", library(name))
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
+    torchs = {"libc10.so", "libtorch_cpu.so", "libtorch_cuda.so"} & set(needed)
+    assert "libtorch_cpu.so" in torchs
+    assert ("libtorch_cuda.so" in torchs) == (name == "_C_cuda")
+    system = re.compile(r"lib(stdc\+\+|m|gcc_s|c|dl|rt|pthread)\.so\.\d|ld-linux.*")
+    assert not [path for path in set(needed) - torchs if not system.fullmatch(path)]
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+
+
+def cuobjdump():
+    for folder in sys.path:
+        for path in Path(folder).glob("nvidia/**/bin/cuobjdump"):
+            return path
+    found = shutil.which("cuobjdump")
+    return found or pytest.skip("cuobjdump is not installed")
+
+
+def embedded(path, option, kind):
+    """Return for how many files of code the library holds which architecture's."""
+    listing = run(cuobjdump(), option, path)
+    return Counter(re.findall(rf"\.sm_(\w+)\.{kind}", listing))
+
+
+@pytest.fixture
+def setup_with(monkeypatch):
+    """Reads setup.py under an environment, and returns its names and what it asks to build."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)  # restored afterwards, as is os.environ
+
+    def read(**environment):
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        monkeypatch.setattr(os, "environ", {**kept, **environment})
+        asked = {}
+        monkeypatch.setattr(setuptools, "setup", lambda **options: asked.update(options))
+        names = runpy.run_path("setup.py")
+        return names, {extension.name: extension for extension in asked["ext_modules"]}
+
+    return read
+
+
+def wanted_flags(extension):
+    return [flag for flag in extension.extra_compile_args["nvcc"] if "-gencode" in flag]
+
+
+def test_machine_code_of_every_architecture(setup_with):
+    """Of each kernel file, for what this environment asks for."""
+    path = library("_C_cuda")
+    asked = {name: os.environ.get(name, "") for name in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST")}
+    extension = setup_with(**asked)[1].get("fused_xent._C_cuda")
+    if extension is None:
+        pytest.skip("nvcc is not here any more")
+    flags = " ".join(wanted_flags(extension))
+    n_files = sum(source.endswith(".cu") for source in extension.sources)
+    for option, kind, code in (("--list-elf", "cubin", "sm"), ("--list-ptx", "ptx", "compute")):
+        architectures = re.findall(rf"code={code}_(\w+)", flags)
+        assert embedded(path, option, kind) == dict.fromkeys(architectures, n_files)
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A folder like CUDA's, whose nvcc knows some architectures."""
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    for path in (nvcc, tmp_path / "cuda/include/cuda_runtime.h"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    nvcc.write_text("#!/bin/sh\necho sm_75 sm_80 sm_90 sm_100\n")
+    nvcc.chmod(0o755)
+    return tmp_path / "cuda"
+
+
+def test_cuda_library_wherever_nvcc_is(setup_with, toolkit, tmp_path):
+    cpu, both = {"fused_xent._C"}, {"fused_xent._C", "fused_xent._C_cuda"}
+    on_path = {"PATH": f"{toolkit / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    for nvcc in ({"CUDA_HOME": str(toolkit)}, on_path):
+        names, built = setup_with(**nvcc)
+        assert names["cuda_home"]() == toolkit
+        assert set(built) == both
+        assert set(setup_with(**nvcc, FUSED_XENT_CUDA="1")[1]) == both
+        assert set(setup_with(**nvcc, FUSED_XENT_CUDA="0")[1]) == cpu
+    assert set(setup_with(CUDA_HOME=str(tmp_path))[1]) == cpu
+    (toolkit / "include/cuda_runtime.h").unlink()  # as where that nvcc calls another
+    assert setup_with(**on_path)[0]["cuda_home"]() in (None, Path("/usr/local/cuda"))
+
+
+def test_sources(setup_with, toolkit):
+    """Each file of csrc is built, and none into another's object file."""
+    built = setup_with(CUDA_HOME=str(toolkit))[1]
+    sources = {Path(source) for extension in built.values() for source in extension.sources}
+    found = {path for path in Path("csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")}
+    assert sources == found
+    for extension in built.values():
+        objects = [Path(source).with_suffix(".o") for source in extension.sources]
+        assert len(objects) == len(set(objects))
+
+
+ARCHITECTURES = {
+    "": ("sm_80", "sm_90", "sm_100", "compute_100"),  # of the four, those that nvcc knows
+    "8.0;9.0+PTX": ("sm_80", "sm_90", "compute_90"),
+    "8.0 8.6": ("sm_80", "sm_86"),
+    "9.0a": ("sm_90a",),
+    "Hopper": ("sm_90", "compute_90"),
+}
+
+
+@pytest.mark.parametrize("names", ARCHITECTURES)
+def test_architectures(names, setup_with, toolkit):
+    built = setup_with(CUDA_HOME=str(toolkit), TORCH_CUDA_ARCH_LIST=names)[1]
+    flags = wanted_flags(built["fused_xent._C_cuda"])
+    codes = [flag.split(",code=")[1] for flag in flags]
+    assert sorted(codes) == sorted(ARCHITECTURES[names])
+
+
+WRONG = {
+    "choice": ({"FUSED_XENT_CUDA": "yes"}, "FUSED_XENT_CUDA must be 0 or 1, got 'yes'"),
+    "nvcc": (
+        {"FUSED_XENT_CUDA": "1", "CUDA_HOME": "/nowhere"},
+        "FUSED_XENT_CUDA=1 needs nvcc, there is none in /nowhere",
+    ),
+    "architecture": (
+        {"TORCH_CUDA_ARCH_LIST": "8.0;sm_90"},
+        "TORCH_CUDA_ARCH_LIST must be architectures like '8.0;9.0+PTX', got '8.0;sm_90'",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_choices_end_in_one_line(wrong, toolkit, run_python):
+    environment, message = WRONG[wrong]
+    environment = {"FUSED_XENT_CUDA": "", "CUDA_HOME": str(toolkit), **environment}
+    result = run_python("setup.py", "--name", **environment)
+    assert (result.returncode, result.stderr) == (1, message + "\n")
