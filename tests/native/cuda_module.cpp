@@ -50,6 +50,12 @@ std::vector<int> plan_for(const std::string& operation, const cuda::Shape& shape
   return members_of(cuda::plan_forward_backward(shape, device));
 }
 
+const char* why_not(const std::vector<int>& m, const cuda::Shape& shape,
+                    const cuda::Device& device) {
+  const Plan plan{static_cast<cuda::Regime>(m[0]), m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8]};
+  return cuda::why_not(plan, shape, device);
+}
+
 void set(const std::string& name, const std::string& value) {
   if (emulator_set(name.c_str(), value.c_str()) != 0) {
     throw std::invalid_argument("the emulator has no setting " + name + " = " + value);
@@ -79,6 +85,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
       .def_readonly("sm_count", &cuda::Device::sm_count)
       .def_readonly("shared_bytes", &cuda::Device::shared_bytes);
   m.def("plan_for", &plan_for);
+  m.def("why_not", &why_not);
   m.def("current_device", &current_device);
   m.def("set", &set);
   m.def("error", [] { return std::string(emulator_error()); });

@@ -1,0 +1,142 @@
+"""The machine code of the CUDA kernels in the library that was built: registers, memory, loops."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import fused_xent
+
+LIBRARY = Path(fused_xent.__file__).with_name("_C_cuda.abi3.so")
+
+
+class Kernel(NamedTuple):
+    """A kernel of one architecture: its name, the types of logits and labels, adjacent rows."""
+
+    arch: str
+    name: str
+    types: tuple[str, ...]
+    code: str
+
+
+def cuobjdump(*options: str) -> str:
+    if not LIBRARY.exists():
+        pytest.skip("the CUDA library was not built: no nvcc")
+    tools = [path.parent for folder in sys.path for path in Path(folder).glob("nvidia/**/nvdisasm")]
+    path = os.pathsep.join([*map(str, tools), os.environ["PATH"]])
+    tool = shutil.which("cuobjdump", path=path)
+    if tool is None or shutil.which("nvdisasm", path=path) is None:
+        pytest.skip("cuobjdump and nvdisasm are not installed: see requirements-dev.txt")
+    command = [tool, *options, str(LIBRARY)]
+    environment = {**os.environ, "PATH": path}
+    return subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def demangle(names: list[str]) -> list[str]:
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True
+    ).stdout
+    return [re.sub(r"\(anonymous namespace\)::", "", name) for name in text.splitlines()]
+
+
+def kernels_of(disassembly: str) -> list[Kernel]:
+    found = []
+    for part in re.split(r"\n\s*arch = ", disassembly)[1:]:
+        arch = part.split()[0]
+        functions = re.split(r"\n\s*Function : ", part)[1:]
+        names = demangle([function.split("\n", 1)[0] for function in functions])
+        for name, function in zip(names, functions, strict=True):
+            match = re.search(r"cuda::(\w+)(?:<(.*?)>)?\(", name)
+            types = tuple(match[2].split(", ")) if match[2] else ()
+            found.append(Kernel(arch, match[1], types, function))
+    return found
+
+
+def inner_loops(code: str) -> list[Counter]:
+    """Return the operations of each loop that has no other in it."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", code)
+    instructions = [(int(address, 16), text) for address, text in lines]
+    loops = []
+    for address, text in instructions:
+        target = re.match(r"BRA.*?\b0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    innermost = [
+        (begin, end)
+        for begin, end in loops
+        if not any((begin, end) != (b, e) and begin <= b and e <= end for b, e in loops)
+    ]
+    return [
+        Counter(text.split()[0] for address, text in instructions if begin <= address <= end)
+        for begin, end in innermost
+    ]
+
+
+def count(loop: Counter, pattern: str) -> int:
+    return sum(n for operation, n in loop.items() if re.match(pattern, operation))
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Those of two architectures, without clusters and with: the rest is compiled from the same."""
+    found = [
+        k for arch in ("sm_80", "sm_90") for k in kernels_of(cuobjdump("-sass", "-arch", arch))
+    ]
+    if not found:
+        pytest.skip("the library has no code for sm_80 and sm_90: TORCH_CUDA_ARCH_LIST")
+    return found
+
+
+def test_nothing_is_in_local_memory():
+    usage = cuobjdump("--dump-resource-usage")
+    rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(rows) > 60
+    assert not [name for name, _, stack, local in rows if (stack, local) != ("0", "0")]
+    assert max(int(registers) for _, registers, _, _ in rows) <= 255
+
+
+def test_no_instruction_touches_local_memory(kernels):
+    assert not [k[:3] for k in kernels if re.search(r"\b(LDL|STL)\b", k.code)]
+
+
+@pytest.mark.parametrize(
+    ("name", "n_loops"),
+    [("forward_rows", 1), ("backward_rows", 1), ("forward_backward_rows", 2), ("columns", 2)],
+)
+def test_inner_loops_access_16_bytes(kernels, name, n_loops):
+    """Of logits, probabilities and gradients. Class weights, where there are any, are single."""
+    checked = 0
+    for kernel in kernels:
+        if kernel.name != name or kernel.types[0] == "double" or kernel.types[2:] == ("1",):
+            continue
+        loops = [loop for loop in inner_loops(kernel.code) if count(loop, "MUFU.EX2") >= 8]
+        assert len(loops) == n_loops, kernel[:3]
+        for loop in loops:
+            at_once = 4 if kernel.types[1] == "void" else 2
+            if name == "forward_backward_rows" and count(loop, "STG"):
+                at_once = 2
+            wide = count(loop, r"LDG.*\.128")
+            assert wide >= at_once, (kernel[:3], loop)
+            assert count(loop, "STG") == count(loop, r"STG.*\.128"), (kernel[:3], loop)
+            if kernel.types[1] == "void":
+                assert count(loop, "LDG") == wide, (kernel[:3], loop)
+        checked += 1
+    assert checked >= 8
+
+
+@pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
+def test_an_exponential_an_element(kernels, name):
+    """And one more a group at most, for a new maximum."""
+    for kernel in kernels:
+        if kernel.name == name and kernel.types[1:] == ("void",) and kernel.types[0] != "double":
+            n = 16 if kernel.types[0] == "float" else 32
+            (loop,) = (loop for loop in inner_loops(kernel.code) if count(loop, "MUFU.EX2") >= 8)
+            assert n <= count(loop, "MUFU.EX2") <= n + 1, kernel[:3]

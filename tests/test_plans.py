@@ -1,0 +1,136 @@
+"""Which CUDA kernel runs, and in what shape: csrc/cuda/plan.h, at every boundary of its table."""
+
+import cuda_builds
+import pytest
+
+COLUMNS, WARP, BLOCK, SPLIT = range(4)
+OPERATIONS = ("forward", "backward", "forward_backward")
+MEMBERS = [
+    "regime",
+    "threads",
+    "team",
+    "parts",
+    "held",
+    "stages",
+    "workers",
+    "row_vector",
+    "max_groups",
+]
+KIB = 1024
+
+
+@pytest.fixture(scope="module")
+def emulated(emulator_builds):
+    if cuda_builds.MISSING:
+        pytest.skip(cuda_builds.MISSING)
+    return cuda_builds.module(emulator_builds, "sm_100")
+
+
+@pytest.fixture(scope="module")
+def devices(emulated):
+    """The facts that plans depend on, of an A100, an H200 and an RTX 5090."""
+    return {
+        "sm_80": emulated.Device(80, 108, 163 * KIB),
+        "sm_90": emulated.Device(90, 132, 227 * KIB),
+        "sm_120": emulated.Device(120, 170, 99 * KIB),
+    }
+
+
+@pytest.fixture(scope="module")
+def plan(emulated, devices):
+    def plan(operation, n_rows, row_bytes, device="sm_90", element_size=2, **layout):
+        shape = emulated.Shape(n_rows, row_bytes // element_size, element_size, **layout)
+        members = emulated.plan_for(operation, shape, devices[device])
+        return dict(zip(MEMBERS, members, strict=True))
+
+    return plan
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("row_bytes", "regime"),
+    [(2, COLUMNS), (128, COLUMNS), (130, WARP), (4 * KIB, WARP), (4 * KIB + 2, BLOCK)],
+)
+def test_regime_by_length(plan, operation, row_bytes, regime):
+    assert plan(operation, 100_000, row_bytes)["regime"] == regime
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_classes_apart_are_for_columns(plan, operation):
+    assert plan(operation, 100_000, 4 * KIB, adjacent_classes=False)["regime"] == COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "team"), [(130, 4), (256, 4), (258, 8), (512, 8), (2000, 32), (4 * KIB, 32)]
+)
+def test_team_of_a_warp(plan, row_bytes, team):
+    """A lane has four vectors of 16 bytes, as far as a warp goes."""
+    for operation in OPERATIONS:
+        assert plan(operation, 100_000, row_bytes)["team"] == team
+
+
+def test_few_rows_are_split_in_forward(plan):
+    v = 256_512  # bytes of 128256 classes
+    assert plan("forward", 528, v)["regime"] == BLOCK
+    few = plan("forward", 527, v)
+    assert (few["regime"], few["parts"]) == (SPLIT, 2)
+    assert plan("forward", 1, v)["parts"] == v // 16 // (4 * 256)  # no part has less to do
+
+
+def test_long_rows_are_split_in_backward(plan):
+    assert plan("backward", 100_000, 64 * KIB)["regime"] == BLOCK
+    assert plan("backward", 100_000, 64 * KIB + 2)["parts"] == 2
+    assert plan("backward", 8192, 256_512)["parts"] == 4
+    assert plan("backward", 1, 64 * KIB)["parts"] == 4  # each thread has four vectors
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "parts"),
+    [(32 * KIB, 1), (32 * KIB + 2, 2), (64 * KIB, 2), (64 * KIB + 2, 4), (128 * KIB + 2, 8)],
+)
+def test_clusters(plan, row_bytes, parts):
+    assert plan("forward_backward", 8192, row_bytes)["parts"] == parts
+    assert plan("forward_backward", 8192, row_bytes, "sm_80")["parts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "element_size", "device", "held_bytes", "stages"),
+    [
+        (256_512, 2, "sm_90", 32 * KIB, 2),  # 128256 of bfloat16: an eighth, two rows at a time
+        (524_288, 2, "sm_90", 64 * KIB, 2),  # 262144
+        (1_048_576, 4, "sm_90", 128 * KIB, 1),  # 262144 of float32: one row at a time
+        (4_194_304, 4, "sm_90", 224 * KIB, 1),  # a million: the rest is read twice
+        (256_512, 2, "sm_80", 160 * KIB, 1),
+        (64_000, 2, "sm_80", 64 * KIB, 2),  # 32000
+        (256_512, 2, "sm_120", 32 * KIB, 2),
+        (1_048_576, 4, "sm_120", 96 * KIB, 1),
+    ],
+)
+def test_what_is_held_on_chip(plan, row_bytes, element_size, device, held_bytes, stages):
+    chosen = plan("forward_backward", 8192, row_bytes, device, element_size)
+    assert chosen["held"] * chosen["threads"] * 16 == held_bytes
+    assert chosen["stages"] == stages
+
+
+def test_workers_and_vectors_of_columns(plan):
+    image = {"adjacent_classes": False, "adjacent_rows": True}
+    many = plan("forward", 132 * 512 * 8, 42, **image)  # 21 classes
+    assert (many["workers"], many["row_vector"]) == (1, 8)
+    assert plan("forward", 132 * 512 * 8 - 8, 42, **image)["row_vector"] == 1
+    assert plan("forward", 100, 42, **image)["workers"] == 1  # too few classes to share
+    assert plan("forward", 100, 300, **image)["workers"] == 8
+    assert plan("forward", 132 * 512, 300, **image)["workers"] == 1
+    assert plan("forward", 132 * 512 * 8, 42, adjacent_classes=False)["row_vector"] == 1
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("element_size", [2, 4, 8])
+@pytest.mark.parametrize("device", ["sm_80", "sm_90", "sm_120"])
+def test_every_choice_can_serve(emulated, devices, operation, element_size, device):
+    """As :func:`why_not` sees it, for sizes from nothing to the largest."""
+    for n_rows in (0, 1, 3, 500, 70_000, 2**31 - 1):
+        for vocab_size in (0, 1, 2, 63, 65, 1000, 2049, 20_000, 131_072, 300_007, 2**31 - 1):
+            for adjacent in (True, False):
+                shape = emulated.Shape(n_rows, vocab_size, element_size, adjacent, not adjacent)
+                chosen = emulated.plan_for(operation, shape, devices[device])
+                assert emulated.why_not(chosen, shape, devices[device]) is None, chosen
