@@ -140,7 +140,7 @@ def test_portable_fibers(cache):
 
 INSTRUCTIONS = ("prmt", "shf.l.wrap", "shf.l.clamp", "shf.r.wrap", "shf.r.clamp", "bfi", "redux")
 INSTRUCTIONS += ("lop3.majority", "lop3.select", "lop3.lopsided", "bfe.u32", "bfe.s32", "max.f32")
-INSTRUCTIONS += ("max.bf16x2", "max.NaN.bf16x2", "bar.red", "atom.cas")
+INSTRUCTIONS += ("max.bf16x2", "max.NaN.bf16x2", "bar.red", "atom.cas", "cvt.bf16.f64", "double")
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)

@@ -34,6 +34,9 @@ INSTRUCTION(bfi, "{.reg .u32 n; shr.u32 n, %3, 8; bfi.b32 %0, %1, %2, %3, n;}")
 INSTRUCTION(max_bf16x2, "max.bf16x2 %0, %1, %2;")
 INSTRUCTION(max_nan_bf16x2, "max.NaN.bf16x2 %0, %1, %2;")
 INSTRUCTION(max_f32, "max.f32 %0, %1, %2;")
+INSTRUCTION(bf16_of_f64,
+            "{.reg .f64 d; .reg .b16 h; mov.b64 d, {%2, %1}; cvt.rn.bf16.f64 h, d;"
+            " cvt.u32.u16 %0, h;}")
 
 // The order of the block decides what a CAS finds; the sum does not depend on it.
 __global__ void compare_and_swap(const Inputs* inputs, uint32_t* outputs) {
@@ -60,6 +63,14 @@ __global__ void warp_reduction(const Inputs* inputs, uint32_t* outputs) {
   const uint32_t mixed = __reduce_xor_sync(~0u, value);
   if (threadIdx.x == 0)
     outputs[blockIdx.x] = sum + 3 * largest + 5 * static_cast<uint32_t>(smallest) + 7 * mixed;
+}
+
+// The double precision functions, for which nvcc refines a coarse reciprocal: 1 where they agree.
+__global__ void double_identities(const Inputs* inputs, uint32_t* outputs) {
+  const double x = 1e-3 + inputs[blockIdx.x].a * 0x1p-29;  // up to 8
+  const bool inverse = fabs(exp(log(x)) / x - 1) < 1e-14;
+  const bool hyperbolic = fabs(tanh(x) - (1 - 2 / (exp(2 * x) + 1))) < 1e-15;
+  outputs[blockIdx.x] = inverse && hyperbolic && fabs(rsqrt(x) * sqrt(x) - 1) < 1e-15;
 }
 
 bool bit(uint32_t value, uint32_t position) { return value >> position & 1; }
@@ -133,6 +144,24 @@ uint32_t plain_max_f32(Inputs i) {
   const uint32_t result = larger(i.a, i.b, false, 0x7fffffff);
   return result;
 }
+// Among the two bf16 that enclose the number, by distance; a is the upper word.
+uint32_t plain_bf16_of_f64(Inputs i) {
+  const uint64_t bits = uint64_t{i.a} << 32 | i.b;
+  double value;
+  memcpy(&value, &bits, sizeof value);
+  if (std::isnan(value)) return 0x7fff;
+  const uint32_t sign = i.a >> 31 << 15;
+  value = std::fabs(value);
+  uint32_t low = 0, high = 0x7f80;  // low <= value; high is greater, or infinity
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    (number(middle << 16) <= value ? low : high) = middle;
+  }
+  const double above = high == 0x7f80 ? std::ldexp(1., 128) : number(high << 16);
+  const double to_low = value - number(low << 16), to_high = above - value;
+  return sign | (to_low < to_high || (to_low == to_high && low % 2 == 0) ? low : high);
+}
+uint32_t plain_one(Inputs) { return 1; }
 uint32_t plain_cas(Inputs i) { return i.a + 64 * i.b; }
 uint32_t plain_block_reduction(Inputs i) {
   const uint32_t any = (i.a | i.b) != 0, all = (i.a & i.b) == ~0u;
@@ -173,6 +202,8 @@ const Tested kTested[] = {
     {"max.bf16x2", max_bf16x2, plain_max_bf16x2<false>, 1},
     {"max.NaN.bf16x2", max_nan_bf16x2, plain_max_bf16x2<true>, 1},
     {"max.f32", max_f32, plain_max_f32, 1},
+    {"cvt.bf16.f64", bf16_of_f64, plain_bf16_of_f64, 1},
+    {"double", double_identities, plain_one, 1},
     {"atom.cas", compare_and_swap, plain_cas, 64},
     {"bar.red", block_reduction, plain_block_reduction, 64},
     {"redux", warp_reduction, plain_warp_reduction, 32},
@@ -191,6 +222,8 @@ std::vector<Inputs> make_inputs() {
   const auto next = [&] { return (state = state * 1664525 + 1013904223) ^ state >> 16; };
   for (int n = 0; n < 1000; ++n) all.push_back({next(), next(), next() % 64});
   for (int n = 0; n < 1000; ++n) all.push_back({next(), next(), next()});
+  for (uint32_t n = 0; n < 1000; ++n)  // doubles around a bf16, or halfway between two
+    all.push_back({(0x3f7ffff0 ^ n << 20) + n * 0x1000, n % 3 ? n % 3 - 1 : ~0u, 0});
   return all;
 }
 
