@@ -153,9 +153,9 @@ def transcendental(i):
         return half_arithmetic(i)
     if i.type not in FLOATS or i.has(*DIRECTED_ROUNDING):
         return None
-    is_coarse = i.has("approx") and i.type == "f64"  # of what nvcc refines to an exact result
-    if is_coarse and i.name not in ("rcp", "rsqrt"):
+    if i.has("approx") and i.type == "f64" and i.name not in ("rcp", "rsqrt"):
         return None
+    is_coarse = i.has("ftz") and i.type == "f64"  # rsqrt.approx.f64 without ftz is exact to an ulp
     function = FUNCTIONS[i.name]
     argument = f"coarse({i.read(1)})" if is_coarse else i.read(1)
     value = f"{builtin(i, function)}({argument})" if function else argument
@@ -163,7 +163,8 @@ def transcendental(i):
         value = f"1 / {value}"
     if is_coarse:
         return i.write(f"coarse({value})")
-    return i.write(f"approximate({value})" if i.has("approx") else value)
+    is_approximate = i.has("approx") and i.type == "f32"
+    return i.write(f"approximate({value})" if is_approximate else value)
 
 
 # ---- bits -------------------------------------------------------------------------------------
