@@ -119,7 +119,7 @@ class Harness:
     def _machine(self, cache):
         """Compiled as one, which is quicker, and never sanitized: see sanitizer_hooks.h."""
         flags = [*CXX_FLAGS, "-std=c++17", "-O2", "-g1", f"-I{CUDA}/include", *self.machine_flags]
-        flags += [f"-I{EMULATOR}", f'-DEMULATOR_DEFAULT_DEVICE="{self.arch.rstrip("af")}"']
+        flags.append(f"-I{EMULATOR}")
 
         def compile_machine(out):
             sources = sorted(EMULATOR.glob("*.cpp"))
@@ -135,6 +135,11 @@ class Harness:
         key = [source, *flags, self._source_key(source)]
         command = [CXX, *flags, "-c", source, "-o"]
         return [cache.make("host.o", key, lambda out: run([*command, out / "host.o"]))]
+
+
+def missing_tools():
+    """What a machine needs to build anything, and this one lacks."""
+    return [tool for tool in (NVCC, CXX, "objcopy") if shutil.which(tool) is None]
 
 
 class Cache:

@@ -151,15 +151,20 @@ FUNCTIONS |= {name: name for name in ("tanh", "sin", "cos")}
 def transcendental(i):
     if i.type.removesuffix("x2") in HALF_TYPES:
         return half_arithmetic(i)
-    if i.text.startswith("rcp.approx.ftz.f64"):
-        return i.write(f"rough_reciprocal({i.read(1)})")
-    if i.type not in FLOATS or i.has(*DIRECTED_ROUNDING) or (i.has("approx") and i.type == "f64"):
+    if i.type not in FLOATS or i.has(*DIRECTED_ROUNDING):
         return None
+    if i.has("approx") and i.type == "f64" and i.name not in ("rcp", "rsqrt"):
+        return None
+    is_coarse = i.has("ftz") and i.type == "f64"  # rsqrt.approx.f64 without ftz is exact to an ulp
     function = FUNCTIONS[i.name]
-    value = f"{builtin(i, function)}({i.read(1)})" if function else i.read(1)
+    argument = f"coarse({i.read(1)})" if is_coarse else i.read(1)
+    value = f"{builtin(i, function)}({argument})" if function else argument
     if i.name in ("rcp", "rsqrt"):
         value = f"1 / {value}"
-    return i.write(f"approximate({value})" if i.has("approx") else value)
+    if is_coarse:
+        return i.write(f"coarse({value})")
+    is_approximate = i.has("approx") and i.type == "f32"
+    return i.write(f"approximate({value})" if is_approximate else value)
 
 
 # ---- bits -------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ class Instruction:
 
 def split_arguments(text):
     """Splits at commas outside brackets and braces."""
+    if "{" not in text and "[" not in text:
+        return [argument.strip() for argument in text.split(",") if argument]
     arguments, depth, current = [], 0, ""
     for character in text:
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0)
@@ -162,7 +164,7 @@ def convert(i):
         one = f"to_{to[:-2]}"
         return i.write(f"(uint32_t){one}({i.read(1)}) << 16 | {one}({i.read(2)})", "b32")
     if to in HALF_TYPES:
-        return i.write(f"to_{to}({i.read(1)})", to) if source == "f32" else None
+        return i.write(f"to_{to}({i.read(1)})", to) if source in FLOATS else None
     if source in HALF_TYPES:
         return i.write(f"from_{source}({i.read(1)})", to) if to == "f32" else None
     if to not in C_TYPES or source not in C_TYPES or (i.has("sat") and to not in FLOATS):

@@ -1,0 +1,12 @@
+// Included by two files: static kernels and variables of one mangled name belong to their file.
+#include <cuda_runtime.h>
+
+static __device__ int value;
+static __global__ void load(int* result) { *result = value * TWIN_FACTOR + TWIN_OFFSET; }
+
+static int factor_times(int number) {
+  int result = 0;
+  cudaMemcpyToSymbol(value, &number, sizeof number);
+  load<<<1, 1>>>(&result);
+  return cudaGetLastError() == cudaSuccess ? result : -1;
+}
