@@ -21,7 +21,7 @@ def run(path, *arguments, **settings) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=250,
+        timeout=500,
     )
 
 
@@ -55,18 +55,18 @@ def addressed(emulator_builds):
     return program(emulator_builds, "sm_90", "address")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_sm_90_under_address_sanitizer(addressed):
     assert_right(run(addressed))
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("order", "noise"), [("reverse", 1), ("random", 2)])
-def test_schedules_and_noise_on_approximate_instructions(addressed, order, noise):
-    assert_right(run(addressed, "--bfloat16", order=order, seed=noise, ulp_noise=noise))
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_schedules_and_noise_on_approximate_instructions(addressed, order):
+    assert_right(run(addressed, "--bfloat16", order=order, seed=7, ulp_noise=len(order)))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_sm_80(emulator_builds):
     assert_right(run(program(emulator_builds, "sm_80")))
 
@@ -76,7 +76,7 @@ def reduced(tmp_path_factory):
     return write_reduced(tmp_path_factory.mktemp("reduced"))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_races(emulator_builds, reduced):
     checked = program(emulator_builds, "sm_90", "thread", reduced)
     assert_right(run(checked, "--small", "--bfloat16"))
