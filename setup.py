@@ -19,7 +19,8 @@ CXX = os.environ.get("CXX", "c++")
 HOST = ["-Wall", "-Wextra", "-Wno-psabi", "-fvisibility=hidden"]
 BINDING = ["-O3", "-g0", "-std=c++20", *HOST, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 BINDING += [f"-isystem{path}" for path in cpp_extension.include_paths()]  # warns of our files alone
-KERNELS = ["-O3", "-lineinfo", "-std=c++20", "-Xfatbin=-compress-all", "-Xptxas=-warn-spills,-warn-lmem-usage"]
+KERNELS = ["-O3", "-lineinfo", "-std=c++20", "-Xfatbin=-compress-all"]
+KERNELS += ["-Xptxas=-warn-spills,-warn-lmem-usage"]
 KERNELS += [f"-Xcompiler={flag}" for flag in HOST]
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # machine code of these, PTX of the last
 CUDART = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]

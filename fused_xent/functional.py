@@ -72,6 +72,7 @@ def cross_entropy(
 
     Raises:
         IndexError: a target is no class and not ``ignore_index``; nothing has been written by then.
+            On CUDA devices, where that would wait for the GPU, the row's loss and gradient are NaN.
         ValueError: a shape, dtype, device or option that does not fit; the message names it.
         TypeError: an argument of the wrong type.
         RuntimeError: ``inplace_backward`` or ``grad_in_forward`` with logits that they cannot

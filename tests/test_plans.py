@@ -6,16 +6,6 @@ import pytest
 COLUMNS, WARP, BLOCK, SPLIT = range(4)
 OPERATIONS = ("forward", "backward", "forward_backward")
 MEMBERS = ("regime", "threads", "team", "parts", "held", "stages", "workers", "row_vector")
-    "regime",
-    "threads",
-    "team",
-    "parts",
-    "held",
-    "stages",
-    "workers",
-    "row_vector",
-    "max_groups",
-]
 KIB = 1024
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the build

@@ -56,7 +56,8 @@ Tensor reduce(const Problem& problem, const Tensor& row_loss, int64_t reduction,
               double total_weight, ScalarType loss_dtype, const cpu::Threads& threads) {
   if (reduction == kNone) return torch::stable::to(row_loss, loss_dtype);
   const double sum = cpu::sum_rows(problem.params, threads);
-  const double loss = reduction == kMean ? mean_of(sum, total_weight) : sum;  // may be beyond loss_dtype
+  const double loss =
+      reduction == kMean ? mean_of(sum, total_weight) : sum;  // may be beyond loss_dtype
   return torch::stable::to(torch::stable::full({}, loss, ScalarType::Double), loss_dtype);
 }
 
