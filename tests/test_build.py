@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from torch.torch_version import TorchVersion
 from torch.utils import cpp_extension
 
 import fused_xent
@@ -125,7 +126,8 @@ def embedded(path, option, kind):
 def setup_with(monkeypatch):
     """Reads setup.py under an environment, and returns its names and what it asks to build."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)  # restored afterwards, as is os.environ
+    for name in ("CUDA_HOME", "_check_cuda_version"):  # which setup.py sets: for this test alone
+        monkeypatch.setattr(cpp_extension, name, getattr(cpp_extension, name))
 
     def read(**environment):
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -163,7 +165,7 @@ def toolkit(tmp_path):
     for path in (nvcc, tmp_path / "cuda/include/cuda_runtime.h"):
         path.parent.mkdir(parents=True)
         path.touch()
-    nvcc.write_text("#!/bin/sh\necho sm_75 sm_80 sm_90 sm_100\n")
+    nvcc.write_text("#!/bin/sh\necho release 13.0, sm_75 sm_80 sm_90 sm_100\n")
     nvcc.chmod(0o755)
     return tmp_path / "cuda"
 
@@ -180,6 +182,12 @@ def test_cuda_library_wherever_nvcc_is(setup_with, toolkit, tmp_path):
     assert set(setup_with(CUDA_HOME=str(tmp_path))[1]) == cpu
     (toolkit / "include/cuda_runtime.h").unlink()  # as where that nvcc calls another
     assert setup_with(**on_path)[0]["cuda_home"]() in (None, Path("/usr/local/cuda"))
+
+
+def test_cuda_of_another_version_than_torchs(setup_with, toolkit, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    setup_with(CUDA_HOME=str(toolkit))
+    cpp_extension._check_cuda_version("g++", TorchVersion("12.2.0"))  # which BuildExtension calls
 
 
 def test_sources(setup_with, toolkit):
