@@ -56,12 +56,12 @@ def architecture_flags(nvcc: Path) -> list[str]:
         sys.exit(f"TORCH_CUDA_ARCH_LIST must be architectures like '8.0;9.0+PTX', got {names!r}")
 
 
-def extension(name: str, patterns: list[str], cxx: list[str], nvcc: list[str], **options):
-    """A native library of these files of csrc."""
-    options["extra_compile_args"] = {"cxx": cxx, "nvcc": nvcc}
+def extension(name: str, patterns: list[str], link: list[str], **args: list[str]):
+    """A native library of these files of csrc, with arguments for the linker and each compiler."""
+    options = {"py_limited_api": True, "extra_compile_args": args, "extra_link_args": link}
     options["depends"] = [str(path) for path in Path("csrc").rglob("*.*h")]
     sources = sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
-    return cpp_extension.CppExtension(name, sources, py_limited_api=True, **options)
+    return cpp_extension.CppExtension(name, sources, **options)
 
 
 def extensions() -> list:
@@ -71,14 +71,15 @@ def extensions() -> list:
         print("fused_xent: no C++ compiler (c++ or $CXX): no native kernels", file=sys.stderr)
         return []
     files = ["cpu/*.cpp", "binding/cpu.cpp", "binding/schemas.cpp", "binding/tensors.cpp"]
-    found = [extension("fused_xent._C", files, BINDING, [])]
+    found = [extension("fused_xent._C", files, [], cxx=BINDING)]
     if home is not None:
         cpp_extension.CUDA_HOME = str(home)  # torch looks for it only where it has CUDA itself
+        cpp_extension._check_cuda_version = lambda *_: None  # nor needs it be torch's version
         files = ["cuda/*.cu", "cuda/*.cpp", "binding/cuda*.cpp", "binding/tensors.cpp"]
         cxx = [*BINDING, "-DUSE_CUDA", f"-isystem{home}/include"]
         nvcc = KERNELS + architecture_flags(home / "bin/nvcc")
         link = [f"-L{home}/lib64", f"-L{home}/lib", *CUDART, f"-Wl,--no-as-needed,{STUB}"]
-        found += [extension("fused_xent._C_cuda", files, cxx, nvcc, extra_link_args=link)]
+        found += [extension("fused_xent._C_cuda", files, link, cxx=cxx, nvcc=nvcc)]
     return found
 
 
