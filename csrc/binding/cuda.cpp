@@ -29,6 +29,9 @@ Plan plan_for(const char* operation, Plan (*choose)(const cuda::Shape&, const cu
               const cuda::Arguments& a) {
   cuda::Device device{};
   check_cuda(cuda::describe_device(&device), operation);
+  check(device.capability >= cuda::kLeastCapability,
+        "logits must be on a CUDA device of compute capability 8.0 or more, got " +
+            std::to_string(device.capability / 10) + "." + std::to_string(device.capability % 10));
   const cuda::Shape shape = cuda::shape_of(a);
   const std::lock_guard<std::mutex> lock(forced_mutex);
   const auto forced = forced_plans.find(operation);
@@ -55,8 +58,9 @@ struct Call {
         scratch(torch::stable::new_empty(problem.logits, {1 + 2 * cuda::kMaxSumBlocks},
                                          ScalarType::Double)) {
     static_cast<Params&>(a) = problem.params;
-    check(a.n_rows <= cuda::kMaxExtent && a.vocab_size <= cuda::kMaxExtent,
-          "logits must have less than 2^31 rows and classes on CUDA devices");
+    check(a.n_rows <= cuda::kMaxRows && a.vocab_size <= cuda::kMaxClasses,
+          "logits must have less than 2^31 rows and at most 2^30 classes on CUDA devices, got " +
+              std::to_string(a.n_rows) + " and " + std::to_string(a.vocab_size));
     if (weight && has_indices() && label_smoothing != 0) {
       a.weight_sum_on_device = scratch_data();
       check_cuda(cuda::sum_class_weights(a, scratch_data(), stream), "sum of weight");

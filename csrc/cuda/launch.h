@@ -11,7 +11,9 @@
 
 namespace fused_xent::cuda {
 
-constexpr int64_t kMaxExtent = INT32_MAX;  // of n_rows and vocab_size; tensors may hold more
+// What the kernels count in 32 bits, with room for a step; tensors may hold more elements.
+constexpr int64_t kMaxRows = INT32_MAX, kMaxClasses = int64_t{1} << 30;
+constexpr int kLeastCapability = 80;  // of a device, as in Device
 
 // Params, and of it what only the device knows. Every pointer is to memory of the current device.
 struct Arguments : Params {
