@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: setup test demo bench cuda-check lint format clean
+.PHONY: setup test demo bench gpu cuda-check lint format clean
 
 setup: .venv/ready fused_xent/_C.abi3.so
 
@@ -14,6 +14,10 @@ demo: setup
 
 bench: setup
 	$(RUN) -m bench
+
+# All of it on the GPU of this machine, with the Python that is there: no set-up, no network.
+gpu:
+	PYTHON=$(PYTHON) tests/gpu.sh $(STAGES)
 
 # That the binary which is built here, under any torch, loads under one with CUDA; needs no GPU.
 cuda-check: setup .venv-cuda/ready

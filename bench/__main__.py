@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
 from . import report
-from .cases import CASES, DEFAULT, DEFAULT_DTYPES, DTYPES, MODES, QUICK, Case, bytes_moved
+from .cases import DTYPES, MODES, SUITES, Case, bytes_moved
+from .device import DEVICES, default_device, why_not_cuda
+from .peers import peers
 from .providers import Check, Provider, providers
 from .report import Progress, Result, Timing
 from .timing import Workload, interleave
@@ -42,7 +43,10 @@ def at_least(minimum: int) -> Callable[[str], int]:
 def parser() -> Parser:
     """The command line."""
     result = Parser(prog="python -m bench", description=__doc__)
-    result.add_argument("case", nargs="*", help=f"any of {', '.join(CASES)}")
+    names = dict.fromkeys(name for suite in SUITES.values() for name in suite.cases)
+    result.add_argument("case", nargs="*", help=f"any of {', '.join(names)}")
+    device = f"default here: {default_device()}"
+    result.add_argument("--device", choices=DEVICES, default=default_device(), help=device)
     result.add_argument("--rows", type=at_least(1), help="rows of a case of your own")
     result.add_argument("--vocab", type=at_least(2), help="classes of a case of your own")
     result.add_argument("--soft", action="store_true", help="soft labels in your own case")
@@ -60,28 +64,33 @@ def parser() -> Parser:
 
 def chosen_cases(parser: Parser, options: argparse.Namespace) -> list[Case]:
     """The cases that the options name; ends the program where they name none."""
+    suite = SUITES[options.device]
     for name in options.case:
-        if name not in CASES:
-            parser.error(f"case must be one of {', '.join(CASES)}, got {name!r}")
-    cases = [CASES[name] for name in options.case]
+        if name not in suite.cases:
+            parser.error(f"case must be one of {', '.join(suite.cases)}, got {name!r}")
+    cases = [suite.cases[name] for name in options.case]
     if (options.rows is None) != (options.vocab is None):
         parser.error("--rows and --vocab must be given together")
     if options.rows is not None:
         cases.append(Case("custom", (options.rows, options.vocab), options.soft))
     elif options.soft:
         parser.error("--soft must come with --rows and --vocab")
-    return cases or [CASES[name] for name in (QUICK if options.quick else DEFAULT)]
+    return cases or [
+        suite.cases[name] for name in (suite.quick if options.quick else suite.default)
+    ]
 
 
 def check(
-    workload: Workload, modes: list[str], progress: Progress
+    workload: Workload, candidates: list[Provider], modes: list[str], progress: Progress
 ) -> tuple[list[Provider], dict[str, dict[str, float]], dict[str, str]]:
     """The providers that tell the truth, the errors of each, and why others were left out."""
     passed, errors, failures = [], {}, {}
     progress.show("float64 reference")
     compare = Check(workload)
-    for provider in providers():
+    for provider in candidates:
         if not set(modes) & set(provider.modes):
+            continue
+        if provider.indices_only and workload.target.is_floating_point():
             continue
         progress.show(f"checking {provider.name}")
         try:
@@ -92,21 +101,26 @@ def check(
     return passed, errors, failures
 
 
-def measure(case: Case, dtype: str, modes: list[str], quick: bool, progress: Progress) -> Result:
+def measure(
+    case: Case, dtype: str, options: argparse.Namespace, others: list[Provider], progress: Progress
+) -> Result:
     """Checks every provider in one case, then times those that passed, in turn."""
-    workload = Workload(*case.tensors(DTYPES[dtype]))
-    passed, errors, failures = check(workload, modes, progress)
+    modes = options.mode or list(MODES)
+    workload = Workload(*case.tensors(DTYPES[dtype], options.device))
+    passed, errors, failures = check(workload, providers() + others, modes, progress)
+    on_gpu = options.device == "cuda"
+    peak_bytes = {p.name: workload.peak_bytes(p.loss) for p in passed} if on_gpu else {}
     timers = [workload.baselines]
     for provider in passed:
         timers += provider.timers(workload, modes)
-    limits = QUICK_LIMITS if quick else LIMITS
+    limits = QUICK_LIMITS if options.quick or on_gpu else LIMITS
     samples = interleave(timers, *limits, lambda n: progress.show(f"timing, round {n}"))
     fused = {provider.name for provider in passed if provider.fused}
     timings = []
     for (mode, name), seconds in samples.items():
         traffic = bytes_moved(workload.original, workload.target, mode, name in fused)
         timings.append(Timing(mode, name, traffic, seconds))
-    return Result(case.name, case.shape, case.soft, dtype, timings, errors, failures)
+    return Result(case.name, case.shape, case.soft, dtype, timings, errors, failures, peak_bytes)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,14 +130,19 @@ def main(arguments: list[str] | None = None) -> int:
     cases = chosen_cases(command, options)
     if options.json and not options.json.parent.is_dir():
         command.error(f"--json must be in an existing folder, got {options.json}")
-    dtypes, modes = options.dtype or DEFAULT_DTYPES, options.mode or list(MODES)
-    env = report.environment()
+    if options.device == "cuda" and why_not_cuda():
+        command.error(f"--device must be cpu, as {why_not_cuda()}")
+    others, missing = peers() if options.device == "cuda" else ([], {})
+    for name, reason in missing.items():
+        print(f"not measured: {name} ({reason})", file=sys.stderr)
+    runs = [(case, dtype) for case in cases for dtype in options.dtype or case.dtypes]
+    env = report.environment(options.device)
     if not options.markdown:
         print(report.summary(env), end="\n\n")
-    progress, results = Progress(len(cases) * len(dtypes)), []
-    for case, dtype in product(cases, dtypes):
+    progress, results = Progress(len(runs)), []
+    for case, dtype in runs:
         progress.start(f"{case.name} {dtype}")
-        results.append(measure(case, dtype, modes, options.quick, progress))
+        results.append(measure(case, dtype, options, others, progress))
         progress.clear()
         if not options.markdown:
             print(*report.terminal(results[-1]), sep="\n", flush=True)

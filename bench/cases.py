@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_DTYPES = ("float32", "bfloat16")
+BOTH_DTYPES = ("float32", "bfloat16")
 MODES = ("forward", "backward", "both")
 
 
@@ -19,20 +19,33 @@ class Case:
     name: str
     shape: tuple[int, ...]
     soft: bool = False
+    dtypes: tuple[str, ...] = BOTH_DTYPES  # unless others are asked for
 
-    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tensors(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
         """The logits and the target, the same in every run."""
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(self.shape, generator=generator).to(dtype)
+        source = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        logits = torch.randn(self.shape, **source).to(dtype)
         if self.soft:
-            return logits, torch.randn(self.shape, generator=generator).softmax(1).to(dtype)
+            return logits, torch.randn(self.shape, **source).softmax(1).to(dtype)
         positions = self.shape[:1] + self.shape[2:]
-        return logits, torch.randint(self.shape[1], positions, generator=generator)
+        return logits, torch.randint(self.shape[1], positions, **source)
 
 
-CASES = {
-    case.name: case
-    for case in (
+@dataclass(frozen=True)
+class Suite:
+    """The cases of one kind of device."""
+
+    cases: dict[str, Case]
+    default: tuple[str, ...]
+    quick: tuple[str, ...]
+
+
+def _by_name(*cases: Case) -> dict[str, Case]:
+    return {case.name: case for case in cases}
+
+
+CPU = Suite(
+    _by_name(
         Case("gpt2", (512, 50257)),  # odd: no two rows are aligned alike
         Case("llama2", (1024, 32000)),
         Case("llama3", (256, 128256)),
@@ -43,10 +56,35 @@ CASES = {
         Case("cifar", (65536, 10)),  # a row is shorter than a cache line
         Case("segmentation", (8, 21, 256, 256)),  # the class dimension is strided
         Case("llama3-soft", (256, 128256), soft=True),  # distillation
-    )
-}
-DEFAULT = ("llama3", "llama2", "gpt2", "imagenet", "cifar", "segmentation", "llama3-soft")
-QUICK = ("llama3", "imagenet")
+    ),
+    default=("llama3", "llama2", "gpt2", "imagenet", "cifar", "segmentation", "llama3-soft"),
+    quick=("llama3", "imagenet"),
+)
+
+ROWS, BFLOAT16 = 8192, ("bfloat16",)  # a micro-batch of tokens, as a GPU trains on
+CUDA = Suite(
+    _by_name(
+        Case("imagenet", (ROWS, 1000)),
+        Case("codec", (ROWS, 4096), dtypes=BFLOAT16),  # tokens of images or sound
+        Case("llama2", (ROWS, 32000)),
+        Case("gpt2", (ROWS, 50257)),
+        Case("llama3", (ROWS, 128256)),
+        Case("qwen", (ROWS, 151936), dtypes=BFLOAT16),
+        Case("gpt-oss", (ROWS, 201088), dtypes=BFLOAT16),
+        Case("gemma", (ROWS, 262144), dtypes=BFLOAT16),
+        Case("llama3-few", (64, 128256), dtypes=BFLOAT16),  # fewer rows than multiprocessors
+        Case("cifar", (1 << 20, 10), dtypes=BFLOAT16),
+        Case("segmentation", (16, 21, 512, 512), dtypes=BFLOAT16),
+        Case("llama2-soft", (ROWS, 32000), soft=True, dtypes=BFLOAT16),
+        Case("llama3-soft", (ROWS, 128256), soft=True, dtypes=BFLOAT16),
+    ),
+    default=(
+        *("imagenet", "codec", "llama2", "gpt2", "llama3", "qwen", "gpt-oss", "gemma"),
+        *("llama3-few", "cifar", "segmentation", "llama2-soft", "llama3-soft"),
+    ),
+    quick=("llama3", "imagenet"),
+)
+SUITES = {"cpu": CPU, "cuda": CUDA}
 
 # What the algorithm must move: reads of its inputs (logits and target) and writes of the gradient,
 # which is as large as the logits. A target is as large as the logits too where labels are soft, and

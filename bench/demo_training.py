@@ -11,13 +11,14 @@ import json
 import resource
 import sys
 from functools import partial
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_xent
+
+from .device import DEVICES, clock, default_device
 
 BATCH, LENGTH, WIDTH, HEADS = 8, 128, 64, 4
 LEARNING_RATE = 3e-3
@@ -53,47 +54,59 @@ class LanguageModel(nn.Module):
 class Training:
     """A model, its optimizer and its batches, the same in every run: only the loss differs."""
 
-    def __init__(self, loss: str, tokens: Tensor, vocab_size: int) -> None:
+    def __init__(self, loss: str, tokens: Tensor, vocab_size: int, device: str) -> None:
         """The text is `tokens` (n_tokens,), integers below `vocab_size`."""
         torch.manual_seed(0)
         self.loss_function = LOSSES[loss]
-        self.tokens = tokens
-        self.model = LanguageModel(vocab_size)
+        self.clock = clock(device)
+        self.tokens = tokens.to(device)
+        self.model = LanguageModel(vocab_size).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Words (BATCH, LENGTH), and the words that follow them, flat."""
         starts = torch.randint(self.tokens.numel() - LENGTH, (BATCH, 1))
-        windows = self.tokens[starts + torch.arange(LENGTH + 1)].long()
+        positions = (starts + torch.arange(LENGTH + 1)).to(self.tokens.device)
+        windows = self.tokens[positions].long()
         return windows[:, :-1], windows[:, 1:].flatten()
 
     def step(self) -> dict[str, float]:
         """One training step: its loss, its seconds, and those of them spent in the loss."""
         inputs, target = self.batch()
-        start = perf_counter()
+        mark, seconds = self.clock.mark, self.clock.seconds
+        start = mark()
         logits = self.model(inputs)
         head = logits.grad_fn  # before the loss, which in fused mode takes the logits over
-        loss_start = perf_counter()
+        loss_start = mark()
         loss = self.loss_function(logits, target)
-        loss_seconds = perf_counter() - loss_start
-
-        def gradient_arrives(_: tuple[Tensor, ...]) -> None:
-            nonlocal loss_seconds
-            loss_seconds += perf_counter() - backward_start
-
-        head.register_prehook(gradient_arrives)
-        backward_start = perf_counter()
+        loss_end = mark()
+        arrivals = []
+        head.register_prehook(lambda _: arrivals.append(mark()))
+        backward_start = mark()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        seconds = perf_counter() - start
-        return {"loss": loss.item(), "loss_seconds": loss_seconds, "step_seconds": seconds}
+        end = mark()
+        return {
+            "loss": loss.item(),
+            "loss_seconds": seconds(loss_start, loss_end) + seconds(backward_start, arrivals[0]),
+            "step_seconds": seconds(start, end),
+        }
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
+def peak_bytes(device: str) -> int:
+    """The most memory that this process has held, on a GPU of the GPU's."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def place(device: str) -> str:
+    """What the training runs on, in words."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads"
 
 
 def main() -> None:
@@ -103,12 +116,14 @@ def main() -> None:
     parser.add_argument("tokens", help="file of int32")
     parser.add_argument("n_tokens", type=int)
     parser.add_argument("vocab_size", type=int)
+    parser.add_argument("--device", choices=DEVICES, default=default_device())
     options = parser.parse_args()
     tokens = torch.from_file(options.tokens, size=options.n_tokens, dtype=torch.int32)
-    training = Training(options.loss, tokens, options.vocab_size)
+    training = Training(options.loss, tokens, options.vocab_size, options.device)
     for _ in sys.stdin:
         print(json.dumps(training.step()), flush=True)
-    print(json.dumps({"peak_bytes": peak_bytes(), "threads": torch.get_num_threads()}), flush=True)
+    summary = {"peak_bytes": peak_bytes(options.device), "place": place(options.device)}
+    print(json.dumps({**summary, "device": options.device}), flush=True)
 
 
 if __name__ == "__main__":

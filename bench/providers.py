@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ TOLERANCE = {
 }
 
 
+CHUNK = 1 << 26  # elements that are compared at a time: 512 MiB in float64
+
+
 @dataclass(frozen=True)
 class Provider:
     """A loss to measure, in those modes that its options touch."""
@@ -33,6 +36,7 @@ class Provider:
     loss: Loss
     modes: tuple[str, ...] = MODES
     fused: bool = False  # loss and gradient in one pass
+    indices_only: bool = False  # takes no soft labels
 
     def timers(self, workload: Workload, modes: list[str]) -> Iterator[Timer]:
         """What to run in a round: a forward pass, and a training step that gives two timings."""
@@ -76,19 +80,20 @@ class WrongResult(Exception):
 
 
 class Check:
-    """Compares providers with torch's loss in float64."""
+    """Compares providers with torch's loss in float64, by chunks of rows that leave memory free."""
 
     def __init__(self, workload: Workload) -> None:
-        """Computes the loss and the gradient in float64, from the workload's rounded logits."""
+        """Computes the loss in float64, from the workload's rounded logits."""
         self.workload = workload
-        target = workload.target
-        logits = workload.original.double().requires_grad_()
-        loss = F.cross_entropy(logits, target.double() if target.is_floating_point() else target)
-        loss.backward()
-        self.loss, self.grad_logits = loss.item(), logits.grad
+        logits = workload.original
+        self.n_rows = n_rows = logits.numel() // logits.size(1)
+        step = max(1, CHUNK * len(logits) // logits.numel())
+        self.chunks = [slice(i, i + step) for i in range(0, len(logits), step)]
+        # What one chunk gives is kept; of several, each is computed again for each provider.
+        self._exact = lru_cache(maxsize=1)(self._compute_exact)
+        self.loss = sum(self._exact(i)[0] for i in range(len(self.chunks)))
         # The mean's gradient has entries near 1 / (rows * classes), below the smallest half. So it
         # is judged as loss scaling would scale it: by a power of two, which no rounding disturbs.
-        n_rows = logits.numel() // logits.size(1)
         self.upstream = 2.0 ** min(n_rows.bit_length() - 1, 15)
 
     def __call__(self, provider: Provider) -> dict[str, float]:
@@ -109,17 +114,38 @@ class Check:
                 raise WrongResult(f"{name} is {error:.1e} off float64's, {limit:.0e} allowed")
         return errors
 
+    def _compute_exact(self, chunk: int) -> tuple[float, Tensor]:
+        """A chunk's part of the mean loss, and its gradient."""
+        logits, target = (t[self.chunks[chunk]] for t in self._inputs)
+        logits = logits.double().requires_grad_()
+        target = target.double() if target.is_floating_point() else target
+        loss = F.cross_entropy(logits, target, reduction="sum") / self.n_rows
+        loss.backward()
+        return loss.item(), logits.grad
+
+    @property
+    def _inputs(self) -> tuple[Tensor, Tensor]:
+        return self.workload.original, self.workload.target
+
     def _gradient_errors(self, grad_logits: Tensor) -> dict[str, float]:
         """In the Euclidean norm. The targets' entries are judged apart: they outweigh the rest."""
-        error = grad_logits.double().div_(self.upstream).sub_(self.grad_logits)
-        if self.workload.target.is_floating_point():
-            return {"gradient": _ratio(error, self.grad_logits)}
-        target = self.workload.target.unsqueeze(1)
-        return {
-            "gradient at target": _ratio(*(t.gather(1, target) for t in (error, self.grad_logits))),
-            "gradient": _ratio(*(t.scatter(1, target, 0) for t in (error, self.grad_logits))),
-        }
+        squares: dict[str, list[float]] = {}  # of the error and of what is right
+        for i, rows in enumerate(self.chunks):
+            exact = self._exact(i)[1]
+            error = grad_logits[rows].double().div_(self.upstream).sub_(exact)
+            for name, part in _parts(self.workload.target[rows]).items():
+                sums = squares.setdefault(name, [0.0, 0.0])
+                for j, tensor in enumerate((error, exact)):
+                    sums[j] += part(tensor).norm().item() ** 2
+        return {name: (error / exact) ** 0.5 for name, (error, exact) in squares.items()}
 
 
-def _ratio(error: Tensor, expected: Tensor) -> float:
-    return (error.norm() / expected.norm()).item()
+def _parts(target: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What is judged apart of a gradient, and how to take it."""
+    if target.is_floating_point():
+        return {"gradient": lambda t: t}
+    index = target.unsqueeze(1)
+    return {
+        "gradient at target": lambda t: t.gather(1, index),
+        "gradient": lambda t: t.scatter(1, index, 0),
+    }

@@ -16,6 +16,8 @@ import torch
 
 import fused_xent
 
+from .device import gpu_environment
+
 MODE_TITLES = {
     "forward": "forward (no grad)",
     "backward": "backward",
@@ -62,6 +64,7 @@ class Result:
     timings: list[Timing]
     errors: dict[str, dict[str, float]]  # by provider: relative to float64
     failures: dict[str, str]  # by provider: why it was not timed
+    peak_bytes: dict[str, int]  # by provider: of a step, beyond logits and target; on a GPU alone
 
     @property
     def title(self) -> str:
@@ -80,9 +83,12 @@ class Result:
         return f"{other.median / timing.median:.1f}x" if other else "-"
 
 
-def environment() -> dict[str, str | int]:
+Environment = dict[str, str | int | float]
+
+
+def environment(device: str) -> Environment:
     """What the figures depend on: the command, the machine, the versions."""
-    return {
+    env: Environment = {
         "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
         "cpu": cpu_name(),
         "cores": os.cpu_count() or 0,
@@ -94,6 +100,7 @@ def environment() -> dict[str, str | int]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+    return env | gpu_environment() if device == "cuda" else env
 
 
 def cpu_name() -> str:
@@ -106,12 +113,15 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def summary(env: dict[str, str | int]) -> str:
+def summary(env: Environment) -> str:
     """The environment in one line."""
+    versions = f"fused_xent {env['fused_xent']}, torch {env['torch']}, Python {env['python']}"
+    if "gpu" in env:
+        copy = f"a large copy moves {env['copy bytes a second'] / 1e9:.0f} GB/s"
+        return f"{env['gpu']}, driver {env['driver']}, CUDA {env['cuda']}, {copy}; {versions}"
     return (
         f"{env['cpu']}, {env['threads']} threads of {env['cores']} cores, "
-        f"{env['fused_xent instruction set']}; fused_xent {env['fused_xent']}, "
-        f"torch {env['torch']}, Python {env['python']}"
+        f"{env['fused_xent instruction set']}; {versions}"
     )
 
 
@@ -128,6 +138,9 @@ def terminal(result: Result) -> Iterator[str]:
         for timing in rows:
             cells = map(str.rjust, _cells(result, timing), WIDTHS)
             yield f"    {timing.provider:18}" + "".join(cells)
+    if result.peak_bytes:
+        peaks = (f"{name} {size / 1e6:.1f}" for name, size in result.peak_bytes.items())
+        yield "  memory of a step beyond logits and target, MB: " + ", ".join(peaks)
     yield ""
 
 
@@ -150,7 +163,7 @@ def _cells(result: Result, timing: Timing) -> tuple[str, ...]:
     )
 
 
-def markdown(results: Iterable[Result], env: dict[str, str | int]) -> Iterator[str]:
+def markdown(results: Iterable[Result], env: Environment) -> Iterator[str]:
     """Lines of the README's table: a row per case and mode, a column per provider."""
     results = list(results)
     names = dict.fromkeys(t.provider for r in results for t in r.timings if t.mode in MODE_TITLES)
@@ -181,7 +194,7 @@ def _markdown_cell(result: Result, timing: Timing | None) -> str:
     return f"{cell} ({eager} / {compiled})"
 
 
-def write_json(path: Path, results: Iterable[Result], env: dict[str, str | int]) -> None:
+def write_json(path: Path, results: Iterable[Result], env: Environment) -> None:
     """Writes the environment, and every sample of every timing."""
     content = {"environment": env, "results": [asdict(result) for result in results]}
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -5,6 +5,8 @@ so every provider finds the caches in one state, and one that overwrites the log
 The gradient of the round before has been freed by then, so each provider pays for the allocation of
 its own, page faults included, as in training, where a gradient lives only until the layer below has
 used it. No provider pays for `.grad`: logits have none.
+
+On a GPU the caches are emptied before each timing, and memory comes from torch's pool.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
+
+from .device import PeakMemory, clock
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Key = tuple[str, str]  # a mode and a provider
@@ -55,27 +59,35 @@ class Workload:
         self.original = logits
         self.logits = logits.clone()
         self.target = target
-        self._parameter = torch.zeros((), requires_grad=True)
+        self.clock = clock(logits.device.type)
+        self._parameter = torch.zeros((), requires_grad=True, device=logits.device)
 
     @torch.no_grad()
     def forward(self, loss: Loss) -> tuple[Tensor, float]:
         """The loss without a graph, as in evaluation, and its seconds."""
         self.logits.copy_(self.original)
-        start = perf_counter()
+        start = self.clock.start()
         value = loss(self.logits, self.target)
-        return value, perf_counter() - start
+        return value, self.clock.seconds(start, self.clock.mark())
 
     def step(self, loss: Loss, upstream: Tensor | None = None) -> Step:
         """The loss and its gradient, scaled by `upstream` (1 when None), as in training."""
         self.logits.copy_(self.original)
         received: list[Tensor] = []
         logits = _LastLayer.apply(self._parameter, self.logits, received)
-        start = perf_counter()
+        start = self.clock.start()
         value = loss(logits, self.target)
-        middle = perf_counter()
+        middle = self.clock.mark()
         value.backward(upstream)
-        end = perf_counter()
-        return Step(value.detach(), received.pop(), middle - start, end - middle)
+        end = self.clock.mark()
+        seconds = self.clock.seconds
+        return Step(value.detach(), received.pop(), seconds(start, middle), seconds(middle, end))
+
+    def peak_bytes(self, loss: Loss) -> int:
+        """The most memory of the GPU that a step takes beyond logits and target."""
+        with PeakMemory() as memory:
+            self.step(loss)
+        return memory.bytes
 
     def baselines(self) -> Samples:
         """One copy of the logits into memory that is already touched, and one bare read of them.
@@ -86,12 +98,15 @@ class Workload:
         words = self.logits.view(-1).view(torch.uint8)
         words = words[: words.numel() // 8 * 8].view(torch.int64)
         self.logits.copy_(self.original)
-        start = perf_counter()
+        start = self.clock.start()
         self.logits.copy_(self.original)
-        middle = perf_counter()
+        copy = self.clock.seconds(start, self.clock.mark())
+        start = self.clock.start()
         words.sum()
-        end = perf_counter()
-        return {("copy", "torch"): middle - start, ("read", "torch"): end - middle}
+        return {
+            ("copy", "torch"): copy,
+            ("read", "torch"): self.clock.seconds(start, self.clock.mark()),
+        }
 
 
 def interleave(

@@ -23,6 +23,19 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     torch.set_default_device(config.getoption("--device"))
     config.addinivalue_line("markers", "kernels: numbers; run again under each instruction set")
+    config.addinivalue_line("markers", "cpu(reason): not on another --device")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cpu":
+        return
+    from fused_xent import _ops
+
+    if _ops.CUDA_LOAD_ERROR is not None:  # torch's operations would pass for kernels
+        raise pytest.UsageError(f"--device: no CUDA kernels, because {_ops.CUDA_LOAD_ERROR}")
+    for item in items:
+        for mark in item.iter_markers("cpu"):
+            item.add_marker(pytest.mark.skip(reason=f"on the CPU alone: {mark.args[0]}"))
 
 
 @pytest.fixture(scope="session")

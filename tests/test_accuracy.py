@@ -32,7 +32,7 @@ LARGE = {
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("shape", LARGE)
-def test_loss_is_within_5e_6(shape, probabilities, scale, dtype):
+def test_loss_is_within_5e_6(shape, probabilities, scale, dtype, device):
     logits = make_logits(LARGE[shape], dtype, scale)
     if probabilities:
         target = logits.float().roll(7, 1).softmax(1)
@@ -42,7 +42,7 @@ def test_loss_is_within_5e_6(shape, probabilities, scale, dtype):
         exact = F.cross_entropy(logits.double(), target, reduction="none")
     loss = fused_xent.cross_entropy(logits, target, reduction="none", loss_dtype=torch.float32)
     assert (loss.double() - exact).abs().max() <= 5e-6
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(fused_xent.cross_entropy(logits, target, reduction="none"), loss)
 
 
@@ -204,6 +204,7 @@ def test_infinities_nan_and_extremes_are_as_in_torch(special, n_classes, mode, d
     torch.testing.assert_close(gradient, expected_gradient, equal_nan=True, rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.cpu("sets the number of threads")
 @by_dtype
 @by_mode
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids
 @by_dtype
 @pytest.mark.parametrize("cast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("labels", OPTIONS)
-def test_saved_are_the_inputs_and_numbers_a_row(labels, cast, dtype):
+def test_saved_are_the_inputs_and_numbers_a_row(labels, cast, dtype, device):
     logits, target = make_large(dtype, labels)
     saved = []
 
@@ -129,7 +129,7 @@ def test_saved_are_the_inputs_and_numbers_a_row(labels, cast, dtype):
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+    with hooks, torch.autocast(device, dtype=torch.bfloat16, enabled=cast):
         loss = fused_xent.cross_entropy(logits, target, **OPTIONS[labels])
     inputs = {logits.data_ptr(), target.data_ptr()}
     others = [tensor for tensor in saved if tensor.data_ptr() not in inputs]
@@ -149,10 +149,15 @@ def allocations(function):
     return result, [size for size in sizes if size > 0]
 
 
+PROFILED = "the profiler counts the CPU's memory, test_gpu.py the other"
+
+
+@pytest.mark.cpu(PROFILED)
 def test_allocations_are_seen():
     assert allocations(lambda: torch.empty(1024))[1] == [4096]
 
 
+@pytest.mark.cpu(PROFILED)
 @by_dtype
 @pytest.mark.parametrize("cast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("labels", OPTIONS)
@@ -170,6 +175,7 @@ def test_allocated_is_the_gradient_alone(labels, cast, dtype):
     assert large == [logits.numel() * dtype.itemsize]
 
 
+@pytest.mark.cpu(PROFILED)
 @by_dtype
 @pytest.mark.parametrize("mode", ["inplace_backward", "grad_in_forward"])
 @pytest.mark.parametrize("labels", OPTIONS)

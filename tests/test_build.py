@@ -17,6 +17,8 @@ from torch.utils import cpp_extension
 
 import fused_xent
 
+pytestmark = pytest.mark.cpu("the build for all GPUs")
+
 ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
 SHIM = re.compile(r"(aoti_)?torch_\w+")

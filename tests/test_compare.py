@@ -5,6 +5,7 @@ import torch
 from cases import DTYPES
 from compare import accumulation_dtype, assert_gradient, assert_loss, truth
 
+pytestmark = pytest.mark.cpu("torch operations alone")
 N_ROWS, N_CLASSES, IGNORED, CONFIDENT = 6, 3001, 4, 1
 UPSTREAM = torch.tensor([1.0, 0.5, 0.75, 1.25, 1.5, 0.625])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

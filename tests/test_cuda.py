@@ -50,10 +50,10 @@ def force(operators):
     """Forces plans, until the test's end."""
     forced = []
 
-    def force(operation, regime, *, threads, team=0, parts=1, held=0, stages=1, **others):
+    def force(operation, regime, *, threads, team=0, parts=1, held=0, **others):
         forced.append(operation)
         rest = [others.get(name, default) for name, default in (("workers", 1), ("vector", 1))]
-        plan = [REGIMES[regime], threads, team or threads, parts, held, stages, *rest]
+        plan = [REGIMES[regime], threads, team or threads, parts, held, *rest]
         operators(operation, [*plan, others.get("groups", 0)])
 
     yield force
@@ -130,7 +130,7 @@ def test_target_that_is_no_class(shape, mode, reduction):
         (500, {"backward": {"regime": "split", "threads": 64, "parts": 3}}),
         (3000, {"forward": {"regime": "split", "threads": 64, "parts": 7}}),
         (3000, {"forward_backward": {"regime": "split", "threads": 64, "parts": 8, "held": 4}}),
-        (3000, {"forward_backward": {"regime": "block", "threads": 64, "stages": 2, "held": 8}}),
+        (3000, {"forward_backward": {"regime": "block", "threads": 64, "held": 8, "groups": 2}}),
         (3000, {"forward_backward": {"regime": "warp", "threads": 64, "team": 16, "groups": 1}}),
     ],
 )
@@ -164,10 +164,13 @@ def test_results_do_not_depend_on_the_schedule(emulated, shape):
         assert torch.equal(gradient, expected[1])
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits(device):
     n_rows, n_classes = 2**16 + 3, 2**15 + 8  # 4 GiB of bfloat16, of which one row is touched
-    memory = mmap.mmap(-1, n_rows * n_classes * 2)
-    logits = torch.frombuffer(memory, dtype=torch.bfloat16).view(n_rows, n_classes)
+    if device == "cpu":
+        memory = mmap.mmap(-1, n_rows * n_classes * 2)
+        logits = torch.frombuffer(memory, dtype=torch.bfloat16).view(n_rows, n_classes)
+    else:
+        logits = torch.empty(n_rows, n_classes, dtype=torch.bfloat16)
     target = torch.full((n_rows,), -100)
     for row in (n_rows - 1, 2**15):
         target.fill_(-100)

@@ -13,6 +13,8 @@ import pytest
 
 import fused_xent
 
+pytestmark = pytest.mark.cpu("the build for all GPUs")
+
 LIBRARY = Path(fused_xent.__file__).with_name("_C_cuda.abi3.so")
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from emulator import Harness, PtxError, missing_tools, preload_environment, translate_module
 
+pytestmark = pytest.mark.cpu("in the emulator")
+
 SELFTEST = Path(__file__).parent / "emulator" / "selftest"
 ORDERS = ("forward", "reverse", "random")
 LAUNCH_FAILURE, WRONG_RESULT = 719, -1

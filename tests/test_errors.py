@@ -86,12 +86,12 @@ REFUSED = {
     "target of other device": (
         {"target": TARGET.to("meta")},
         ValueError,
-        "target must be on input's device cpu, got meta",
+        f"target must be on input's device {INPUT.device}, got meta",
     ),
     "weight of other device": (
         {"weight": torch.ones(9, device="meta")},
         ValueError,
-        "weight must be on input's device cpu, got meta",
+        f"weight must be on input's device {INPUT.device}, got meta",
     ),
     "reduction of other name": (
         {"reduction": "average"},
@@ -153,6 +153,7 @@ OUT_OF_RANGE = {
 }
 
 
+@pytest.mark.cpu("elsewhere such rows become NaN: test_cuda.py")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", OUT_OF_RANGE)
 @pytest.mark.parametrize(
@@ -181,6 +182,7 @@ def test_target_out_of_range(shape, position, text, bad, mode):
     assert input.grad_fn is not None
 
 
+@pytest.mark.cpu("elsewhere such rows become NaN: test_cuda.py")
 def test_first_of_several_targets_out_of_range():
     target = torch.tensor([0, -100, 9, 3, -7])
     with pytest.raises(IndexError, match=r"got 9 at position \(2,\)"):
@@ -193,8 +195,13 @@ def test_target_changed_between_forward_and_backward():
     target[0] = 10**6
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    loss = fused_xent.cross_entropy(input, target.copy_(TARGET))
-    target.data[0] = 10**6  # which autograd does not see
+
+
+@pytest.mark.cpu("elsewhere such rows become NaN: test_cuda.py")
+def test_target_changed_unseen_by_autograd():
+    input, target = INPUT.clone().requires_grad_(), TARGET.clone()
+    loss = fused_xent.cross_entropy(input, target)
+    target.data[0] = 10**6
     with pytest.raises(IndexError, match="got 1000000"):
         loss.backward()
     assert input.grad is None
@@ -216,8 +223,10 @@ CALLS = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("call", CALLS)
-def test_tensors_of_the_caller_never_change(call, dtype, mode):
+def test_tensors_of_the_caller_never_change(call, dtype, mode, device):
     """After success and failure. Overwriting modes are given a clone, unless without grad."""
+    if call == "target out of range" and device != "cpu":
+        pytest.skip("such rows become NaN: test_cuda.py")
     arguments = {"input": INPUT, "target": TARGET, **CALLS[call]}
     tensors = {name: x.clone() for name, x in arguments.items() if torch.is_tensor(x)}
     for name in ("input", "weight"):

@@ -16,6 +16,7 @@ from modes import MODES, has_mode, loss_and_gradient
 import fused_xent
 from fused_xent import _ops
 
+pytestmark = pytest.mark.cpu("without kernels")
 PACKAGE = Path(fused_xent.__file__).parent
 
 

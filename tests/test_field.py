@@ -129,12 +129,12 @@ def test_10_all_rows_ignored(problem):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_12_autocast_makes_a_dtype_mismatch(problem, dtype):
+def test_12_autocast_makes_a_dtype_mismatch(problem, dtype, device):
     """A layer's logits, its weight in float32, and a float32 loss of them."""
     layer = torch.nn.Linear(16, N_CLASSES)
     criterion = fused_xent.CrossEntropyLoss(torch.rand(N_CLASSES), label_smoothing=0.1)
     amp = torch.bfloat16 if dtype == torch.float32 else dtype
-    with torch.autocast("cpu", dtype=amp, enabled=dtype != torch.float32):
+    with torch.autocast(device, dtype=amp, enabled=dtype != torch.float32):
         loss = criterion(layer(torch.randn(N_ROWS, 16)), problem[1])
     assert loss.dtype == torch.float32
     loss.backward()
@@ -160,6 +160,7 @@ def test_15_padded_lanes_take_probability(n_classes, mode):
     assert_gradient(gradient, exact, torch.float32, roundings(mode))
 
 
+@pytest.mark.cpu("elsewhere such rows become NaN: test_cuda.py")
 @by_mode
 @pytest.mark.parametrize("bad", [-1, N_CLASSES, 2**31, -(2**62)])
 def test_16_target_out_of_range_reads_out_of_bounds(problem, bad, mode):

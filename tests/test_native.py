@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu("kernels of the CPU")
+
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "csrc" / "cpu"
 CHECK = ROOT / "tests" / "native" / "kernel_check.cpp"

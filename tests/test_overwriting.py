@@ -19,20 +19,23 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)
 @by_mode
 @pytest.mark.parametrize("n_classes", [7, 150, 20000])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_gradient_is_the_default_modes_and_in_the_logits(reduction, n_classes, mode, dtype):
+def test_gradient_is_the_default_modes_and_in_the_logits(reduction, n_classes, mode, dtype, device):
     leaf, target = make_problem(dtype, n_classes)
     upstream = make_upstream(target.shape, reduction).to(dtype)
     default = fused_xent.cross_entropy(leaf, target, reduction=reduction)
     (expected,) = torch.autograd.grad(default, leaf, upstream)
     logits = leaf * 1
     loss = fused_xent.cross_entropy(logits, target, reduction=reduction, **MODES[mode])
-    assert torch.equal(loss, default)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    if device == "cpu" or mode == "inplace":
+        assert torch.equal(loss, default)
+    else:  # fused mode has blocks of its own there, and adds up in their order
+        torch.testing.assert_close(loss, default, rtol=16 * eps if eps < 1e-3 else eps, atol=tiny)
     received = []
     logits.register_hook(received.append)
     loss.backward(upstream)
-    eps = torch.finfo(dtype).eps
-    tiny = torch.finfo(dtype).tiny
-    torch.testing.assert_close(leaf.grad, expected, rtol=16 * eps if eps < 1e-3 else eps, atol=tiny)
+    rtol = (16 if device == "cpu" else 64) * eps if eps < 1e-3 else eps
+    torch.testing.assert_close(leaf.grad, expected, rtol=rtol, atol=tiny)
     if mode == "inplace":
         assert torch.equal(leaf.grad, expected)
         assert received[0].data_ptr() == logits.data_ptr()

@@ -9,6 +9,7 @@ import torch
 
 import fused_xent
 
+pytestmark = pytest.mark.cpu("looks at files and processors")
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fused_xent"
 CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "portable")  # best first

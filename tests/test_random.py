@@ -40,7 +40,7 @@ def problems(draw):
     rows = rows if torch.Size(rows).numel() <= most else rows[:1]
     shape = [*rows[:1], n_classes, *rows[1:]]
     dtype = draw(st.sampled_from(DTYPES))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**32)))
     scale = draw(st.sampled_from([0.0, 1.0, 4.0]))
     logits = (torch.randn(shape, generator=generator) * scale).to(dtype)
     options = {

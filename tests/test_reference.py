@@ -9,6 +9,8 @@ from cases import LABELS, REDUCTIONS, SHAPES, class_dim, make_logits, make_optio
 
 from fused_xent.reference import cross_entropy
 
+pytestmark = pytest.mark.cpu("torch operations alone")
+
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("labels", LABELS)

@@ -219,11 +219,11 @@ void force_cuda_plan(const std::string& operation, const std::vector<int64_t>& p
         "operation must be 'forward', 'backward' or 'forward_backward', got '" + operation + "'");
   forced_plans.erase(operation);
   if (plan.empty()) return;
-  check(plan.size() == 9, "plan must have 9 members or none, got " + std::to_string(plan.size()));
+  check(plan.size() == 8, "plan must have 8 members or none, got " + std::to_string(plan.size()));
   check(0 <= plan[0] && plan[0] <= 3, "plan's regime must be 0 to 3");
   const auto at = [&](int i) { return static_cast<int>(plan[i]); };
-  forced_plans[operation] = Plan{
-      static_cast<cuda::Regime>(plan[0]), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
+  forced_plans[operation] =
+      Plan{static_cast<cuda::Regime>(plan[0]), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
 }
 
 }  // namespace fused_xent::binding

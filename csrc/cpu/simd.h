@@ -141,6 +141,7 @@ XENT_INLINE void store(Half* to, F32 value) {
   store_bits(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #if defined(XENT_HAS_BF16)
+// Numbers below the smallest normal one become 0: the instruction knows no others.
 XENT_INLINE void store(BFloat16* to, F32 value) {
   store_bits(to, _mm512_cvtneps_pbh((__m512)value));
 }

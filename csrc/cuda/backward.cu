@@ -10,11 +10,17 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-template <typename T, typename Values>
+// make_values() waits for what it needs of the row while the row's first vectors are on their way.
+template <typename T, typename MakeValues>
 __device__ __forceinline__ void write_share(T* out, const RowView<const T>& view,
-                                            const Values& values, const Share& share) {
+                                            const Share& share, const MakeValues& make_values) {
+  using Values = decltype(make_values());
+  const ReadGlobal<T> read{view};
+  uint4 bits[Values::kUnrolled];
+  read_vectors(bits, share, 0, share.begin + share.rank, read);
+  const Values values = make_values();
   write_edges(out, view, values, share);
-  write_vectors(out, view, values, share, ReadGlobal<T>{view});
+  write_vectors(out, view, values, share, bits, read);
 }
 
 template <typename T, typename S>
@@ -39,9 +45,11 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S>))
     // The target's own thread reads its logit before it overwrites it, and its gradient after.
     const bool has_target = share.owns(view, target.index);
     const A target_logit = has_target ? to_acc(logits[target.index]) : A(0);
-    const RowGradient<A> gradient =
-        saved_gradient(a, scale, row, target.index, has_target, target_logit);
-    write_share(out, view, GradientOf<T, S>{gradient, spread}, share);
+    RowGradient<A> gradient;
+    write_share(out, view, share, [&] {
+      gradient = saved_gradient(a, scale, row, target.index, has_target, target_logit);
+      return GradientOf<T, S>{gradient, spread};
+    });
     if (has_target) out[target.index] = from_acc<T>(gradient.at_target);
   }
 }
@@ -58,9 +66,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (read_target(a, row).is_ignored) continue;
     T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
     const RowView<const T> view(out, vocab_size);
-    write_share(
-        out, view, ScaledBy<T>{upstream_of(a, scale, row)},
-        Share(team, view.n_vectors, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)));
+    const int part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
+    write_share(out, view, Share(team, view.n_vectors, part, parts),
+                [&] { return ScaledBy<T>{upstream_of(a, scale, row)}; });
   }
 }
 

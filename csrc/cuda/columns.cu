@@ -94,7 +94,7 @@ struct Rows {
 };
 
 template <typename T, typename S, int R>
-__device__ __forceinline__ void sweep_rows(const Params& p, const Rows<kClasses<S>, R>& rows,
+__device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kClasses<S>, R>& rows,
                                            RowStats<Acc<T>> (&stats)[R]) {
   using A = Acc<T>;
   constexpr bool kHasSpread = Spread<T, S>::kExists;

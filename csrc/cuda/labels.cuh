@@ -52,15 +52,29 @@ __device__ __forceinline__ A class_weight(const Params& p, int j) {
   return p.weight == nullptr ? A(1) : static_cast<const A*>(p.weight)[j];
 }
 
-// on_target and spread of ../xent_math.h.
 template <typename A>
-__device__ __forceinline__ A on_target_of(const Params& p, int target) {
-  return target < 0 ? A(0) : static_cast<A>(1 - p.label_smoothing) * class_weight<A>(p, target);
+__device__ __forceinline__ A keep_of(const Arguments& a) {
+  if constexpr (std::is_same_v<A, double>)
+    return a.keep;
+  else
+    return a.keep_float;
 }
 template <typename A>
-__device__ __forceinline__ A spread_of(const Params& p) {
-  return has_indices(p) ? static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size))
-                        : A(1);
+__device__ __forceinline__ A uniform_of(const Arguments& a) {
+  if constexpr (std::is_same_v<A, double>)
+    return a.uniform;
+  else
+    return a.uniform_float;
+}
+
+// on_target and spread of ../xent_math.h.
+template <typename A>
+__device__ __forceinline__ A on_target_of(const Arguments& p, int target) {
+  return target < 0 ? A(0) : keep_of<A>(p) * class_weight<A>(p, target);
+}
+template <typename A>
+__device__ __forceinline__ A spread_of(const Arguments& p) {
+  return has_indices(p) ? uniform_of<A>(p) : A(1);
 }
 
 // t_j of ../xent_math.h. S is the type it is read in: that of the probabilities, the accumulation
@@ -74,14 +88,13 @@ struct Spread {
   const A* weight;  // null: all are 1
   A scale, offset;
 
-  __device__ Spread(const Params& p, int64_t row) {
+  __device__ Spread(const Arguments& p, int64_t row) {
     const bool probabilities = !has_indices(p);
     t = probabilities ? row_of<S>(p.target, p.target_layout, row) : static_cast<const S*>(p.weight);
     class_stride = probabilities ? p.target_layout.class_stride : 1;
     weight = probabilities ? static_cast<const A*>(p.weight) : nullptr;
-    scale = probabilities ? static_cast<A>(1 - p.label_smoothing) : A(1);
-    offset = !probabilities ? A(t == nullptr)
-                            : static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size));
+    scale = probabilities ? keep_of<A>(p) : A(1);
+    offset = !probabilities ? A(t == nullptr) : uniform_of<A>(p);
   }
 
   __device__ __forceinline__ A smooth(A value, int j) const {
@@ -140,7 +153,7 @@ __device__ __forceinline__ A log_sum_of(const RowStats<A>& stats) {
 }
 
 template <typename A>
-__device__ __forceinline__ void finish_forward(const Params& p, int64_t row, int target,
+__device__ __forceinline__ void finish_forward(const Arguments& p, int64_t row, int target,
                                                A target_logit, const RowStats<A>& stats) {
   const A log_sum = log_sum_of(stats);
   const A loss = has_indices(p)
@@ -157,7 +170,9 @@ __device__ __forceinline__ void finish_forward(const Params& p, int64_t row, int
 template <typename A>
 __device__ __forceinline__ A upstream_scale(const Arguments& a) {
   const A scale = static_cast<A>(a.grad_scale);
-  return a.total_weight == nullptr ? scale : static_cast<A>(mean_of(scale, *a.total_weight));
+  if (a.total_weight == nullptr) return scale;
+  const A total_weight = static_cast<A>(*a.total_weight);
+  return total_weight == 0 ? kNaN<A> : scale / total_weight;
 }
 template <typename A>
 __device__ __forceinline__ A upstream_of(const Params& p, A scale, int64_t row) {

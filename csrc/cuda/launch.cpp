@@ -15,6 +15,14 @@ bool is_aligned_to(const Layout& layout, const void* data, int64_t elements, int
   return 16 % element_size == 0;
 }
 
+Arguments with_constants(Arguments a) {
+  a.keep = 1 - a.label_smoothing;
+  a.uniform = a.vocab_size == 0 ? 0 : a.label_smoothing / static_cast<double>(a.vocab_size);
+  a.keep_float = static_cast<float>(a.keep);
+  a.uniform_float = static_cast<float>(a.uniform);
+  return a;
+}
+
 }  // namespace
 
 cudaError_t describe_device(Device* device) {
@@ -48,26 +56,31 @@ Shape shape_of(const Params& p) {
   return shape;
 }
 
-cudaError_t forward(const Arguments& a, const Plan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t forward(const Arguments& given, const Plan& plan, void* workspace,
+                    cudaStream_t stream) {
+  const Arguments a = with_constants(given);
   if (a.n_rows == 0) return cudaSuccess;
   if (plan.regime != Regime::columns) return forward_by_rows(a, plan, workspace, stream);
   return by_columns(a, plan, shared_bytes(plan, shape_of(a)), true, false, stream);
 }
 
-cudaError_t backward(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+cudaError_t backward(const Arguments& given, const Plan& plan, cudaStream_t stream) {
+  const Arguments a = with_constants(given);
   if (a.n_rows == 0) return cudaSuccess;
   if (plan.regime != Regime::columns) return backward_by_rows(a, plan, stream);
   return by_columns(a, plan, shared_bytes(plan, shape_of(a)), false, true, stream);
 }
 
-cudaError_t forward_backward(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+cudaError_t forward_backward(const Arguments& given, const Plan& plan, cudaStream_t stream) {
+  const Arguments a = with_constants(given);
   if (a.n_rows == 0) return cudaSuccess;
   const int64_t shared = shared_bytes(plan, shape_of(a));
   if (plan.regime == Regime::columns) return by_columns(a, plan, shared, true, true, stream);
   return forward_backward_by_rows(a, plan, shared, stream);
 }
 
-cudaError_t scale_gradient(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+cudaError_t scale_gradient(const Arguments& given, const Plan& plan, cudaStream_t stream) {
+  const Arguments a = with_constants(given);
   if (a.n_rows == 0) return cudaSuccess;
   return plan.regime == Regime::columns ? scale_by_columns(a, plan, stream)
                                         : scale_by_rows(a, plan, stream);

@@ -20,6 +20,11 @@ struct Arguments : Params {
   const double* weight_sum_on_device;  // of all class weights; null: vocab_size
   const double* total_weight;          // the gradient is divided by it; null: by 1
   // grad_loss may be null: 1.
+
+  // 1 - label_smoothing and label_smoothing / vocab_size: set by the launchers, for a division of
+  // float64 takes a thread longer than its part of a row.
+  double keep, uniform;
+  float keep_float, uniform_float;
 };
 
 // The current device.

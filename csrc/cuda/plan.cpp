@@ -6,16 +6,22 @@ namespace fused_xent::cuda {
 namespace {
 
 constexpr int64_t kKiB = 1024;
-constexpr int64_t kThreadPerRowBytes = 128;        // rows up to here: a cache line
-constexpr int64_t kWarpBytes = 4 * kKiB;           // 8 vectors a lane
-constexpr int64_t kClusterSliceBytes = 32 * kKiB;  // of a row for each block: 2 stages, 3 blocks
-constexpr int64_t kPartBytes = 64 * kKiB;          // of a row that a block writes in backward
+constexpr int64_t kThreadPerRowBytes = 128;  // rows up to here: a cache line
+constexpr int64_t kWarpBytes = 4 * kKiB;
+constexpr int kVectorsOfThread = 8;                 // of a row, while threads are enough
+constexpr int64_t kShortRowBytes = 64 * kKiB;       // that 256 threads hold
+constexpr int64_t kClusterSliceBytes = 128 * kKiB;  // of a row for each block
+constexpr int64_t kHeld = 16;                       // vectors that a thread holds of a row
+constexpr int64_t kHeldOfLongRow = 12;
+constexpr int64_t kPartBytes = 128 * kKiB;        // of a row that a block writes in backward
 constexpr int kMaxCluster = 8;                    // the largest that every device with clusters has
 constexpr int kVectorsInFlight = 4;               // that a thread reads before it uses them
 constexpr int kBlocksPerSm = 4;                   // that keep enough bytes in flight
 constexpr int64_t kStaticSharedBytes = 2 * kKiB;  // that the kernels declare, at most
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t round_up(int64_t vectors) { return ceil_div(vectors, kVectorsInFlight) * kVectorsInFlight; }
 
 // The least power of two that is not below n, between two powers of two.
 int power_of_two(int64_t n, int least, int most) {
@@ -47,12 +53,9 @@ bool is_by_columns(const Shape& shape) {
 
 // A row to a part of a warp or to a block, by its length.
 Plan plan_rows(const Shape& shape) {
-  const int64_t wanted = ceil_div(shape.row_vectors(), kVectorsInFlight);
-  if (shape.row_bytes() <= kWarpBytes) {
-    return {Regime::warp, 128, power_of_two(wanted, 2, 32)};
-  }
-  const int threads = power_of_two(wanted / 2, 64, 256);
-  return {Regime::block, threads, threads};
+  const int wanted = power_of_two(ceil_div(shape.row_vectors(), kVectorsOfThread), 2, 256);
+  if (shape.row_bytes() <= kWarpBytes) return {Regime::warp, 128, wanted};
+  return {Regime::block, wanted, wanted};
 }
 
 }  // namespace
@@ -89,28 +92,32 @@ Plan plan_backward(const Shape& shape, const Device& device) {
   return plan;
 }
 
+// Measured on an H200 (bench/NOTES.md): a row costs each thread as much again as a dozen vectors,
+// so that a thread should have many; and blocks that do not wait for each other should share a
+// multiprocessor. Hence no more is held than leaves room for two of 512 threads.
 Plan plan_forward_backward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape);
+  int64_t most_held = kHeld;
   if (plan.regime == Regime::block) {
+    const bool is_long = shape.row_bytes() > kShortRowBytes;
+    const int threads = power_of_two(ceil_div(shape.row_vectors(), kHeld), 64, 256);
+    plan.threads = plan.team = is_long ? max_threads(shape) : threads;
+    if (is_long) most_held = kHeldOfLongRow;
     if (has_clusters(device) && shape.row_bytes() > kClusterSliceBytes) {
       plan.regime = Regime::split;
       plan.parts = power_of_two(ceil_div(shape.row_bytes(), kClusterSliceBytes), 2, kMaxCluster);
     }
-    plan.threads = power_of_two(ceil_div(shape.row_vectors(), kVectorsInFlight * plan.parts), 64,
-                                max_threads(shape));
-    plan.team = plan.threads;
   }
   const int64_t vectors = ceil_div(shape.row_vectors(), int64_t{plan.team} * plan.parts);
+  const int64_t wanted = std::min(round_up(vectors), most_held);
   const int64_t room = (device.shared_bytes - kStaticSharedBytes) / (16 * plan.threads);
-  const int64_t wanted = ceil_div(vectors, kVectorsInFlight) * kVectorsInFlight;
-  plan.stages = 2 * wanted <= room ? 2 : 1;
   plan.held = static_cast<int>(std::min(wanted, room / kVectorsInFlight * kVectorsInFlight));
   return plan;
 }
 
 int64_t shared_bytes(const Plan& plan, const Shape& shape) {
-  if (plan.regime != Regime::columns) return int64_t{16} * plan.threads * plan.held * plan.stages;
+  if (plan.regime != Regime::columns) return int64_t{16} * plan.threads * plan.held;
   // A row's statistics from each worker, or its factors: four numbers.
   const int64_t acc = shape.element_size == 8 ? 8 : 4;
   return 4 * acc * plan.threads * plan.row_vector;
@@ -136,7 +143,6 @@ const char* why_not(const Plan& plan, const Shape& shape, const Device& device) 
     return "team must be threads, or a power of two up to 32";
   if (plan.parts < 1 || (plan.parts > 1 && !one_block)) return "parts must be of whole blocks";
   if (plan.held % kVectorsInFlight != 0) return "held must be a multiple of 4";
-  if (plan.stages != 1 && plan.stages != 2) return "stages must be 1 or 2";
   if (plan.held < 0 || plan.max_groups < 0) return "held and max_groups must not be negative";
   return nullptr;
 }

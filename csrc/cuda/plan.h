@@ -8,13 +8,12 @@
 //   warp      n <= 4 KiB                          2 to 32 neighbouring threads
 //   block     longer rows                         a block of 64 to 512 threads
 //   split     longer rows, too few to fill the    several blocks. forward: each leaves its part's
-//             card with a block each; backward:   statistics, a second kernel merges them;
-//             rows above 64 KiB; forward_backward backward: each writes its part; forward_backward:
-//             above 32 KiB, on clusters           a thread-block cluster of 2, 4 or 8
+//             card with a block each; backward    statistics, a second kernel merges them;
+//             and, on clusters, forward_backward: backward: each writes its part; forward_backward:
+//             rows above 128 KiB                  a thread-block cluster of 2, 4 or 8
 //
-// forward_backward keeps rows on chip, in shared memory: the next row arrives while this one is
-// worked on, if there is room for two. What there is no room for is read again, soon enough to be
-// in the second-level cache.
+// forward_backward keeps rows on chip, in shared memory, between loss and gradient. What there is
+// no room for is read again, soon enough to be in the second-level cache.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +49,6 @@ struct Plan {
   int team = 0;        // by rows: threads of a block on a row; a power of two, or all of them
   int parts = 1;       // split: blocks on a row
   int held = 0;        // forward_backward: 16-byte vectors of a row that a thread keeps on chip
-  int stages = 1;      // and rows that it keeps at a time: 1 or 2
   int workers = 1;     // columns: threads on a row
   int row_vector = 1;  // columns: adjacent rows of a thread
   int max_groups =

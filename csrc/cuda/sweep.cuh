@@ -180,26 +180,33 @@ struct ScaledBy {
   }
 };
 
-// read as above; out may be the logits.
+// The vectors that a thread reads at a time, from its k-th on, which is the row's v-th.
+template <int kCount, typename Read>
+__device__ __forceinline__ void read_vectors(uint4 (&bits)[kCount], const Share& share, int k,
+                                             int v, const Read& read) {
+#pragma unroll
+  for (int u = 0; u < kCount; ++u) {
+    const int at = v + u * share.step;
+    if (at < share.end) bits[u] = read(k + u, at);
+  }
+}
+
+// read as above. bits: the first vectors, read before; out may be the logits.
 template <typename T, typename Values, typename Read>
 __device__ __forceinline__ void write_vectors(T* out, const RowView<const T>& view,
                                               const Values& values, const Share& share,
-                                              const Read& read) {
+                                              uint4 (&bits)[Values::kUnrolled], const Read& read) {
   constexpr int kCount = Values::kUnrolled;
   int k = 0;
-  for (int v = share.begin + share.rank; v < share.end; v += kCount * share.step) {
-    uint4 bits[kCount];
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const int at = v + u * share.step;
-      if (at < share.end) bits[u] = read(k + u, at);
-    }
+  for (int v = share.begin + share.rank; v < share.end;) {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int at = v + u * share.step, j = view.vector_class(at);
       if (at < share.end) store_vector(out + j, values.vector(bits[u], j));
     }
     k += kCount;
+    v += kCount * share.step;
+    read_vectors(bits, share, k, v, read);
   }
 }
 

@@ -37,7 +37,6 @@ std::vector<int> members_of(const Plan& plan) {
           plan.team,
           plan.parts,
           plan.held,
-          plan.stages,
           plan.workers,
           plan.row_vector,
           plan.max_groups};
@@ -52,7 +51,7 @@ std::vector<int> plan_for(const std::string& operation, const cuda::Shape& shape
 
 const char* why_not(const std::vector<int>& m, const cuda::Shape& shape,
                     const cuda::Device& device) {
-  const Plan plan{static_cast<cuda::Regime>(m[0]), m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8]};
+  const Plan plan{static_cast<cuda::Regime>(m[0]), m[1], m[2], m[3], m[4], m[5], m[6], m[7]};
   return cuda::why_not(plan, shape, device);
 }
 

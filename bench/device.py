@@ -1,0 +1,130 @@
+"""The device that is measured: which one, its clock, its memory, its names."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+from functools import cache, cached_property
+from time import perf_counter
+from typing import Any
+
+import torch
+
+import fused_xent
+
+DEVICES = ("cpu", "cuda")
+# Several times the second-level cache of any GPU. To write so much takes longer than the host takes
+# to launch a small loss, so that the device does not wait for the host while it is timed.
+FLUSHED_BYTES = 1 << 30
+
+
+def default_device() -> str:
+    """The GPU where there is one with kernels, else the CPU."""
+    return "cpu" if why_not_cuda() else "cuda"
+
+
+def why_not_cuda() -> str:
+    """Why a GPU cannot be measured; empty where it can."""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if fused_xent.cpu_capability() is None or not has_kernel("fused_xent::forward", "CUDA"):
+        return "there are no CUDA kernels: see python -m fused_xent"
+    return ""
+
+
+class HostClock:
+    """For the CPU, where what was called has been done when it returns."""
+
+    def start(self) -> float:
+        """A mark from which to measure."""
+        return perf_counter()
+
+    mark = start
+
+    def seconds(self, first: float, last: float) -> float:
+        """The time between two marks."""
+        return last - first
+
+
+class EventClock:
+    """For a GPU, which works while the host runs ahead: marks are events in its queue."""
+
+    @cached_property
+    def _flushed(self) -> torch.Tensor:
+        """The memory whose writing empties the caches."""
+        return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+
+    def start(self) -> torch.cuda.Event:
+        """A mark from which to measure, with cold caches."""
+        self._flushed.zero_()
+        return self.mark()
+
+    def mark(self) -> torch.cuda.Event:
+        """A mark."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+        """The time between two marks. Waits for the last."""
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+
+@cache
+def clock(device: str) -> HostClock | EventClock:
+    """The clock of a kind of device."""
+    return HostClock() if device == "cpu" else EventClock()
+
+
+class PeakMemory:
+    """How much more of a GPU's memory was taken at once inside a `with` than before it."""
+
+    def __enter__(self) -> PeakMemory:
+        """Starts to look."""
+        self._before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Sets `bytes`."""
+        self.bytes = torch.cuda.max_memory_allocated() - self._before
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy within the GPU's memory that no cache holds."""
+    source = torch.randint(256, (1 << 31,), dtype=torch.uint8, device="cuda")
+    copy = torch.empty_like(source)
+    timer = clock("cuda")
+    seconds = []
+    for _ in range(20):
+        start = timer.start()
+        copy.copy_(source)
+        seconds.append(timer.seconds(start, timer.mark()))
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def gpu_environment() -> dict[str, str | int | float]:
+    """What figures of the current GPU depend on, and the bandwidth of a copy on it."""
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu memory bytes": properties.total_memory,
+        "gpu L2 bytes": properties.L2_cache_size,
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "copy bytes a second": copy_bandwidth(),
+    }
+
+
+def driver_version() -> str:
+    """NVIDIA's number of the driver, as nvidia-smi gives it."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return lines[0] if lines else "unknown"

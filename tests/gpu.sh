@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Builds the libraries, tests and measures them on the GPU of this machine: all stages, or those
+# that are named. Needs a Python with torch and pytest, nvcc, and no network.
+#
+#   tests/gpu.sh [build] [test] [memcheck] [racecheck] [bench] [demo]
+#
+# PYTHON   python3
+# OUT      build/gpu: the folder of logs, of bench.json and of summary.txt, which is printed last
+# BENCH    options of the benchmark
+# LIMIT    seconds that one stage may take, 900
+# DEVICE   cuda; cpu to try this script where there is no GPU
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-build/gpu}
+DEVICE=${DEVICE:-cuda}
+mkdir -p "$OUT"
+outcomes=()
+failed=0
+
+note() {  # STAGE OUTCOME SECONDS
+  outcomes+=("$(printf '%-10s %-40s %5s s' "$1" "$2" "$3")")
+}
+
+run() {  # STAGE COMMAND...: into the stage's log and to the terminal
+  local stage=$1 start=$SECONDS outcome=passed status
+  shift
+  echo "== $stage: $*"
+  timeout --kill-after=20 "${LIMIT:-900}" "$@" 2>&1 | tee "$OUT/$stage.log"
+  status=${PIPESTATUS[0]}
+  if [ "$status" -ne 0 ]; then
+    outcome="FAILED with exit status $status"
+    failed=1
+  fi
+  note "$stage" "$outcome" $((SECONDS - start))
+}
+
+has() {  # MODULE...: of Python
+  "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"
+}
+
+build() {
+  # For the card that is there alone: the other architectures would take as long again, each.
+  TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c '
+import torch
+print(".".join(map(str, torch.cuda.get_device_capability())))') || return
+  export TORCH_CUDA_ARCH_LIST FUSED_XENT_CUDA=1
+  "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m fused_xent
+}
+
+# Warnings are no errors here: of an installation of torch that is not ours to choose.
+pytest=("$PYTHON" -m pytest --device "$DEVICE" -W default -ra -p no:cacheprovider)
+export -f build
+export PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
+[ "$DEVICE" = cuda ] && export FUSED_XENT_REQUIRE_CUDA=1
+has hypothesis || {
+  echo "no hypothesis here: skips tests/test_random.py"
+  pytest+=(--ignore=tests/test_random.py)
+}
+has pytest_timeout || echo "no pytest-timeout here: LIMIT alone ends a test that hangs"
+has expecttest || echo "no expecttest here: skips torch's own samples"
+
+sanitize() {  # TOOL TESTS: each tensor in an allocation of its own
+  if ! command -v compute-sanitizer > /dev/null; then
+    echo "no compute-sanitizer here: skips $1"
+    note "$1" "skipped: no compute-sanitizer" 0
+    return
+  fi
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$1" compute-sanitizer --tool "$1" --error-exitcode 9 \
+    --report-api-errors no --kernel-name kns=fused_xent \
+    "${pytest[@]}" -q tests/test_gpu.py -k "$2"
+}
+
+[ $# -gt 0 ] || set -- build test memcheck racecheck bench demo
+for stage; do
+  case $stage in
+    build) run build bash -c build ;;
+    test) run test "${pytest[@]}" -q --durations=15 tests ;;
+    memcheck) sanitize memcheck "forced_plan or out_of_range" ;;
+    racecheck) sanitize racecheck "forced_plan" ;;
+    # shellcheck disable=SC2086  # words of their own
+    bench) run bench "$PYTHON" -m bench --device "$DEVICE" --json "$OUT/bench.json" ${BENCH:-} ;;
+    demo) run demo "$PYTHON" -m bench.demo --device "$DEVICE" ;;
+    *)
+      note "$stage" "FAILED: no such stage" 0
+      failed=1
+      ;;
+  esac
+done
+
+echo
+printf '%s\n' "${outcomes[@]}" | tee "$OUT/summary.txt"
+exit $failed
