@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from . import report
 from .cases import DTYPES, MODES, SUITES, Case, bytes_moved
-from .device import DEVICES, default_device, why_not_cuda
+from .device import DEVICES, default_device, why_not
 from .peers import peers
 from .providers import Check, Provider, providers
 from .report import Progress, Result, Timing
@@ -56,9 +56,10 @@ def parser() -> Parser:
         "(inplace_backward=True), both also fused (grad_in_forward=True)"
     )
     result.add_argument("--mode", action="append", choices=MODES, help=modes)
-    result.add_argument("--quick", action="store_true", help="fewer cases and rounds: a minute")
+    quick = "fewer rounds, and fewer cases unless named: a minute"
+    result.add_argument("--quick", action="store_true", help=quick)
     result.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
-    result.add_argument("--markdown", action="store_true", help="print a table for a README")
+    result.add_argument("--markdown", action="store_true", help="print a table in Markdown")
     return result
 
 
@@ -130,8 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
     cases = chosen_cases(command, options)
     if options.json and not options.json.parent.is_dir():
         command.error(f"--json must be in an existing folder, got {options.json}")
-    if options.device == "cuda" and why_not_cuda():
-        command.error(f"--device must be cpu, as {why_not_cuda()}")
+    if reason := why_not(options.device):
+        command.error(f"--device {options.device} has nothing to measure: {reason}")
     others, missing = peers() if options.device == "cuda" else ([], {})
     for name, reason in missing.items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)

@@ -23,6 +23,8 @@ from itertools import chain
 from pathlib import Path
 from time import perf_counter
 
+from .device import default_device, why_not
+
 LOSSES = ("torch", "fused_xent", "fused_xent fused")
 VOCAB_SIZE = 32768
 MIN_VOCAB_SIZE = 32000
@@ -153,6 +155,8 @@ def main() -> int:
     parser.add_argument("--device", choices=TOLERANCE, help=help)
     chosen = parser.parse_args().device
     device = ["--device", chosen] if chosen else []
+    if why_not(chosen or default_device()):
+        parser.error(why_not(chosen or default_device()))
     show_progress("reading Python's library")
     tokens, vocab_size = encode(library_sources())
     if vocab_size < MIN_VOCAB_SIZE:

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 from functools import cache, cached_property
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +23,15 @@ FLUSHED_BYTES = 1 << 30
 def default_device() -> str:
     """The GPU where there is one with kernels, else the CPU."""
     return "cpu" if why_not_cuda() else "cuda"
+
+
+def why_not(device: str) -> str:
+    """Why this package cannot be measured on a device; empty where it can."""
+    if device == "cuda":
+        return why_not_cuda()
+    if fused_xent.cpu_capability() is None:  # torch's own operations would be measured
+        return f"fused_xent in {Path(fused_xent.__file__).parent} has no kernels: see `make bench`"
+    return ""
 
 
 def why_not_cuda() -> str:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the libraries, tests and measures them on the GPU of this machine: all stages, or those
-# that are named. Needs a Python with torch and pytest, nvcc, and no network.
+# that are named. Needs a Python with torch, pytest and setuptools 77, nvcc, a C++20 compiler, and no
+# network.
 #
 #   tests/gpu.sh [build] [test] [memcheck] [racecheck] [bench] [demo]
 #
@@ -41,17 +42,34 @@ has() {  # MODULE...: of Python
 
 build() {
   # For the card that is there alone: the other architectures would take as long again, each.
-  TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c '
+  if [ "$DEVICE" = cuda ]; then
+    TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c '
 import torch
 print(".".join(map(str, torch.cuda.get_device_capability())))') || return
-  export TORCH_CUDA_ARCH_LIST FUSED_XENT_CUDA=1
+    export TORCH_CUDA_ARCH_LIST FUSED_XENT_CUDA=1
+  fi
   "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m fused_xent
 }
+
+missing() {  # What is needed and not there, in a line; nothing where all is
+  has torch || { echo "no torch in $PYTHON"; return; }
+  has pytest || { echo "no pytest in $PYTHON"; return; }
+  "$PYTHON" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' ||
+    { echo "no setuptools of at least 77 in $PYTHON"; return; }
+  [ "$DEVICE" = cpu ] || "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
+    echo "no GPU that $PYTHON's torch finds"
+}
+
+why=$(missing)
+if [ -n "$why" ]; then
+  echo "tests/gpu.sh: $why" >&2
+  exit 2
+fi
 
 # Warnings are no errors here: of an installation of torch that is not ours to choose.
 pytest=("$PYTHON" -m pytest --device "$DEVICE" -W default -ra -p no:cacheprovider)
 export -f build
-export PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
+export DEVICE PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 [ "$DEVICE" = cuda ] && export FUSED_XENT_REQUIRE_CUDA=1
 has hypothesis || {
   echo "no hypothesis here: skips tests/test_random.py"
@@ -74,7 +92,10 @@ sanitize() {  # TOOL TESTS: each tensor in an allocation of its own
 [ $# -gt 0 ] || set -- build test memcheck racecheck bench demo
 for stage; do
   case $stage in
-    build) run build bash -c build ;;
+    build)
+      run build bash -c build
+      [ $failed = 0 ] || break  # what would be tested is not what is here
+      ;;
     test) run test "${pytest[@]}" -q --durations=15 tests ;;
     memcheck) sanitize memcheck "forced_plan or out_of_range" ;;
     racecheck) sanitize racecheck "forced_plan" ;;

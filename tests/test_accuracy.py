@@ -46,6 +46,17 @@ def test_loss_is_within_5e_6(shape, probabilities, scale, dtype, device):
         assert torch.equal(fused_xent.cross_entropy(logits, target, reduction="none"), loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_many_small_exponentials_beside_a_great_one(dtype):
+    """Of which each is lost beside 1, and the sum of what is lost is as long as the row."""
+    logits = torch.full((1, 262144, 9), -16.64).to(dtype)
+    logits[:, 0] = 0
+    target = torch.zeros(1, 9, dtype=torch.int64)
+    loss = fused_xent.cross_entropy(logits, target, reduction="none", loss_dtype=torch.float32)
+    exact = F.cross_entropy(logits.double(), target, reduction="none")
+    assert (loss.double() - exact).abs().max() <= 5e-7
+
+
 @by_dtype
 @by_mode
 @pytest.mark.parametrize("shape", LARGE)

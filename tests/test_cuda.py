@@ -98,6 +98,40 @@ def test_strides(dtype):
     check(make_logits((2, 64, 50), dtype).transpose(1, 2), torch.randint(50, (2, 64)))
 
 
+@pytest.mark.parametrize("parts", ["uniform", "one-hot"])
+@pytest.mark.parametrize("shape", [(2, 60000), (1, 3000, 40)])
+def test_labels_on_all_classes_add_up(shape, parts, force):
+    """Sums of as many terms, whose roundings go one way, by as few threads as there may be."""
+    if len(shape) == 2:
+        force("forward", "block", threads=64)
+    else:
+        force("forward", "columns", threads=64)
+    logits = torch.zeros(shape) if parts == "uniform" else make_logits(shape, torch.float32)
+    target = torch.full(shape, 1 / shape[1])
+    if parts == "one-hot":
+        target = torch.zeros(shape).scatter(1, torch.full_like(logits[:, :1], 7).long(), 1)
+    options = {"reduction": "none", "label_smoothing": 0.1}
+    loss = fused_xent.cross_entropy(logits, target, **options)
+    exact = torch.nn.functional.cross_entropy(logits.double(), target.double(), **options)
+    torch.testing.assert_close(loss.double(), exact, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_small_exponentials_beside_a_great_one(first, force):
+    force("forward", "columns", threads=64)
+    logits = torch.full((1, 4000, 40), -16.75)
+    logits[:, 0 if first else -1] = 0
+    target = torch.full((1, 40), 0 if first else 3999)
+    loss = fused_xent.cross_entropy(logits, target, reduction="none")
+    exact = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+    torch.testing.assert_close(loss.double(), exact, rtol=0, atol=5e-7)
+
+
+def test_total_weight_beyond_float32():
+    logits, weight = make_logits((100, 20), torch.float32), torch.full((20,), 1e37)
+    check(logits, torch.arange(100) % 20, "mean", weight=weight)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("mode", ["default", "inplace", "fused"])
 @pytest.mark.parametrize("shape", [(6, 20), (6, 700), (6, 20000), (2, 20, 3)])

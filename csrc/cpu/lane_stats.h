@@ -37,6 +37,9 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
       masses += weight;
       dots += weight == 0 ? Vec<A>{} : weight * d;
     }
+    const Vec<A> total = above_one_ + lost_;  // or lost_ would become a long sum itself
+    lost_ += above_one_ - total;
+    above_one_ = total;
     if constexpr (kHasSpread) {
       this->mass.add(masses);
       this->dot.add(dots);

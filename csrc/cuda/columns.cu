@@ -93,15 +93,31 @@ struct Rows {
   __device__ bool owns(int j) const { return j >= 0 && (j / kGroup & (n_workers - 1)) == worker; }
 };
 
+// A thread may have all of a row's classes: what its sum of exponentials loses, counts too.
+template <typename T, typename S>
+struct ColumnStats : StatsFor<T, S> {
+  using A = Acc<T>;
+  A lost_sum = 0;
+
+  __device__ __forceinline__ void raise_max(A max) {
+    if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);
+    StatsFor<T, S>::raise_max(max);
+  }
+  __device__ __forceinline__ RowStats<A> result() const {
+    RowStats<A> stats = StatsFor<T, S>::result();
+    stats.sum = with_lost(stats.sum, lost_sum);
+    return stats;
+  }
+};
+
 template <typename T, typename S, int R>
 __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kClasses<S>, R>& rows,
-                                           RowStats<Acc<T>> (&stats)[R]) {
+                                           ColumnStats<T, S> (&stats)[R]) {
   using A = Acc<T>;
-  constexpr bool kHasSpread = Spread<T, S>::kExists;
   const T* logits = row_of<const T>(p.logits, p.logits_layout, rows.first);
   const Spread<T, S> spread(p, rows.first);
   rows.for_classes([&](int j, int count) {
-    A x[kClasses<S>][R], max[R];
+    A x[kClasses<S>][R], max[R], sum[R], mass[R], dot[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) max[r] = stats[r].max;
 #pragma unroll
@@ -114,21 +130,29 @@ __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kClass
       }
     }
 #pragma unroll
-    for (int r = 0; r < R; ++r) raise_max<kHasSpread>(stats[r], max[r]);
+    for (int r = 0; r < R; ++r) {
+      stats[r].raise_max(max[r]);
+      sum[r] = mass[r] = dot[r] = 0;
+    }
 #pragma unroll
     for (int u = 0; u < kClasses<S>; ++u) {
 #pragma unroll
-      for (int r = 0; r < R; ++r) stats[r].sum += exp_nonpositive(x[u][r] - max[r]);
-      if constexpr (kHasSpread) {
+      for (int r = 0; r < R; ++r) sum[r] += exp_nonpositive(x[u][r] - max[r]);
+      if constexpr (Spread<T, S>::kExists) {
         if (u >= count) continue;
         A t[R];
         load_spread<R>(spread, has_indices(p), j + u, t);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          stats[r].mass += t[r];
-          if (t[r] != 0) stats[r].dot += t[r] * (x[u][r] - max[r]);
+          mass[r] += t[r];
+          if (t[r] != 0) dot[r] += t[r] * (x[u][r] - max[r]);
         }
       }
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      add_to(stats[r].sum, stats[r].lost_sum, sum[r]);
+      if constexpr (Spread<T, S>::kExists) stats[r].add_labels(mass[r], dot[r]);
     }
   });
 }
@@ -204,7 +228,9 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kClass
 }
 
 template <typename T, typename S, int R>
-__global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S> : 1))
+__global__ void __launch_bounds__(kMaxThreads, (R == 1              ? kMinBlocks<T, S>
+                                                : std::is_void_v<S> ? 2
+                                                                    : 1))
     columns(const __grid_constant__ Arguments a, int n_workers, bool has_forward,
             bool has_backward) {
   using A = Acc<T>;
@@ -221,12 +247,10 @@ __global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S> : 1))
     const Rows<kClasses<S>, R> rows(a, first + lane * R, worker, n_workers);
     const bool has_rows = rows.first < a.n_rows;
     if (has_forward) {
-      RowStats<A> mine[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) mine[r] = empty_stats<A>();
+      ColumnStats<T, S> mine[R];
       if (has_rows && rows.any) sweep_rows<T, S, R>(a, rows, mine);
 #pragma unroll
-      for (int r = 0; r < R; ++r) stats[worker * n_slots + lane * R + r] = mine[r];
+      for (int r = 0; r < R; ++r) stats[worker * n_slots + lane * R + r] = mine[r].result();
     }
     __syncthreads();
     for (int slot = threadIdx.x; slot < n_slots; slot += blockDim.x) {

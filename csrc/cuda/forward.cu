@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : 2))
     const A target_logit =
         team.is_leader() && target.index >= 0 ? to_acc(view.data[target.index]) : A(0);
     const Share share(team, view.n_vectors, part, parts);
-    RowStats<A> stats = empty_stats<A>();
-    sweep_edges(stats, view, spread, share);
-    sweep_vectors(stats, view, spread, share, ReadGlobal<T>{view});
-    stats = team.merge<kHasSpread>(stats, exchange);
+    StatsFor<T, S> swept;
+    sweep_edges(swept, view, spread, share);
+    sweep_vectors(swept, view, spread, share, ReadGlobal<T>{view});
+    const RowStats<A> stats = team.merge<kHasSpread>(swept.result(), exchange);
     if (!team.is_leader()) continue;
     if (parts == 1) {
       finish_forward(a, row, target.index, target_logit, stats);

@@ -85,11 +85,11 @@ __global__ void __launch_bounds__(kMaxThreads<T>, (kMinBlocks<T, S> / 2))
       const bool needs_target = has_target || (team.is_leader() && target.index >= 0);
       const A target_logit = needs_target ? to_acc(view.data[target.index]) : A(0);
 
-      RowStats<A> stats = empty_stats<A>();
-      sweep_edges(stats, view, spread, share);
+      StatsFor<T, S> swept;
+      sweep_edges(swept, view, spread, share);
       wait_for_copies();
-      sweep_vectors(stats, view, spread, share, read);
-      stats = team.merge<kHasSpread>(stats, exchange);
+      sweep_vectors(swept, view, spread, share, read);
+      const RowStats<A> stats = team.merge<kHasSpread>(swept.result(), exchange);
       if (team.is_leader()) finish_forward(a, row, target.index, target_logit, stats);
 
       const RowGradient<A> gradient =

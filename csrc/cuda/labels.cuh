@@ -171,8 +171,11 @@ template <typename A>
 __device__ __forceinline__ A upstream_scale(const Arguments& a) {
   const A scale = static_cast<A>(a.grad_scale);
   if (a.total_weight == nullptr) return scale;
-  const A total_weight = static_cast<A>(*a.total_weight);
-  return total_weight == 0 ? kNaN<A> : scale / total_weight;
+  // In a float's range, however great the weights.
+  const double total_weight = *a.total_weight;
+  const A unit = fabs(total_weight) > 1e30 ? A(0x1p-64) : A(1);
+  const A divisor = static_cast<A>(total_weight * unit);
+  return divisor == 0 ? kNaN<A> : scale / divisor * unit;
 }
 template <typename A>
 __device__ __forceinline__ A upstream_of(const Params& p, A scale, int64_t row) {

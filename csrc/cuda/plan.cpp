@@ -14,6 +14,7 @@ constexpr int64_t kClusterSliceBytes = 128 * kKiB;  // of a row for each block
 constexpr int64_t kHeld = 16;                       // vectors that a thread holds of a row
 constexpr int64_t kHeldOfLongRow = 12;
 constexpr int64_t kPartBytes = 128 * kKiB;        // of a row that a block writes in backward
+constexpr int64_t kMaxParts = 65535;              // a grid's blocks in y
 constexpr int kMaxCluster = 8;                    // the largest that every device with clusters has
 constexpr int kVectorsInFlight = 4;               // that a thread reads before it uses them
 constexpr int kBlocksPerSm = 4;                   // that keep enough bytes in flight
@@ -86,8 +87,8 @@ Plan plan_backward(const Shape& shape, const Device& device) {
   const int64_t for_card =
       ceil_div(int64_t{kBlocksPerSm} * device.sm_count, std::max<int64_t>(shape.n_rows, 1));
   const int64_t most = shape.row_vectors() / (kVectorsInFlight * plan.threads);
-  plan.parts =
-      static_cast<int>(std::max<int64_t>(std::min(std::max(for_length, for_card), most), 1));
+  plan.parts = static_cast<int>(
+      std::clamp<int64_t>(std::min(std::max(for_length, for_card), most), 1, kMaxParts));
   if (plan.parts > 1) plan.regime = Regime::split;
   return plan;
 }

@@ -43,34 +43,72 @@ struct Share {
 
 // ---- forward ---------------------------------------------------------------------------------
 
-// Online softmax (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867) by groups: the sum so
-// far is rescaled when a group has a new maximum, and no more than once a group.
-template <bool kHasSpread, typename A>
-__device__ __forceinline__ void raise_max(RowStats<A>& stats, A max) {
-  if (max == stats.max) return;
-  const A shift = stats.max - max;
-  stats.sum *= exp_nonpositive(shift);
-  if constexpr (kHasSpread) {
-    if (stats.mass != 0) stats.dot += shift * stats.mass;
-  }
-  stats.max = max;
+// sum + value, and what rounding it loses (Knuth's two-sum) in lost.
+template <typename A>
+__device__ __forceinline__ void add_to(A& sum, A& lost, A value) {
+  const A total = sum + value, added = total - sum;
+  lost += (sum - (total - added)) + (value - added);
+  sum = total;
 }
 
+// What a sum lost is no number where it is not finite.
+template <typename A>
+__device__ __forceinline__ A with_lost(A sum, A lost) {
+  return lost - lost == 0 ? sum + lost : sum;
+}
+
+template <typename A>
+struct NoLoss {};
+template <typename A>
+struct SpreadLoss {
+  A lost_mass = 0, lost_dot = 0;
+};
+
+// A thread's statistics while it sweeps. A label on all classes makes sums of as many terms, whose
+// roundings may all go one way; the exponentials are added up in groups first.
+template <typename A, bool kHasSpread>
+struct SweepStats : RowStats<A>, std::conditional_t<kHasSpread, SpreadLoss<A>, NoLoss<A>> {
+  __device__ SweepStats() : RowStats<A>(empty_stats<A>()) {}
+
+  // Online softmax (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867) by groups: the sum so
+  // far is rescaled when a group has a new maximum, and no more than once a group.
+  __device__ __forceinline__ void raise_max(A max) {
+    if (max == this->max) return;
+    const A shift = this->max - max;
+    this->sum *= exp_nonpositive(shift);
+    if constexpr (kHasSpread) {
+      if (this->mass != 0) add_labels(0, shift * with_lost(this->mass, this->lost_mass));
+    }
+    this->max = max;
+  }
+  // Sums of t_j and t_j * (x_j - m).
+  __device__ __forceinline__ void add_labels(A mass, A dot) {
+    add_to(this->mass, this->lost_mass, mass);
+    add_to(this->dot, this->lost_dot, dot);
+  }
+  __device__ __forceinline__ RowStats<A> result() const {
+    if constexpr (!kHasSpread)
+      return *this;
+    else
+      return {this->max, this->sum, with_lost(this->mass, this->lost_mass),
+              with_lost(this->dot, this->lost_dot)};
+  }
+};
+
 template <bool kHasSpread, typename A>
-__device__ __forceinline__ void add_element(RowStats<A>& stats, A x, A t) {
-  raise_max<kHasSpread>(stats, fmax(x, stats.max));
+__device__ __forceinline__ void add_element(SweepStats<A, kHasSpread>& stats, A x, A t) {
+  stats.raise_max(fmax(x, stats.max));
   const A shifted = x - stats.max;
   stats.sum += exp_nonpositive(shifted);
-  if constexpr (kHasSpread) {
-    stats.mass += t;
-    if (t != 0) stats.dot += t * shifted;
-  }
+  if constexpr (kHasSpread) stats.add_labels(t, t == 0 ? A(0) : t * shifted);
 }
+
+template <typename T, typename S>
+using StatsFor = SweepStats<Acc<T>, Spread<T, S>::kExists>;
 
 // Adds vectors first, first + step, ... below end; of those beyond, bits are minus infinity.
 template <typename T, typename S>
-__device__ __forceinline__ void add_vectors(RowStats<Acc<T>>& stats,
-                                            const uint4 (&bits)[kUnroll<S>],
+__device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (&bits)[kUnroll<S>],
                                             const RowView<const T>& view,
                                             const Spread<T, S>& spread, int first, int step,
                                             int end) {
@@ -83,7 +121,7 @@ __device__ __forceinline__ void add_vectors(RowStats<Acc<T>>& stats,
   A max = stats.max;
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) max = fmax(max, x[i]);
-  raise_max<Spread<T, S>::kExists>(stats, max);
+  stats.raise_max(max);
 #pragma unroll
   for (int u = 0; u < kUnroll<S>; ++u) {
     unpack<T>(bits[u], x);
@@ -94,31 +132,32 @@ __device__ __forceinline__ void add_vectors(RowStats<Acc<T>>& stats,
     if constexpr (Spread<T, S>::kExists) {
       const int v = first + u * step;
       if (v >= end) continue;
-      A t[kVector<T>];
+      A t[kVector<T>], mass = 0, dot = 0;
       spread.vector(view.vector_class(v), t);
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i) {
-        stats.mass += t[i];
-        if (t[i] != 0) stats.dot += t[i] * (x[i] - max);
+        mass += t[i];
+        if (t[i] != 0) dot += t[i] * (x[i] - max);
       }
+      stats.add_labels(mass, dot);
     }
   }
 }
 
 template <typename T, typename S>
-__device__ __forceinline__ void sweep_edges(RowStats<Acc<T>>& stats, const RowView<const T>& view,
+__device__ __forceinline__ void sweep_edges(StatsFor<T, S>& stats, const RowView<const T>& view,
                                             const Spread<T, S>& spread, const Share& share) {
   for (int i = share.edge_rank; i < view.n_edges; i += share.edge_step) {
     const int j = view.edge_class(i);
     Acc<T> t = 0;
     if constexpr (Spread<T, S>::kExists) t = spread.at(j);
-    add_element<Spread<T, S>::kExists>(stats, to_acc(view.data[j]), t);
+    add_element(stats, to_acc(view.data[j]), t);
   }
 }
 
 // read(k, v) gives the k-th vector of this thread's, which is the row's v-th.
 template <typename T, typename S, typename Read>
-__device__ __forceinline__ void sweep_vectors(RowStats<Acc<T>>& stats, const RowView<const T>& view,
+__device__ __forceinline__ void sweep_vectors(StatsFor<T, S>& stats, const RowView<const T>& view,
                                               const Spread<T, S>& spread, const Share& share,
                                               const Read& read) {
   int k = 0;
