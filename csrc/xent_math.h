@@ -1,5 +1,8 @@
 // The formulas of softmax cross-entropy for one row, for host and device. No torch.
 //
+// Logits z_j = softcap * tanh(logit_scale * x_j / softcap), or logit_scale * x_j without a softcap,
+// are x_j itself as a rule, and called x below.
+//
 // A row of logits x has maximum m, sum s = sum_j exp(x_j - m), log-sum-exp lse = m + log(s) and
 // probabilities p_j = exp(x_j - m) / s. Every kind of label is one weight vector over the classes,
 //
@@ -11,8 +14,21 @@
 //
 // where w are the class weights, 1 without them. Then, with Q = sum_j q_j,
 //
-//     loss   = sum_j q_j * (lse - x_j)
-//     grad_j = Q * p_j - q_j
+//     cross_entropy = sum_j q_j * (lse - x_j)
+//     grad_j        = Q * p_j - q_j
+//
+// A row's loss is token_weight * (focal(cross_entropy) + lse_square_scale * lse^2). The focal loss
+// (Lin et al., https://arxiv.org/abs/1708.02002) of labels on any number of classes takes for the
+// label's probability P their geometric mean, weighted by q: that is p_target for a class index.
+//
+//     focal(c) = (1 - P)^gamma * c,  P = exp(-c / Q)
+//
+// Upstream gradients of a row's loss, lse and entropy, g_loss, g_lse and g_entropy, make, with g =
+// g_loss * token_weight * focal'(cross_entropy), the gradient
+//
+//     g * (Q p_j - q_j) + p_j * (softmax + shifted * (x_j - m))
+//     softmax = 2 g_loss token_weight lse_square_scale lse + g_lse - g_entropy (entropy - log(s))
+//     shifted = -g_entropy
 //
 // Everything is written in x_j - m and log(s), never in lse: at an offset of 1e4, lse - x_j has
 // lost its digits. A class of weight or probability 0 adds nothing, even where its logit is -inf: 0
@@ -21,6 +37,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "xent_inline.h"
 
@@ -55,6 +72,45 @@ XENT_INLINE void merge_stats(RowStats<Acc>& stats, RowStats<Acc> other) {
   stats.dot += other.dot;
 }
 
+// What the statistics need besides. The entropy is log(sum) - moment / sum.
+template <typename Acc>
+struct FullStats : RowStats<Acc> {
+  Acc moment;      // of exp(x_j - m) * (x_j - m), 0 where x_j is -inf
+  Acc top;         // the greatest x_j, NaN above all
+  int64_t argmax;  // the first class that has it; -1 of no classes
+};
+
+template <typename Acc>
+XENT_INLINE void shift_stats(FullStats<Acc>& stats, Acc max) {
+  const Acc shift = stats.max - max, factor = std::exp(shift);
+  stats.moment = factor == 0 ? Acc(0) : factor * (stats.moment + shift * stats.sum);
+  shift_stats<Acc>(static_cast<RowStats<Acc>&>(stats), max);
+}
+
+// Whether x at class j is rather the argmax than what there is.
+template <typename Acc>
+XENT_INLINE bool is_above(const FullStats<Acc>& stats, Acc x, int64_t j) {
+  if (stats.argmax < 0) return true;
+  const bool both_nan = x != x && stats.top != stats.top;
+  if (both_nan || x == stats.top) return j < stats.argmax;
+  return x != x || x > stats.top;
+}
+
+template <typename Acc>
+XENT_INLINE void merge_stats(FullStats<Acc>& stats, FullStats<Acc> other) {
+  const Acc max = other.max > stats.max ? other.max : stats.max;
+  shift_stats(stats, max);
+  shift_stats(other, max);
+  stats.sum += other.sum;
+  stats.mass += other.mass;
+  stats.dot += other.dot;
+  stats.moment += other.moment;
+  if (other.argmax >= 0 && is_above(stats, other.top, other.argmax)) {
+    stats.top = other.top;
+    stats.argmax = other.argmax;
+  }
+}
+
 // Below, Real is a scalar or a vector of lanes, one row a lane; spread is a scalar of the same
 // type. shifted_target is x_target - m; mass and dot are those of RowStats.
 template <typename Real, typename Acc>
@@ -84,6 +140,29 @@ XENT_INLINE Real target_gradient(Real on_target, Acc spread, Real p, Real expm1_
   const Real gradient = on_target * expm1_log_p;
   return spread == 0 ? gradient : gradient + spread * (mass * p - t);
 }
+
+// A loss, and its derivative by the cross-entropy.
+template <typename Real>
+struct FocalLoss {
+  Real loss, slope;
+};
+
+// mass is Q, gamma > 0. Of a cross-entropy that is negative, as labels below 0 may make it, NaN.
+template <typename Real>
+XENT_INLINE FocalLoss<Real> focal_loss(Real cross_entropy, Real mass, Real gamma) {
+  if (cross_entropy == 0) return {0, 0};
+  const Real minus_log_p = cross_entropy / mass, p = std::exp(-minus_log_p);
+  const Real one_minus_p = -std::expm1(-minus_log_p);
+  const Real factor = std::exp(gamma * std::log(one_minus_p));
+  const Real rise = p == 0 ? 0 : gamma * p * minus_log_p / one_minus_p;
+  return {factor * cross_entropy, factor * (1 + rise)};
+}
+
+// What a row's gradient is made of besides its labels and probabilities: see above.
+template <typename Real>
+struct Upstream {
+  Real g, softmax, shifted;
+};
 
 // The mean by the sum of the targets' weights. Of a sum of 0 it is NaN: torch divides the target's
 // part and smoothing's part of the loss apart, and the former is 0 then.

@@ -34,7 +34,9 @@ XENT_INLINE int64_t row_offset(const Layout& layout, int64_t row) {
   return offset + row * layout.stride[0];
 }
 
-// "acc" below is the accumulation type: double for float64 logits, float for all others.
+// "acc" below is the accumulation type: double for float64 logits, float for all others. A per-row
+// value is of type acc and contiguous, if not told otherwise; null pointers are what is not there
+// or not wanted.
 struct Params {
   DType dtype;  // of logits and grad_logits
   int64_t n_rows;
@@ -46,23 +48,46 @@ struct Params {
   TargetKind target_kind;
   DType target_dtype;  // of probabilities: dtype, or float32 under 16-bit logits
   Layout target_layout;
-  const void* weight;  // acc (vocab_size,), or null
-  double weight_sum;   // of all class weights; vocab_size without them. On the CPU alone
+  const void* weight;        // acc (vocab_size,), or null
+  double weight_sum;         // of all class weights; vocab_size without them. On the CPU alone
+  const void* token_weight;  // a row, or null: all 1. Rows of weight 0 are not read
   int64_t ignore_index;
   double label_smoothing;
+  double lse_square_scale;  // 0: no part of the loss
+  double focal_gamma;       // 0: plain cross-entropy
+  double softcap;           // 0: none
+  double logit_scale;
 
-  // Per row, acc, contiguous. Written by forward, read by backward.
+  // Per row, written by forward, read by backward.
   void* row_loss;
-  void* row_max;
+  void* row_max;  // of the transformed logits, as all below
   void* log_sum;
   void* label_mass;  // sum of a row's probabilities, smoothed and weighted; null for indices
+  void* loss_slope;  // of the focal loss by the cross-entropy; null where focal_gamma is 0
+  // Per row, statistics, written by forward if wanted.
+  void* entropy;    // read by backward where there is grad_entropy
+  int64_t* argmax;  // the first of the greatest, NaN above all; -1 of rows that are not read
 
-  // Backward: gradient = grad_loss[row * grad_loss_stride] * grad_scale * d row_loss / d logits.
+  // Backward: gradient = grad_loss[row * grad_loss_stride] * grad_scale * d row_loss / d logits
+  //                    + grad_lse[row] * d lse / d logits + grad_entropy[row] * d entropy / d
+  //                    logits
   const void* grad_loss;  // acc
   int64_t grad_loss_stride;
   double grad_scale;
+  const void* grad_lse;
+  const void* grad_entropy;
   void* grad_logits;  // may be logits itself
   Layout grad_layout;
 };
+
+// Whether logits are transformed before the softmax.
+XENT_INLINE bool has_transform(const Params& p) { return p.softcap != 0 || p.logit_scale != 1; }
+
+// Whether something is asked for that costs an instruction a class: that has kernels of its own.
+// All other options cost some a row.
+XENT_INLINE bool is_general(const Params& p) {
+  return has_transform(p) || p.entropy != nullptr || p.argmax != nullptr ||
+         p.grad_entropy != nullptr;
+}
 
 }  // namespace fused_xent

@@ -1,8 +1,15 @@
 """Softmax cross-entropy of large vocabularies in one pass over memory, a drop-in for torch's."""
 
 from ._ops import cpu_capability
-from .functional import cross_entropy
+from .functional import cross_entropy, cross_entropy_with_statistics
 from .nn import CrossEntropyLoss
+from .reference import CrossEntropyStatistics
 
 __version__ = "0.1.0"
-__all__ = ["CrossEntropyLoss", "cpu_capability", "cross_entropy"]
+__all__ = [
+    "CrossEntropyLoss",
+    "CrossEntropyStatistics",
+    "cpu_capability",
+    "cross_entropy",
+    "cross_entropy_with_statistics",
+]

@@ -1,6 +1,5 @@
 """The autograd Functions: the only place that knows what is saved from forward for backward."""
 
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -11,33 +10,67 @@ from . import _ops, reference
 
 
 class Options(NamedTuple):
-    """What the operators take besides tensors, in their order."""
+    """What the operators take besides tensors."""
 
     dim: int
     ignore_index: int
     label_smoothing: float
+    lse_square_scale: float
+    focal_gamma: float
+    softcap: float | None
+    logit_scale: float
     reduction: str
     loss_dtype: torch.dtype
-
-    def for_forward(self) -> tuple:
-        """Return the trailing arguments of the forward operators."""
-        return (*self[:3], _ops.REDUCTIONS[self.reduction], self.loss_dtype)
+    statistics: bool
 
     def for_backward(self) -> tuple:
         """Return the trailing arguments of the backward operators."""
-        return (*self[:3], _ops.REDUCTIONS[self.reduction])
+        softcap = 0.0 if self.softcap is None else self.softcap
+        numbers = [*self[2:5], softcap, self.logit_scale]
+        return self.dim, self.ignore_index, numbers, _ops.REDUCTIONS[self.reduction]
+
+    def for_forward(self) -> tuple:
+        """Return the trailing arguments of the forward operators."""
+        return *self.for_backward(), self.loss_dtype, self.statistics
 
 
-def _takes_all_arguments(forward):
-    """Give ``forward`` the signature ``(*inputs)``, which is bound in no time.
+class Tensors(NamedTuple):
+    """The tensors that make a loss, in the operators' order."""
 
-    ``Function.apply`` binds its arguments to ``forward`` in every call, to fill in defaults; there
-    are none, and binding to the true signature takes longer than a small loss.
-    """
-    forward.__signature__ = inspect.Signature(
-        [inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)]
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    token_weight: Tensor | None
+    normalizer: Tensor | None
+
+
+def by_torch(tensors: Tensors, options: Options) -> reference.CrossEntropyStatistics:
+    """Compute the loss by torch operations, in the kernels' precision and without a cast of it."""
+    acc = _ops.accumulation_dtype(tensors.logits.dtype)
+    logits, target, weight, token_weight, normalizer = (
+        tensor.to(acc) if tensor is not None and tensor.is_floating_point() else tensor
+        for tensor in tensors
     )
-    return forward
+    return reference.cross_entropy_with_statistics(
+        logits,
+        target,
+        weight,
+        options.ignore_index,
+        options.reduction,
+        options.label_smoothing,
+        dim=options.dim,
+        token_weight=token_weight,
+        normalizer=normalizer,
+        lse_square_scale=options.lse_square_scale,
+        softcap=options.softcap,
+        logit_scale=options.logit_scale,
+        focal_gamma=options.focal_gamma,
+    )
+
+
+# Function.apply binds its arguments to forward's signature in every call, to fill in defaults.
+# There are none, and *inputs is bound in no time, where the true signature takes longer than a
+# small loss.
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -48,75 +81,139 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    @_takes_all_arguments
-    def forward(logits, target, weight, options: Options, inplace: bool):
-        """Return the loss, and after it what backward needs."""
-        return _ops.forward(logits, target, weight, *options.for_forward())
+    def forward(*inputs):
+        """Return the loss, after it what backward needs, argmax, and if wanted the lse.
+
+        The inputs are Tensors, Options and inplace.
+        """
+        *tensors, options, _ = inputs
+        results = _ops.forward(*tensors, *options.for_forward())
+        if not options.statistics:
+            return results
+        _, _, row_max, log_sum, *_ = results
+        return *results, row_max + log_sum
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save the inputs and one or two numbers a row; nothing else of the logits' size."""
-        logits, target, weight, ctx.options, ctx.inplace = inputs
+        *tensors, _, ctx.options, ctx.inplace = inputs
+        _, *saved, entropy, argmax = output[:8]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(logits, target, weight, *output[1:])
+        without_gradient = (*saved, argmax) if ctx.options.statistics else output[1:]
+        ctx.mark_non_differentiable(*without_gradient)
+        ctx.save_for_backward(*tensors, *saved, entropy)
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
-        """Return the gradients of logits and probabilities, by torch operations if recorded."""
-        logits, target, weight, *saved = ctx.saved_tensors
+    def backward(ctx, grad_loss, *grads):
+        """Return the gradients of logits and probabilities."""
+        logits, target, weight, token_weight, *saved = ctx.saved_tensors
         needs_logits, needs_target = ctx.needs_input_grad[:2]
-        if grad_loss is None:
-            return (None,) * 5
-        if torch.is_grad_enabled():
-            if ctx.inplace:
-                raise RuntimeError(
-                    "inplace_backward must be False for create_graph=True: the second derivative "
-                    "needs the logits that the first overwrites"
-                )
-            return *_differentiable_gradients(ctx, grad_loss, logits, target, weight), *[None] * 3
+        # Compiled code gives zeros for None, also where there are no statistics.
+        *_, grad_entropy, _, grad_lse = grads if ctx.options.statistics else (None, None, None)
+        grad_lse, grad_entropy = (
+            None if grad is None else grad.contiguous() for grad in (grad_lse, grad_entropy)
+        )
+        upstream = (grad_loss, grad_lse, grad_entropy)
+        if all(grad is None for grad in upstream):
+            return (None,) * 7
+        if ctx.inplace and torch.is_grad_enabled():
+            raise RuntimeError(
+                "inplace_backward must be False for create_graph=True and for torch.func: a second "
+                "derivative needs the logits that the first overwrites"
+            )
+        inputs = (*upstream, logits, target, weight, token_weight, *saved)
         grad_logits = grad_target = None
-        if needs_target:
-            grad_target = _target_gradient(ctx.options, grad_loss, logits, target, weight, saved)
-        if needs_logits:
-            arguments = (grad_loss, logits, target, weight, *saved, *ctx.options.for_backward())
-            if ctx.inplace:
-                increment_version(logits)
-                _ops.backward_(*arguments)
-                grad_logits = logits.detach()
-            else:
-                grad_logits = _ops.backward(*arguments)
-        return grad_logits, grad_target, None, None, None
+        if needs_target and grad_loss is not None:
+            grad_target = _target_gradient(ctx.options, inputs)
+        if needs_logits and ctx.inplace:
+            increment_version(logits)
+            _ops.backward_(*inputs, *ctx.options.for_backward())
+            grad_logits = logits.detach()
+        elif needs_logits and torch.is_grad_enabled():
+            grad_logits = CrossEntropyBackward.apply(*inputs, ctx.options)
+        elif needs_logits:
+            grad_logits = _ops.backward(*inputs, *ctx.options.for_backward())
+        return grad_logits, grad_target, None, None, None, None, None
 
 
-def _target_gradient(options, grad_loss, logits, target, weight, saved) -> Tensor:
+def _loss_and_statistics(options: Options, inputs: tuple, logits: Tensor, target: Tensor) -> tuple:
+    """Return loss, lse and entropy as differentiable functions, for the inputs of a backward."""
+    weight, token_weight, total_weight = inputs[5:8]
+    by_reference = by_torch(Tensors(logits, target, weight, token_weight, total_weight), options)
+    return by_reference.loss, by_reference.lse, by_reference.entropy
+
+
+def _gradients(options: Options, inputs: tuple, upstream: tuple, *variables: Tensor) -> tuple:
+    """Return the gradients of logits and, if among the variables, target, by torch operations."""
+    acc = _ops.accumulation_dtype(inputs[3].dtype)
+
+    def outputs(*variables: Tensor) -> tuple:
+        logits, target = (*variables, inputs[4])[:2]
+        results = _loss_and_statistics(options, inputs, logits, target)
+        return tuple(
+            result for result, grad in zip(results, inputs[:3], strict=True) if grad is not None
+        )
+
+    _, vjp = torch.func.vjp(outputs, *variables)
+    return vjp(tuple(grad.to(acc) for grad in upstream))
+
+
+class CrossEntropyBackward(torch.autograd.Function):
+    """The gradient of the logits by the kernels, its own derivatives by torch operations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        """Return the gradient of the logits."""
+        *tensors, options = inputs
+        return _ops.backward(*tensors, *options.for_backward())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Save all of the inputs."""
+        *tensors, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_grad_logits):
+        """Return the gradients of the upstream gradients, the logits and probabilities."""
+        inputs = ctx.saved_tensors
+        upstream = [grad for grad in inputs[:3] if grad is not None]
+        variables = [*upstream, *inputs[3 : 5 if inputs[4].is_floating_point() else 4]]
+
+        def gradient(*variables: Tensor) -> Tensor:
+            n = len(upstream)
+            return _gradients(ctx.options, inputs, variables[:n], *variables[n:])[0]
+
+        _, vjp = torch.func.vjp(gradient, *variables)
+        gradients = iter(vjp(grad_grad_logits))
+        results = [None if grad is None else next(gradients) for grad in inputs[:3]]
+        results += [next(gradients), next(gradients, None)]
+        return *results, *[None] * (len(inputs) - 5), None
+
+
+def _target_gradient(options: Options, inputs: tuple) -> Tensor:
     """Return d loss / d target of probabilities: minus the weighted log-probabilities."""
-    total_weight, row_max, log_sum, _ = saved
+    grad_loss, _, _, logits, target, weight, token_weight = inputs[:7]
+    if torch.is_grad_enabled():
+        upstream = [grad for grad in inputs[:3] if grad is not None]
+        return _gradients(options, inputs, upstream, logits, target)[1].to(target.dtype)
+    total_weight, row_max, log_sum, *_ = inputs[7:]
     dim = options.dim
     scale = grad_loss.to(row_max.dtype) * (1 - options.label_smoothing)
     scale = scale / total_weight if options.reduction == "mean" else scale
-    minus_log_prob = log_sum.unsqueeze(dim) - (logits - row_max.unsqueeze(dim))
+    if token_weight is not None:
+        scale = scale * token_weight
+    scale = scale if scale.dim() == 0 else scale.unsqueeze(dim)
+    seen = reference.transform(logits.to(row_max.dtype), options.softcap, options.logit_scale)
+    minus_log_prob = log_sum.unsqueeze(dim) - (seen - row_max.unsqueeze(dim))
     if weight is not None:
         minus_log_prob = minus_log_prob * weight.reshape([-1] + [1] * (logits.dim() - dim - 1))
-    scale = scale if options.reduction != "none" else scale.unsqueeze(dim)
-    return (minus_log_prob * scale).to(target.dtype)
-
-
-def _differentiable_gradients(ctx, grad_loss, logits, target, weight) -> list[Tensor | None]:
-    """Return the gradients of logits and target as differentiable functions."""
-    options, needs = ctx.options, ctx.needs_input_grad[:2]
-    acc = _ops.accumulation_dtype(logits.dtype)
-    loss = reference.cross_entropy(
-        logits.to(acc),
-        target.to(acc) if target.is_floating_point() else target,
-        weight,
-        options.ignore_index,
-        options.reduction,
-        options.label_smoothing,
-    )
-    inputs = [tensor for tensor, needed in zip((logits, target), needs, strict=True) if needed]
-    gradients = iter(torch.autograd.grad(loss, inputs, grad_loss.to(acc), create_graph=True))
-    return [next(gradients) if needed else None for needed in needs]
+    gradient = minus_log_prob * scale
+    if token_weight is not None:
+        gradient = gradient.masked_fill((token_weight == 0).unsqueeze(dim), 0)
+    return gradient.to(target.dtype)
 
 
 class CrossEntropyGradInForward(torch.autograd.Function):
@@ -128,22 +225,26 @@ class CrossEntropyGradInForward(torch.autograd.Function):
     """
 
     @staticmethod
-    @_takes_all_arguments
-    def forward(memory, view, target, weight, options: Options):
-        """Return the memory, now the gradient for an upstream gradient of 1, and the loss."""
+    def forward(*inputs):
+        """Return the memory, now the gradient for an upstream of 1, loss and statistics.
+
+        The inputs are memory, view, all other Tensors and Options.
+        """
+        memory, view, *tensors, options = inputs
         logits = memory.as_strided(*view)
-        return memory, _ops.forward_backward_(logits, target, weight, *options.for_forward())
+        return memory, *_ops.forward_backward_(logits, *tensors, *options.for_forward())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save the gradient."""
-        memory, ctx.view, target, _, ctx.options = inputs
+        memory, ctx.view, target, _, token_weight, _, ctx.options = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(memory)
-        ctx.save_for_backward(memory, target)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(memory, target, token_weight)
 
     @staticmethod
-    def backward(ctx, grad_memory, grad_loss):
+    def backward(ctx, grad_memory, grad_loss, *_):
         """Scale the gradient by the upstream one, once."""
         if grad_memory is not None:
             raise RuntimeError(
@@ -153,9 +254,10 @@ class CrossEntropyGradInForward(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("grad_in_forward must be False for create_graph=True")
         if grad_loss is None:
-            return (None,) * 5
-        memory, target = ctx.saved_tensors
+            return (None,) * 7
+        memory, target, token_weight = ctx.saved_tensors
         increment_version(memory)  # a second backward would scale twice: autograd refuses it
         gradient = memory.detach()
-        _ops.scale_gradient_(gradient.as_strided(*ctx.view), grad_loss, target, *ctx.options[:2])
-        return gradient, None, None, None, None
+        logits = gradient.as_strided(*ctx.view)
+        _ops.scale_gradient_(logits, grad_loss, target, token_weight, *ctx.options[:2])
+        return gradient, *[None] * 6

@@ -1,10 +1,14 @@
 """The native operators: loading their library, what each means, and their meta implementations.
 
 ``forward`` returns the loss, and what ``backward`` needs of it: ``total_weight`` (float64 scalar,
-by what ``mean`` divides) and one value a row of ``row_max``, ``log_sum`` (the logarithm of the sum
-of ``exp(logits - row_max)``) and, for probabilities alone, ``label_mass`` (the sum of the row's
-smoothed and weighted probabilities; of no elements for class indices). Rows have the shape of the
-unreduced loss and the accumulation type: float64 for float64 logits, float32 for all others.
+by what ``mean`` divides) and one value a row of ``row_max`` and ``log_sum`` (the logarithm of the
+sum of ``exp(logits - row_max)``, of the logits as the softmax sees them); then, of no elements
+where they are not wanted, of ``label_mass`` (the sum of the row's smoothed and weighted
+probabilities; not for class indices), ``loss_slope`` (the derivative of the focal loss by the
+cross-entropy), and the statistics ``entropy`` and ``argmax``. Rows have the shape of the unreduced
+loss and, but for ``argmax``, the accumulation type: float64 for float64 logits, float32 for all
+others. ``numbers`` are label_smoothing, lse_square_scale, focal_gamma, softcap (0: none) and
+logit_scale.
 """
 
 import importlib.machinery
@@ -80,31 +84,72 @@ def _fake_loss(logits: Tensor, dim: int, reduction: int, loss_dtype: torch.dtype
 
 
 def _fake_forward(
-    logits, target, weight, dim, ignore_index, label_smoothing, reduction, loss_dtype
+    logits,
+    target,
+    weight,
+    token_weight,
+    normalizer,
+    dim,
+    ignore_index,
+    numbers,
+    reduction,
+    loss_dtype,
+    statistics,
 ):
     acc = accumulation_dtype(logits.dtype)
-    rows = _row_shape(logits, dim)
+
+    def rows(is_wanted: bool = True, dtype: torch.dtype = acc) -> Tensor:
+        return logits.new_empty(_row_shape(logits, dim) if is_wanted else [0], dtype=dtype)
+
     return (
         _fake_loss(logits, dim, reduction, loss_dtype),
         logits.new_empty([], dtype=torch.float64),
-        logits.new_empty(rows, dtype=acc),
-        logits.new_empty(rows, dtype=acc),
-        logits.new_empty(rows if target.is_floating_point() else [0], dtype=acc),
+        rows(),
+        rows(),
+        rows(target.is_floating_point()),
+        rows(numbers[2] != 0),
+        rows(statistics),
+        rows(statistics, torch.int64),
     )
 
 
-def _fake_forward_backward(logits, target, weight, dim, ignore_index, smoothing, reduction, dtype):
-    return _fake_loss(logits, dim, reduction, dtype)
+def _fake_backward(grad_loss, grad_lse, grad_entropy, logits, *_):
+    return torch.empty_like(logits)
+
+
+def _fake_forward_backward(*arguments):
+    loss, _, row_max, log_sum, *_, entropy, argmax = _fake_forward(*arguments)
+    return loss, row_max, log_sum, entropy, argmax
+
+
+def _in_turn(operator):
+    """Return the rule of vmap for an operator: sample by sample."""
+
+    def rule(info, in_dims, *arguments):
+        def sample(i: int):
+            return operator(
+                *(
+                    argument.select(dim, i) if isinstance(dim, int) else argument
+                    for argument, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+
+        samples = [sample(i) for i in range(info.batch_size)]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        results = tuple(torch.stack(results) for results in zip(*samples, strict=True))
+        return results, (0,) * len(results)
+
+    return rule
 
 
 if LOAD_ERROR is None:
     torch.library.register_fake("fused_xent::forward", _fake_forward)
-    torch.library.register_fake(
-        "fused_xent::backward", lambda grad_loss, logits, *_: torch.empty_like(logits)
-    )
+    torch.library.register_fake("fused_xent::backward", _fake_backward)
     torch.library.register_fake("fused_xent::backward_", lambda *_: None)
     torch.library.register_fake("fused_xent::forward_backward_", _fake_forward_backward)
     torch.library.register_fake("fused_xent::scale_gradient_", lambda *_: None)
+    torch.library.register_vmap("fused_xent::backward", _in_turn(_ops.backward.default))
 
     forward = _ops.forward.default
     backward = _ops.backward.default

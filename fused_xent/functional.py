@@ -1,17 +1,18 @@
-"""The loss as users call it: arguments, their checks, and which implementation runs."""
+"""The loss as users call it: its arguments, and which implementation runs."""
 
-import operator
-from numbers import Real
+import inspect
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _ops, reference
-from ._autograd import CrossEntropy, CrossEntropyGradInForward, Options
+from . import _checks, _ops
+from ._autograd import CrossEntropy, CrossEntropyGradInForward, Options, Tensors, by_torch
+from ._checks import check_number, is_autocast
+from .reference import CrossEntropyStatistics
 
-_INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+_MOST = 1e30  # of an option: the kernels' float32 has a little more
 
 
 def cross_entropy(
@@ -24,21 +25,40 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    dim: int | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    focal_gamma: float = 0.0,
     loss_dtype: torch.dtype | None = None,
     inplace_backward: bool = False,
     grad_in_forward: bool = False,
 ) -> Tensor:
     r"""Softmax cross-entropy, equivalent to :func:`torch.nn.functional.cross_entropy`.
 
-    With :math:`p = \mathrm{softmax}(x)` over the ``C`` classes and class weights ``w`` (1 without
+    With :math:`p = \mathrm{softmax}(z)` over the ``C`` classes and class weights ``w`` (1 without
     ``weight``), the loss of a row with class index ``y`` is, for label smoothing ``e``,
 
-    .. math:: -(1 - e)\, w_y \log p_y - \frac{e}{C} \sum_c w_c \log p_c
+    .. math:: c = -(1 - e)\, w_y \log p_y - \frac{e}{C} \sum_j w_j \log p_j
 
-    and for probabilities ``t``, :math:`-\sum_c w_c\, ((1 - e)\, t_c + e / C) \log p_c`. ``mean``
-    divides the sum by the sum of ``w_y`` over the rows that are not ignored, or for probabilities
-    by the number of rows: torch's rules. A class of probability or weight 0 adds 0 even where its
-    logit is ``-inf`` (torch: NaN).
+    and for probabilities ``t``, :math:`c = -\sum_j w_j\, ((1 - e)\, t_j + e / C) \log p_j`.
+    ``mean`` divides the sum by the sum of ``w_y`` over the rows that are not ignored, or for
+    probabilities by the number of rows: torch's rules. A class of probability or weight 0 adds 0
+    even where its logit is ``-inf`` (torch: NaN).
+
+    Beyond torch, ``z`` are the logits ``x`` themselves or, with ``logit_scale`` or ``softcap``,
+    :math:`z = \mathrm{softcap} \tanh(\mathrm{logit\_scale}\, x / \mathrm{softcap})` (Gemma 2,
+    https://arxiv.org/abs/2408.00118), and the loss of a row is, with
+    :math:`\mathrm{lse} = \log \sum_j \exp z_j`,
+
+    .. math:: \mathrm{token\_weight}\, \left((1 - P)^{\mathrm{focal\_gamma}}\, c
+              + \mathrm{lse\_square\_scale}\; \mathrm{lse}^2\right)
+
+    where :math:`P` is :math:`p_y`, or for labels on several classes :math:`\exp(-c / Q)` with the
+    labels' sum ``Q``: the focal loss (https://arxiv.org/abs/1708.02002). The other term is the
+    z-loss (https://arxiv.org/abs/2204.02311).
 
     Args:
         input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, of any strides; float32,
@@ -48,10 +68,22 @@ def cross_entropy(
         weight: one weight a class, ``(C,)``, of ``input``'s dtype.
         size_average: deprecated in torch, see ``reduction``.
         ignore_index: rows of this class index have loss and gradient 0, do not count in ``mean``,
-            and their logits may hold anything. Any integer. Probabilities have no ignored rows.
+            and their logits may hold anything. Any integer. Probabilities have no such rows: see
+            ``token_weight``.
         reduce: deprecated in torch, see ``reduction``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         label_smoothing: in [0, 1].
+        dim: the dimension of the classes, where it is not torch's: ``-1`` takes ``(B, T, C)``.
+        token_weight: one weight a row, of the unreduced loss's shape; any real numbers. A row of
+            weight 0 is left out as if it were ignored, whatever its logits, target or
+            probabilities. ``mean`` divides by the sum of class weight times token weight (for
+            probabilities, of token weight).
+        normalizer: what ``mean`` divides the sum by instead, a number or a tensor of shape ``()``:
+            the tokens of the whole batch, where this is a part of it.
+        lse_square_scale: of the z-loss, which no class weight multiplies; in [0, 1e30].
+        softcap: in [1e-30, 1e30]; None: no cap.
+        logit_scale: in [1e-30, 1e30].
+        focal_gamma: in [0, 1e30]; 0: plain cross-entropy.
         loss_dtype: dtype of the loss. None is torch's rule: that of ``input``, or that to which it
             is promoted with probabilities; float32 under autocast. Sums are float32 or better at
             any.
@@ -61,11 +93,16 @@ def cross_entropy(
         grad_in_forward: the forward writes the gradient over the logits, and the backward only
             multiplies it by the upstream gradient, if that is not 1: one read and one write of the
             logits in all. The logits must not be needed after the forward; autograd raises an error
-            where a gradient is to flow through another use of them.
+            where a gradient is to flow through another use of them. In compiled code, which cannot
+            raise that error, this is ``inplace_backward``.
 
     The last two need ``input`` to be computed, not a leaf of the graph; where no gradient is
     recorded they change nothing. ``grad_in_forward`` refuses float16, whose range a gradient needs
     a loss scale to fit.
+
+    Gradients flow to ``input`` and probabilities from the kernels, and to ``weight``,
+    ``token_weight`` and ``normalizer``, second derivatives, and under ``torch.func.vmap`` and
+    forward-mode differentiation by torch operations.
 
     Returns:
         A scalar, or for ``"none"`` a loss a row, of ``input``'s shape without ``C``.
@@ -78,123 +115,204 @@ def cross_entropy(
         RuntimeError: ``inplace_backward`` or ``grad_in_forward`` with logits that they cannot
         overwrite.
     """
-    if has_torch_function_variadic(input, target, weight):
+    tensors = (input, target, weight, token_weight, normalizer)
+    options = {
+        "size_average": size_average,
+        "ignore_index": ignore_index,
+        "reduce": reduce,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "dim": dim,
+        "lse_square_scale": lse_square_scale,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "focal_gamma": focal_gamma,
+        "loss_dtype": loss_dtype,
+        "inplace_backward": inplace_backward,
+        "grad_in_forward": grad_in_forward,
+    }
+    if has_torch_function_variadic(*tensors):
         return handle_torch_function(
             cross_entropy,
-            (input, target, weight),
+            tensors,
             input,
             target,
             weight=weight,
-            size_average=size_average,
-            ignore_index=ignore_index,
-            reduce=reduce,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            loss_dtype=loss_dtype,
-            inplace_backward=inplace_backward,
-            grad_in_forward=grad_in_forward,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            **options,
         )
+    return _evaluate(*tensors, statistics=False, **options)[0]
+
+
+def cross_entropy_with_statistics(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    **options,
+) -> CrossEntropyStatistics:
+    """Return what one pass over the logits tells: the loss, and statistics of each row.
+
+    Takes the arguments of :func:`fused_xent.cross_entropy`, all but the first three by name. The
+    statistics have the shape of the unreduced loss, and float64 for float64 logits and float32 for
+    others. Rows that are ignored or of token weight 0 have 0, ``argmax`` -1 and ``correct`` False.
+
+    Returns:
+        A named tuple:
+
+        - ``loss``: as of :func:`fused_xent.cross_entropy`, z-loss and all.
+        - ``lse``: :math:`\\log \\sum_j \\exp z_j`; differentiable.
+        - ``z_loss``: the row's part of the loss that is ``lse_square_scale * lse^2``, times its
+          token weight; differentiable.
+        - ``entropy``: :math:`-\\sum_j p_j \\log p_j`; differentiable.
+        - ``argmax``: int64, the first class of the greatest logit, NaN above all numbers.
+        - ``correct``: bool, whether that is the target, or the argmax of the probabilities.
+
+        With ``grad_in_forward``, gradients flow through ``loss`` alone.
+    """
+    tensors = (input, target, weight, token_weight, normalizer)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            cross_entropy_with_statistics,
+            tensors,
+            input,
+            target,
+            weight=weight,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            **options,
+        )
+    return _evaluate(*tensors, statistics=True, **options)
+
+
+def _evaluate(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | float | None,
+    *,
+    statistics: bool,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    dim: int | None = None,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    focal_gamma: float = 0.0,
+    loss_dtype: torch.dtype | None = None,
+    inplace_backward: bool = False,
+    grad_in_forward: bool = False,
+) -> tuple:
+    """Check the arguments and compute; without statistics, only the loss of these is meant."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    ignore_index = _check_index("ignore_index", ignore_index)
-    _check_tensors(input, target, weight, ignore_index)
-    _check_options(reduction, label_smoothing, loss_dtype)
+    ignore_index = _checks.check_index("ignore_index", ignore_index)
+    dim = _checks.check_input(input, dim)
+    _checks.check_target(input, target, dim, ignore_index)
+    _checks.check_weight(input, target, dim, weight)
+    _checks.check_token_weight(input, dim, token_weight)
+    _checks.check_reduction(reduction)
+    _checks.check_normalizer(normalizer, reduction)
+    _checks.check_loss_dtype(loss_dtype)
+    _checks.check_flag("inplace_backward", inplace_backward)
+    _checks.check_flag("grad_in_forward", grad_in_forward)
     input, target, result_dtype = _promote(input, target, weight)
     options = Options(
-        reference.class_dim(input),
+        dim,
         ignore_index,
-        float(label_smoothing),
+        check_number("label_smoothing", label_smoothing, 0, 1),
+        check_number("lse_square_scale", lse_square_scale, 0, _MOST),
+        check_number("focal_gamma", focal_gamma, 0, _MOST),
+        None if softcap is None else check_number("softcap", softcap, 1 / _MOST, _MOST),
+        check_number("logit_scale", logit_scale, 1 / _MOST, _MOST),
         reduction,
         loss_dtype or result_dtype,
+        statistics,
     )
     if inplace_backward or grad_in_forward:
-        _check_overwritable(input, target, inplace_backward, grad_in_forward)
-    if not _ops.has_kernels(input.device) or (weight is not None and weight.requires_grad):
-        return _by_torch(input, target, weight, options)
+        _checks.check_overwritable(input, target, dim, inplace_backward, grad_in_forward)
+    acc = _ops.accumulation_dtype(input.dtype)
+    if token_weight is not None:
+        token_weight = token_weight.to(acc).contiguous()
+    if normalizer is not None:
+        normalizer = _as_scalar(normalizer, input)
+    tensors = Tensors(input, target, weight, token_weight, normalizer)
+    if _is_for_torch(tensors, options):
+        return _by_torch(tensors, options)
     if weight is not None:
-        weight = weight.to(_ops.accumulation_dtype(input.dtype)).contiguous()
+        tensors = tensors._replace(weight=weight.to(acc).contiguous())
     if grad_in_forward and torch.is_grad_enabled() and input.requires_grad:
-        return _grad_in_forward(input, target, weight, options)
-    return CrossEntropy.apply(input, target, weight, options, inplace_backward)[0]
+        if not torch.compiler.is_compiling():
+            return _grad_in_forward(tensors, options)
+        inplace_backward = True  # compiled code cannot tell whether the logits are used later
+    loss, *results = CrossEntropy.apply(*tensors, options, inplace_backward)
+    if not statistics:
+        return (loss,)
+    *_, entropy, argmax, lse = results
+    return _with_statistics(tensors, options, loss, lse, entropy, argmax)
 
 
-def _is_autocast(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+_PARAMETERS = inspect.signature(cross_entropy).parameters.values()
+cross_entropy_with_statistics.__signature__ = inspect.Signature(
+    [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) if i > 2 else parameter
+        for i, parameter in enumerate(_PARAMETERS)
+    ],
+    return_annotation=CrossEntropyStatistics,
+)
 
 
-def _check_index(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    value = operator.index(value)
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit in 64 bits, got {value}")
-    return value
+def _as_scalar(normalizer: Tensor | float, input: Tensor) -> Tensor:
+    if isinstance(normalizer, Tensor):
+        return normalizer.to(input.device, torch.float64)
+    return input.new_full((), normalizer, dtype=torch.float64)
 
 
-def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
-    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(tensor, Tensor) and (name != "weight" or tensor is not None):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor is not None and tensor.layout != torch.strided:
-            raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-    if input.dtype not in _ops.DTYPES:
-        raise ValueError(f"input must be float32, float64, bfloat16 or float16, got {input.dtype}")
-    if input.dim() == 0:
-        raise ValueError("input must have a class dimension, got a tensor of shape ()")
-    _check_target(input, target, ignore_index)
-    if weight is not None:
-        _check_weight(input, target, weight)
+def _is_for_torch(tensors: Tensors, options: Options) -> bool:
+    """Whether the loss is computed by torch operations, which know all of autograd."""
+    _, target, *scales = tensors
+    return (
+        not _ops.has_kernels(tensors.logits.device)
+        or any(tensor is not None and tensor.requires_grad for tensor in scales)
+        or (options.focal_gamma != 0 and target.requires_grad)
+        or (not torch.compiler.is_compiling() and _is_transformed())
+    )
 
 
-def _check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
-    if target.device != input.device:
-        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
-    dim = reference.class_dim(input)
-    row_shape = input.shape[:dim] + input.shape[dim + 1 :]
-    if target.shape == input.shape:
-        if target.dtype not in _ops.DTYPES:
-            raise ValueError(
-                "target must hold floating-point probabilities where it has input's shape "
-                f"{tuple(input.shape)}, got {target.dtype}"
-            )
-        if ignore_index >= 0:
-            raise ValueError(
-                "ignore_index must be negative (without effect) where target holds probabilities, "
-                f"got {ignore_index}"
-            )
-    elif target.shape != row_shape:
-        raise ValueError(
-            f"target must have shape {tuple(row_shape)} (class indices) or {tuple(input.shape)} "
-            f"(probabilities) for input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
-        )
-    elif target.dtype not in _INDEX_DTYPES:
-        raise ValueError(
-            f"target must be int64, int32 or uint8 where it holds class indices, got {target.dtype}"
-        )
+def _is_transformed() -> bool:
+    """Whether this runs under vmap or forward-mode differentiation."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = torch._C._functorch.TransformType
+    return any(interpreter.key() in (kinds.Vmap, kinds.Jvp) for interpreter in stack)
 
 
-def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
-    if weight.device != input.device:
-        raise ValueError(f"weight must be on input's device {input.device}, got {weight.device}")
-    n_classes = input.shape[reference.class_dim(input)]
-    if weight.shape != (n_classes,):
-        raise ValueError(f"weight must have shape ({n_classes},), got {tuple(weight.shape)}")
-    promotes = target.is_floating_point() or _is_autocast(input.device)
-    if weight.dtype not in _ops.DTYPES or (weight.dtype != input.dtype and not promotes):
-        raise ValueError(f"weight must have input's dtype {input.dtype}, got {weight.dtype}")
+def _by_torch(tensors: Tensors, options: Options) -> CrossEntropyStatistics:
+    logits, target, _, token_weight, _ = tensors
+    if not target.is_floating_point() and not _is_transformed():  # else it would be of no value
+        n_classes = logits.shape[options.dim]
+        _checks.check_range(target, token_weight, n_classes, options.ignore_index)
+    results = by_torch(tensors, options)
+    return results._replace(loss=results.loss.to(options.loss_dtype))
 
 
-def _check_options(reduction: str, label_smoothing: float, loss_dtype: torch.dtype | None) -> None:
-    if reduction not in _ops.REDUCTIONS:
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if not isinstance(label_smoothing, Real):
-        raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if loss_dtype is not None and loss_dtype not in _ops.DTYPES:
-        raise ValueError(
-            f"loss_dtype must be float32, float64, bfloat16 or float16, got {loss_dtype}"
-        )
+def _with_statistics(tensors, options, loss, lse, entropy, argmax) -> CrossEntropyStatistics:
+    _, target, _, token_weight, _ = tensors
+    z_loss = options.lse_square_scale * lse.square()
+    if token_weight is not None:
+        z_loss = z_loss * token_weight.masked_fill(argmax < 0, 0)
+    if target.is_floating_point():
+        target = target.argmax(options.dim) if target.shape[options.dim] else argmax
+    correct = (argmax == target) & (argmax >= 0)
+    return CrossEntropyStatistics(loss, lse, z_loss, entropy, argmax, correct)
 
 
 def _promote(
@@ -214,83 +332,18 @@ def _promote(
             input, target = input.to(dtype), target.to(dtype)
         elif target.dtype != input.dtype:
             target = target.to(torch.float32)
-    if _is_autocast(input.device) and dtype != torch.float64:
+    if is_autocast(input.device) and dtype != torch.float64:
         dtype = torch.float32
     return input, target, dtype
 
 
-def _check_overwritable(
-    input: Tensor, target: Tensor, inplace_backward: bool, grad_in_forward: bool
-) -> None:
-    if inplace_backward and grad_in_forward:
-        raise ValueError("inplace_backward must be False where grad_in_forward is True, got True")
-    name = "grad_in_forward" if grad_in_forward else "inplace_backward"
-    memory = input if input._base is None else input._base
-    if torch.is_grad_enabled() and input.requires_grad and (input.is_leaf or memory.is_leaf):
-        raise RuntimeError(
-            f"{name} must be False where input is a leaf of the graph: its values are the "
-            "caller's, and would be overwritten by their gradient"
-        )
-    if any(
-        stride == 0 < size - 1 for size, stride in zip(input.shape, input.stride(), strict=True)
-    ):
-        raise RuntimeError(
-            f"{name} must be False where several elements of input share memory, got strides "
-            f"{input.stride()} of shape {tuple(input.shape)}: clone it"
-        )
-    if target.untyped_storage()._cdata == input.untyped_storage()._cdata:
-        raise RuntimeError(
-            f"{name} must be False where target shares input's memory, which is overwritten"
-        )
-    if grad_in_forward and target.requires_grad:
-        raise RuntimeError(
-            "grad_in_forward must be False where target requires a gradient: the logits that it "
-            "would be computed from are overwritten; use inplace_backward"
-        )
-    if grad_in_forward and input.dtype == torch.float16:
-        raise ValueError(
-            "grad_in_forward must be False for float16 input: what the forward writes, not yet "
-            "multiplied by a loss scale, falls below float16's range; use inplace_backward"
-        )
-    if grad_in_forward and (memory.numel() != input.numel() or memory.dtype != input.dtype):
-        raise RuntimeError(
-            "grad_in_forward must be False where input is a view of a part of another tensor, "
-            f"got shape {tuple(input.shape)} of {tuple(memory.shape)}: use inplace_backward, or "
-            "clone it"
-        )
-
-
-def _grad_in_forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options
-) -> Tensor:
-    memory = input if input._base is None else input._base
-    view = (input.size(), input.stride(), input.storage_offset())
-    return CrossEntropyGradInForward.apply(memory, view, target, weight, options)[1]
-
-
-def _by_torch(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """Compute the loss where no kernel can, in the kernels' precision."""
-    acc = _ops.accumulation_dtype(input.dtype)
-    if target.is_floating_point():
-        target = target.to(acc)
-    else:
-        _check_range(target, input.shape[options.dim], options.ignore_index)
-    loss = reference.cross_entropy(
-        input.to(acc),
-        target,
-        None if weight is None else weight.to(acc),
-        options.ignore_index,
-        options.reduction,
-        options.label_smoothing,
+def _grad_in_forward(tensors: Tensors, options: Options) -> tuple:
+    logits, *others = tensors
+    memory = logits if logits._base is None else logits._base
+    view = (logits.size(), logits.stride(), logits.storage_offset())
+    _, loss, row_max, log_sum, entropy, argmax = CrossEntropyGradInForward.apply(
+        memory, view, *others, options
     )
-    return loss.to(options.loss_dtype)
-
-
-def _check_range(target: Tensor, n_classes: int, ignore_index: int) -> None:
-    bad = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
-    if bad.any():
-        position = tuple(bad.nonzero()[0].tolist())
-        raise IndexError(
-            f"target must be in [0, {n_classes}) or equal to ignore_index ({ignore_index}), got "
-            f"{target[position].item()} at position {position}"
-        )
+    if not options.statistics:
+        return (loss,)
+    return _with_statistics(tensors, options, loss, row_max + log_sum, entropy, argmax)

@@ -4,8 +4,24 @@ Tests and the benchmark compare with it in float64. It also serves where no kern
 without native kernels, and for gradients of gradients.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class CrossEntropyStatistics(NamedTuple):
+    """What :func:`fused_xent.cross_entropy_with_statistics` returns; all but the loss a row each.
+
+    Rows that are ignored, or of token weight 0, have 0, -1 and False.
+    """
+
+    loss: Tensor  # as of cross_entropy
+    lse: Tensor  # log of the sum of exp over the classes; differentiable
+    z_loss: Tensor  # lse_square_scale * lse^2, times the token's weight: its part of the loss
+    entropy: Tensor  # of the softmax, in nats; differentiable
+    argmax: Tensor  # int64: the first of the greatest logits, NaN above all
+    correct: Tensor  # bool: whether argmax is the target, or the argmax of the probabilities
 
 
 def class_dim(input: Tensor) -> int:
@@ -13,39 +29,100 @@ def class_dim(input: Tensor) -> int:
     return 0 if input.dim() == 1 else 1
 
 
-def cross_entropy(
+def transform(input: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """Return the logits as the softmax sees them."""
+    logits = input if logit_scale == 1 else input * logit_scale
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+def cross_entropy(input: Tensor, target: Tensor, *arguments, **options) -> Tensor:
+    """Softmax cross-entropy, the first of :func:`cross_entropy_with_statistics`."""
+    return cross_entropy_with_statistics(input, target, *arguments, **options).loss
+
+
+def cross_entropy_with_statistics(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
-    """Softmax cross-entropy in the dtype of ``input``; see :func:`fused_xent.cross_entropy`.
+    *,
+    dim: int | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    focal_gamma: float = 0.0,
+) -> CrossEntropyStatistics:
+    """Compute :func:`fused_xent.cross_entropy_with_statistics` in the dtype of ``input``.
 
-    With ``p = softmax(input)``, a row's loss is ``-sum(q * log(p))`` over the classes. For
+    With ``p`` the softmax, a row's cross-entropy is ``-sum(q * log(p))`` over the classes. For
     probabilities ``q = w * ((1 - label_smoothing) * target + label_smoothing / C)``; for a class
     index ``y``, ``q = (1 - label_smoothing) * w[y] * onehot(y) + label_smoothing / C * w``. Where
     ``q`` is 0 the term is 0, also at a logit of ``-inf``.
     """
-    dim = class_dim(input)
-    log_prob = input.log_softmax(dim)
+    dim = class_dim(input) if dim is None else dim % input.dim()
+    if token_weight is None:
+        token_weight = input.new_ones(input.shape[:dim] + input.shape[dim + 1 :])
+    kept = token_weight != 0
+    if not target.is_floating_point():
+        kept = kept & (target != ignore_index)
+    token_weight = token_weight.masked_fill(~kept, 0)
+    # Before all else, so that what is left out has no part in anything, NaN or not.
+    logits = input.masked_fill(~kept.unsqueeze(dim), 0)
+    logits = transform(logits, softcap, logit_scale)
+    log_prob = logits.log_softmax(dim)
     if weight is not None:
         weight = weight.reshape([-1] + [1] * (input.dim() - dim - 1))
     if target.is_floating_point():
-        row_loss, row_weight = _probability_loss(log_prob, target, weight, label_smoothing, dim)
+        target = target.masked_fill(~kept.unsqueeze(dim), 0)
+        labels = _probability_loss(log_prob, target, weight, label_smoothing, dim)
     else:
-        row_loss, row_weight = _index_loss(
-            log_prob, target, weight, ignore_index, label_smoothing, dim
-        )
+        labels = _index_loss(log_prob, target, kept, weight, label_smoothing, dim)
+    row_loss, row_weight, mass = labels
+    if focal_gamma != 0:
+        row_loss = _focal(row_loss, mass, focal_gamma)
+    lse = (logits.logsumexp(dim) if input.shape[dim] else log_prob.sum(dim)).masked_fill(~kept, 0)
+    z_loss = lse_square_scale * lse.square() * token_weight
+    row_loss = (row_loss * token_weight).masked_fill(~kept, 0)
+    if lse_square_scale != 0:
+        row_loss = row_loss + z_loss
+    total = (row_weight * token_weight).sum()
+    return CrossEntropyStatistics(
+        _reduce(row_loss, reduction, total if normalizer is None else normalizer),
+        lse,
+        z_loss,
+        -_weighted_sum(log_prob.exp(), log_prob, dim).masked_fill(~kept, 0),
+        *_predictions(logits, target, kept, dim),
+    )
+
+
+def _reduce(row_loss: Tensor, reduction: str, normalizer: Tensor | float) -> Tensor:
     if reduction == "none":
         return row_loss
-    return row_loss.sum() / row_weight.sum() if reduction == "mean" else row_loss.sum()
+    return row_loss.sum() / normalizer if reduction == "mean" else row_loss.sum()
+
+
+def _predictions(logits, target, kept, dim) -> tuple[Tensor, Tensor]:
+    if logits.shape[dim] == 0:
+        return torch.full_like(kept, -1, dtype=torch.int64), torch.zeros_like(kept)
+    argmax = logits.detach().argmax(dim)
+    label = target.argmax(dim) if target.is_floating_point() else target
+    return argmax.masked_fill(~kept, -1), (argmax == label) & kept
 
 
 def _weighted_sum(q: Tensor, log_prob: Tensor, dim: int) -> Tensor:
     """Sum ``q * log_prob`` over the classes, with 0 * (-inf) = 0."""
     return (q * log_prob.masked_fill((q == 0) & log_prob.isneginf(), 0)).sum(dim)
+
+
+def _focal(cross_entropy: Tensor, mass: Tensor, gamma: float) -> Tensor:
+    """Return ``(1 - P)^gamma * cross_entropy`` with ``P = exp(-cross_entropy / mass)``."""
+    zero = cross_entropy == 0  # there the power may have no derivative
+    minus_log_p = cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)
+    return ((-torch.expm1(-minus_log_p)) ** gamma * cross_entropy).masked_fill(zero, 0)
 
 
 def _probability_loss(log_prob, target, weight, label_smoothing, dim):
@@ -56,22 +133,28 @@ def _probability_loss(log_prob, target, weight, label_smoothing, dim):
     if weight is not None:
         q = q * weight
     row_loss = -_weighted_sum(q, log_prob, dim)
-    return row_loss, torch.ones_like(row_loss)
+    return row_loss, torch.ones_like(row_loss), q.sum(dim)
 
 
-def _index_loss(log_prob, target, weight, ignore_index, label_smoothing, dim):
-    kept = target != ignore_index
-    index = target.to(torch.int64).masked_fill(~kept, 0).unsqueeze(dim)
+def _index_loss(log_prob, target, kept, weight, label_smoothing, dim):
+    n_classes = log_prob.shape[dim]
+    is_class = (target >= 0) & (target < n_classes)
+    index = target.to(torch.int64).masked_fill(~(kept & is_class), 0).unsqueeze(dim)
     if weight is None:
         weight = log_prob.new_ones([1] * (log_prob.dim() - dim))
     class_weight = weight.expand_as(log_prob)
-    if log_prob.shape[dim] == 0:  # every row is ignored, and there is no class 0 to gather
-        return log_prob.sum(dim), kept.to(log_prob.dtype)
+    if n_classes == 0:  # every row is ignored, and there is no class 0 to gather
+        zeros = log_prob.sum(dim)
+        return zeros, zeros, zeros
     target_weight = class_weight.gather(dim, index)
     row_loss = -(1 - label_smoothing) * _weighted_sum(
         target_weight, log_prob.gather(dim, index), dim
     )
+    mass = (1 - label_smoothing) * target_weight.squeeze(dim)
     if label_smoothing > 0:
         smooth_loss = -_weighted_sum(class_weight, log_prob, dim)
-        row_loss = row_loss + label_smoothing / log_prob.shape[dim] * smooth_loss
-    return row_loss.masked_fill(~kept, 0), target_weight.squeeze(dim).masked_fill(~kept, 0)
+        row_loss = row_loss + label_smoothing / n_classes * smooth_loss
+        mass = mass + label_smoothing / n_classes * class_weight.sum(dim)
+    # A target that is no class makes the row's loss and gradient NaN.
+    row_loss = row_loss * torch.where(is_class | ~kept, 1.0, torch.nan)
+    return row_loss, target_weight.squeeze(dim), mass

@@ -4,6 +4,7 @@ With ``--device cuda`` the same cases run on a GPU.
 """
 
 import mmap
+import random
 import re
 
 import cuda_builds
@@ -11,6 +12,7 @@ import pytest
 import torch
 from cases import DTYPES, LABELS, SHAPES, VOCABULARIES, Labels, class_dim, make_logits, make_target
 from compare import assert_gradient, assert_loss, truth
+from extras import check_problem, make_problem
 from modes import loss_and_gradient
 from test_kernels import check, make_options
 
@@ -96,6 +98,28 @@ def test_strides(dtype):
     check(wide[:, 1:51], target)
     check(make_logits((50, 4), dtype).t(), target)
     check(make_logits((2, 64, 50), dtype).transpose(1, 2), torch.randint(50, (2, 64)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_combination_of_options(seed):
+    draw = random.Random(seed)
+    for _ in range(10):
+        check_problem(make_problem(lambda choices: draw.choice(choices)))
+
+
+@pytest.mark.parametrize("regime", ["block", "split", "warp"])
+def test_options_by_any_plan(regime, force):
+    """Statistics and their gradients, of rows that blocks share, or threads, or none."""
+    shape = {"threads": 32 if regime == "warp" else 64, "team": 8 if regime == "warp" else 0}
+    parts = 3 if regime == "split" else 1
+    for operation in ("forward", "backward"):
+        force(operation, regime, parts=parts, **shape)
+    force("forward_backward", "warp" if regime == "warp" else "block", **shape)
+    draw = random.Random(7)
+    for _ in range(6):
+        problem = make_problem(lambda choices: draw.choice(choices))
+        if problem.logits.shape[problem.dim] > 200 and problem.dim == problem.logits.dim() - 1:
+            check_problem(problem._replace(statistics=True))
 
 
 @pytest.mark.parametrize("parts", ["uniform", "one-hot"])
@@ -228,9 +252,10 @@ def test_gradient_beyond_32_bits(emulated):
     loss, gradient = loss_and_gradient(logits, target)
     assert_loss(loss, exact, torch.float32)
     assert_gradient(gradient, exact, torch.bfloat16)
-    grad_loss, rest = torch.ones(()), (None, 1, -100, 0.0, 1, torch.float32)
-    _, *saved = _ops.forward(logits, target, *rest)
-    _ops.backward_(grad_loss, logits, target, None, *saved, 1, -100, 0.0, 1)
+    numbers = [0.0, 0.0, 0.0, 0.0, 1.0]
+    tensors, options = (logits, target, None, None), (1, -100, numbers, 1)
+    _, *saved, _ = _ops.forward(*tensors, None, *options, torch.float32, False)
+    _ops.backward_(torch.ones(()), None, None, *tensors, *saved, *options)
     assert_gradient(logits, exact, torch.bfloat16)
 
 
@@ -238,4 +263,4 @@ def test_more_rows_or_classes_than_kernels_count():
     logits = torch.empty(1, dtype=torch.float32).expand(2**31, 1)
     target = torch.zeros(1, dtype=torch.uint8).expand(2**31)
     with pytest.raises(ValueError, match=re.escape("less than 2^31 rows")):
-        _ops.scale_gradient_(logits, torch.ones(()), target, 1, -100)
+        _ops.scale_gradient_(logits, torch.ones(()), target, None, 1, -100)

@@ -141,6 +141,26 @@ FAULTS = {
         "    if (has_target) out[target.index] = from_acc<T>(gradient.at_target);\n",
         "",
     ),
+    "the moment is not moved with the maximum": (
+        *("", "general", "general.cuh"),
+        "    moment = factor == 0 ? A(0) : factor * moment;\n",
+        "",
+    ),
+    "a row of weight 0 is read": (
+        *("address", "general", "labels.cuh"),
+        "  if (has_no_weight(p, row)) return {-1, true, false};\n",
+        "",
+    ),
+    "the target's derivative is left out": (
+        *("", "general", "general.cu"),
+        "from_acc<T>(at_target * view.transform.slope(x))",
+        "from_acc<T>(at_target)",
+    ),
+    "a team does not wait for its statistics": (
+        *("", "general", "general.cu"),
+        "    wait();\n    if (rank >= n) continue;\n",
+        "    if (rank >= n) continue;\n",
+    ),
     "the workers' statistics are not awaited": (
         *("", "columns", "columns.cu"),
         "    }\n    __syncthreads();\n    for (int slot",

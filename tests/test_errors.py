@@ -119,9 +119,55 @@ REFUSED = {
     "integer loss": ({"loss_dtype": torch.int64}, ValueError, "loss_dtype must .*got torch.int64"),
     "loss dtype of another kind": (
         {"loss_dtype": "float32"},
-        (ValueError, TypeError),
-        "loss_dtype",
+        ValueError,
+        "loss_dtype must be torch.float32, .*got 'float32'",
     ),
+    "list of reductions": ({"reduction": ["mean"]}, ValueError, r"reduction must .*got \['mean'\]"),
+    "word for a flag": ({"grad_in_forward": "no"}, TypeError, "grad_in_forward must be a bool"),
+    "number for a flag": ({"inplace_backward": 1}, TypeError, "inplace_backward must be a bool"),
+    "dim too high": ({"dim": 2}, IndexError, r"dim must be in \[-2, 2\), got 2"),
+    "dim too low": ({"dim": -3}, IndexError, r"dim must be in \[-2, 2\), got -3"),
+    "floating dim": ({"dim": 1.0}, TypeError, "dim must be an int, got float"),
+    "list of token weights": ({"token_weight": [1]}, TypeError, "token_weight must be a tensor"),
+    "token weight a class": (
+        {"token_weight": torch.ones(9)},
+        ValueError,
+        r"token_weight must have the unreduced loss's shape \(4,\), got \(9,\)",
+    ),
+    "complex token weights": (
+        {"token_weight": torch.ones(4) * 1j},
+        ValueError,
+        "token_weight must hold real numbers, got torch.complex64",
+    ),
+    "token weight of other device": (
+        {"token_weight": torch.ones(4, device="meta")},
+        ValueError,
+        f"token_weight must be on input's device {INPUT.device}, got meta",
+    ),
+    "normalizer 0": ({"normalizer": 0}, ValueError, "normalizer must be finite and not 0, got 0"),
+    "infinite normalizer": ({"normalizer": float("inf")}, ValueError, "normalizer .*got inf"),
+    "normalizer of a sum": (
+        {"normalizer": 3, "reduction": "sum"},
+        ValueError,
+        "normalizer must be None where reduction is 'sum'",
+    ),
+    "several normalizers": (
+        {"normalizer": torch.ones(4)},
+        ValueError,
+        r"normalizer must be a number or a tensor of shape \(\).*got .*\(4,\)",
+    ),
+    "word for a normalizer": ({"normalizer": "3"}, TypeError, "normalizer must be .*got str"),
+    **{
+        f"{name} {value}": ({name: value}, ValueError, rf"{name} must be in \[.*\], got")
+        for name, values in {
+            "softcap": (0.0, -1.0, float("inf"), float("nan")),
+            "logit_scale": (0.0, -1.0, float("inf"), float("nan")),
+            "focal_gamma": (-0.5, float("inf"), float("nan")),
+            "lse_square_scale": (-1e-4, float("inf"), float("nan")),
+        }.items()
+        for value in values
+    },
+    "word for a softcap": ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
     "both overwriting modes": (
         {"inplace_backward": True, "grad_in_forward": True},
         ValueError,

@@ -64,7 +64,7 @@ def test_replaces_torchs():
     module = fused_xent.CrossEntropyLoss(torch.rand(5), ignore_index=3, label_smoothing=0.1)
     assert isinstance(module, torch.nn.CrossEntropyLoss)
     theirs = torch.nn.CrossEntropyLoss(torch.rand(5), ignore_index=3, label_smoothing=0.1)
-    assert repr(module) == repr(theirs)
+    assert repr(fused_xent.CrossEntropyLoss(torch.rand(5))) == repr(theirs)
     module.load_state_dict(theirs.state_dict())
     logits, target = torch.randn(4, 5), torch.arange(4)
     torch.testing.assert_close(module(logits, target), theirs(logits, target))
@@ -98,6 +98,34 @@ def test_copies_keep_all_options(duplicate, mode):
     computed = leaf * 1
     module(computed, target).backward()
     assert torch.equal(computed.detach(), leaf.grad) == (mode != "default")
+
+
+def test_shows_its_options():
+    module = fused_xent.CrossEntropyLoss(torch.rand(5), softcap=30.0, grad_in_forward=True)
+    assert repr(module) == "CrossEntropyLoss(softcap=30.0, grad_in_forward=True)"
+
+
+def test_state_of_torchs_module_is_enough():
+    module = fused_xent.CrossEntropyLoss.__new__(fused_xent.CrossEntropyLoss)
+    module.__setstate__(torch.nn.CrossEntropyLoss(reduction="sum").__dict__)
+    logits, target = torch.randn(4, 5), torch.arange(4)
+    expected = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+    torch.testing.assert_close(module(logits, target), expected)
+
+
+def test_takes_all_options_and_a_batchs_tensors():
+    options = {
+        "dim": -1,
+        "lse_square_scale": 0.1,
+        "softcap": 3.0,
+        "logit_scale": 0.5,
+        "focal_gamma": 2.0,
+    }
+    module = copy.deepcopy(fused_xent.CrossEntropyLoss(label_smoothing=0.1, **options))
+    logits, target = torch.randn(2, 4, 5), torch.randint(5, (2, 4))
+    batch = {"token_weight": torch.rand(2, 4), "normalizer": 3}
+    expected = fused_xent.cross_entropy(logits, target, label_smoothing=0.1, **options, **batch)
+    assert torch.equal(module(logits, target, **batch), expected)
 
 
 def test_moves_its_weight():

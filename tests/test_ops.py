@@ -13,19 +13,52 @@ SHAPES = ((4, 9), (3, 200), (2, 9, 5), (9,), (2, 17000))
 KINDS = ("index", "index, uint8", "index, weighted and smoothed", "probabilities, all options")
 
 
-def make_arguments(shape=(4, 9), dtype=torch.float32, kind="index"):
-    """Return logits, and the other arguments up to label_smoothing."""
+PLAIN = [0.0, 0.0, 0.0, 0.0, 1.0]  # label_smoothing, lse_square_scale, focal_gamma, softcap, scale
+ALL_NUMBERS = [0.1, 0.01, 2.0, 5.0, 0.5]
+SAVED = ("total_weight", "row_max", "log_sum", "label_mass", "loss_slope", "entropy")
+SHARED = ("weight", "token_weight", "dim", "ignore_index", "numbers", "reduction")
+
+
+def make_arguments(shape=(4, 9), dtype=torch.float32, kind="index", reduction=1, extras=False):
+    """Return the arguments of forward by name; with extras, all options and the statistics."""
     logits = make_logits(shape, dtype)
     labels = LABELS[kind]
     if labels.dtype == torch.uint8 and max(shape) > 255:
         labels = labels._replace(ignore_index=254)
     target = make_target(logits, labels)
     options = make_options(logits, labels)
-    weight = options.get("weight")
-    weight = None if weight is None else weight.to(_ops.accumulation_dtype(dtype))
+    acc = _ops.accumulation_dtype(dtype)
     dim = 0 if len(shape) == 1 else 1
-    ignore_index = options.get("ignore_index", -100)
-    return logits, target, weight, dim, ignore_index, options["label_smoothing"]
+    rows = logits.select(dim, 0).shape
+    weight = options.get("weight")
+    return {
+        "logits": logits,
+        "target": target,
+        "weight": None if weight is None else weight.to(acc),
+        "token_weight": torch.rand(rows, dtype=acc).round(decimals=1) if extras else None,
+        "normalizer": torch.tensor(3.0, dtype=torch.float64) if extras else None,
+        "dim": dim,
+        "ignore_index": options.get("ignore_index", -100),
+        "numbers": ALL_NUMBERS if extras else [options["label_smoothing"], *PLAIN[1:]],
+        "reduction": reduction,
+        "loss_dtype": torch.float32,
+        "statistics": extras,
+    }
+
+
+def make_backward(forward):
+    """Return the arguments of backward after these of forward, and what forward returned."""
+    outputs = ops.forward(**forward)
+    loss, *saved = outputs
+    rows = torch.ones_like(saved[1]) if forward["statistics"] else None
+    backward = {
+        "grad_loss": torch.ones_like(loss),
+        "grad_lse": rows,
+        "grad_entropy": rows,
+        **{name: forward[name] for name in ("logits", "target", *SHARED)},
+        **dict(zip(SAVED, saved, strict=False)),
+    }
+    return backward, outputs
 
 
 OPCHECKED = [
@@ -34,37 +67,40 @@ OPCHECKED = [
 ]
 
 
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
 @pytest.mark.parametrize(("dtype", "shape", "kind"), OPCHECKED, ids=str)
-def test_opcheck(dtype, shape, kind):
-    logits, *rest = make_arguments(shape, dtype, kind)
-    for reduction in (0, 1):
-        forward = (logits, *rest, reduction, torch.float32)
-        opcheck(ops.forward.default, forward)
-        loss, *saved = ops.forward(*forward)
-        options = (*rest[2:], reduction)
-        backward = (torch.ones_like(loss), logits, *rest[:2], *saved, *options)
-        opcheck(ops.backward.default, backward)
-        in_place = list(backward)
-        in_place[1] = logits.clone()
-        opcheck(ops.backward_.default, tuple(in_place))
-        opcheck(ops.forward_backward_.default, (logits.clone(), *forward[1:]))
-        gradient = ops.backward(*backward)
-        scale = (gradient, 2 * torch.ones_like(loss), rest[0], rest[2], rest[3])
-        opcheck(ops.scale_gradient_.default, scale)
+def test_opcheck(dtype, shape, kind, extras):
+    forward = make_arguments(shape, dtype, kind, int(extras), extras)
+    opcheck(ops.forward.default, (), forward)
+    backward, (loss, *_) = make_backward(forward)
+    opcheck(ops.backward.default, (), backward)
+    opcheck(ops.backward_.default, (), backward | {"logits": forward["logits"].clone()})
+    opcheck(ops.forward_backward_.default, (), forward | {"logits": forward["logits"].clone()})
+    scale = {
+        "grad_logits": ops.backward(**backward),
+        "grad_loss": 2 * torch.ones_like(loss),
+        **{name: forward[name] for name in ("target", "token_weight", "dim", "ignore_index")},
+    }
+    opcheck(ops.scale_gradient_.default, (), scale)
+
+
+def to_meta(arguments):
+    return {name: x.to("meta") if torch.is_tensor(x) else x for name, x in arguments.items()}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_meta_implementations_agree_in_strides(transposed, shape):
-    logits, *rest = make_arguments(shape)
-    logits = logits.mT.contiguous().mT if transposed and len(shape) > 1 else logits
-    forward = (logits, *rest, 1, torch.float32)
-    outputs = ops.forward(*forward)
-    backward = (outputs[0], logits, *rest[:2], *outputs[1:], *rest[2:], 1)
-    real = (*outputs, ops.backward(*backward))
-    meta = [x.to("meta") if torch.is_tensor(x) else x for x in forward]
-    meta_backward = [x.to("meta") if torch.is_tensor(x) else x for x in backward]
-    fake = (*ops.forward(*meta), ops.backward(*meta_backward))
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
+def test_meta_implementations_agree_in_strides(extras, transposed, shape):
+    forward = make_arguments(shape, extras=extras)
+    if transposed and len(shape) > 1:
+        forward["logits"] = forward["logits"].mT.contiguous().mT
+    backward, outputs = make_backward(forward)
+    real = (*outputs, ops.backward(**backward))
+    fake = (*ops.forward(**to_meta(forward)), ops.backward(**to_meta(backward)))
+    in_place = forward | {"logits": forward["logits"].clone()}
+    real += ops.forward_backward_(**in_place)
+    fake += ops.forward_backward_(**to_meta(in_place))
     for one, other in zip(real, fake, strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
@@ -73,24 +109,36 @@ def test_meta_implementations_agree_in_strides(transposed, shape):
 @pytest.mark.parametrize("dtype", _ops.DTYPES, ids=str)
 def test_forward_saves_what_its_documentation_says(dtype, shape):
     """row_max and log_sum, of their product the log-sum-exp, and total_weight in float64."""
-    logits, target, _, dim, ignore_index, _ = make_arguments(shape, dtype)
+    forward = make_arguments(shape, dtype)
+    logits, dim = forward["logits"], forward["dim"]
     weight = torch.rand(shape[dim], dtype=_ops.accumulation_dtype(dtype))
-    outputs = ops.forward(logits, target, weight, dim, ignore_index, 0.0, 1, torch.float64)
-    _, total_weight, row_max, log_sum, label_mass = outputs
+    outputs = ops.forward(**forward | {"weight": weight, "loss_dtype": torch.float64})
+    _, total_weight, row_max, log_sum, *others = outputs
     assert torch.equal(row_max, logits.amax(dim).to(row_max.dtype))
     torch.testing.assert_close(
         (row_max + log_sum).double(), logits.double().logsumexp(dim), rtol=1e-6, atol=1e-6
     )
-    torch.testing.assert_close(total_weight, weight[target].double().sum())
+    torch.testing.assert_close(total_weight, weight[forward["target"]].double().sum())
     assert row_max.dtype == log_sum.dtype == _ops.accumulation_dtype(dtype)
-    assert label_mass.numel() == 0
+    assert all(other.numel() == 0 for other in others)
 
 
 LOGITS, TARGET = torch.randn(4, 9), torch.arange(4)
 SOFT, EXPANDED = LOGITS.softmax(1), torch.randn(9).expand(4, 9)
-TAIL = (1, -100, 0.0)  # dim, ignore_index, label_smoothing
-
-FORWARD = {"logits": LOGITS, "target": TARGET, "weight": None, "dim": 1}
+ROW_WEIGHT = torch.ones(4)
+FORWARD = {
+    "logits": LOGITS,
+    "target": TARGET,
+    "weight": None,
+    "token_weight": None,
+    "normalizer": None,
+    "dim": 1,
+    "ignore_index": -100,
+    "numbers": PLAIN,
+    "reduction": 1,
+    "loss_dtype": torch.float32,
+    "statistics": False,
+}
 WRONG_FORWARD = {
     "dim too high": {"dim": 2},
     "dim negative": {"dim": -1},
@@ -110,14 +158,14 @@ WRONG_FORWARD = {
     "weight of other dtype": {"weight": torch.ones(9).double()},
     "weight with a step": {"weight": torch.ones(18)[::2]},
     "weight of two dimensions": {"weight": torch.ones(9, 1)},
+    "short token_weight": {"token_weight": ROW_WEIGHT[1:]},
+    "token_weight of other dtype": {"token_weight": ROW_WEIGHT.double()},
+    "token_weight with a step": {"token_weight": torch.ones(8)[::2]},
+    "normalizer of float32": {"normalizer": torch.tensor(4.0)},
+    "normalizer of one dimension": {"normalizer": torch.tensor([4.0]).double()},
+    "too few numbers": {"numbers": PLAIN[1:]},
 }
-BACKWARD = dict(
-    zip(
-        ("grad_loss", "total_weight", "row_max", "log_sum", "label_mass"),
-        ops.forward(LOGITS, TARGET, None, *TAIL, 1, torch.float32),
-        strict=True,
-    )
-)
+BACKWARD, _ = make_backward(FORWARD)
 ROWS = BACKWARD["row_max"]
 WRONG_BACKWARD = {
     "upstream of other shape": {"grad_loss": torch.ones(5)},
@@ -132,6 +180,12 @@ WRONG_BACKWARD = {
     "label_mass of other shape": {"target": SOFT, "label_mass": ROWS[1:]},
     "target out of range": {"target": TARGET + 100},
     "logits of other shape": {"logits": torch.randn(5, 9)},
+    "short grad_lse": {"grad_lse": ROWS[1:]},
+    "grad_lse of other dtype": {"grad_lse": ROWS.double()},
+    "grad_entropy with a step": {"grad_entropy": torch.ones(8)[::2], "entropy": ROWS},
+    "grad_entropy without an entropy": {"grad_entropy": ROWS},
+    "focal loss without its slope": {"numbers": [0.0, 0.0, 2.0, 0.0, 1.0]},
+    "short token_weight": {"token_weight": ROW_WEIGHT[1:]},
 }
 
 
@@ -143,40 +197,33 @@ def skip_what_only_the_cpu_refuses(wrong, device):
 @pytest.mark.parametrize("wrong", WRONG_FORWARD)
 def test_wrong_arguments_of_forward_are_refused(wrong, device):
     skip_what_only_the_cpu_refuses(wrong, device)
-    logits, target, weight, dim = {**FORWARD, **WRONG_FORWARD[wrong]}.values()
+    arguments = FORWARD | WRONG_FORWARD[wrong]
+    before = arguments["logits"].clone()
     for operator in (ops.forward, ops.forward_backward_):
-        before = logits.clone()
         with pytest.raises((ValueError, RuntimeError, IndexError), match="must"):
-            operator(logits, target, weight, dim, *TAIL[1:], 1, torch.float32)
-        assert torch.equal(logits, before)
+            operator(**arguments)
+        assert torch.equal(arguments["logits"], before)
 
 
 @pytest.mark.parametrize("wrong", WRONG_BACKWARD)
 def test_wrong_arguments_of_backward_are_refused(wrong, device):
     skip_what_only_the_cpu_refuses(wrong, device)
-    arguments = {**BACKWARD, "logits": LOGITS, "target": TARGET, **WRONG_BACKWARD[wrong]}
-    names = ("total_weight", "row_max", "log_sum", "label_mass")
+    arguments = BACKWARD | WRONG_BACKWARD[wrong]
     before = arguments["logits"].clone()
     for operator in (ops.backward, ops.backward_):
         with pytest.raises((ValueError, RuntimeError, IndexError), match="must"):
-            operator(
-                *(arguments[name] for name in ("grad_loss", "logits", "target")),
-                None,
-                *(arguments[name] for name in names),
-                *(*TAIL, 1),
-            )
+            operator(**arguments)
     assert torch.equal(arguments["logits"], before)
 
 
 def test_overlapping_memory_is_not_written_to():
     before = EXPANDED.clone()
-    grad_loss, *saved = BACKWARD.values()
     with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
-        ops.backward_(grad_loss, EXPANDED, TARGET, None, *saved, *TAIL, 1)
+        ops.backward_(**BACKWARD | {"logits": EXPANDED})
     with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
-        ops.forward_backward_(EXPANDED, TARGET, None, *TAIL, 1, torch.float32)
+        ops.forward_backward_(**FORWARD | {"logits": EXPANDED})
     with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
-        ops.scale_gradient_(EXPANDED, 2 * grad_loss, TARGET, *TAIL[:2])
+        ops.scale_gradient_(EXPANDED, 2 * BACKWARD["grad_loss"], TARGET, None, 1, -100)
     assert torch.equal(EXPANDED, before)
 
 
@@ -193,7 +240,7 @@ def test_overlapping_memory_is_not_written_to():
 def test_wrong_arguments_of_scale_gradient_are_refused(gradient, upstream, target):
     before = gradient.clone()
     with pytest.raises((ValueError, RuntimeError), match="must"):
-        ops.scale_gradient_(gradient, upstream, target, *TAIL[:2])
+        ops.scale_gradient_(gradient, upstream, target, None, 1, -100)
     assert torch.equal(gradient, before)
 
 
@@ -206,7 +253,7 @@ def test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even(dtype, factor, 
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, n_classes)
     target = torch.zeros(len(numbers), dtype=torch.int64)
     gradient = numbers.clone()
-    ops.scale_gradient_(gradient, torch.tensor(factor), target, 1, -100)
+    ops.scale_gradient_(gradient, torch.tensor(factor), target, None, 1, -100)
     expected = (numbers.float() * factor).to(dtype)
     if dtype == torch.bfloat16 and fused_xent.cpu_capability() == "avx512_bf16":
         # The processor's own conversion takes numbers below the normal ones for 0.
@@ -218,12 +265,12 @@ def test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even(dtype, factor, 
 @pytest.mark.parametrize("reduction", [-1, 3, 100])
 def test_unknown_reduction(reduction):
     with pytest.raises((ValueError, RuntimeError), match="reduction must"):
-        ops.forward(*make_arguments(), reduction, torch.float32)
+        ops.forward(**make_arguments(reduction=reduction))
 
 
 def test_loss_of_integers():
     with pytest.raises((ValueError, RuntimeError)):
-        ops.forward(*make_arguments(), 1, torch.int64)
+        ops.forward(**make_arguments() | {"loss_dtype": torch.int64})
 
 
 def test_capability_is_one_of_those_documented():

@@ -126,9 +126,15 @@ void set_grad_logits(Params& params, const char* name, const Tensor& tensor, int
   params.grad_layout = layout_of(name, tensor, dim);
 }
 
-Problem::Problem(const Tensor& logits_, const Tensor& target_, const std::optional<Tensor>& weight_,
-                 int64_t dim, int64_t ignore_index, double label_smoothing)
-    : logits(logits_), target(target_), weight(weight_), row_shape(shape_of(logits_)) {
+Problem::Problem(const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_,
+                 const OptionalTensor& token_weight_, int64_t dim, int64_t ignore_index,
+                 const Numbers& numbers)
+    : logits(logits_),
+      target(target_),
+      weight(weight_),
+      token_weight(token_weight_),
+      row_shape(shape_of(logits_)) {
+  check(numbers.size() == 5, "numbers must be 5, got " + std::to_string(numbers.size()));
   check(0 <= dim && dim < logits.dim(),
         "dim must be in [0, " + std::to_string(logits.dim()) + "), got " + std::to_string(dim));
   params.dtype = dtype_of("logits", logits);
@@ -141,7 +147,11 @@ Problem::Problem(const Tensor& logits_, const Tensor& target_, const std::option
   params.logits = logits.const_data_ptr();
   params.logits_layout = layout_of("logits", logits, dim);
   params.ignore_index = ignore_index;
-  params.label_smoothing = label_smoothing;
+  params.label_smoothing = numbers[0];
+  params.lse_square_scale = numbers[1];
+  params.focal_gamma = numbers[2];
+  params.softcap = numbers[3];
+  params.logit_scale = numbers[4];
   params.weight_sum = static_cast<double>(params.vocab_size);
   if (weight) {
     check_device("weight", *weight);
@@ -150,6 +160,9 @@ Problem::Problem(const Tensor& logits_, const Tensor& target_, const std::option
           "weight must be contiguous, of the accumulation type and shape (" +
               std::to_string(params.vocab_size) + ",), got shape " + tuple_of(weight->sizes()));
     params.weight = weight->const_data_ptr();
+  }
+  if (token_weight) {
+    params.token_weight = check_rows("token_weight", *token_weight).const_data_ptr();
   }
   set_target(dim);
 }
@@ -180,8 +193,12 @@ void Problem::set_target(int64_t dim) {
   params.target = target.const_data_ptr();
 }
 
-Tensor Problem::empty_rows() const {
-  return torch::stable::new_empty(logits, row_shape, acc_dtype);
+Tensor Problem::empty_rows(ScalarType dtype) const {
+  return torch::stable::new_empty(logits, row_shape, dtype);
+}
+
+Tensor Problem::no_rows(ScalarType dtype) const {
+  return torch::stable::new_empty(logits, {0}, dtype);
 }
 
 const Tensor& Problem::check_rows(const char* name, const Tensor& rows) const {
@@ -204,17 +221,36 @@ Tensor Problem::set_grad_loss(Params& p, const Tensor& grad_loss) const {
   return rows;
 }
 
-Rows::Rows(const Problem& problem, Params& p)
+const Tensor& Problem::check_scalar(const char* name, const Tensor& scalar) const {
+  check_device(name, scalar);
+  check(scalar.dim() == 0 && scalar.scalar_type() == ScalarType::Double,
+        std::string(name) + " must be a float64 scalar, got shape " + tuple_of(scalar.sizes()));
+  return scalar;
+}
+
+Rows::Rows(const Problem& problem, Params& p, bool statistics)
     : loss(problem.empty_rows()), max(problem.empty_rows()), log_sum(problem.empty_rows()) {
-  const bool probabilities = p.target_kind == TargetKind::probabilities;
-  label_mass = probabilities ? problem.empty_rows()
-                             : torch::stable::new_empty(problem.logits, {0}, problem.acc_dtype);
+  check(!statistics || p.vocab_size < INT32_MAX,
+        "logits must have less than 2^31 classes for statistics, got " +
+            std::to_string(p.vocab_size));
+  const auto set = [&](auto*& pointer, Tensor& rows, bool is_wanted, ScalarType dtype) {
+    rows = is_wanted ? problem.empty_rows(dtype) : problem.no_rows(dtype);
+    using Pointer = std::remove_reference_t<decltype(pointer)>;
+    if (is_wanted) pointer = static_cast<Pointer>(rows.mutable_data_ptr());
+  };
   p.row_loss = loss.mutable_data_ptr();
   p.row_max = max.mutable_data_ptr();
   p.log_sum = log_sum.mutable_data_ptr();
-  p.label_mass = probabilities ? label_mass.mutable_data_ptr() : nullptr;
+  const ScalarType acc = problem.acc_dtype;
+  set(p.label_mass, label_mass, p.target_kind == TargetKind::probabilities, acc);
+  set(p.loss_slope, loss_slope, p.focal_gamma != 0, acc);
+  set(p.entropy, entropy, statistics, acc);
+  set(p.argmax, argmax, statistics, ScalarType::Long);
   if (p.vocab_size > 0) return;
-  for (Tensor* rows : {&loss, &max, &log_sum, &label_mass}) torch::stable::zero_(*rows);
+  for (Tensor* rows : {&loss, &max, &log_sum, &label_mass, &loss_slope, &entropy}) {
+    torch::stable::zero_(*rows);
+  }
+  torch::stable::fill_(argmax, -1);
 }
 
 std::string Problem::position(int64_t row) const {

@@ -19,21 +19,30 @@ using torch::stable::Tensor;
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };  // torch.nn._reduction
 
+using OptionalTensor = std::optional<Tensor>;
+// Of the schemas: label_smoothing, lse_square_scale, focal_gamma, softcap, logit_scale.
+using Numbers = std::vector<double>;
+
 // The arguments that all operators share, checked against each other. Holds the tensors alive.
 struct Problem {
   Params params{};
   Tensor logits, target;
-  std::optional<Tensor> weight;
+  OptionalTensor weight, token_weight;
   std::vector<int64_t> row_shape;  // the logits' without dim: the shape of the unreduced loss
   ScalarType acc_dtype;
 
-  Problem(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-          int64_t dim, int64_t ignore_index, double label_smoothing);
+  Problem(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+          const OptionalTensor& token_weight, int64_t dim, int64_t ignore_index,
+          const Numbers& numbers);
 
   void check_device(const char* name, const Tensor& tensor) const;
-  Tensor empty_rows() const;
+  Tensor empty_rows() const { return empty_rows(acc_dtype); }
+  Tensor empty_rows(ScalarType dtype) const;
+  Tensor no_rows(ScalarType dtype) const;  // what stands for a result that is not wanted
   // A per-row tensor that a caller passes: acc, contiguous, row_shape.
   const Tensor& check_rows(const char* name, const Tensor& rows) const;
+  // A scalar of float64 that a caller passes.
+  const Tensor& check_scalar(const char* name, const Tensor& scalar) const;
   // Sets p.grad_loss; the result owns its memory.
   Tensor set_grad_loss(Params& p, const Tensor& grad_loss) const;
   // "(3, 1)" for row 7 of a (4, 2) loss.
@@ -43,11 +52,12 @@ struct Problem {
   void set_target(int64_t dim);
 };
 
-// Per-row tensors that forward writes, and p points to. Rows of no classes have loss 0.
+// Per-row tensors that forward writes, and p points to; without elements where they are not wanted.
+// Rows of no classes have loss 0.
 struct Rows {
-  Tensor loss, max, log_sum, label_mass;
+  Tensor loss, max, log_sum, label_mass, loss_slope, entropy, argmax;
 
-  Rows(const Problem& problem, Params& p);
+  Rows(const Problem& problem, Params& p, bool statistics);
 };
 
 // Throws std::invalid_argument, Python's ValueError: "<argument> must be <rule>, got <value>".

@@ -9,8 +9,11 @@ namespace {
 #include "elementary.h"
 #include "spread.h"
 #include "row_kernels.h"
+#include "transform.h"
+#include "general_rows.h"
 #include "lane_stats.h"
 #include "tile_memory.h"
+#include "tile_labels.h"
 #include "tile_kernels.h"
 // clang-format on
 
@@ -21,6 +24,9 @@ Kernels kernels_of() {
           row_stats_saving<T, Target>,
           row_gradient_of_saved<T, Target>,
           segment_scale<T>,
+          general_stats<T, Target>,
+          general_gradient<T, Target>,
+          transformed_logit<T>,
           logit<T>,
           set_gradient<T>,
           tile_forward<T, Target>,

@@ -4,8 +4,7 @@
 
 #include <cstdint>
 
-#include "../xent_math.h"
-#include "../xent_params.h"
+#include "rows.h"
 
 namespace fused_xent::cpu {
 
@@ -21,11 +20,19 @@ constexpr int64_t kBlock = 2048;
 // on log2(e) max having a fraction.
 constexpr double kMaxOrigin = 0x1p24;
 
-// One row's gradient at class j is logit_factor * exp(x_j - max) - spread * t_j.
+// One row's gradient at class j is
+//     (logit_factor + shifted_factor * (x_j - max)) * exp(x_j - max) - spread * t_j
+// by the logit that the softmax sees. Only the general kernels know of shifted_factor.
 struct RowGradient {
   double max;
   double logit_factor;
   double spread;
+  double shifted_factor;
+};
+
+// A logit as the softmax sees it, and its derivative by the logit as it is.
+struct Transformed {
+  double logit, slope;
 };
 
 // What a row's forward leaves for its backward where both run at once.
@@ -44,11 +51,16 @@ struct Kernels {
   RowStats<double> (*row_stats_saving)(const Params&, int64_t row, const RowScratch&);
   void (*row_gradient_of_saved)(const Params&, int64_t row, const RowScratch&, RowGradient);
   void (*segment_scale)(const Params&, int64_t row, int64_t begin, int64_t end, double factor);
+  // The same where is_general(p). Any maximum will do.
+  FullStats<double> (*general_stats)(const Params&, int64_t row, int64_t begin, int64_t end);
+  void (*general_gradient)(const Params&, int64_t row, int64_t begin, int64_t end, RowGradient);
   // One element of a row.
+  Transformed (*transformed_logit)(const Params&, int64_t row, int64_t index);
   double (*logit)(const Params&, int64_t row, int64_t index);
   void (*set_gradient)(const Params&, int64_t row, int64_t index, double value);
 
-  // Adjacent rows in vector lanes: all classes of at most kTileRows rows [begin, end).
+  // Adjacent rows in vector lanes, general or not: all classes of at most kTileRows rows [begin,
+  // end).
   void (*tile_forward)(const Params&, int64_t begin, int64_t end);
   void (*tile_backward)(const Params&, int64_t begin, int64_t end);
   void (*tile_scale)(const Params&, int64_t begin, int64_t end);
@@ -62,22 +74,5 @@ Kernels avx512_bf16_kernels(const Params& p);
 
 // Those of the instruction set in use.
 Kernels kernels_in_use(const Params& p);
-
-// Calls body with the class indices, of their own type.
-template <typename Body>
-XENT_INLINE auto with_indices(const Params& p, const Body& body) {
-  switch (p.target_kind) {
-    case TargetKind::int64:
-      return body(static_cast<const int64_t*>(p.target));
-    case TargetKind::int32:
-      return body(static_cast<const int32_t*>(p.target));
-    default:
-      return body(static_cast<const uint8_t*>(p.target));
-  }
-}
-
-XENT_INLINE int64_t target_index(const Params& p, int64_t row) {
-  return with_indices(p, [&](const auto* target) { return static_cast<int64_t>(target[row]); });
-}
 
 }  // namespace fused_xent::cpu

@@ -15,9 +15,10 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
   // A finite start: lanes of -inf alone give exp(-inf - max) = 0 and not NaN.
   Vec<A> max = Vec<A>{} + std::numeric_limits<A>::lowest();
 
-  // x: count classes, kTileRows apart; t(u): the labels' weight of the u-th of them. pick sees all.
+  // x: count classes from j on, kTileRows apart; t(u): the labels' weight of the u-th of them. pick
+  // sees all.
   template <typename Pick, typename Spread>
-  XENT_INLINE void add(const A* x, int count, bool is_first, Pick& pick, const Spread& t) {
+  XENT_INLINE void add(const A* x, int count, int64_t j, Pick& pick, const Spread& t) {
     Vec<A> top = max;
 #pragma GCC unroll 4
     for (int u = 0; u < count; ++u) {
@@ -25,7 +26,7 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
       top = vmax(logits, top);
       pick(logits);
     }
-    if (!is_first) rescale(top);
+    if (j != 0) rescale(top);
     max = top;
     Vec<A> masses{}, dots{};
 #pragma GCC unroll 2
@@ -46,6 +47,7 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
     }
   }
 
+  XENT_INLINE Vec<A> sum() const { return above_one_ - 1 + lost_; }
   XENT_INLINE Vec<A> log_sum() const {
     const Vec<A> sum = above_one_ - 1, log = log_positive(sum);
     return sum == 0 ? log : log + lost_ / sum;
@@ -74,4 +76,38 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
       this->dot.add(mass == 0 ? Vec<A>{} : shift * mass);
     }
   }
+};
+
+// And what the statistics need besides: see FullStats.
+template <typename A>
+struct FullLaneStats : LaneStats<A, true> {
+  using Base = LaneStats<A, true>;
+  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  using Index = Vec<Bits>;
+  Index argmax{};
+
+  template <typename Pick, typename Spread>
+  XENT_INLINE void add(const A* x, int count, int64_t j, Pick& pick, const Spread& t) {
+    const Vec<A> max = this->max, sum = this->sum();
+    Base::add(x, count, j, pick, t);
+    const Vec<A> shift = max - this->max, factor = exp_nonpositive(shift);
+    Vec<A> moment = factor == 0 ? Vec<A>{} : factor * (moment_.value() + shift * sum);
+    moment_ = {moment, Vec<A>{}};
+    moment = Vec<A>{};
+    for (int u = 0; u < count; ++u) {
+      const Vec<A> logits = load(x + u * kTileRows), d = logits - this->max;
+      const Vec<A> e = exp_nonpositive(d);
+      moment += e == 0 ? Vec<A>{} : e * d;
+      const auto above = ~(Index)(logits <= top_) & (Index)(top_ == top_);
+      top_ = above == 0 ? top_ : logits;
+      argmax = above == 0 ? argmax : static_cast<Bits>(j + u) - Index{};
+    }
+    moment_.add(moment);
+  }
+
+  XENT_INLINE Vec<A> entropy() const { return this->log_sum() - moment_.value() / this->sum(); }
+
+ private:
+  LongSum<A> moment_;
+  Vec<A> top_ = -std::numeric_limits<A>::infinity() - Vec<A>{};  // NaN above all
 };

@@ -14,14 +14,14 @@ struct Threads {
   void (*run)(int64_t count, const std::function<void(int64_t)>& body);
 };
 
-// What must be known of class indices before anything is computed.
-struct TargetScan {
+// What must be known of rows before anything is computed.
+struct RowScan {
   int64_t bad_row = -1;  // the first whose target is neither a class nor ignore_index
   double total_weight = 0;
 };
-TargetScan scan_targets(const Params& p, const Threads& threads);
+RowScan scan_rows(const Params& p, const Threads& threads);
 
-// Writes row_loss, row_max, log_sum and label_mass.
+// Writes the per-row results.
 void forward(const Params& p, const Threads& threads);
 // Reads those but for row_loss, writes grad_logits.
 void backward(const Params& p, const Threads& threads);

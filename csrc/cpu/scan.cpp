@@ -1,4 +1,4 @@
-// What is known of targets and losses without logits.
+// What is known of rows and their losses without logits.
 #include <vector>
 
 #include "kernels.h"
@@ -11,8 +11,8 @@ namespace {
 constexpr int64_t kBlockRows = 8192;  // rows a task; fixed, so that no sum depends on the threads
 
 template <typename Index>
-TargetScan scan_rows(const Params& p, const Index* target, int64_t begin, int64_t end) {
-  TargetScan scan;
+RowScan scan_indices(const Params& p, const Index* target, int64_t begin, int64_t end) {
+  RowScan scan;
   int64_t n_kept = 0, n_bad = 0;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t y = target[row];
@@ -21,18 +21,29 @@ TargetScan scan_rows(const Params& p, const Index* target, int64_t begin, int64_
     n_bad += keep & (static_cast<uint64_t>(y) >= static_cast<uint64_t>(p.vocab_size));
   }
   scan.total_weight = static_cast<double>(n_kept);
-  if (n_bad > 0) {
-    scan.bad_row = begin;
-    const auto is_good = [&](int64_t y) {
-      return y == p.ignore_index || (0 <= y && y < p.vocab_size);
-    };
-    while (is_good(target[scan.bad_row])) ++scan.bad_row;
-  } else if (p.weight != nullptr) {
-    scan.total_weight = 0;
-    for (int64_t row = begin; row < end; ++row) {
-      if (target[row] != p.ignore_index) scan.total_weight += class_weight(p, target[row]);
+  if (n_bad == 0 && p.weight == nullptr && p.token_weight == nullptr) return scan;
+  scan.total_weight = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t y = target[row];
+    if (is_left_out(p, row)) continue;
+    if (0 <= y && y < p.vocab_size) {
+      scan.total_weight += class_weight(p, y) * token_weight(p, row);
+    } else if (scan.bad_row < 0) {
+      scan.bad_row = row;
     }
   }
+  return scan;
+}
+
+RowScan scan_block(const Params& p, int64_t begin, int64_t end) {
+  if (has_indices(p)) {
+    return with_indices(p, [&](const auto* y) { return scan_indices(p, y, begin, end); });
+  }
+  RowScan scan;
+  scan.total_weight = static_cast<double>(end - begin);
+  if (p.token_weight == nullptr) return scan;
+  scan.total_weight = 0;
+  for (int64_t row = begin; row < end; ++row) scan.total_weight += token_weight(p, row);
   return scan;
 }
 
@@ -50,15 +61,13 @@ double sum_of(const A* values, int64_t count) {
 
 }  // namespace
 
-TargetScan scan_targets(const Params& p, const Threads& threads) {
-  std::vector<TargetScan> blocks(ceil_div(p.n_rows, kBlockRows));
+RowScan scan_rows(const Params& p, const Threads& threads) {
+  std::vector<RowScan> blocks(ceil_div(p.n_rows, kBlockRows));
   run_tasks(threads, blocks.size(), [&](int64_t i) {
-    const int64_t end = std::min(p.n_rows, (i + 1) * kBlockRows);
-    blocks[i] = with_indices(
-        p, [&](const auto* target) { return scan_rows(p, target, i * kBlockRows, end); });
+    blocks[i] = scan_block(p, i * kBlockRows, std::min(p.n_rows, (i + 1) * kBlockRows));
   });
-  TargetScan all;
-  for (const TargetScan& block : blocks) {
+  RowScan all;
+  for (const RowScan& block : blocks) {
     if (all.bad_row < 0) all.bad_row = block.bad_row;
     all.total_weight += block.total_weight;
   }

@@ -1,4 +1,4 @@
-// What launch.cpp and scan.cpp share: work in tasks for threads, and per-row or per-class numbers.
+// Work in tasks for threads.
 #pragma once
 
 #include <algorithm>
@@ -24,15 +24,6 @@ void run_tasks(const Threads& threads, int64_t n_tasks, const Task& task) {
   } else {
     work(0);
   }
-}
-
-inline double acc_at(const Params& p, const void* values, int64_t i) {
-  return p.dtype == DType::float64 ? static_cast<const double*>(values)[i]
-                                   : static_cast<const float*>(values)[i];
-}
-
-inline double class_weight(const Params& p, int64_t index) {
-  return p.weight == nullptr ? 1.0 : acc_at(p, p.weight, index);
 }
 
 }  // namespace fused_xent::cpu

@@ -13,116 +13,6 @@ XENT_INLINE void for_class_groups(int64_t vocab_size, const Step& step) {
   }
 }
 
-// The label of each row of a tile, in lanes.
-template <typename T>
-struct TileLabels {
-  using A = Acc<T>;
-  using Bits = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
-  int64_t index[kTileRows];  // -1 where there is none: of probabilities and of ignored rows
-  Bits kept[kTileRows];      // all ones, or 0: of ignored rows, and of those beyond the last
-  A target_weight[kTileRows] = {};
-  A target_logit[kTileRows] = {};
-  A share = 0;  // of a row's label that is on its target
-  A spread = 1;
-  bool any_kept = true;
-
-  TileLabels(const Params& p, int64_t begin, int n_rows) {
-    for (int i = 0; i < kTileRows; ++i) index[i] = -1;
-    if (p.target_kind == TargetKind::probabilities) {
-      for (int i = 0; i < kTileRows; ++i) kept[i] = -Bits{i < n_rows};
-    } else {
-      with_indices(p, [&](const auto* target) { set_indices(p, target + begin, n_rows); });
-    }
-  }
-
-  XENT_INLINE Vec<Bits> kept_lanes(int lane) const { return load_bits<Vec<Bits>>(kept + lane); }
-  XENT_INLINE Vec<A> on_target(int lane) const { return share * load(target_weight + lane); }
-
- private:
-  template <typename Index>
-  void set_indices(const Params& p, const Index* target, int n_rows) {
-    const A* weight = static_cast<const A*>(p.weight);
-    share = static_cast<A>(1 - p.label_smoothing);
-    spread = static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size));
-    for (int i = 0; i < n_rows; ++i) {
-      const int64_t y = target[i];
-      index[i] = y == p.ignore_index ? -1 : y;
-    }
-    Bits any = 0;
-    for (int i = 0; i < kTileRows; ++i) {
-      kept[i] = static_cast<Bits>(~(index[i] >> 63));
-      any |= kept[i];
-    }
-    any_kept = any != 0;
-    for (int i = 0; i < n_rows; ++i) target_weight[i] = 1;
-    for (int i = 0; i < n_rows && weight != nullptr; ++i) {
-      if (index[i] >= 0) target_weight[i] = weight[index[i]];
-    }
-  }
-};
-
-// Takes target logits as a lane's classes go by. kNone: of probabilities, which have no target.
-template <typename T, bool kNone>
-class TargetPick {
-  using A = Acc<T>;
-  using Bits = typename TileLabels<T>::Bits;
-  Vec<Bits> target_{}, next_{};  // counted from the group's first class; 255: not in this group
-  Vec<A> logit_;
-
- public:
-  // The next class is j, the first of a group.
-  XENT_INLINE TargetPick(const TileLabels<T>& labels, int64_t j, int lane)
-      : logit_(load(labels.target_logit + lane)) {
-    for (int i = 0; i < kLanes<A>; ++i) {
-      const uint64_t u = static_cast<uint64_t>(labels.index[lane + i] - j);
-      target_[i] = static_cast<Bits>(u < kGroup ? u : 255);
-    }
-  }
-  XENT_INLINE void operator()(Vec<A> x) {
-    if (kNone) return;
-    logit_ = next_ == target_ ? x : logit_;
-    next_ += 1;
-  }
-  XENT_INLINE void finish(TileLabels<T>& labels, int lane) const {
-    if (!kNone) store(labels.target_logit + lane, logit_);
-  }
-};
-
-// t_j of all rows of a tile. Target is the type of probabilities, or void for indices.
-template <typename T, typename Target>
-struct TileSpread {
-  using A = Acc<T>;
-  TileMemory<Target> target;
-  const A* weight;
-  A scale, offset;
-  TileScratch<A> scratch;
-
-  TileSpread(const Params& p, int64_t begin, int64_t end)
-      : target(p.target, p.target_layout, begin, end),
-        weight(static_cast<const A*>(p.weight)),
-        scale(static_cast<A>(1 - p.label_smoothing)),
-        offset(static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size))),
-        scratch(target.n_rows) {}
-
-  XENT_INLINE void read(int64_t j, int count) { target.read(j, count, scratch.lanes); }
-  // Class j, which is the u-th that was read.
-  XENT_INLINE Vec<A> at(int64_t j, int u, int lane) const {
-    const Vec<A> t = load(scratch.lanes + u * kTileRows + lane) * scale + offset;
-    return weight == nullptr ? t : t * weight[j];
-  }
-};
-
-template <typename T>
-struct TileSpread<T, void> {
-  const Acc<T>* weight;
-
-  TileSpread(const Params& p, int64_t, int64_t) : weight(static_cast<const Acc<T>*>(p.weight)) {}
-  XENT_INLINE void read(int64_t, int) {}
-  XENT_INLINE Vec<Acc<T>> at(int64_t j, int, int) const {
-    return Vec<Acc<T>>{} + (weight == nullptr ? Acc<T>(1) : weight[j]);
-  }
-};
-
 // Stores lanes [lane, lane + width) of a per-row result, those of them that are rows of the tile.
 template <typename A>
 XENT_INLINE void store_rows(void* to, int64_t begin, int lane, int n_rows, Vec<A> value) {
@@ -134,26 +24,40 @@ XENT_INLINE void store_rows(void* to, int64_t begin, int lane, int n_rows, Vec<A
   }
 }
 
-template <typename T, typename Target, bool kHasSpread>
+template <typename A>
+XENT_INLINE void transform_lanes(const Transform<A>& transform, int count, int n_rows, A* lanes) {
+  for (int u = 0; u < count; ++u) {
+    for (int lane = 0; lane < n_rows; lane += kLanes<A>) {
+      A* at = lanes + u * kTileRows + lane;
+      store(at, transform(load(at)).logit);
+    }
+  }
+}
+
+// General kernels are made for a spread alone, which may be 0.
+template <typename T, typename Target, bool kHasSpread, bool kGeneral>
 void forward_tile(const Params& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int kWidth = kLanes<A>;
   const TileMemory<T> logits(p.logits, p.logits_layout, begin, end);
   TileLabels<T> labels(p, begin, logits.n_rows);
   TileSpread<T, Target> spread(p, begin, end);
-  LaneStats<A, kHasSpread> stats[kTileRows / kWidth];
+  const Transform<A> transform(p);
+  std::conditional_t<kGeneral, FullLaneStats<A>, LaneStats<A, kHasSpread>>
+      stats[kTileRows / kWidth];
   TileScratch<A> scratch(logits.n_rows);
   const int n = logits.n_rows;
 
   if (labels.any_kept) {
     for_class_groups(p.vocab_size, [&](int64_t j, int count) {
       logits.read(j, count, scratch.lanes);
+      if (kGeneral && has_transform(p)) transform_lanes(transform, count, n, scratch.lanes);
       if (kHasSpread) spread.read(j, count);
       for (int lane = 0; lane < n; lane += kWidth) {
         TargetPick<T, !std::is_void_v<Target>> pick(labels, j, lane);
         const auto t = [&](int u)
                            __attribute__((always_inline)) { return spread.at(j + u, u, lane); };
-        stats[lane / kWidth].add(scratch.lanes + lane, count, j == 0, pick, t);
+        stats[lane / kWidth].add(scratch.lanes + lane, count, j, pick, t);
         pick.finish(labels, lane);
       }
     });
@@ -174,60 +78,31 @@ void forward_tile(const Params& p, int64_t begin, int64_t end) {
       loss = probability_loss(log_sum, mass, dot);
       store_rows<A>(p.label_mass, begin, lane, n, mass);
     }
-    store_rows<A>(p.row_loss, begin, lane, n, labels.kept_lanes(lane) == 0 ? Vec<A>{} : loss);
-    store_rows<A>(p.row_max, begin, lane, n, s.max);
-    store_rows<A>(p.log_sum, begin, lane, n, log_sum);
+    const auto is_left_out = labels.kept_lanes(lane) == 0;
+    store_rows<A>(p.row_loss, begin, lane, n, is_left_out ? Vec<A>{} : loss);
+    store_rows<A>(p.row_max, begin, lane, n, is_left_out ? Vec<A>{} : s.max);
+    store_rows<A>(p.log_sum, begin, lane, n, is_left_out ? Vec<A>{} : log_sum);
+    if constexpr (kGeneral) {
+      if (p.entropy != nullptr) store_rows<A>(p.entropy, begin, lane, n, s.entropy());
+      for (int i = lane; i < n && i < lane + kWidth && p.argmax != nullptr; ++i) {
+        p.argmax[begin + i] = static_cast<int64_t>(s.argmax[i - lane]);
+      }
+    }
   }
 }
 
 template <typename T, typename Target>
 void tile_forward(const Params& p, int64_t begin, int64_t end) {
-  if (std::is_void_v<Target> && p.label_smoothing == 0) {
-    forward_tile<T, Target, false>(p, begin, end);
+  if (is_general(p)) {
+    forward_tile<T, Target, true, true>(p, begin, end);
+  } else if (std::is_void_v<Target> && p.label_smoothing == 0) {
+    forward_tile<T, Target, false, false>(p, begin, end);
   } else {
-    forward_tile<T, Target, true>(p, begin, end);
+    forward_tile<T, Target, true, false>(p, begin, end);
   }
 }
 
-// The per-row factors of a tile's gradient, in lanes.
-template <typename T>
-struct TileGradient {
-  using A = Acc<T>;
-  A max[kTileRows] = {}, log_sum[kTileRows] = {}, mass[kTileRows], upstream[kTileRows] = {};
-  A logit_factor[kTileRows], spread[kTileRows];
-
-  TileGradient(const Params& p, const TileLabels<T>& labels, int64_t begin, int n) {
-    const int64_t bytes = n * sizeof(A);
-    __builtin_memcpy(max, static_cast<const A*>(p.row_max) + begin, bytes);
-    __builtin_memcpy(log_sum, static_cast<const A*>(p.log_sum) + begin, bytes);
-    for (int i = 0; i < kTileRows; ++i) mass[i] = static_cast<A>(p.weight_sum);
-    if (p.label_mass != nullptr) {
-      __builtin_memcpy(mass, static_cast<const A*>(p.label_mass) + begin, bytes);
-    }
-    const A* grad_loss = static_cast<const A*>(p.grad_loss) + begin * p.grad_loss_stride;
-    for (int i = 0; i < n; ++i) {
-      upstream[i] = grad_loss[i * p.grad_loss_stride] * static_cast<A>(p.grad_scale);
-    }
-    for (int lane = 0; lane < n; lane += kLanes<A>) {
-      const Vec<A> g = labels.kept_lanes(lane) == 0 ? Vec<A>{} : load(upstream + lane);
-      const Vec<A> q = label_mass(labels.on_target(lane), labels.spread, load(mass + lane));
-      store(spread + lane, g * labels.spread);
-      store(logit_factor + lane, g * q * exp_nonpositive(-load(log_sum + lane)));
-    }
-  }
-
-  // At the targets, once their logits have been picked.
-  XENT_INLINE Vec<A> at_target(const TileLabels<T>& labels, int lane) const {
-    const Vec<A> log_p =
-        (load(labels.target_logit + lane) - load(max + lane)) - load(log_sum + lane);
-    return load(upstream + lane) * target_gradient(labels.on_target(lane), labels.spread,
-                                                   exp_nonpositive(log_p), expm1_nonpositive(log_p),
-                                                   load(mass + lane),
-                                                   load(labels.target_weight + lane));
-  }
-};
-
-template <typename T, typename Target, bool kHasSpread>
+template <typename T, typename Target, bool kHasSpread, bool kGeneral>
 void backward_tile(const Params& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int kWidth = kLanes<A>;
@@ -236,8 +111,10 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
   TileLabels<T> labels(p, begin, logits.n_rows);
   const TileGradient<T> gradient(p, labels, begin, logits.n_rows);
   TileSpread<T, Target> spread(p, begin, end);
+  const Transform<A> transform(p);
   TileScratch<A> scratch(logits.n_rows);
   const int n = logits.n_rows;
+  const bool has_spread = kHasSpread && labels.spread != 0;
 
   for_class_groups(p.vocab_size, [&](int64_t j, int count) {
     if (labels.any_kept) logits.read(j, count, scratch.lanes);
@@ -251,8 +128,16 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
         A* at = scratch.lanes + u * kTileRows + lane;
         const Vec<A> x = load(at);
         pick(x);
-        Vec<A> value = exp_nonpositive(x - max) * factor;
-        if (kHasSpread) value -= spread.at(j + u, u, lane) * load(gradient.spread + lane);
+        Vec<A> value;
+        if constexpr (kGeneral) {
+          const auto seen = transform(x);
+          value = gradient.of_softmax(seen.logit - max, factor, lane);
+          if (has_spread) value -= spread.at(j + u, u, lane) * load(gradient.spread + lane);
+          value *= seen.slope;
+        } else {
+          value = exp_nonpositive(x - max) * factor;
+          if (kHasSpread) value -= spread.at(j + u, u, lane) * load(gradient.spread + lane);
+        }
         store_bits(at, (decltype(kept))value & kept);
       }
       pick.finish(labels, lane);
@@ -261,7 +146,15 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
   });
   if (!std::is_void_v<Target>) return;
   for (int lane = 0; lane < n; lane += kWidth) {
-    store(scratch.lanes + lane, gradient.at_target(labels, lane));
+    const Vec<A> picked = load(labels.target_logit + lane);
+    Vec<A> value;
+    if constexpr (kGeneral) {
+      const auto seen = transform(picked);
+      value = gradient.at_target(labels, lane, seen.logit) * seen.slope;
+    } else {
+      value = gradient.at_target(labels, lane, picked);
+    }
+    store(scratch.lanes + lane, value);
   }
   for (int i = 0; i < n; ++i) {
     if (labels.index[i] >= 0) store_one(out.at(i, labels.index[i]), scratch.lanes[i]);
@@ -270,10 +163,12 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
 
 template <typename T, typename Target>
 void tile_backward(const Params& p, int64_t begin, int64_t end) {
-  if (std::is_void_v<Target> && p.label_smoothing == 0) {
-    backward_tile<T, Target, false>(p, begin, end);
+  if (is_general(p)) {
+    backward_tile<T, Target, true, true>(p, begin, end);
+  } else if (std::is_void_v<Target> && p.label_smoothing == 0) {
+    backward_tile<T, Target, false, false>(p, begin, end);
   } else {
-    backward_tile<T, Target, true>(p, begin, end);
+    backward_tile<T, Target, true, false>(p, begin, end);
   }
 }
 
@@ -284,10 +179,8 @@ void tile_scale(const Params& p, int64_t begin, int64_t end) {
   TileScratch<A> scratch(out.n_rows);
   A factor[kTileRows] = {};
   for (int i = 0; i < out.n_rows; ++i) {
-    const bool ignored =
-        p.target_kind != TargetKind::probabilities && target_index(p, begin + i) == p.ignore_index;
     const A grad_loss = static_cast<const A*>(p.grad_loss)[(begin + i) * p.grad_loss_stride];
-    factor[i] = ignored ? A(0) : grad_loss * static_cast<A>(p.grad_scale);
+    factor[i] = is_left_out(p, begin + i) ? A(0) : grad_loss * static_cast<A>(p.grad_scale);
   }
   for_class_groups(p.vocab_size, [&](int64_t j, int count) {
     out.read(j, count, scratch.lanes);

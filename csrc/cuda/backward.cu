@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S>))
     const A target_logit = has_target ? to_acc(logits[target.index]) : A(0);
     RowGradient<A> gradient;
     write_share(out, view, share, [&] {
-      gradient = saved_gradient(a, scale, row, target.index, has_target, target_logit);
+      gradient = gradient_of_row(a, scale, row, target.index, saved_results<A>(a, row), has_target,
+                                 target_logit);
       return GradientOf<T, S>{gradient, spread};
     });
     if (has_target) out[target.index] = from_acc<T>(gradient.at_target);

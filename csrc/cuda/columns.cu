@@ -174,13 +174,17 @@ __device__ __forceinline__ RowGradient<Acc<T>> finish_row(const Arguments& a, Ac
   const A target_logit =
       target.index < 0 ? A(0) : to_acc(logits[target.index * a.logits_layout.class_stride]);
   const bool wants_target = has_backward && target.index >= 0;
-  if (!has_forward) return saved_gradient(a, scale, row, target.index, wants_target, target_logit);
-  RowStats<A> merged = stats[0];
-  for (int i = 1; i < n_workers; ++i) merge_stats(merged, stats[i * stride]);
-  finish_forward(a, row, target.index, target_logit, merged);
-  if (!has_backward) return {};
-  return gradient_of_row(a, scale, row, target.index, merged.max, log_sum_of(merged), merged.mass,
-                         wants_target, target_logit);
+  RowResults<A> results;
+  if (has_forward) {
+    RowStats<A> merged = stats[0];
+    for (int i = 1; i < n_workers; ++i) merge_stats(merged, stats[i * stride]);
+    results = results_of_row(a, row, target.index, target_logit, merged);
+    write_row(a, row, results);
+    if (!has_backward) return {};
+  } else {
+    results = saved_results<A>(a, row);
+  }
+  return gradient_of_row(a, scale, row, target.index, results, wants_target, target_logit);
 }
 
 template <typename T, typename S, int R>

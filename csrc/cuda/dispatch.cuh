@@ -25,18 +25,26 @@ cudaError_t with_dtype(DType dtype, const Body& body) {
   }
 }
 
-// Calls body(T, S): the types of the logits and of Spread.
+// Calls body(T, S): the types of the logits and of a Spread that there may be.
 template <typename Body>
-cudaError_t with_types(const Params& p, const Body& body) {
+cudaError_t with_spread_types(const Params& p, const Body& body) {
   return with_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const bool probabilities = p.target_kind == TargetKind::probabilities;
-    if (!probabilities && p.label_smoothing == 0) return body(type, Type<void>{});
     if constexpr (sizeof(T) == 2) {
+      const bool probabilities = p.target_kind == TargetKind::probabilities;
       if (probabilities && p.target_dtype == p.dtype) return body(type, type);
     }
     return body(type, Type<Acc<T>>{});
   });
+}
+
+// S is void where there is none.
+template <typename Body>
+cudaError_t with_types(const Params& p, const Body& body) {
+  if (p.target_kind == TargetKind::probabilities || p.label_smoothing != 0) {
+    return with_spread_types(p, body);
+  }
+  return with_dtype(p.dtype, [&](auto type) { return body(type, Type<void>{}); });
 }
 
 // The kernels loop over what is beyond the largest grid.

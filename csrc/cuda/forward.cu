@@ -4,6 +4,7 @@
 // which it has four in flight; then the team merges these. Where rows are too few to fill the card,
 // several blocks share one and leave their statistics to a second kernel.
 #include "dispatch.cuh"
+#include "regimes.h"
 #include "sweep.cuh"
 
 namespace fused_xent::cuda {
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : 2))
     const RowStats<A> stats = team.merge<kHasSpread>(swept.result(), exchange);
     if (!team.is_leader()) continue;
     if (parts == 1) {
-      finish_forward(a, row, target.index, target_logit, stats);
+      write_row(a, row, results_of_row(a, row, target.index, target_logit, stats));
     } else {
       partials[row * parts + part] = stats;
     }
@@ -57,13 +58,14 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int part = 1; part < parts; ++part) merge_stats(stats, partials[row * parts + part]);
     const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
     const A target_logit = target.index < 0 ? A(0) : to_acc(logits[target.index]);
-    finish_forward(a, row, target.index, target_logit, stats);
+    write_row(a, row, results_of_row(a, row, target.index, target_logit, stats));
   }
 }
 
 }  // namespace
 
 int64_t workspace_bytes(const Params& p, const Plan& plan) {
+  if (is_general(p)) return general_workspace_bytes(p, plan);
   const int64_t stats = 4 * (p.dtype == DType::float64 ? 8 : 4);
   return plan.regime == Regime::split ? p.n_rows * plan.parts * stats : 0;
 }

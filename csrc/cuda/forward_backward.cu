@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kMaxThreads<T>, (kMinBlocks<T, S> / 2))
       const auto read = [&](int k, int v) { return held.read(view, k, v); };
       held.copy(view, share);
       const bool has_target = share.owns(view, target.index);
-      const bool needs_target = has_target || (team.is_leader() && target.index >= 0);
+      const bool is_loss_wanted = team.is_leader() || a.focal_gamma != 0;
+      const bool needs_target = has_target || (is_loss_wanted && target.index >= 0);
       const A target_logit = needs_target ? to_acc(view.data[target.index]) : A(0);
 
       StatsFor<T, S> swept;
@@ -90,11 +91,11 @@ __global__ void __launch_bounds__(kMaxThreads<T>, (kMinBlocks<T, S> / 2))
       wait_for_copies();
       sweep_vectors(swept, view, spread, share, read);
       const RowStats<A> stats = team.merge<kHasSpread>(swept.result(), exchange);
-      if (team.is_leader()) finish_forward(a, row, target.index, target_logit, stats);
-
+      // All but the loss and its slope is right without the target's logit.
+      const RowResults<A> results = results_of_row(a, row, target.index, target_logit, stats);
+      if (team.is_leader()) write_row(a, row, results);
       const RowGradient<A> gradient =
-          gradient_of_row(a, scale, row, target.index, stats.max, log_sum_of(stats), stats.mass,
-                          has_target, target_logit);
+          gradient_of_row(a, scale, row, target.index, results, has_target, target_logit);
       const GradientOf<T, S, 2> values{gradient, spread};  // from shared memory: soon there
       write_edges(out, view, values, share);
       uint4 bits[2];

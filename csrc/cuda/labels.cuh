@@ -14,11 +14,23 @@ __device__ __forceinline__ bool has_indices(const Params& p) {
 }
 
 struct Target {
-  int index;  // -1: of probabilities, or of a row without a gradient
-  bool is_ignored, is_bad;
+  int index;                // -1: of probabilities, or of a row without a gradient
+  bool is_ignored, is_bad;  // ignored: or of token weight 0
 };
 
+template <typename A>
+__device__ __forceinline__ A token_weight(const Params& p, int64_t row) {
+  return p.token_weight == nullptr ? A(1) : static_cast<const A*>(p.token_weight)[row];
+}
+
+__device__ __forceinline__ bool has_no_weight(const Params& p, int64_t row) {
+  if (p.token_weight == nullptr) return false;
+  return p.dtype == DType::float64 ? token_weight<double>(p, row) == 0
+                                   : token_weight<float>(p, row) == 0;
+}
+
 __device__ __forceinline__ Target read_target(const Params& p, int64_t row) {
+  if (has_no_weight(p, row)) return {-1, true, false};
   if (!has_indices(p)) return {-1, false, false};
   int64_t index;
   if (p.target_kind == TargetKind::int64) {
@@ -130,20 +142,35 @@ struct Spread<T, void> {
 // ---- what forward leaves ---------------------------------------------------------------------
 
 template <typename A>
-__device__ __forceinline__ void write_row(const Params& p, int64_t row, A loss, A max, A log_sum,
-                                          A mass) {
-  if (p.row_loss != nullptr) static_cast<A*>(p.row_loss)[row] = loss;
-  if (p.row_max == nullptr) return;
-  static_cast<A*>(p.row_max)[row] = max;
-  static_cast<A*>(p.log_sum)[row] = log_sum;
-  if (p.label_mass != nullptr) static_cast<A*>(p.label_mass)[row] = mass;
+struct RowResults {
+  A loss, max, log_sum, mass, slope;  // mass: of probabilities; slope: of the focal loss
+};
+
+template <typename A>
+__device__ __forceinline__ void write_row(const Params& p, int64_t row, const RowResults<A>& r) {
+  const auto write = [=](void* values, A value) {
+    if (values != nullptr) static_cast<A*>(values)[row] = value;
+  };
+  write(p.row_loss, r.loss);
+  write(p.row_max, r.max);
+  write(p.log_sum, r.log_sum);
+  write(p.label_mass, r.mass);
+  write(p.loss_slope, r.slope);
+}
+
+template <typename A>
+__device__ __forceinline__ void write_statistics(const Params& p, int64_t row, A entropy,
+                                                 int64_t argmax) {
+  if (p.entropy != nullptr) static_cast<A*>(p.entropy)[row] = entropy;
+  if (p.argmax != nullptr) p.argmax[row] = argmax;
 }
 
 // Of a row that is ignored, or whose target is no class: that of the latter is NaN.
 template <typename A>
 __device__ __forceinline__ void write_unread_row(const Params& p, int64_t row, bool is_bad) {
   const A value = is_bad ? kNaN<A> : A(0);
-  write_row<A>(p, row, value, value, value, value);
+  write_row<A>(p, row, {value, value, value, value, value});
+  write_statistics<A>(p, row, value, -1);
 }
 
 template <typename A>
@@ -153,14 +180,24 @@ __device__ __forceinline__ A log_sum_of(const RowStats<A>& stats) {
 }
 
 template <typename A>
-__device__ __forceinline__ void finish_forward(const Arguments& p, int64_t row, int target,
-                                               A target_logit, const RowStats<A>& stats) {
-  const A log_sum = log_sum_of(stats);
-  const A loss = has_indices(p)
-                     ? index_loss(on_target_of<A>(p, target), spread_of<A>(p),
-                                  target_logit - stats.max, log_sum, stats.mass, stats.dot)
-                     : probability_loss(log_sum, stats.mass, stats.dot);
-  write_row(p, row, loss, stats.max, log_sum, stats.mass);
+__device__ __forceinline__ RowResults<A> results_of_row(const Arguments& p, int64_t row, int target,
+                                                        A target_logit, const RowStats<A>& stats) {
+  const A log_sum = log_sum_of(stats), on_target = on_target_of<A>(p, target);
+  A loss = has_indices(p) ? index_loss(on_target, spread_of<A>(p), target_logit - stats.max,
+                                       log_sum, stats.mass, stats.dot)
+                          : probability_loss(log_sum, stats.mass, stats.dot);
+  A slope = 1;
+  if (p.focal_gamma != 0) {
+    const A q = has_indices(p) ? label_mass(on_target, spread_of<A>(p), stats.mass) : stats.mass;
+    const FocalLoss<A> focal = focal_loss(loss, q, static_cast<A>(p.focal_gamma));
+    loss = focal.loss;
+    slope = focal.slope;
+  }
+  if (p.lse_square_scale != 0) {
+    const A lse = stats.max + log_sum;
+    loss += static_cast<A>(p.lse_square_scale) * lse * lse;
+  }
+  return {token_weight<A>(p, row) * loss, stats.max, log_sum, stats.mass, slope};
 }
 
 // ---- what backward takes from it -------------------------------------------------------------
@@ -183,6 +220,19 @@ __device__ __forceinline__ A upstream_of(const Params& p, A scale, int64_t row) 
   return static_cast<const A*>(p.grad_loss)[row * p.grad_loss_stride] * scale;
 }
 
+// By what forward has left of a row, or is about to. Without options, g is all there is.
+template <typename A>
+__device__ __forceinline__ Upstream<A> upstream_of_row(const Arguments& a, A scale, int64_t row,
+                                                       const RowResults<A>& r) {
+  Upstream<A> upstream{upstream_of(a, scale, row) * token_weight<A>(a, row), 0, 0};
+  if (a.lse_square_scale != 0) {
+    upstream.softmax = 2 * upstream.g * static_cast<A>(a.lse_square_scale) * (r.max + r.log_sum);
+  }
+  if (a.grad_lse != nullptr) upstream.softmax += static_cast<const A*>(a.grad_lse)[row];
+  if (a.focal_gamma != 0) upstream.g *= r.slope;
+  return upstream;
+}
+
 // The gradient at class j is factor * exp(x_j - max) - spread * t_j, but for the target's.
 template <typename A>
 struct RowGradient {
@@ -191,35 +241,47 @@ struct RowGradient {
   __device__ __forceinline__ A at(A x) const { return exp_nonpositive(x - max) * factor; }
 };
 
-// mass is that of RowStats. at_target is made only where it is wanted.
+// Of all t_j: for indices, of the class weights.
+template <typename A>
+__device__ __forceinline__ A mass_of(const Arguments& a, A mass) {
+  if (!has_indices(a)) return mass;
+  return a.weight_sum_on_device == nullptr ? static_cast<A>(a.vocab_size)
+                                           : static_cast<A>(*a.weight_sum_on_device);
+}
+
+// The gradient at the target by its logit, but for what the logit is transformed by.
+template <typename A>
+__device__ __forceinline__ A gradient_at_target(const Arguments& a, const Upstream<A>& upstream,
+                                                int target, A target_logit,
+                                                const RowResults<A>& r) {
+  const A d = target_logit - r.max, log_p = d - r.log_sum, p = exp(log_p);
+  const A gradient =
+      upstream.g * target_gradient(on_target_of<A>(a, target), spread_of<A>(a), p, expm1(log_p),
+                                   mass_of(a, r.mass), class_weight<A>(a, target));
+  return p == 0 ? gradient : gradient + p * (upstream.softmax + upstream.shifted * d);
+}
+
+// at_target is made only where it is wanted.
 template <typename A>
 __device__ __forceinline__ RowGradient<A> gradient_of_row(const Arguments& a, A scale, int64_t row,
-                                                          int target, A max, A log_sum, A mass,
+                                                          int target, const RowResults<A>& r,
                                                           bool wants_target, A target_logit) {
-  if (has_indices(a)) {
-    mass = a.weight_sum_on_device == nullptr ? static_cast<A>(a.vocab_size)
-                                             : static_cast<A>(*a.weight_sum_on_device);
-  }
-  const A upstream = upstream_of(a, scale, row), on_target = on_target_of<A>(a, target);
-  const A spread = spread_of<A>(a);
-  A at_target = 0;
-  if (wants_target) {
-    const A log_p = (target_logit - max) - log_sum;
-    at_target = upstream * target_gradient(on_target, spread, exp(log_p), expm1(log_p), mass,
-                                           class_weight<A>(a, target));
-  }
-  return {max, upstream * label_mass(on_target, spread, mass) * exp(-log_sum), upstream * spread,
+  const Upstream<A> upstream = upstream_of_row(a, scale, row, r);
+  const A spread = spread_of<A>(a), on_target = on_target_of<A>(a, target);
+  const A q = label_mass(on_target, spread, mass_of(a, r.mass));
+  const A at_target =
+      wants_target ? gradient_at_target(a, upstream, target, target_logit, r) : A(0);
+  return {r.max, (upstream.g * q + upstream.softmax) * exp(-r.log_sum), upstream.g * spread,
           at_target};
 }
 
-// By what forward has left of a row.
+// What forward has left of a row.
 template <typename A>
-__device__ __forceinline__ RowGradient<A> saved_gradient(const Arguments& a, A scale, int64_t row,
-                                                         int target, bool wants_target,
-                                                         A target_logit) {
-  const A mass = a.label_mass == nullptr ? A(0) : static_cast<const A*>(a.label_mass)[row];
-  return gradient_of_row(a, scale, row, target, static_cast<const A*>(a.row_max)[row],
-                         static_cast<const A*>(a.log_sum)[row], mass, wants_target, target_logit);
+__device__ __forceinline__ RowResults<A> saved_results(const Arguments& a, int64_t row) {
+  const auto read = [=](const void* values) {
+    return values == nullptr ? A(0) : static_cast<const A*>(values)[row];
+  };
+  return {0, read(a.row_max), read(a.log_sum), read(a.label_mass), read(a.loss_slope)};
 }
 
 }  // namespace fused_xent::cuda

@@ -42,7 +42,7 @@ cudaError_t describe_device(Device* device) {
 Shape shape_of(const Params& p) {
   const int size = static_cast<int>(element_size(p.dtype));
   const int64_t vector = 16 / size;
-  Shape shape{p.n_rows, p.vocab_size, size, true, true};
+  Shape shape{p.n_rows, p.vocab_size, size, true, true, is_general(p)};
   const auto add = [&](const void* data, const Layout& layout, int64_t its_size) {
     if (data == nullptr) return;
     shape.adjacent_classes &= layout.class_stride == 1;
@@ -60,6 +60,7 @@ cudaError_t forward(const Arguments& given, const Plan& plan, void* workspace,
                     cudaStream_t stream) {
   const Arguments a = with_constants(given);
   if (a.n_rows == 0) return cudaSuccess;
+  if (is_general(a)) return general(a, plan, workspace, true, false, stream);
   if (plan.regime != Regime::columns) return forward_by_rows(a, plan, workspace, stream);
   return by_columns(a, plan, shared_bytes(plan, shape_of(a)), true, false, stream);
 }
@@ -67,6 +68,7 @@ cudaError_t forward(const Arguments& given, const Plan& plan, void* workspace,
 cudaError_t backward(const Arguments& given, const Plan& plan, cudaStream_t stream) {
   const Arguments a = with_constants(given);
   if (a.n_rows == 0) return cudaSuccess;
+  if (is_general(a)) return general(a, plan, nullptr, false, true, stream);
   if (plan.regime != Regime::columns) return backward_by_rows(a, plan, stream);
   return by_columns(a, plan, shared_bytes(plan, shape_of(a)), false, true, stream);
 }
@@ -74,6 +76,7 @@ cudaError_t backward(const Arguments& given, const Plan& plan, cudaStream_t stre
 cudaError_t forward_backward(const Arguments& given, const Plan& plan, cudaStream_t stream) {
   const Arguments a = with_constants(given);
   if (a.n_rows == 0) return cudaSuccess;
+  if (is_general(a)) return general(a, plan, nullptr, true, true, stream);
   const int64_t shared = shared_bytes(plan, shape_of(a));
   if (plan.regime == Regime::columns) return by_columns(a, plan, shared, true, true, stream);
   return forward_backward_by_rows(a, plan, shared, stream);

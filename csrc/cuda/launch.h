@@ -40,13 +40,13 @@ cudaError_t backward(const Arguments& a, const Plan& plan, cudaStream_t stream);
 cudaError_t forward_backward(const Arguments& a, const Plan& plan, cudaStream_t stream);
 cudaError_t scale_gradient(const Arguments& a, const Plan& plan, cudaStream_t stream);
 
-// Where the sums over rows go, each of them null if it is not wanted.
+// Sums over rows that are neither ignored nor out of range; null: not wanted.
 struct Sums {
-  double* total_weight;  // of the targets of rows that are neither ignored nor out of range
+  double* total_weight;  // class weight * token weight of rows that count, or the normalizer
   void* loss;            // the sum of row_loss, or its mean by total_weight; see xent_math.h
   DType loss_dtype;
   bool mean;
-  double host_total_weight;  // of probabilities, for which it is not summed
+  const double* normalizer;  // on the device; null: the rows' weights
 };
 constexpr int kMaxSumBlocks = 256;  // two doubles of workspace each
 cudaError_t sum_rows(const Arguments& a, const Sums& sums, double* workspace, cudaStream_t stream);

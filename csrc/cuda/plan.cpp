@@ -40,7 +40,8 @@ Plan plan_columns(const Shape& shape, const Device& device) {
   Plan plan{Regime::columns, 256};
   const int vector = 16 / shape.element_size;
   const int64_t wanted_threads = int64_t{512} * device.sm_count;
-  if (shape.adjacent_rows && shape.n_rows / vector >= wanted_threads) plan.row_vector = vector;
+  const bool may_have_vectors = shape.adjacent_rows && !shape.general;
+  if (may_have_vectors && shape.n_rows / vector >= wanted_threads) plan.row_vector = vector;
   // At least 16 classes a worker, and workers only where rows alone are too few.
   const int64_t missing =
       ceil_div(wanted_threads * plan.row_vector, std::max<int64_t>(shape.n_rows, 1));
@@ -99,6 +100,7 @@ Plan plan_backward(const Shape& shape, const Device& device) {
 Plan plan_forward_backward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape);
+  if (shape.general) return plan;
   int64_t most_held = kHeld;
   if (plan.regime == Regime::block) {
     const bool is_long = shape.row_bytes() > kShortRowBytes;
@@ -134,6 +136,7 @@ const char* why_not(const Plan& plan, const Shape& shape, const Device& device) 
   if (plan.regime == Regime::columns) {
     if (!is_power_of_two(plan.workers) || plan.threads < 32 * plan.workers)
       return "workers must be a power of two, at most threads / 32";
+    if (plan.row_vector != 1 && shape.general) return "row_vector must be 1 for general kernels";
     if (plan.row_vector != 1 &&
         !(shape.adjacent_rows && plan.row_vector == 16 / shape.element_size))
       return "row_vector must be 1, or of adjacent rows 16 bytes";
@@ -142,6 +145,8 @@ const char* why_not(const Plan& plan, const Shape& shape, const Device& device) 
   if (!shape.adjacent_classes) return "classes must be adjacent";
   if (!one_block && !(is_power_of_two(plan.team) && plan.team <= 32))
     return "team must be threads, or a power of two up to 32";
+  if (shape.general && (plan.threads > 256 || plan.held != 0))
+    return "general kernels hold nothing and have at most 256 threads";
   if (plan.parts < 1 || (plan.parts > 1 && !one_block)) return "parts must be of whole blocks";
   if (plan.held % kVectorsInFlight != 0) return "held must be a multiple of 4";
   if (plan.held < 0 || plan.max_groups < 0) return "held and max_groups must not be negative";

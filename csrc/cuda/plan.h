@@ -37,6 +37,7 @@ struct Shape {
   int element_size;
   bool adjacent_classes;  // class stride 1, in all tensors of the logits' shape
   bool adjacent_rows;     // 16 bytes of neighbouring rows are aligned vectors, in all of them
+  bool general = false;   // kernels of their own, see is_general: no vectors of rows, none held
 
   int64_t row_bytes() const { return vocab_size * element_size; }
   int64_t row_vectors() const { return (row_bytes() + 15) / 16; }  // as if aligned

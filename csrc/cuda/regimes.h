@@ -14,6 +14,10 @@ cudaError_t forward_backward_by_rows(const Arguments& a, const Plan& plan, int64
                                      cudaStream_t stream);
 cudaError_t by_columns(const Arguments& a, const Plan& plan, int64_t shared, bool has_forward,
                        bool has_backward, cudaStream_t stream);
+// By rows or columns: see is_general.
+cudaError_t general(const Arguments& a, const Plan& plan, void* workspace, bool has_forward,
+                    bool has_backward, cudaStream_t stream);
+int64_t general_workspace_bytes(const Params& p, const Plan& plan);
 cudaError_t scale_by_columns(const Arguments& a, const Plan& plan, cudaStream_t stream);
 
 }  // namespace fused_xent::cuda

@@ -47,9 +47,9 @@ __device__ __forceinline__ void write_loss(const Sums& sums, double loss) {
   }
 }
 
-__device__ __forceinline__ void finish(const Params& p, const Sums& sums, Pair sum) {
+__device__ __forceinline__ void finish(const Sums& sums, Pair sum) {
   if (threadIdx.x != 0) return;
-  const double total_weight = has_indices(p) ? sum.weight : sums.host_total_weight;
+  const double total_weight = sums.normalizer == nullptr ? sum.weight : *sums.normalizer;
   if (sums.total_weight != nullptr) *sums.total_weight = total_weight;
   if (sums.loss != nullptr)
     write_loss(sums, sums.mean ? mean_of(sum.loss, total_weight) : sum.loss);
@@ -64,22 +64,24 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < a.n_rows;
        row += n_threads) {
     const Target target = read_target(a, row);
-    if (target.index >= 0) mine.weight += class_weight<A>(a, target.index);
+    if (!target.is_ignored && !target.is_bad) {
+      const A weight = target.index < 0 ? A(1) : class_weight<A>(a, target.index);
+      mine.weight += double{weight} * token_weight<A>(a, row);
+    }
     if (sums.loss != nullptr) mine.loss += static_cast<const A*>(a.row_loss)[row];
   }
   const Pair sum = sum_of_block(mine);
   if (gridDim.x == 1) {
-    finish(a, sums, sum);
+    finish(sums, sum);
   } else if (threadIdx.x == 0) {
     partials[blockIdx.x] = sum;
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
-    sum_partials(const __grid_constant__ Arguments a, const __grid_constant__ Sums sums,
-                 const Pair* partials, int count) {
+    sum_partials(const __grid_constant__ Sums sums, const Pair* partials, int count) {
   const int i = static_cast<int>(threadIdx.x);
-  finish(a, sums, sum_of_block(i < count ? partials[i] : Pair{0, 0}));
+  finish(sums, sum_of_block(i < count ? partials[i] : Pair{0, 0}));
 }
 
 template <typename A>
@@ -105,7 +107,7 @@ cudaError_t sum_rows(const Arguments& a, const Sums& sums, double* workspace, cu
   }
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess || grid == 1) return error;
-  sum_partials<<<1, kThreads, 0, stream>>>(a, sums, partials, static_cast<int>(grid));
+  sum_partials<<<1, kThreads, 0, stream>>>(sums, partials, static_cast<int>(grid));
   return cudaGetLastError();
 }
 

@@ -19,6 +19,10 @@ ABSENT cudaError_t forward_backward_by_rows(const Arguments&, const Plan&, int64
 ABSENT cudaError_t by_columns(const Arguments&, const Plan&, int64_t, bool, bool, cudaStream_t) {
   return kAbsent;
 }
+ABSENT cudaError_t general(const Arguments&, const Plan&, void*, bool, bool, cudaStream_t) {
+  return kAbsent;
+}
+ABSENT int64_t general_workspace_bytes(const Params&, const Plan&) { return 0; }
 ABSENT cudaError_t scale_by_columns(const Arguments&, const Plan&, cudaStream_t) { return kAbsent; }
 
 }  // namespace fused_xent::cuda

@@ -56,28 +56,65 @@ inline double check_near(double actual, const Expected& expected, const Case& c,
 
 // Per-row results.
 struct Rows {
-  Memory loss, max, log_sum, label_mass;
+  Memory loss, max, log_sum, label_mass, loss_slope, entropy, argmax;
 
   Rows(const Problem& problem, Params& p)
       : loss(problem.new_acc(p.n_rows)),
         max(problem.new_acc(p.n_rows)),
-        log_sum(problem.new_acc(p.n_rows)),
-        label_mass(problem.new_acc(problem.has_indices() ? 0 : p.n_rows)) {
+        log_sum(problem.new_acc(p.n_rows)) {
     p.row_loss = loss.data();
     p.row_max = max.data();
     p.log_sum = log_sum.data();
-    p.label_mass = problem.has_indices() ? nullptr : label_mass.data();
+    const auto set = [&](auto*& pointer, Memory& rows, bool is_wanted) {
+      if (is_wanted) rows = problem.new_acc(p.n_rows);
+      pointer = is_wanted ? rows.data() : nullptr;
+    };
+    set(p.label_mass, label_mass, !problem.has_indices());
+    set(p.loss_slope, loss_slope, p.focal_gamma != 0);
+    set(p.entropy, entropy, problem.wants_entropy());
+    if (problem.c.extras.statistics) argmax = Memory(8 * p.n_rows, 8 * problem.c.misalignment);
+    p.argmax = problem.c.extras.statistics ? static_cast<int64_t*>(argmax.data()) : nullptr;
   }
   bool operator==(const Rows&) const = default;
   bool guards_are_intact() const {
-    return loss.guards_are_intact() && max.guards_are_intact() && log_sum.guards_are_intact() &&
-           label_mass.guards_are_intact();
+    for (const Memory* rows :
+         {&loss, &max, &log_sum, &label_mass, &loss_slope, &entropy, &argmax}) {
+      if (*rows != Memory() && !rows->guards_are_intact()) return false;
+    }
+    return true;
   }
 };
 
 inline void write_to(Params& p, Tensor& grad_logits) {
   p.grad_logits = grad_logits.memory.data();
   p.grad_layout = grad_logits.layout;
+}
+
+// Where logits are transformed, those nearly as great as the greatest may be greater once rounded.
+inline bool is_argmax(const Problem& problem, const Reference& reference, int64_t row, int64_t j) {
+  const int64_t best = reference.argmax[row];
+  if (j == best || !has_transform(problem.params)) return j == best;
+  if (best < 0 || j < 0 || j >= problem.c.vocab_size) return false;
+  for (int64_t i = 0; i < j; ++i) {
+    if (problem.logits.at(row, i) == problem.logits.at(row, j)) return false;
+  }
+  return reference.logit(row, j) >= reference.logit(row, best) - reference.lse[row].allowed;
+}
+
+inline void check_statistics(const Problem& problem, const Reference& reference, const Rows& rows,
+                             int64_t row) {
+  const Case& c = problem.c;
+  const auto near = [&](const Memory& actual, const std::vector<Expected>& expected,
+                        const char* what) {
+    check_near(problem.acc_at(actual, row), expected[row], c, what, row, -1);
+  };
+  if (c.extras.focal_gamma != 0) near(rows.loss_slope, reference.loss_slope, "loss_slope");
+  if (problem.wants_entropy()) near(rows.entropy, reference.entropy, "entropy");
+  if (!c.extras.statistics) return;
+  const int64_t argmax = static_cast<const int64_t*>(rows.argmax.data())[row];
+  check(is_argmax(problem, reference, row, argmax), c,
+        "argmax of row " + std::to_string(row) + " is " + std::to_string(argmax) + ", not " +
+            std::to_string(reference.argmax[row]));
 }
 
 inline void check_rows(const Problem& problem, const Reference& reference, const Rows& rows) {
@@ -87,12 +124,12 @@ inline void check_rows(const Problem& problem, const Reference& reference, const
     const double loss = problem.acc_at(rows.loss, row);
     const Expected& expected = reference.loss[row];
     const double error = check_near(loss, expected, c, "loss", row, -1) / expected.magnitude;
+    check_statistics(problem, reference, rows, row);
+    const double lse = problem.acc_at(rows.max, row) + problem.acc_at(rows.log_sum, row);
+    check_near(lse, reference.lse[row], c, "row_max + log_sum", row, -1);
     if (problem.is_ignored(row)) continue;
     Worst& w = worst[static_cast<int>(c.dtype)];
     w.loss = std::max(w.loss, error);
-    const double lse = problem.acc_at(rows.max, row) + problem.acc_at(rows.log_sum, row);
-    check_near(lse, expected_loss(problem.acc, reference.lse[row]), c, "row_max + log_sum", row,
-               -1);
   }
 }
 
@@ -126,6 +163,27 @@ inline const Labels kLabels[] = {
     {"float32 probabilities", TargetKind::probabilities, true, false, 0, Ignored::none},
     {"weighted smoothed float32 probabilities", TargetKind::probabilities, true, true, 0.2,
      Ignored::none},
+};
+
+// Each kind of formula on each kind of labels: row options, transforms, statistics, all at once.
+inline const Extras kExtras[] = {
+    {.name = "token weights and z-loss",
+     .token_weight = true,
+     .lse_square_scale = 0.01,
+     .grad_lse = true},
+    {.name = "focal loss", .token_weight = true, .focal_gamma = 2},
+    {.name = "softcap", .softcap = 5},
+    {.name = "logit_scale", .focal_gamma = 0.5, .logit_scale = -0.75},
+    {.name = "statistics", .token_weight = true, .statistics = true, .grad_entropy = true},
+    {.name = "all extras",
+     .token_weight = true,
+     .lse_square_scale = 0.1,
+     .focal_gamma = 1.5,
+     .softcap = 30,
+     .logit_scale = 1.25,
+     .statistics = true,
+     .grad_lse = true,
+     .grad_entropy = true},
 };
 
 inline void report() {

@@ -1,7 +1,7 @@
 // Runs the CUDA kernels, by their launchers, over a table of cases and compares with the
 // definitions in long double: under the emulator, as a program of its own for the sanitizers.
 //
-//   cuda_check [--small] [--bfloat16] [forward|backward|forward_backward|columns]
+//   cuda_check [--small] [--bfloat16] [forward|backward|forward_backward|columns|general]
 //
 // --small: blocks of 64 threads and few cases, for race checks. --bfloat16: no other logits.
 // forward ...: the kernels of that file in csrc/cuda alone, linked without the others.
@@ -61,7 +61,7 @@ class Run {
     static_cast<Params&>(a_) = problem.params;
     if (problem.c.labels.has_weight) a_.weight_sum_on_device = &problem.params.weight_sum;
     if (only != "forward_backward") forward_and_backward(plans, only);
-    if (only.empty() || only == "forward_backward" || only == "columns") {
+    if (only != "forward" && only != "backward") {
       both_at_once(plans.forward_backward);
       if (only.empty()) scale(plans.forward_backward);
     }
@@ -127,7 +127,7 @@ class Run {
         mass += static_cast<double>(reference_.label(row, j));
       }
       write(problem_.acc, a_.row_max, row, max);
-      write(problem_.acc, a_.log_sum, row, static_cast<double>(reference_.lse[row]) - max);
+      write(problem_.acc, a_.log_sum, row, static_cast<double>(reference_.exact_lse[row]) - max);
       if (a_.label_mass != nullptr) write(problem_.acc, a_.label_mass, row, mass);
     }
   }
@@ -212,6 +212,25 @@ class Table {
     });
   }
 
+  // Every option beyond torch's, on every kind of labels, in every regime.
+  void extras() {
+    const int64_t shapes[][2] = {{7, 150}, {40, 7}, {3, 600}, {2, 3000}};
+    const auto plans = all_plans(small_, device_, 1);
+    each_labels([&](DType dtype, const Labels& labels) {
+      for (const Extras& extras : kExtras) {
+        const auto [n_rows, vocab_size] = shapes[next(small_ ? 2 : 4)];
+        Case c{dtype, labels, n_rows, vocab_size};
+        c.extras = extras;
+        c.logits = next(2) == 0 ? Shape::contiguous : static_cast<Shape>(next(8));
+        c.gradient = next(2) == 0 ? c.logits : Shape::contiguous;
+        c.misalignment = next(4);
+        const Problem problem(c);
+        if (only_ == "general" && !shape_of(problem).general) continue;
+        run(c, {plans[next(plans.size())], default_plans(c)});
+      }
+    });
+  }
+
   // As users call it: the plans that are chosen, at lengths around which they change.
   void chosen() {
     for (const int64_t bytes : {96, 128, 512, 4096, 5000, 32768, 40000, 66000, 140000}) {
@@ -243,6 +262,7 @@ class Table {
   static cuda::Shape shape_of(const Problem& problem) {
     Params p = problem.params;
     p.grad_logits = const_cast<void*>(p.logits);
+    if (problem.wants_entropy()) p.entropy = p.grad_logits;  // any memory: it is general
     p.grad_layout = layout_of(problem.c.gradient, p.n_rows, p.vocab_size);
     return cuda::shape_of(p);
   }
@@ -269,7 +289,8 @@ class Table {
         }
         const char* why = cuda::why_not(*plan, shape, device_);
         if (why != nullptr) *plan = *otherwise;
-        if (!only_.empty()) skip |= (plan->regime == Regime::columns) != (only_ == "columns");
+        if (!only_.empty() && only_ != "general")
+          skip |= (plan->regime == Regime::columns) != (only_ == "columns");
       }
       if (skip) continue;
       if (n_failures > 20) return;  // enough is known
@@ -289,6 +310,11 @@ class Table {
   Random random_;
 };
 
+int finish() {
+  report();
+  return n_failures == 0 ? 0 : 1;
+}
+
 }  // namespace
 }  // namespace fused_xent::test
 
@@ -296,16 +322,17 @@ int main(int argc, char** argv) {
   using namespace fused_xent::test;
   std::set<std::string> arguments(argv + 1, argv + argc);
   std::string only;
-  for (const char* name : {"forward", "backward", "forward_backward", "columns"}) {
+  for (const char* name : {"forward", "backward", "forward_backward", "columns", "general"}) {
     if (arguments.count(name) > 0) only = name;
   }
   Table table(arguments.count("--small") > 0, arguments.count("--bfloat16") > 0, only);
+  if (only.empty() || only == "general") table.extras();
+  if (only == "general") return finish();
   table.vocabularies();
   table.layouts();
   if (arguments.count("--small") == 0) {
     table.values();
     table.chosen();
   }
-  report();
-  return n_failures == 0 ? 0 : 1;
+  return finish();
 }

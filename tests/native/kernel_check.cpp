@@ -110,7 +110,7 @@ void run(const Case& c, int64_t n_threads) {
 
 // ---- what has no gradient --------------------------------------------------------------------
 
-// scan_targets and sum_rows, which go by blocks of rows.
+// scan_rows and sum_rows, which go by blocks of rows.
 void run_scans(int64_t n_threads) {
   const Labels labels{"weighted indices", TargetKind::int32, false, true, 0, Ignored::some};
   const Case c{DType::float32, labels, 70003, 1};
@@ -127,13 +127,13 @@ void run_scans(int64_t n_threads) {
   }
   const cpu::Threads threads = threads_of(n_threads);
   check(cpu::sum_rows(p, threads) == sum, c, "sum_rows");
-  const cpu::TargetScan good = cpu::scan_targets(p, threads);
-  check(good.bad_row == -1, c, "scan_targets sees a bad row");
+  const cpu::RowScan good = cpu::scan_rows(p, threads);
+  check(good.bad_row == -1, c, "scan_rows sees a bad row");
   check_near(good.total_weight, {total_weight, 1e-9 * total_weight, 1}, c, "total_weight", -1, -1);
   int32_t* indices = static_cast<int32_t*>(problem.indices.data());
   for (const int64_t row : {69999, 65536, 65535}) {
     indices[row] = row % 2 == 0 ? -1 : 1;
-    check(cpu::scan_targets(p, threads).bad_row == row, c, "scan_targets misses the first bad row");
+    check(cpu::scan_rows(p, threads).bad_row == row, c, "scan_rows misses the first bad row");
   }
 }
 
@@ -191,6 +191,29 @@ class Table {
           c.labels = labels;
           c.values = static_cast<Values>(values);
           c.logits = next(2) == 0 ? Shape::contiguous : Shape::column;
+          run(c, n_threads_);
+        }
+      }
+    });
+  }
+
+  // Every option beyond torch's, on every kind of labels, by rows and by tiles.
+  void extras() {
+    std::vector<Case> shapes{
+        {{}, {}, 300, 7}, {{}, {}, 7, 150}, {{}, {}, 2, 2100}, {{}, {}, 1, 16500}};
+    if (small_) shapes = {{{}, {}, 33, 7}, {{}, {}, 7, 150}};
+    each_labels([&](DType dtype, const Labels& labels) {
+      for (const Extras& extras : kExtras) {
+        for (Case c : shapes) {
+          if (c.vocab_size > 2000 && next(3) != 0) continue;
+          c.dtype = dtype;
+          c.labels = labels;
+          c.extras = extras;
+          c.logits = next(2) == 0 ? Shape::contiguous : static_cast<Shape>(next(8));
+          c.gradient = next(2) == 0 ? c.logits : Shape::contiguous;
+          c.values = next(3) == 0 ? static_cast<Values>(next(8)) : Values::normal;
+          if (c.values == Values::large) c.values = Values::normal;  // lse^2 is beyond float
+          c.misalignment = next(4);
           run(c, n_threads_);
         }
       }
@@ -261,6 +284,7 @@ int main(int argc, char** argv) {
   table.vocabularies();
   table.layouts();
   table.values();
+  table.extras();
   if (n_threads > 1) table.threads();
   run_scans(n_threads);
   report();

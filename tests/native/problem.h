@@ -4,13 +4,14 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "../../csrc/xent_params.h"
 #include "tensors.h"
 
 namespace fused_xent::test {
 
-enum class Ignored { none, some, all };
+enum class Ignored { none, some, all, bad };  // bad: of some rows the target is no class
 
 struct Labels {
   const char* name;
@@ -19,6 +20,15 @@ struct Labels {
   bool has_weight;
   double smoothing;
   Ignored ignored;
+  bool has_infinite_weights = false;  // of classes that are no row's target
+};
+
+// What a row's loss, results and gradient are made of besides.
+struct Extras {
+  const char* name = "no extras";
+  bool token_weight = false;  // of some rows 0 or negative; where 0 the target is no class
+  double lse_square_scale = 0, focal_gamma = 0, softcap = 0, logit_scale = 1;
+  bool statistics = false, grad_lse = false, grad_entropy = false;
 };
 
 enum class Values {
@@ -51,12 +61,13 @@ struct Case {
   Shape logits = Shape::contiguous, gradient = Shape::contiguous, target = Shape::contiguous;
   int64_t misalignment = 0;  // elements
   bool scalar_upstream = false;
+  Extras extras{};
 
   std::string name() const {
     const auto text = [](auto value) { return std::to_string(value); };
     return std::string(name_of(dtype)) + " (" + text(n_rows) + ", " + text(vocab_size) + ") " +
-           labels.name + ", " + name_of(values) + " values, logits " + name_of(logits) +
-           ", grad_logits " + name_of(gradient) + ", target " + name_of(target) +
+           labels.name + ", " + extras.name + ", " + name_of(values) + " values, logits " +
+           name_of(logits) + ", grad_logits " + name_of(gradient) + ", target " + name_of(target) +
            ", misaligned by " + text(misalignment) +
            (scalar_upstream ? ", one grad_loss" : ", grad_loss a row");
   }
@@ -85,7 +96,7 @@ class Problem {
   const DType acc;
   Params params{};
   Tensor logits, target;  // target: probabilities
-  Memory indices, weight, grad_loss;
+  Memory indices, weight, token_weight, grad_loss, grad_lse, grad_entropy;
 
   explicit Problem(const Case& c)
       : c(c), acc(c.dtype == DType::float64 ? DType::float64 : DType::float32) {
@@ -94,10 +105,18 @@ class Problem {
     params.vocab_size = c.vocab_size;
     params.label_smoothing = c.labels.smoothing;
     params.target_kind = c.labels.kind;
+    params.lse_square_scale = c.extras.lse_square_scale;
+    params.focal_gamma = c.extras.focal_gamma;
+    params.softcap = c.extras.softcap;
+    params.logit_scale = c.extras.logit_scale;
     fill_weight();
+    if (c.extras.token_weight) fill_token_weight();
     has_indices() ? fill_indices() : fill_probabilities();
     fill_logits();
+    if (c.labels.has_infinite_weights) fill_infinite_weights();
     fill_grad_loss();
+    if (c.extras.grad_lse) params.grad_lse = fill_upstream(grad_lse);
+    if (c.extras.grad_entropy) params.grad_entropy = fill_upstream(grad_entropy);
   }
   Problem(const Problem&) = delete;
 
@@ -115,8 +134,19 @@ class Problem {
         return -1;
     }
   }
-  bool is_ignored(int64_t row) const { return has_indices() && index(row) == params.ignore_index; }
+  // Not to be read.
+  bool is_ignored(int64_t row) const {
+    return weight_of_row(row) == 0 || (has_indices() && index(row) == params.ignore_index);
+  }
+  bool is_bad(int64_t row) const {
+    return has_indices() && !is_ignored(row) && (index(row) < 0 || index(row) >= c.vocab_size);
+  }
+  bool wants_entropy() const { return c.extras.statistics || c.extras.grad_entropy; }
   double class_weight(int64_t j) const { return c.labels.has_weight ? acc_at(weight, j) : 1; }
+  double weight_of_row(int64_t row) const {
+    return c.extras.token_weight ? acc_at(token_weight, row) : 1;
+  }
+  // Of the loss; token_weight is no part of it.
   double upstream(int64_t row) const {
     return acc_at(grad_loss, row * params.grad_loss_stride) * params.grad_scale;
   }
@@ -149,6 +179,34 @@ class Problem {
     }
   }
 
+  void fill_token_weight() {
+    token_weight = new_acc(c.n_rows);
+    params.token_weight = token_weight.data();
+    for (int64_t row = 0; row < c.n_rows; ++row) {
+      const double values[] = {1, 0, -0.5, 1.75};
+      write(acc, token_weight.data(), row, values[row % 4]);
+    }
+  }
+
+  void fill_infinite_weights() {
+    std::vector<bool> is_target(c.vocab_size);
+    for (int64_t row = 0; row < c.n_rows; ++row) {
+      if (!is_ignored(row) && !is_bad(row)) is_target[index(row)] = true;
+    }
+    for (int64_t j = 0; j < c.vocab_size; ++j) {
+      if (!is_target[j]) write(acc, weight.data(), j, INFINITY);
+    }
+    params.weight_sum = INFINITY;
+  }
+
+  const void* fill_upstream(Memory& upstream) {
+    upstream = new_acc(c.n_rows);
+    for (int64_t row = 0; row < c.n_rows; ++row) {
+      write(acc, upstream.data(), row, row % 5 == 4 ? 0 : random_.normal());
+    }
+    return upstream.data();
+  }
+
   void fill_indices() {
     const bool is_byte = c.labels.kind == TargetKind::uint8;
     const int64_t size = is_byte ? 1 : c.labels.kind == TargetKind::int32 ? 4 : 8;
@@ -161,7 +219,9 @@ class Problem {
       if (row % 4 == 0) y = row % 8 == 0 ? bound - 1 : 0;
       if (y == params.ignore_index) y = 0;
       const bool some = c.labels.ignored == Ignored::some && row % 3 == 1;
+      const bool is_bad = c.labels.ignored == Ignored::bad && row % 3 == 1;
       if (some || c.labels.ignored == Ignored::all) y = params.ignore_index;
+      if (is_bad || (!some && weight_of_row(row) == 0)) y = is_byte ? 254 : c.vocab_size + row % 2;
       std::memcpy(static_cast<char*>(indices.data()) + row * size, &y, size);  // little-endian
     }
   }

@@ -1,0 +1,194 @@
+// The labels of a tile's rows in lanes, and the factors of their gradients. Included like simd.h.
+
+// The label of each row of a tile, in lanes.
+template <typename T>
+struct TileLabels {
+  using A = Acc<T>;
+  using Bits = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
+  int64_t index[kTileRows];  // -1 where there is none: of probabilities and of ignored rows
+  Bits kept[kTileRows];      // all ones, or 0: of ignored rows, and of those beyond the last
+  A target_weight[kTileRows] = {};
+  A target_logit[kTileRows] = {};
+  A share = 0;  // of a row's label that is on its target
+  A spread = 1;
+  bool any_kept = true;
+
+  TileLabels(const Params& p, int64_t begin, int n_rows) {
+    for (int i = 0; i < kTileRows; ++i) index[i] = -1;
+    if (!has_indices(p)) {
+      for (int i = 0; i < n_rows; ++i) index[i] = 0;
+      set_kept(p, begin, n_rows);
+      for (int i = 0; i < n_rows; ++i) index[i] = -1;
+    } else {
+      with_indices(p, [&](const auto* target) { set_indices(p, target, begin, n_rows); });
+    }
+  }
+
+  XENT_INLINE Vec<Bits> kept_lanes(int lane) const { return load_bits<Vec<Bits>>(kept + lane); }
+  XENT_INLINE Vec<A> on_target(int lane) const { return share * load(target_weight + lane); }
+
+ private:
+  // Of the rows that have an index.
+  void set_kept(const Params& p, int64_t begin, int n_rows) {
+    for (int i = 0; i < n_rows && p.token_weight != nullptr; ++i) {
+      if (static_cast<const A*>(p.token_weight)[begin + i] == 0) index[i] = -1;
+    }
+    Bits any = 0;
+    for (int i = 0; i < kTileRows; ++i) {
+      kept[i] = static_cast<Bits>(~(index[i] >> 63));
+      any |= kept[i];
+    }
+    any_kept = any != 0;
+  }
+
+  template <typename Index>
+  void set_indices(const Params& p, const Index* target, int64_t begin, int n_rows) {
+    const A* weight = static_cast<const A*>(p.weight);
+    share = static_cast<A>(1 - p.label_smoothing);
+    spread = static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size));
+    for (int i = 0; i < n_rows; ++i) {
+      const int64_t y = target[begin + i];
+      index[i] = y == p.ignore_index ? -1 : y;
+    }
+    set_kept(p, begin, n_rows);
+    for (int i = 0; i < n_rows; ++i) target_weight[i] = 1;
+    for (int i = 0; i < n_rows && weight != nullptr; ++i) {
+      if (index[i] >= 0) target_weight[i] = weight[index[i]];
+    }
+  }
+};
+
+// Takes target logits as a lane's classes go by. kNone: of probabilities, which have no target.
+template <typename T, bool kNone>
+class TargetPick {
+  using A = Acc<T>;
+  using Bits = typename TileLabels<T>::Bits;
+  Vec<Bits> target_{}, next_{};  // counted from the group's first class; 255: not in this group
+  Vec<A> logit_;
+
+ public:
+  // The next class is j, the first of a group.
+  XENT_INLINE TargetPick(const TileLabels<T>& labels, int64_t j, int lane)
+      : logit_(load(labels.target_logit + lane)) {
+    Vec<Bits> target{};
+    for (int i = 0; i < kLanes<A>; ++i) {
+      const uint64_t u = static_cast<uint64_t>(labels.index[lane + i] - j);
+      target[i] = static_cast<Bits>(u < kGroup ? u : 255);
+    }
+    target_ = target;
+  }
+  XENT_INLINE void operator()(Vec<A> x) {
+    if (kNone) return;
+    logit_ = next_ == target_ ? x : logit_;
+    next_ += 1;
+  }
+  XENT_INLINE void finish(TileLabels<T>& labels, int lane) const {
+    if (!kNone) store(labels.target_logit + lane, logit_);
+  }
+};
+
+// t_j of all rows of a tile. Target is the type of probabilities, or void for indices.
+template <typename T, typename Target>
+struct TileSpread {
+  using A = Acc<T>;
+  TileMemory<Target> target;
+  const A* weight;
+  A scale, offset;
+  TileScratch<A> scratch;
+
+  TileSpread(const Params& p, int64_t begin, int64_t end)
+      : target(p.target, p.target_layout, begin, end),
+        weight(static_cast<const A*>(p.weight)),
+        scale(static_cast<A>(1 - p.label_smoothing)),
+        offset(static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size))),
+        scratch(target.n_rows) {}
+
+  XENT_INLINE void read(int64_t j, int count) { target.read(j, count, scratch.lanes); }
+  // Class j, which is the u-th that was read.
+  XENT_INLINE Vec<A> at(int64_t j, int u, int lane) const {
+    const Vec<A> t = load(scratch.lanes + u * kTileRows + lane) * scale + offset;
+    return weight == nullptr ? t : t * weight[j];
+  }
+};
+
+template <typename T>
+struct TileSpread<T, void> {
+  const Acc<T>* weight;
+
+  TileSpread(const Params& p, int64_t, int64_t) : weight(static_cast<const Acc<T>*>(p.weight)) {}
+  XENT_INLINE void read(int64_t, int) {}
+  XENT_INLINE Vec<Acc<T>> at(int64_t j, int, int) const {
+    return Vec<Acc<T>>{} + (weight == nullptr ? Acc<T>(1) : weight[j]);
+  }
+};
+
+// The per-row factors of a tile's gradient, in lanes.
+template <typename T>
+struct TileGradient {
+  using A = Acc<T>;
+  A max[kTileRows] = {}, log_sum[kTileRows] = {}, mass[kTileRows], upstream[kTileRows] = {};
+  A logit_factor[kTileRows], spread[kTileRows];
+  A softmax[kTileRows], shifted[kTileRows], shifted_factor[kTileRows];  // see Upstream
+  const bool has_options;
+
+  TileGradient(const Params& p, const TileLabels<T>& labels, int64_t begin, int n)
+      : has_options(has_row_options(p)) {
+    const int64_t bytes = n * sizeof(A);
+    __builtin_memcpy(max, static_cast<const A*>(p.row_max) + begin, bytes);
+    __builtin_memcpy(log_sum, static_cast<const A*>(p.log_sum) + begin, bytes);
+    for (int i = 0; i < kTileRows; ++i) mass[i] = static_cast<A>(p.weight_sum);
+    if (p.label_mass != nullptr) {
+      __builtin_memcpy(mass, static_cast<const A*>(p.label_mass) + begin, bytes);
+    }
+    set_upstream(p, begin, n);
+    for (int lane = 0; lane < n; lane += kLanes<A>) {
+      const auto kept = labels.kept_lanes(lane);
+      const Vec<A> g = kept == 0 ? Vec<A>{} : load(upstream + lane);
+      const Vec<A> q = label_mass(labels.on_target(lane), labels.spread, load(mass + lane));
+      const Vec<A> one_over_sum = exp_nonpositive(-load(log_sum + lane));
+      store(spread + lane, g * labels.spread);
+      if (!has_options) {
+        store(logit_factor + lane, g * q * one_over_sum);
+      } else {
+        store(logit_factor + lane, (g * q + load(softmax + lane)) * one_over_sum);
+        store(shifted_factor + lane, load(shifted + lane) * one_over_sum);
+      }
+    }
+  }
+
+  // At logits d above the maximum: the part of a gradient that is not the labels'.
+  XENT_INLINE Vec<A> of_softmax(Vec<A> d, Vec<A> factor, int lane) const {
+    const Vec<A> e = exp_nonpositive(d);
+    if (!has_options) return e * factor;
+    return e * factor + (e == 0 ? Vec<A>{} : e * d * load(shifted_factor + lane));
+  }
+
+  // At the targets, once their logits have been picked, which may still have to be transformed.
+  XENT_INLINE Vec<A> at_target(const TileLabels<T>& labels, int lane, Vec<A> target_logit) const {
+    const Vec<A> d = target_logit - load(max + lane), log_p = d - load(log_sum + lane);
+    const Vec<A> prob = exp_nonpositive(log_p);
+    const Vec<A> gradient =
+        load(upstream + lane) * target_gradient(labels.on_target(lane), labels.spread, prob,
+                                                expm1_nonpositive(log_p), load(mass + lane),
+                                                load(labels.target_weight + lane));
+    if (!has_options) return gradient;
+    const Vec<A> rest = prob * (load(softmax + lane) + load(shifted + lane) * d);
+    return prob == 0 ? gradient : gradient + rest;
+  }
+
+ private:
+  void set_upstream(const Params& p, int64_t begin, int n) {
+    const A* grad_loss = static_cast<const A*>(p.grad_loss) + begin * p.grad_loss_stride;
+    for (int i = 0; i < n && !has_options; ++i) {
+      upstream[i] = grad_loss[i * p.grad_loss_stride] * static_cast<A>(p.grad_scale);
+    }
+    if (!has_options) return;
+    for (int i = 0; i < kTileRows; ++i) softmax[i] = shifted[i] = 0;
+    for (int i = 0; i < n; ++i) {
+      const auto row = upstream_of(p, begin + i);
+      upstream[i] = static_cast<A>(row.g);
+      softmax[i] = static_cast<A>(row.softmax);
+      shifted[i] = static_cast<A>(row.shifted);
+    }
+  }
+};

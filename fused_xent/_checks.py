@@ -1,0 +1,241 @@
+"""What a user can get wrong: each error names the argument, the rule and the value."""
+
+import math
+import operator
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from . import _ops, reference
+
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Return whether operations on this device are cast."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def check_index(name: str, value: int) -> int:
+    """Return an integer of any type as an int."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    value = operator.index(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    return value
+
+
+def check_input(input: Tensor, dim: int | None) -> int:
+    """Return the dimension of the classes."""
+    _check_dense("input", input)
+    if input.dtype not in _ops.DTYPES:
+        raise ValueError(f"input must be float32, float64, bfloat16 or float16, got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError("input must have a class dimension, got a tensor of shape ()")
+    if dim is None:
+        return reference.class_dim(input)
+    index = check_index("dim", dim)
+    if not -input.dim() <= index < input.dim():
+        raise IndexError(f"dim must be in [{-input.dim()}, {input.dim()}), got {index}")
+    return index % input.dim()
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
+
+
+def check_target(input: Tensor, target: Tensor, dim: int, ignore_index: int) -> None:
+    """Check all of a target but its values."""
+    _check_dense("target", target)
+    _check_device("target", target, input)
+    row_shape = input.shape[:dim] + input.shape[dim + 1 :]
+    if target.shape == input.shape:
+        if target.dtype not in _ops.DTYPES:
+            raise ValueError(
+                "target must hold floating-point probabilities where it has input's shape "
+                f"{tuple(input.shape)}, got {target.dtype}"
+            )
+        if ignore_index >= 0:
+            raise ValueError(
+                "ignore_index must be negative (without effect) where target holds probabilities, "
+                f"got {ignore_index}"
+            )
+    elif target.shape != row_shape:
+        raise ValueError(
+            f"target must have shape {tuple(row_shape)} (class indices) or {tuple(input.shape)} "
+            f"(probabilities) for input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    elif target.dtype not in _INDEX_DTYPES:
+        raise ValueError(
+            f"target must be int64, int32 or uint8 where it holds class indices, got {target.dtype}"
+        )
+
+
+def check_weight(input: Tensor, target: Tensor, dim: int, weight: Tensor | None) -> None:
+    """Check the classes' weights."""
+    if weight is None:
+        return
+    _check_dense("weight", weight)
+    _check_device("weight", weight, input)
+    n_classes = input.shape[dim]
+    if weight.shape != (n_classes,):
+        raise ValueError(f"weight must have shape ({n_classes},), got {tuple(weight.shape)}")
+    promotes = target.is_floating_point() or is_autocast(input.device)
+    if weight.dtype not in _ops.DTYPES or (weight.dtype != input.dtype and not promotes):
+        raise ValueError(f"weight must have input's dtype {input.dtype}, got {weight.dtype}")
+
+
+def check_token_weight(input: Tensor, dim: int, token_weight: Tensor | None) -> None:
+    """Check the rows' weights."""
+    if token_weight is None:
+        return
+    _check_dense("token_weight", token_weight)
+    _check_device("token_weight", token_weight, input)
+    row_shape = input.shape[:dim] + input.shape[dim + 1 :]
+    if token_weight.shape != row_shape:
+        raise ValueError(
+            f"token_weight must have the unreduced loss's shape {tuple(row_shape)}, got "
+            f"{tuple(token_weight.shape)}"
+        )
+    if token_weight.dtype.is_complex:
+        raise ValueError(f"token_weight must hold real numbers, got {token_weight.dtype}")
+
+
+def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
+    """Check by what the sum is divided."""
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"normalizer must be None where reduction is {reduction!r}, not 'mean'")
+    if not isinstance(normalizer, Tensor):
+        if not isinstance(normalizer, Real):
+            raise TypeError(
+                f"normalizer must be a number or a tensor, got {type(normalizer).__name__}"
+            )
+        if normalizer == 0 or not -math.inf < normalizer < math.inf:
+            raise ValueError(f"normalizer must be finite and not 0, got {normalizer}")
+    elif normalizer.dim() != 0 or normalizer.dtype.is_complex:
+        raise ValueError(
+            "normalizer must be a number or a tensor of shape () of real numbers, got "
+            f"{normalizer.dtype} of shape {tuple(normalizer.shape)}"
+        )
+
+
+def check_number(name: str, value: float, least: float, most: float) -> float:
+    """Return a number in [least, most] as a float."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be in [{least:g}, {most:g}], got {value}")
+    return float(value)
+
+
+def check_reduction(reduction: str) -> None:
+    """Check the name of a reduction."""
+    if not isinstance(reduction, str) or reduction not in _ops.REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def check_loss_dtype(loss_dtype: torch.dtype | None) -> None:
+    """Check the dtype that is asked for."""
+    if loss_dtype is not None and loss_dtype not in _ops.DTYPES:
+        raise ValueError(
+            "loss_dtype must be torch.float32, torch.float64, torch.bfloat16 or torch.float16, got "
+            f"{loss_dtype!r}"
+        )
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Check what overwrites the logits: no string or tensor turns that on."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def _has_layout(tensor: Tensor, dim: int) -> bool:
+    """Whether the kernels can count its rows: in at most 4 dimensions, merged where possible."""
+    merged = []
+    for d in range(tensor.dim()):
+        size, stride = tensor.shape[d], tensor.stride(d)
+        if d == dim or size == 1:
+            continue
+        if merged and merged[-1] == size * stride:
+            merged[-1] = stride
+        else:
+            merged.append(stride)
+    return len(merged) <= 4
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def check_overwritable(
+    input: Tensor, target: Tensor, dim: int, inplace_backward: bool, grad_in_forward: bool
+) -> None:
+    """Check that the gradient may take input's memory."""
+    if inplace_backward and grad_in_forward:
+        raise ValueError("inplace_backward must be False where grad_in_forward is True, got True")
+    name = "grad_in_forward" if grad_in_forward else "inplace_backward"
+    memory = input if input._base is None else input._base
+    if torch.is_grad_enabled() and input.requires_grad and (input.is_leaf or memory.is_leaf):
+        raise RuntimeError(
+            f"{name} must be False where input is a leaf of the graph: its values are the "
+            "caller's, and would be overwritten by their gradient"
+        )
+    if any(
+        stride == 0 < size - 1 for size, stride in zip(input.shape, input.stride(), strict=True)
+    ):
+        raise RuntimeError(
+            f"{name} must be False where several elements of input share memory, got strides "
+            f"{input.stride()} of shape {tuple(input.shape)}: clone it"
+        )
+    if not _has_layout(input, dim):
+        raise RuntimeError(
+            f"{name} must be False where input has more than 4 row dimensions that cannot be "
+            f"merged, got strides {input.stride()} of shape {tuple(input.shape)}: clone it"
+        )
+    if not torch.compiler.is_compiling() and _share_memory(target, input):
+        raise RuntimeError(
+            f"{name} must be False where target shares input's memory, which is overwritten"
+        )
+    if grad_in_forward and target.requires_grad:
+        raise RuntimeError(
+            "grad_in_forward must be False where target requires a gradient: the logits that it "
+            "would be computed from are overwritten; use inplace_backward"
+        )
+    if grad_in_forward and input.dtype == torch.float16:
+        raise ValueError(
+            "grad_in_forward must be False for float16 input: what the forward writes, not yet "
+            "multiplied by a loss scale, falls below float16's range; use inplace_backward"
+        )
+    if grad_in_forward and (memory.numel() != input.numel() or memory.dtype != input.dtype):
+        raise RuntimeError(
+            "grad_in_forward must be False where input is a view of a part of another tensor, "
+            f"got shape {tuple(input.shape)} of {tuple(memory.shape)}: use inplace_backward, or "
+            "clone it"
+        )
+
+
+def check_range(
+    target: Tensor, token_weight: Tensor | None, n_classes: int, ignore_index: int
+) -> None:
+    """Check the values of class indices, of those rows that count."""
+    bad = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
+    if token_weight is not None:
+        bad = bad & (token_weight != 0)
+    if bad.any():
+        position = tuple(bad.nonzero()[0].tolist())
+        raise IndexError(
+            f"target must be in [0, {n_classes}) or equal to ignore_index ({ignore_index}), got "
+            f"{target[position].item()} at position {position}"
+        )

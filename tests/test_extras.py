@@ -1,0 +1,232 @@
+"""The options beyond torch's: each by its formula, and all of them with each other."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, make_logits
+from extras import check_problem, make_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modes import MODES, has_mode
+from test_random import laid_out, layouts
+
+import fused_xent
+from fused_xent import cross_entropy, cross_entropy_with_statistics, reference
+
+TARGET = torch.tensor([2, 0, 6, 6, -100])
+
+
+def problem(dtype=torch.float64):
+    return make_logits((5, 7), dtype), TARGET
+
+
+@st.composite
+def problems(draw):
+    def lay_out(values):
+        return laid_out(values, draw(layouts(values.shape)))
+
+    return make_problem(lambda choices: draw(st.sampled_from(choices)), lay_out)
+
+
+@pytest.mark.kernels
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(problems())
+def test_any_combination(problem):
+    check_problem(problem)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_combination_of_many_options(seed):
+    """As Hypothesis likes to leave options out."""
+    draw = random.Random(seed)
+    for _ in range(25):
+        check_problem(make_problem(lambda choices: draw.choice(choices)))
+
+
+# ---- each by its formula: of row losses c, probabilities p and logits z ------------------------
+
+
+def by_row(z, target=TARGET, **options):
+    return F.cross_entropy(z, target, reduction="none", **options)
+
+
+def kept(target=TARGET):
+    return target != -100
+
+
+FORMULAS = {
+    "token_weight": lambda z, w: by_row(z) * w,
+    "lse_square_scale": lambda z, w: by_row(z) + 0.3 * z.logsumexp(1) ** 2 * kept(),
+    "softcap": lambda z, w: by_row(2.5 * torch.tanh(z / 2.5)),
+    "logit_scale": lambda z, w: by_row(1.7 * z),
+    "focal_gamma": lambda z, w: (1 - torch.exp(-by_row(z))) ** 2 * by_row(z),
+}
+VALUES = {"lse_square_scale": 0.3, "softcap": 2.5, "logit_scale": 1.7, "focal_gamma": 2.0}
+
+
+@pytest.mark.parametrize("function", [cross_entropy, reference.cross_entropy])
+@pytest.mark.parametrize("option", FORMULAS)
+def test_formula(option, function):
+    logits, target = problem()
+    weight = torch.tensor([1.0, 0.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    value = VALUES.get(option, weight)
+    expected = FORMULAS[option](logits, weight)
+    loss = function(logits, target, reduction="none", **{option: value})
+    torch.testing.assert_close(loss, expected)
+
+
+def test_focal_loss_of_the_paper():
+    """Table of (1 - p)^gamma * -log(p), Lin et al., for p = 0.9 and 0.5, gamma = 2 and 5."""
+    for p, gamma, expected in ((0.9, 2, 0.01 * 0.10536), (0.5, 5, 0.03125 * 0.69315)):
+        logits = torch.tensor([[math.log(p), math.log(1 - p)]])
+        loss = cross_entropy(logits, torch.tensor([0]), focal_gamma=gamma)
+        torch.testing.assert_close(loss.item(), expected, rtol=1e-4, atol=0)
+
+
+def test_mean_divides_by_class_weight_times_token_weight():
+    logits, target = problem()
+    weight = torch.rand(7, dtype=torch.float64)
+    tokens = torch.tensor([1.0, 0.0, 2.0, 0.5, 9.0], dtype=torch.float64)
+    rows = by_row(logits, weight=weight) * tokens
+    expected = rows.sum() / (weight[target[:4]] * tokens[:4]).sum()
+    loss = cross_entropy(logits, target, weight, token_weight=tokens)
+    torch.testing.assert_close(loss, expected)
+    soft = logits.roll(1, 1).softmax(1)
+    expected = (by_row(logits, soft) * tokens).sum() / tokens.sum()
+    torch.testing.assert_close(cross_entropy(logits, soft, token_weight=tokens), expected)
+
+
+@pytest.mark.parametrize("normalizer", [8, 8.0, torch.tensor(8), torch.tensor(8.0).half()])
+def test_normalizer(normalizer):
+    """Two halves of a batch with the count of the whole are the whole."""
+    logits, target = make_logits((12, 9), torch.float32), torch.arange(12) % 9
+    target[::3] = -100
+    whole = cross_entropy(logits, target)
+    halves = (
+        cross_entropy(logits[i : i + 6], target[i : i + 6], normalizer=normalizer) for i in (0, 6)
+    )
+    torch.testing.assert_close(sum(halves), whole)
+
+
+@pytest.mark.parametrize("weights", [torch.tensor([1, 0, 1]), torch.tensor([True, False, True])])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 1000)])
+def test_a_row_of_weight_0_may_hold_anything(shape, soft, dtype, mode, weights):
+    if not has_mode(mode, dtype):
+        pytest.skip("float16 has no fused mode")
+    logits = make_logits(shape, dtype)
+    logits[1] = torch.nan
+    target = logits.roll(1, 1).softmax(1) if soft else torch.tensor([1, 10**9, 3])
+    leaf = logits.requires_grad_()
+    loss = cross_entropy(leaf * 1, target, token_weight=weights, **MODES[mode])
+    loss.backward()
+    rows = torch.tensor([0, 2])
+    expected = F.cross_entropy(
+        logits[rows].double(), target[rows].double() if soft else target[rows]
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
+    assert torch.equal(leaf.grad[1], torch.zeros_like(leaf.grad[1]))
+    assert leaf.grad[rows].isfinite().all()
+
+
+def test_dim():
+    logits = make_logits((2, 3, 4, 5), torch.float64)
+    for dim in (-4, 0, 1, 2, -1):
+        moved = logits.movedim(dim, 1)
+        target = torch.randint(moved.shape[1], moved.select(1, 0).shape)
+        assert torch.equal(cross_entropy(logits, target, dim=dim), cross_entropy(moved, target))
+
+
+# ---- statistics --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_classes", [7, 300, 5000, 40000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_argmax_is_the_first_of_the_greatest(dtype, n_classes):
+    """Ties, NaN above all, infinities, nothing but minus infinity, and rows that are not read."""
+    logits = make_logits((9, n_classes), dtype).round()
+    logits[0] = 1
+    logits[1, [n_classes // 2, n_classes - 1]] = 100
+    logits[2, [3, n_classes - 2]] = torch.nan
+    logits[3, 0] = torch.inf
+    logits[4] = -torch.inf
+    logits[5], logits[5, -1] = -torch.inf, -5
+    logits[6, -1] = 50
+    target = torch.full((9,), 3)
+    target[7], weight = -100, torch.ones(9)
+    weight[8] = 0
+    for layout in (logits, logits.t().contiguous().t()):
+        argmax = cross_entropy_with_statistics(layout, target, token_weight=weight).argmax
+        assert argmax.tolist() == [*logits[:7].argmax(1).tolist(), -1, -1]
+
+
+def test_statistics_of_a_language_model():
+    logits, target = make_logits((2, 6, 50), torch.float32), torch.randint(50, (2, 6))
+    target[0, :3] = -100
+    results = cross_entropy_with_statistics(logits, target, dim=-1, lse_square_scale=1e-2)
+    p = torch.distributions.Categorical(logits=logits)
+    mask = target != -100
+    torch.testing.assert_close(results.entropy, p.entropy() * mask)
+    torch.testing.assert_close(results.lse, logits.logsumexp(-1) * mask)
+    torch.testing.assert_close(results.z_loss, 1e-2 * logits.logsumexp(-1) ** 2 * mask)
+    assert torch.equal(results.correct, (logits.argmax(-1) == target) & mask)
+    plain = F.cross_entropy(logits.mT, target) + results.z_loss.sum() / mask.sum()
+    torch.testing.assert_close(results.loss, plain)
+
+
+def test_statistics_change_no_bit_of_the_loss_without_a_transformation():
+    logits, target = make_logits((40, 3000), torch.float32), torch.randint(3000, (40,))
+    loss = cross_entropy_with_statistics(logits, target).loss
+    torch.testing.assert_close(loss, cross_entropy(logits, target), rtol=1e-6, atol=0)
+
+
+def test_signature_of_the_statistics_is_that_of_the_loss():
+    import inspect
+
+    from fused_xent.functional import _evaluate
+
+    loss, both = (inspect.signature(f) for f in (cross_entropy, cross_entropy_with_statistics))
+    assert list(loss.parameters) == list(both.parameters)
+    defaults = {n: p.default for n, p in inspect.signature(_evaluate).parameters.items()}
+    for name, parameter in loss.parameters.items():
+        if defaults[name] is not inspect.Parameter.empty:
+            assert defaults[name] == parameter.default
+    assert both.return_annotation is fused_xent.CrossEntropyStatistics
+
+
+# ---- precision ---------------------------------------------------------------------------------
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("shape", [(64, 30), (16, 5000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softcap_is_as_near_as_torch_in_float32(shape, dtype):
+    logits, target = make_logits(shape, dtype, 30.0), torch.randint(shape[1], shape[:1])
+
+    def by_torch(x):
+        return F.cross_entropy(30 * torch.tanh(x / 30), target, reduction="none")
+
+    exact = by_torch(logits.double())
+    ours = cross_entropy(logits, target, softcap=30.0, reduction="none", loss_dtype=torch.float32)
+    theirs = by_torch(logits.float())
+    error, torchs = ((x - exact).abs() for x in (ours, theirs))
+    assert error.mean() <= 1.5 * torchs.mean() + 1e-6
+    assert error.max() <= 2e-5
+
+
+@pytest.mark.kernels
+def test_derivative_of_a_saturated_softcap():
+    """1 - tanh^2 in float32 is 0 from 9 on, or has a single digit."""
+    logits = torch.tensor([[4.0, -4.0, 0.0], [7.0, 6.0, -6.5]])
+    options = {"softcap": 0.8, "reduction": "sum"}
+    exact = logits.double().requires_grad_()
+    reference.cross_entropy(exact, torch.tensor([1, 1]), **options).backward()
+    for wide in (logits, F.pad(logits, (0, 400), value=-torch.inf)):
+        leaf = wide.clone().requires_grad_()
+        cross_entropy(leaf[:, :3], torch.tensor([1, 1]), **options).backward()
+        torch.testing.assert_close(leaf.grad[:, :3].double(), exact.grad, rtol=1e-4, atol=1e-12)
