@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import platform
+import signal
 import sys
 from typing import NamedTuple
 
@@ -139,4 +140,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader may have seen enough
     sys.exit(main())

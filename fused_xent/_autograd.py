@@ -68,6 +68,23 @@ def by_torch(tensors: Tensors, options: Options) -> reference.CrossEntropyStatis
     )
 
 
+def evaluate(tensors: Tensors, options: Options, inplace: bool) -> tuple:
+    """Return the loss, what a backward needs of it, argmax, and if wanted the lse."""
+    if torch.compiler.is_compiling() and not (
+        torch.is_grad_enabled() and (tensors.logits.requires_grad or tensors.target.requires_grad)
+    ):  # else the compiler would take *inputs of the Function's forward for a context
+        return _evaluate(tensors, options)
+    return CrossEntropy.apply(*tensors, options, inplace)
+
+
+def _evaluate(tensors: Tensors | list, options: Options) -> tuple:
+    results = _ops.forward(*tensors, *options.for_forward())
+    if not options.statistics:
+        return results
+    _, _, row_max, log_sum, *_ = results
+    return *results, row_max + log_sum
+
+
 # Function.apply binds its arguments to forward's signature in every call, to fill in defaults.
 # There are none, and *inputs is bound in no time, where the true signature takes longer than a
 # small loss.
@@ -82,16 +99,9 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        """Return the loss, after it what backward needs, argmax, and if wanted the lse.
-
-        The inputs are Tensors, Options and inplace.
-        """
+        """Return what evaluate does. The inputs are Tensors, Options and inplace."""
         *tensors, options, _ = inputs
-        results = _ops.forward(*tensors, *options.for_forward())
-        if not options.statistics:
-            return results
-        _, _, row_max, log_sum, *_ = results
-        return *results, row_max + log_sum
+        return _evaluate(tensors, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

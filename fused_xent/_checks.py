@@ -3,6 +3,7 @@
 import math
 import operator
 from numbers import Real
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def is_autocast(device: torch.device) -> bool:
 
 def check_index(name: str, value: int) -> int:
     """Return an integer of any type as an int."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     value = operator.index(value)
     if not -(2**63) <= value < 2**63:

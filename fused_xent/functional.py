@@ -8,11 +8,9 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, _ops
-from ._autograd import CrossEntropy, CrossEntropyGradInForward, Options, Tensors, by_torch
+from ._autograd import CrossEntropyGradInForward, Options, Tensors, by_torch, evaluate
 from ._checks import check_number, is_autocast
 from .reference import CrossEntropyStatistics
-
-_MOST = 1e30  # of an option: the kernels' float32 has a little more
 
 
 def cross_entropy(
@@ -173,6 +171,11 @@ def cross_entropy_with_statistics(
 
         With ``grad_in_forward``, gradients flow through ``loss`` alone.
     """
+    unknown = [name for name in options if name not in _NAMES]
+    if unknown:
+        raise TypeError(
+            f"cross_entropy_with_statistics() got an unexpected keyword argument {unknown[0]!r}"
+        )
     tensors = (input, target, weight, token_weight, normalizer)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(
@@ -224,14 +227,14 @@ def _evaluate(
     _checks.check_flag("inplace_backward", inplace_backward)
     _checks.check_flag("grad_in_forward", grad_in_forward)
     input, target, result_dtype = _promote(input, target, weight)
-    options = Options(
+    options = Options(  # at most 1e30: the kernels' float32 has a little more
         dim,
         ignore_index,
         check_number("label_smoothing", label_smoothing, 0, 1),
-        check_number("lse_square_scale", lse_square_scale, 0, _MOST),
-        check_number("focal_gamma", focal_gamma, 0, _MOST),
-        None if softcap is None else check_number("softcap", softcap, 1 / _MOST, _MOST),
-        check_number("logit_scale", logit_scale, 1 / _MOST, _MOST),
+        check_number("lse_square_scale", lse_square_scale, 0, 1e30),
+        check_number("focal_gamma", focal_gamma, 0, 1e30),
+        None if softcap is None else check_number("softcap", softcap, 1e-30, 1e30),
+        check_number("logit_scale", logit_scale, 1e-30, 1e30),
         reduction,
         loss_dtype or result_dtype,
         statistics,
@@ -252,7 +255,7 @@ def _evaluate(
         if not torch.compiler.is_compiling():
             return _grad_in_forward(tensors, options)
         inplace_backward = True  # compiled code cannot tell whether the logits are used later
-    loss, *results = CrossEntropy.apply(*tensors, options, inplace_backward)
+    loss, *results = evaluate(tensors, options, inplace_backward)
     if not statistics:
         return (loss,)
     *_, entropy, argmax, lse = results
@@ -260,6 +263,7 @@ def _evaluate(
 
 
 _PARAMETERS = inspect.signature(cross_entropy).parameters.values()
+_NAMES = {parameter.name for parameter in _PARAMETERS}
 cross_entropy_with_statistics.__signature__ = inspect.Signature(
     [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) if i > 2 else parameter

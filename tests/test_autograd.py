@@ -1,4 +1,4 @@
-"""The autograd Functions: derivatives of any order, what is saved and allocated, compilation."""
+"""The autograd Functions: derivatives of any order, what is saved and allocated."""
 
 import itertools
 
@@ -188,33 +188,3 @@ def test_overwriting_modes_allocate_no_gradient(labels, mode, dtype):
     _, in_backward = allocations(lambda: torch.autograd.grad(3 * loss, computed, allow_unused=True))
     assert max(in_forward) <= 8 * N_ROWS
     assert max(in_backward, default=0) <= 8 * N_ROWS
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("labels", ["index, weighted and smoothed", "probabilities, all options"])
-@pytest.mark.filterwarnings("ignore")  # torch.compile's own
-def test_compiled_in_one_graph(labels, backend):
-    torch.compiler.reset()
-    logits = make_logits((8, 50), torch.float32).requires_grad_()
-    target = make_target(logits, LABELS[labels])
-    options = make_options(logits.detach(), LABELS[labels])
-
-    def model(logits, target):
-        return 2 * fused_xent.cross_entropy(logits * 3, target, **options).exp()
-
-    expected = torch.autograd.grad(model(logits, target), logits)
-    loss = torch.compile(model, backend=backend, fullgraph=True)(logits, target)
-    torch.testing.assert_close(loss, model(logits, target))
-    torch.testing.assert_close(torch.autograd.grad(loss, logits), expected)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_with_ignored_rows_and_no_reduction():
-    torch.compiler.reset()
-    logits = make_logits((8, 50), torch.float32).requires_grad_()
-    target = make_target(logits, LABELS["index, mostly ignored"])
-    compiled = torch.compile(fused_xent.cross_entropy, backend="aot_eager", fullgraph=True)
-    for _ in range(3):  # in memory that held other numbers
-        torch.full((8,), float("nan"))
-        loss = compiled(logits, target, reduction="none")
-        assert torch.equal(loss, fused_xent.cross_entropy(logits, target, reduction="none"))

@@ -134,6 +134,24 @@ def test_inner_loops_access_16_bytes(kernels, name, n_loops):
     assert checked >= 8
 
 
+def test_inner_loops_of_general_kernels_access_16_bytes(kernels):
+    """One forward and one backward, besides those of single elements, for rows of any layout."""
+    checked = 0
+    for kernel in kernels:
+        if kernel.name != "general_rows" or kernel.types[0] == "double":
+            continue
+        loops = [loop for loop in inner_loops(kernel.code) if count(loop, r"LDG.*\.128")]
+        assert sorted(count(loop, "STG") for loop in loops) == [0, 1], kernel[:3]
+        for loop in loops:
+            assert count(loop, "MUFU.EX2") >= 8, (kernel[:3], loop)
+            assert count(loop, "STG") == count(loop, r"STG.*\.128"), (kernel[:3], loop)
+            weights = 4 if kernel.types[0] == "float" else 8
+            singles = count(loop, "LDG") - count(loop, r"LDG.*\.128")
+            assert singles in (0, weights), (kernel[:3], loop)
+        checked += 1
+    assert checked >= 8
+
+
 @pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
 def test_an_exponential_an_element(kernels, name):
     """And one more a group at most, for a new maximum."""

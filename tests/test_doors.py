@@ -91,6 +91,9 @@ TRANSFORMS = {
     "grad": lambda f, rows: func.grad(f),
     "grad_and_value": lambda f, rows: func.grad_and_value(f),
     "grad of grad": lambda f, rows: func.grad(lambda x: func.grad(f)(x).pow(2).sum()),
+    "grad in the grad of another": lambda f, rows: func.grad(
+        lambda x: func.grad(lambda y: f(x * 2) * y.sum() + f(x + y))(x.detach() + 1).pow(2).sum()
+    ),
     "hessian": lambda f, rows: func.hessian(f),
     "jacrev": lambda f, rows: func.jacrev(rows),
     "jacfwd": lambda f, rows: func.jacfwd(rows),

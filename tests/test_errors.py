@@ -315,3 +315,27 @@ def test_float16_has_no_gradient_in_forward():
     with pytest.raises(ValueError, match="grad_in_forward must be False"):
         fused_xent.cross_entropy(logits, TARGET, grad_in_forward=True)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_rows_of_more_dimensions_than_the_kernels_count(mode):
+    """By default they are copied; where the gradient is to take their memory, they are refused."""
+    leaf = torch.randn(2, 9, 2, 2, 2, 2, 2).double().requires_grad_()
+    apart = (leaf * 1).permute(6, 1, 4, 2, 0, 5, 3)
+    target = torch.randint(9, apart.select(1, 0).shape)
+    with pytest.raises(RuntimeError, match="must be False .*more than 4 row dimensions.*strides"):
+        fused_xent.cross_entropy(apart, target, **MODES[mode])
+    (gradient,) = torch.autograd.grad(fused_xent.cross_entropy(apart, target), leaf)
+    copy = apart.detach().requires_grad_()
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(copy, target), copy)[0]
+    torch.testing.assert_close(gradient.permute(6, 1, 4, 2, 0, 5, 3), expected)
+    together = (leaf * 1).flatten(2).mT  # of the same elements, in rows of two dimensions
+    target = target.flatten().new_zeros(2, 32)
+    fused_xent.cross_entropy(together, target, dim=-1, **MODES[mode]).backward()
+
+
+def test_unknown_arguments():
+    for function in (fused_xent.cross_entropy, fused_xent.cross_entropy_with_statistics):
+        rule = rf"{function.__name__}\(\) got an unexpected keyword argument 'z_loss'"
+        with pytest.raises(TypeError, match=rule):
+            function(INPUT, TARGET, z_loss=1e-4)

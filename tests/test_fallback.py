@@ -14,7 +14,7 @@ from compare import accumulation_dtype, assert_gradient, assert_loss, truth
 from modes import MODES, has_mode, loss_and_gradient
 
 import fused_xent
-from fused_xent import _ops
+from fused_xent import __main__, _ops
 
 pytestmark = pytest.mark.cpu("without kernels")
 PACKAGE = Path(fused_xent.__file__).parent
@@ -94,7 +94,7 @@ def test_installation_without_a_library_that_loads(library, tmp_path):
 WITH_CUDA = """
 import sys, torch
 torch.version.cuda = sys.argv[1] or None
-from fused_xent import _ops
+from fused_xent import __main__, _ops
 print(_ops.CUDA_LOAD_ERROR)
 print([_ops.has_kernels(torch.device(name)) for name in ("cpu", "cuda")])
 """
@@ -130,6 +130,35 @@ def test_report_of_what_runs_here(run_python):
     assert f"fused_xent {fused_xent.__version__}" in report.stdout
     assert f"instruction set {fused_xent.cpu_capability()}" in report.stdout
     assert "WRONG" not in report.stdout
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient", "lse", "entropy"])
+def test_report_of_a_kernel_that_is_wrong(part, monkeypatch, capsys):
+    def wrong_loss(input, *arguments, **options):
+        loss = fused_xent.cross_entropy(input, *arguments, **options)
+        if part == "loss":
+            loss = loss + 1e-4
+        return loss * 1.001 - loss.detach() * 0.001 if part == "gradient" else loss
+
+    def wrong_statistics(*arguments, **options):
+        results = fused_xent.cross_entropy_with_statistics(*arguments, **options)
+        return results._replace(**{part: getattr(results, part) * 1.001})
+
+    monkeypatch.setattr(__main__, "SHAPES", ((8, 100),))
+    assert __main__.main([]) == 0
+    assert "WRONG" not in capsys.readouterr().out
+    monkeypatch.setattr(__main__, "cross_entropy", wrong_loss)
+    if part in ("lse", "entropy"):
+        monkeypatch.setattr(__main__, "cross_entropy_with_statistics", wrong_statistics)
+    assert __main__.main([]) == 1
+    assert capsys.readouterr().out.count("WRONG") >= 4  # in 16 bits a gradient has few digits
+
+
+def test_report_that_is_not_read_to_its_end(run_python):
+    script = "import subprocess as s, sys; p = s.Popen([sys.executable, '-m', 'fused_xent'], "
+    script += "stdout=s.PIPE, stderr=s.PIPE); p.stdout.readline(); p.stdout.close(); "
+    script += "print(p.stderr.read().decode())"
+    assert run_python("-c", script).stdout.strip() == ""
 
 
 def test_report_of_an_instruction_set_that_does_not_exist(run_python):

@@ -217,16 +217,22 @@ def test_weight_of_any_stride_that_is_a_view():
         torch.testing.assert_close(fused_xent.cross_entropy(input, target, view), expected)
 
 
-def test_tensor_subclasses_are_asked_first():
-    class Logits(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            if function is fused_xent.cross_entropy:
-                return "asked", kwargs["reduction"]
-            return super().__torch_function__(function, types, args, kwargs)
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_with_statistics"])
+@pytest.mark.parametrize("argument", ["input", "target", "weight", "token_weight", "normalizer"])
+def test_tensor_subclasses_are_asked_first(argument, name):
+    function = getattr(fused_xent, name)
 
-    input = make_logits((4, 9), torch.float32).as_subclass(Logits)
-    assert fused_xent.cross_entropy(input, torch.arange(4), reduction="sum") == ("asked", "sum")
+    class Asked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, called, types, args=(), kwargs=None):
+            if called is function:
+                return "asked", kwargs["reduction"]
+            return super().__torch_function__(called, types, args, kwargs)
+
+    arguments = {"input": make_logits((4, 9), torch.float32), "target": torch.arange(4)}
+    values = arguments.get(argument, torch.ones(()))
+    arguments |= {argument: values.as_subclass(Asked), "reduction": "sum"}
+    assert function(**arguments) == ("asked", "sum")
 
 
 def test_meta_tensors_have_shapes_and_dtypes():

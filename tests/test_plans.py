@@ -118,13 +118,28 @@ def test_workers_and_vectors_of_columns(plan):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+def test_general_kernels_hold_nothing(plan, operation):
+    """And take the teams and parts of the others, but for clusters."""
+    for v in (1000, 128 * KIB, 256_512):
+        chosen = plan(operation, 8192, v, general=True)
+        assert (chosen["held"], chosen["threads"] <= 256) == (0, True)
+        if operation != "forward_backward":
+            assert chosen == plan(operation, 8192, v)
+    image = {"adjacent_classes": False, "adjacent_rows": True, "general": True}
+    assert plan(operation, 132 * 512 * 8, 42, **image)["row_vector"] == 1
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("element_size", [2, 4, 8])
 @pytest.mark.parametrize("device", ["sm_80", "sm_90", "sm_120"])
-def test_every_choice_can_serve(emulated, devices, operation, element_size, device):
+def test_every_choice_can_serve(emulated, devices, operation, element_size, device, general):
     """As :func:`why_not` sees it, for sizes from nothing to the largest."""
     for n_rows in (0, 1, 3, 500, 70_000, 2**31 - 1):
         for vocab_size in (0, 1, 2, 63, 65, 1000, 2049, 20_000, 131_072, 300_007, 2**31 - 1):
             for adjacent in (True, False):
-                shape = emulated.Shape(n_rows, vocab_size, element_size, adjacent, not adjacent)
+                shape = emulated.Shape(
+                    n_rows, vocab_size, element_size, adjacent, not adjacent, general
+                )
                 chosen = emulated.plan_for(operation, shape, devices[device])
                 assert emulated.why_not(chosen, shape, devices[device]) is None, chosen

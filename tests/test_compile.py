@@ -1,0 +1,139 @@
+"""torch.compile(fullgraph=True): every option and mode, and no more graphs than torch's own loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LABELS, make_logits, make_options, make_target
+from modes import MODES
+from torch._dynamo.utils import counters
+
+import fused_xent
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's own
+
+EXTRAS = {
+    "reduction": "sum",
+    "lse_square_scale": 0.1,
+    "softcap": 3.0,
+    "logit_scale": 0.7,
+    "focal_gamma": 1.5,
+}
+SHAPES = ((8, 50), (5, 50), (9, 70), (3, 20))
+
+
+@pytest.fixture(autouse=True)
+def no_code_of_other_tests():
+    torch.compiler.reset()
+
+
+def make_inputs(shape=SHAPES[0], labels="index, mostly ignored"):
+    logits = make_logits(shape, torch.float32).requires_grad_()
+    return logits, make_target(logits, LABELS[labels])
+
+
+def assert_same(model, compiled, logits, *others):
+    """Compare the values, and the gradients of the logits."""
+    expected, actual = model(logits, *others), compiled(logits, *others)
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("labels", ["index, weighted and smoothed", "probabilities, all options"])
+def test_in_one_graph(labels, backend):
+    logits, target = make_inputs(labels=labels)
+    options = make_options(logits.detach(), LABELS[labels])
+
+    def model(logits, target):
+        return 2 * fused_xent.cross_entropy(logits * 3, target, **options).exp()
+
+    assert_same(model, torch.compile(model, backend=backend, fullgraph=True), logits, target)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_option_and_statistic(mode, soft):
+    logits, target = make_inputs()
+    target = logits.detach().softmax(1) if soft else target
+    tokens = torch.rand(8).round(decimals=1)
+
+    def model(logits, target):
+        results = fused_xent.cross_entropy_with_statistics(
+            logits * 3, target, token_weight=tokens, **EXTRAS, **MODES[mode]
+        )
+        return results.loss + 0.1 * (results.lse * results.entropy + results.z_loss).sum()
+
+    def model_by_default(logits, target):
+        """As compiled code does in the fused mode, whose statistics have no gradient otherwise."""
+        results = fused_xent.cross_entropy_with_statistics(
+            logits * 3, target, token_weight=tokens, **EXTRAS
+        )
+        return results.loss + 0.1 * (results.lse * results.entropy + results.z_loss).sum()
+
+    compiled = torch.compile(model, backend="inductor", fullgraph=True)
+    assert_same(model_by_default, compiled, logits, target)
+
+
+@pytest.mark.parametrize("function", ["cross_entropy", "cross_entropy_with_statistics"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradient(context, function):
+    logits, target = make_inputs()
+    function = getattr(fused_xent, function)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    with context():
+        results, expected = (f(logits, target, softcap=3.0) for f in (compiled, function))
+    torch.testing.assert_close(results, expected)
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_logits_that_are_overwritten_are_not_used_after_that(mode):
+    """Their other use is before, or of a copy: compiled code orders them, or refuses."""
+    logits, target = make_inputs()
+
+    def model(logits, target):
+        computed = logits * 3
+        loss = fused_xent.cross_entropy(computed, target, reduction="sum", **MODES[mode])
+        return loss + computed.square().sum()
+
+    def right(logits, target):
+        return F.cross_entropy(logits * 3, target, reduction="sum") + (logits * 3).square().sum()
+
+    assert_same(right, torch.compile(model, backend="inductor", fullgraph=True), logits, target)
+
+
+def graphs(loss_function, dynamic, **options):
+    """Return how many graphs all shapes took, after comparing each with the function itself."""
+    torch.compiler.reset()
+    counters.clear()
+
+    def model(logits, target):
+        return loss_function(logits * 3, target, reduction="sum", **options)
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for shape in SHAPES:
+        assert_same(model, compiled, *make_inputs(shape))
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("mode", ["default", "inplace"])
+def test_no_more_graphs_than_torchs(mode, dynamic):
+    theirs = graphs(F.cross_entropy, dynamic)
+    assert graphs(fused_xent.cross_entropy, dynamic, **MODES[mode]) <= theirs
+    assert theirs == (1 if dynamic else 3)  # static, rows dynamic, and all
+
+
+def test_graph_of_dynamic_shapes_with_all_options():
+    options = {"softcap": 3.0, "lse_square_scale": 0.1, "focal_gamma": 2.0, "dim": -1}
+    assert graphs(fused_xent.cross_entropy, True, **options) == 1
+
+
+def test_ignored_rows_and_no_reduction():
+    logits, target = make_inputs()
+    compiled = torch.compile(fused_xent.cross_entropy, backend="aot_eager", fullgraph=True)
+    for _ in range(3):  # in memory that held other numbers
+        torch.full((8,), float("nan"))
+        loss = compiled(logits, target, reduction="none")
+        assert torch.equal(loss, fused_xent.cross_entropy(logits, target, reduction="none"))
