@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True): every option and mode, and no more graphs than torch's own loss."""
+"""torch.compile(fullgraph=True): every option and mode, in no more graphs than torch's own loss."""
 
 import pytest
 import torch

@@ -323,7 +323,7 @@ def test_rows_of_more_dimensions_than_the_kernels_count(mode):
     leaf = torch.randn(2, 9, 2, 2, 2, 2, 2).double().requires_grad_()
     apart = (leaf * 1).permute(6, 1, 4, 2, 0, 5, 3)
     target = torch.randint(9, apart.select(1, 0).shape)
-    with pytest.raises(RuntimeError, match="must be False .*more than 4 row dimensions.*strides"):
+    with pytest.raises(RuntimeError, match=r"must be False .*more than 4 row dimensions.*strides"):
         fused_xent.cross_entropy(apart, target, **MODES[mode])
     (gradient,) = torch.autograd.grad(fused_xent.cross_entropy(apart, target), leaf)
     copy = apart.detach().requires_grad_()
