@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from . import _ops, reference
 
@@ -136,7 +135,6 @@ class CrossEntropy(torch.autograd.Function):
         if needs_target and grad_loss is not None:
             grad_target = _target_gradient(ctx.options, inputs)
         if needs_logits and ctx.inplace:
-            increment_version(logits)
             _ops.backward_(*inputs, *ctx.options.for_backward())
             grad_logits = logits.detach()
         elif needs_logits and torch.is_grad_enabled():
@@ -218,8 +216,11 @@ def _target_gradient(options: Options, inputs: tuple) -> Tensor:
     scale = scale if scale.dim() == 0 else scale.unsqueeze(dim)
     seen = reference.transform(logits.to(row_max.dtype), options.softcap, options.logit_scale)
     minus_log_prob = log_sum.unsqueeze(dim) - (seen - row_max.unsqueeze(dim))
+    q = (1 - options.label_smoothing) * target + options.label_smoothing / target.shape[dim]
     if weight is not None:
-        minus_log_prob = minus_log_prob * weight.reshape([-1] + [1] * (logits.dim() - dim - 1))
+        weight = weight.reshape([-1] + [1] * (logits.dim() - dim - 1))
+        minus_log_prob, q = minus_log_prob * weight, q * weight
+    minus_log_prob = minus_log_prob.masked_fill((q == 0) & seen.isneginf(), 0)  # as in the loss
     gradient = minus_log_prob * scale
     if token_weight is not None:
         gradient = gradient.masked_fill((token_weight == 0).unsqueeze(dim), 0)
@@ -266,8 +267,7 @@ class CrossEntropyGradInForward(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 7
         memory, target, token_weight = ctx.saved_tensors
-        increment_version(memory)  # a second backward would scale twice: autograd refuses it
-        gradient = memory.detach()
+        gradient = memory.detach()  # of the same version: a second backward finds it changed
         logits = gradient.as_strided(*ctx.view)
         _ops.scale_gradient_(logits, grad_loss, target, token_weight, *ctx.options[:2])
         return gradient, *[None] * 6

@@ -119,7 +119,7 @@ def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
     if reduction != "mean":
         raise ValueError(f"normalizer must be None where reduction is {reduction!r}, not 'mean'")
     if not isinstance(normalizer, Tensor):
-        if not isinstance(normalizer, Real):
+        if isinstance(normalizer, bool) or not isinstance(normalizer, Real):
             raise TypeError(
                 f"normalizer must be a number or a tensor, got {type(normalizer).__name__}"
             )
@@ -134,11 +134,20 @@ def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
 
 def check_number(name: str, value: float, least: float, most: float) -> float:
     """Return a number in [least, most] as a float."""
-    if not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not least <= value <= most:
         raise ValueError(f"{name} must be in [{least:g}, {most:g}], got {value}")
     return float(value)
+
+
+def check_transform(softcap: float | None, logit_scale: float) -> None:
+    """Check what the kernels multiply a logit by before they take its tanh."""
+    if softcap is not None and not 1e-30 <= logit_scale / softcap <= 1e30:
+        raise ValueError(
+            "logit_scale / softcap must be in [1e-30, 1e+30], got "
+            f"{logit_scale} / {softcap} = {logit_scale / softcap}"
+        )
 
 
 def check_reduction(reduction: str) -> None:
@@ -187,6 +196,13 @@ def check_overwritable(
     if inplace_backward and grad_in_forward:
         raise ValueError("inplace_backward must be False where grad_in_forward is True, got True")
     name = "grad_in_forward" if grad_in_forward else "inplace_backward"
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and torch._C._functorch.get_interpreter_stack():
+        raise RuntimeError(f"{name} must be False under the transforms of torch.func")
+    if not is_compiling and input.is_neg():
+        raise RuntimeError(
+            f"{name} must be False where input is a view with its signs to be changed"
+        )
     memory = input if input._base is None else input._base
     if torch.is_grad_enabled() and input.requires_grad and (input.is_leaf or memory.is_leaf):
         raise RuntimeError(
@@ -205,7 +221,7 @@ def check_overwritable(
             f"{name} must be False where input has more than 4 row dimensions that cannot be "
             f"merged, got strides {input.stride()} of shape {tuple(input.shape)}: clone it"
         )
-    if not torch.compiler.is_compiling() and _share_memory(target, input):
+    if not is_compiling and _share_memory(target, input):
         raise RuntimeError(
             f"{name} must be False where target shares input's memory, which is overwritten"
         )
@@ -231,6 +247,7 @@ def check_range(
     target: Tensor, token_weight: Tensor | None, n_classes: int, ignore_index: int
 ) -> None:
     """Check the values of class indices, of those rows that count."""
+    target = target.to(torch.int64)  # in fewer bits, ignore_index would be another number
     bad = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
     if token_weight is not None:
         bad = bad & (token_weight != 0)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -143,7 +144,27 @@ def _in_turn(operator):
     return rule
 
 
+def _count_version(name: str, index: int) -> None:
+    """Let an operator raise the version of its argument that it overwrites, also in compiled code.
+
+    By that autograd knows, wherever it needs the old values, that they are gone.
+    """
+    operator = getattr(_ops, name).default
+
+    def counted(keyset, *arguments):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            below = keyset & torch._C._after_ADInplaceOrView_keyset
+            results = operator.redispatch(below, *arguments)
+        increment_version(arguments[index])  # not before: what is refused stays as it was
+        return results
+
+    _library.impl(name, counted, "ADInplaceOrView", with_keyset=True)
+
+
 if LOAD_ERROR is None:
+    _library = torch.library.Library("fused_xent", "IMPL")
+    for _name, _index in (("backward_", 3), ("forward_backward_", 0), ("scale_gradient_", 0)):
+        _count_version(_name, _index)
     torch.library.register_fake("fused_xent::forward", _fake_forward)
     torch.library.register_fake("fused_xent::backward", _fake_backward)
     torch.library.register_fake("fused_xent::backward_", lambda *_: None)

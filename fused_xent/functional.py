@@ -4,6 +4,7 @@ import inspect
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -239,6 +240,7 @@ def _evaluate(
         loss_dtype or result_dtype,
         statistics,
     )
+    _checks.check_transform(options.softcap, options.logit_scale)
     if inplace_backward or grad_in_forward:
         _checks.check_overwritable(input, target, dim, inplace_backward, grad_in_forward)
     acc = _ops.accumulation_dtype(input.dtype)
@@ -276,7 +278,7 @@ cross_entropy_with_statistics.__signature__ = inspect.Signature(
 def _as_scalar(normalizer: Tensor | float, input: Tensor) -> Tensor:
     if isinstance(normalizer, Tensor):
         return normalizer.to(input.device, torch.float64)
-    return input.new_full((), normalizer, dtype=torch.float64)
+    return input.new_full((), float(normalizer), dtype=torch.float64)
 
 
 def _is_for_torch(tensors: Tensors, options: Options) -> bool:
@@ -284,10 +286,18 @@ def _is_for_torch(tensors: Tensors, options: Options) -> bool:
     _, target, *scales = tensors
     return (
         not _ops.has_kernels(tensors.logits.device)
+        or tensors.logits.shape[options.dim] == 0
         or any(tensor is not None and tensor.requires_grad for tensor in scales)
         or (options.focal_gamma != 0 and target.requires_grad)
         or (not torch.compiler.is_compiling() and _is_transformed())
     )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether this runs now, for numbers that can be looked at."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return not (_is_transformed() or isinstance(tensor, FakeTensor))
 
 
 def _is_transformed() -> bool:
@@ -301,7 +311,7 @@ def _is_transformed() -> bool:
 
 def _by_torch(tensors: Tensors, options: Options) -> CrossEntropyStatistics:
     logits, target, _, token_weight, _ = tensors
-    if not target.is_floating_point() and not _is_transformed():  # else it would be of no value
+    if not target.is_floating_point() and _has_values(target):
         n_classes = logits.shape[options.dim]
         _checks.check_range(target, token_weight, n_classes, options.ignore_index)
     results = by_torch(tensors, options)

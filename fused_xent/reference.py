@@ -10,18 +10,26 @@ import torch
 from torch import Tensor
 
 
-class CrossEntropyStatistics(NamedTuple):
-    """What :func:`fused_xent.cross_entropy_with_statistics` returns; all but the loss a row each.
-
-    Rows that are ignored, or of token weight 0, have 0, -1 and False.
-    """
-
+class _Statistics(NamedTuple):
     loss: Tensor  # as of cross_entropy
     lse: Tensor  # log of the sum of exp over the classes; differentiable
     z_loss: Tensor  # lse_square_scale * lse^2, times the token's weight: its part of the loss
     entropy: Tensor  # of the softmax, in nats; differentiable
     argmax: Tensor  # int64: the first of the greatest logits, NaN above all
     correct: Tensor  # bool: whether argmax is the target, or the argmax of the probabilities
+
+
+class CrossEntropyStatistics(_Statistics):
+    """What :func:`fused_xent.cross_entropy_with_statistics` returns; all but the loss a row each.
+
+    Rows that are ignored, or of token weight 0, have 0, -1 and False.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, loss, *rows):
+        """Take the fields, or one iterable of them, as torch makes tuples of tensor subclasses."""
+        return super().__new__(cls, *((loss, *rows) if rows else loss))
 
 
 def class_dim(input: Tensor) -> int:
@@ -68,6 +76,7 @@ def cross_entropy_with_statistics(
         token_weight = input.new_ones(input.shape[:dim] + input.shape[dim + 1 :])
     kept = token_weight != 0
     if not target.is_floating_point():
+        target = target.to(torch.int64)  # in fewer bits, ignore_index would be another number
         kept = kept & (target != ignore_index)
     token_weight = token_weight.masked_fill(~kept, 0)
     # Before all else, so that what is left out has no part in anything, NaN or not.
@@ -102,6 +111,8 @@ def cross_entropy_with_statistics(
 def _reduce(row_loss: Tensor, reduction: str, normalizer: Tensor | float) -> Tensor:
     if reduction == "none":
         return row_loss
+    if isinstance(normalizer, Tensor):  # a mean by 0 is NaN
+        normalizer = normalizer.masked_fill(normalizer == 0, torch.nan)
     return row_loss.sum() / normalizer if reduction == "mean" else row_loss.sum()
 
 
@@ -133,13 +144,14 @@ def _probability_loss(log_prob, target, weight, label_smoothing, dim):
     if weight is not None:
         q = q * weight
     row_loss = -_weighted_sum(q, log_prob, dim)
-    return row_loss, torch.ones_like(row_loss), q.sum(dim)
+    has_weight = 1.0 if n_classes else 0.0  # torch's mean divides by the elements over the classes
+    return row_loss, torch.full_like(row_loss, has_weight), q.sum(dim)
 
 
 def _index_loss(log_prob, target, kept, weight, label_smoothing, dim):
     n_classes = log_prob.shape[dim]
     is_class = (target >= 0) & (target < n_classes)
-    index = target.to(torch.int64).masked_fill(~(kept & is_class), 0).unsqueeze(dim)
+    index = target.masked_fill(~(kept & is_class), 0).unsqueeze(dim)
     if weight is None:
         weight = log_prob.new_ones([1] * (log_prob.dim() - dim))
     class_weight = weight.expand_as(log_prob)

@@ -103,6 +103,50 @@ def test_logits_that_are_overwritten_are_not_used_after_that(mode):
     assert_same(right, torch.compile(model, backend="inductor", fullgraph=True), logits, target)
 
 
+USES_OF_LOGITS = {
+    "by what they were made of": lambda leaf, loss: loss(torch.sigmoid(leaf)),
+    "by another function": lambda leaf, loss: (lambda logits: logits.square().sum() + loss(logits))(
+        leaf * 1
+    ),
+    "by another loss": lambda leaf, loss: (lambda logits: loss(logits) + 2 * loss(logits))(
+        leaf * 1
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+@pytest.mark.parametrize("use", USES_OF_LOGITS)
+def test_logits_from_outside_that_are_needed_after_that(use, mode, backend):
+    """As without a compiler, autograd knows that they have been overwritten."""
+    leaf, target = make_inputs()
+
+    def loss(logits):
+        return fused_xent.cross_entropy(logits, target, **MODES[mode])
+
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        USES_OF_LOGITS[use](leaf, compiled).backward()
+    assert leaf.grad is None
+    compiled(leaf * 1).backward()  # needed by nobody
+    expected = torch.autograd.grad(F.cross_entropy(leaf, target), leaf)[0]
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_gradients_of_weights():
+    """By torch operations, in compiled code as well."""
+    logits, target = make_inputs()
+    weight, tokens = torch.rand(50, requires_grad=True), torch.rand(8, requires_grad=True)
+
+    def model(logits, weight, tokens):
+        return fused_xent.cross_entropy(logits * 3, target, weight, token_weight=tokens)
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    inputs = (logits, weight, tokens)
+    gradients = [torch.autograd.grad(f(*inputs), inputs) for f in (compiled, model)]
+    torch.testing.assert_close(*gradients)
+
+
 def graphs(loss_function, dynamic, **options):
     """Return how many graphs all shapes took, after comparing each with the function itself."""
     torch.compiler.reset()

@@ -67,6 +67,21 @@ REFUSED = {
         ValueError,
         "ignore_index must be negative.*got 3",
     ),
+    "scale beyond the cap": (
+        {"softcap": 1e-20, "logit_scale": 1e20},
+        ValueError,
+        r"logit_scale / softcap must be in \[1e-30, 1e\+30\], got 1e\+20 / 1e-20",
+    ),
+    "bool for a number": (
+        {"focal_gamma": True},
+        TypeError,
+        "focal_gamma must be a number, got bool",
+    ),
+    "bool for a normalizer": (
+        {"normalizer": True},
+        TypeError,
+        "normalizer must be a number or a tensor, got bool",
+    ),
     "weight of other size": (
         {"weight": torch.ones(4)},
         ValueError,
@@ -339,3 +354,24 @@ def test_unknown_arguments():
         rule = rf"{function.__name__}\(\) got an unexpected keyword argument 'z_loss'"
         with pytest.raises(TypeError, match=rule):
             function(INPUT, TARGET, z_loss=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_overwriting_under_torch_func(mode):
+    def loss(x):
+        return fused_xent.cross_entropy(x * 1, TARGET, **MODES[mode])
+
+    with pytest.raises(RuntimeError, match=r"must be False under the transforms of torch\.func"):
+        torch.func.grad(loss)(INPUT)
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_overwriting_a_view_of_other_signs(mode):
+    leaf = torch.randn(4, 9, requires_grad=True)
+    view = torch.complex(leaf, leaf).conj().imag
+    assert view.is_neg()
+    with pytest.raises(RuntimeError, match="must be False where input is a view with its signs"):
+        fused_xent.cross_entropy(view, TARGET, **MODES[mode])
+    fused_xent.cross_entropy(view, TARGET).backward()
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(-leaf, TARGET), leaf)[0]
+    torch.testing.assert_close(leaf.grad, expected)

@@ -164,5 +164,5 @@ def test_report_that_is_not_read_to_its_end(run_python):
 def test_report_of_an_instruction_set_that_does_not_exist(run_python):
     report = run_python("-m", "fused_xent", FUSED_XENT_CPU_CAPABILITY="sse")
     assert report.returncode == 1
-    assert "must be avx512_bf16, avx512, avx2 or portable, got sse" in report.stdout
+    assert "must be avx512_bf16, avx512, avx2 or portable, got 'sse'" in report.stdout
     assert "Traceback" not in report.stderr

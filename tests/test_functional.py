@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, REDUCTIONS, Labels, make_logits, make_target
 from compare import assert_gradient, assert_loss, truth
+from modes import MODES
 
 import fused_xent
 
@@ -215,6 +216,91 @@ def test_weight_of_any_stride_that_is_a_view():
     for view in (weight[::2], weight[:1].expand(9), weight[9:]):
         expected = F.cross_entropy(input, target, view.contiguous())
         torch.testing.assert_close(fused_xent.cross_entropy(input, target, view), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(5, 0), (0,), (2, 0, 3), (0, 5)], ids=str)
+def test_probabilities_of_no_classes(shape, mode):
+    """As torch says: nothing, of as many rows as there are."""
+    logits = torch.zeros(shape, requires_grad=True)
+    target = torch.zeros(shape)
+    for reduction in ("none", "sum", "mean"):
+        actual = fused_xent.cross_entropy(logits * 1, target, reduction=reduction, **MODES[mode])
+        expected = F.cross_entropy(logits, target, reduction=reduction)
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+        actual.sum().backward()
+        assert logits.grad.shape == shape
+
+
+NARROW = [
+    (torch.uint8, 156, -100),  # equal modulo 2^8
+    (torch.uint8, 5, 2**8 + 5),
+    (torch.int32, 5, 2**32 + 5),
+    (torch.int32, 5, -(2**32) + 5),
+]
+BY_TORCH = {
+    "kernels": lambda loss, x, y: loss(x, y),
+    "token_weight": lambda loss, x, y: loss(
+        x, y, token_weight=torch.ones(2, requires_grad=True)
+    ).detach(),
+    "vmap": lambda loss, x, y: torch.func.vmap(loss)(x[None], y[None])[0],
+    "jvp": lambda loss, x, y: torch.func.jvp(lambda x: loss(x, y), (x,), (x.cos(),))[1],
+    "second derivative": lambda loss, x, y: torch.func.grad(
+        lambda x: torch.func.grad(lambda x: loss(x, y).sum())(x).square().sum()
+    )(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("way", BY_TORCH)
+@pytest.mark.parametrize(("dtype", "index", "ignore_index"), NARROW, ids=str)
+def test_ignore_index_beyond_the_targets_type(dtype, index, ignore_index, way):
+    logits, target = torch.randn(2, 200), torch.tensor([index, 3], dtype=dtype)
+
+    def ours(x, y, **options):
+        options |= {"reduction": "none", "ignore_index": ignore_index}
+        return fused_xent.cross_entropy(x, y, **options)
+
+    def theirs(x, y, token_weight=None):
+        return F.cross_entropy(x, y.to(torch.int64), reduction="none")
+
+    pair = (BY_TORCH[way](loss, logits, target) for loss in (ours, theirs))
+    torch.testing.assert_close(*pair)
+    with pytest.raises(IndexError):
+        BY_TORCH["token_weight"](ours, logits[:, : index - 2], target)
+
+
+def test_gradient_of_probabilities_at_logits_of_minus_infinity():
+    """0 where the term of the loss is 0 for its weight or probability; by each way to it."""
+    logits, weight = torch.randn(3, 5).double(), torch.tensor([1.0, 1, 1, 1, 0]).double()
+    logits[:, 4] = -torch.inf
+    for weights, last in ((weight, 0.5), (None, 0.0)):
+        target = torch.rand(3, 5).double()
+        target[:, 4] = last
+        target.requires_grad_()
+        loss = fused_xent.cross_entropy(logits, target, weights, reduction="sum")
+        assert loss.isfinite()
+        for create_graph in (False, True):
+            gradient = torch.autograd.grad(
+                loss, target, retain_graph=True, create_graph=create_graph
+            )[0]
+            expected = -logits.log_softmax(1)
+            torch.testing.assert_close(gradient[:, :4], expected[:, :4])
+            assert (gradient[:, 4] == 0).all()
+
+
+def test_tensor_subclasses_that_ask_for_nothing():
+    class Plain(torch.Tensor):
+        pass
+
+    input, target = make_logits((4, 9), torch.float32), torch.arange(4)
+    loss = fused_xent.cross_entropy(input.as_subclass(Plain), target)
+    assert type(loss) is Plain
+    results = fused_xent.cross_entropy_with_statistics(input.as_subclass(Plain), target)
+    assert type(results) is fused_xent.CrossEntropyStatistics
+    assert {type(result) for result in results} == {Plain}
+    expected = fused_xent.cross_entropy_with_statistics(input, target)
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_with_statistics"])

@@ -113,8 +113,8 @@ def test_unknown_capability(limit, run_python):
     """When asked, and at each use of a kernel."""
     result = run_python("-c", USE_KERNELS, FUSED_XENT_CPU_CAPABILITY=limit)
     rule = "FUSED_XENT_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or portable"
-    assert f"{rule}, got {limit}\n" in result.stdout
-    assert f"ValueError: {rule}, got {limit}\n" in result.stderr
+    assert f"{rule}, got '{limit}'\n" in result.stdout
+    assert f"ValueError: {rule}, got '{limit}'\n" in result.stderr
     assert result.returncode == 1
 
 

@@ -47,8 +47,8 @@ const Capability& choose() {
     if (allowed && capability.is_supported()) return capability;
   }
   throw std::invalid_argument(
-      "FUSED_XENT_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or portable, got " +
-      std::string(limit));
+      "FUSED_XENT_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or portable, got '" +
+      std::string(limit) + "'");
 }
 
 const Capability& in_use() {

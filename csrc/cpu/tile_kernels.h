@@ -6,6 +6,7 @@
 // equal: so none has less than 8 where there are 8 classes.
 template <typename Step>
 XENT_INLINE void for_class_groups(int64_t vocab_size, const Step& step) {
+  if (vocab_size == 0) return;
   const int64_t n_groups = (vocab_size + kGroup - 1) / kGroup;
   const int64_t size = (vocab_size + n_groups - 1) / n_groups;
   for (int64_t j = 0; j < vocab_size; j += size) {
