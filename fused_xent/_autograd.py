@@ -68,15 +68,24 @@ def by_torch(tensors: Tensors, options: Options) -> reference.CrossEntropyStatis
 
 
 def evaluate(tensors: Tensors, options: Options, inplace: bool) -> tuple:
-    """Return the loss, what a backward needs of it, argmax, and if wanted the lse."""
-    if torch.compiler.is_compiling() and not (
-        torch.is_grad_enabled() and (tensors.logits.requires_grad or tensors.target.requires_grad)
-    ):  # else the compiler would take *inputs of the Function's forward for a context
-        return _evaluate(tensors, options)
-    return CrossEntropy.apply(*tensors, options, inplace)
+    """Return the loss, and with statistics also what a backward needs of it, argmax, and the lse."""
+    is_compiling = torch.compiler.is_compiling()
+    wants_graph = torch.is_grad_enabled() and (
+        tensors.logits.requires_grad or tensors.target.requires_grad
+    )
+    if is_compiling and wants_graph or not is_compiling and is_under_torch_func():
+        return CrossEntropy.apply(*tensors, options, inplace)
+    if wants_graph:
+        return CrossEntropyInEager.apply(*tensors, options, inplace)
+    return _forward(tensors, options)
 
 
-def _evaluate(tensors: Tensors | list, options: Options) -> tuple:
+def is_under_torch_func() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return bool(torch._C._functorch.get_interpreter_stack())
+
+
+def _forward(tensors: Tensors | list, options: Options) -> tuple:
     results = _ops.forward(*tensors, *options.for_forward())
     if not options.statistics:
         return results
@@ -98,9 +107,12 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        """Return what evaluate does. The inputs are Tensors, Options and inplace."""
+        """Return what the operator does, and with statistics the lse.
+
+        The inputs are Tensors, Options and inplace.
+        """
         *tensors, options, _ = inputs
-        return _evaluate(tensors, options)
+        return _forward(tensors, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -142,6 +154,25 @@ class CrossEntropy(torch.autograd.Function):
         elif needs_logits:
             grad_logits = _ops.backward(*inputs, *ctx.options.for_backward())
         return grad_logits, grad_target, None, None, None, None, None
+
+
+class CrossEntropyInEager(CrossEntropy):
+    """The same in half the time: a transform or a compiler sees all outputs, others but the loss."""
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """Return the loss, and with statistics all of them."""
+        *tensors, options, _ = inputs
+        output = _forward(tensors, options)
+        if options.statistics:
+            CrossEntropy.setup_context(ctx, inputs, output)
+            return output
+        loss, *saved, _ = output
+        ctx.options, ctx.inplace = inputs[5:]
+        ctx.save_for_backward(*tensors[:4], *saved)
+        return loss, None
 
 
 def _loss_and_statistics(options: Options, inputs: tuple, logits: Tensor, target: Tensor) -> tuple:

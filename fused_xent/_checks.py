@@ -20,7 +20,7 @@ def is_autocast(device: torch.device) -> bool:
 
 def check_index(name: str, value: int) -> int:
     """Return an integer of any type as an int."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    if isinstance(value, bool) or not isinstance(value, (int, SupportsIndex)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     value = operator.index(value)
     if not -(2**63) <= value < 2**63:
@@ -134,7 +134,7 @@ def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
 
 def check_number(name: str, value: float, least: float, most: float) -> float:
     """Return a number in [least, most] as a float."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not least <= value <= most:
         raise ValueError(f"{name} must be in [{least:g}, {most:g}], got {value}")
