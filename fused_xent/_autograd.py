@@ -68,12 +68,12 @@ def by_torch(tensors: Tensors, options: Options) -> reference.CrossEntropyStatis
 
 
 def evaluate(tensors: Tensors, options: Options, inplace: bool) -> tuple:
-    """Return the loss, and with statistics also what a backward needs of it, argmax, and the lse."""
+    """Return the loss; with statistics, after it what a backward needs, argmax, and the lse."""
     is_compiling = torch.compiler.is_compiling()
     wants_graph = torch.is_grad_enabled() and (
         tensors.logits.requires_grad or tensors.target.requires_grad
     )
-    if is_compiling and wants_graph or not is_compiling and is_under_torch_func():
+    if wants_graph if is_compiling else is_under_torch_func():
         return CrossEntropy.apply(*tensors, options, inplace)
     if wants_graph:
         return CrossEntropyInEager.apply(*tensors, options, inplace)
@@ -157,7 +157,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class CrossEntropyInEager(CrossEntropy):
-    """The same in half the time: a transform or a compiler sees all outputs, others but the loss."""
+    """The same in half the time: where only a transform or a compiler sees more than the loss."""
 
     setup_context = torch.autograd.Function.setup_context
 
@@ -267,23 +267,22 @@ class CrossEntropyGradInForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs):
+    def forward(ctx, memory, view, *inputs):
         """Return the memory, now the gradient for an upstream of 1, loss and statistics.
 
-        The inputs are memory, view, all other Tensors and Options.
+        The further inputs are all other Tensors and Options.
         """
-        memory, view, *tensors, options = inputs
-        logits = memory.as_strided(*view)
-        return memory, *_ops.forward_backward_(logits, *tensors, *options.for_forward())
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Save the gradient."""
-        memory, ctx.view, target, _, token_weight, _, ctx.options = inputs
+        target, _, token_weight, _, options = inputs
+        *tensors, _ = inputs
+        results = _ops.forward_backward_(memory.as_strided(*view), *tensors, *options.for_forward())
+        if not options.statistics:
+            results = results[:1]
+        ctx.view, ctx.options = view, options
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(memory)
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.mark_non_differentiable(*results[1:])
         ctx.save_for_backward(memory, target, token_weight)
+        return memory, *results
 
     @staticmethod
     def backward(ctx, grad_memory, grad_loss, *_):

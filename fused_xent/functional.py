@@ -355,9 +355,8 @@ def _grad_in_forward(tensors: Tensors, options: Options) -> tuple:
     logits, *others = tensors
     memory = logits if logits._base is None else logits._base
     view = (logits.size(), logits.stride(), logits.storage_offset())
-    _, loss, row_max, log_sum, entropy, argmax = CrossEntropyGradInForward.apply(
-        memory, view, *others, options
-    )
+    _, loss, *rows = CrossEntropyGradInForward.apply(memory, view, *others, options)
     if not options.statistics:
         return (loss,)
+    row_max, log_sum, entropy, argmax = rows
     return _with_statistics(tensors, options, loss, row_max + log_sum, entropy, argmax)
