@@ -274,19 +274,26 @@ class CrossEntropyGradInForward(torch.autograd.Function):
         """
         target, _, token_weight, _, options = inputs
         *tensors, _ = inputs
-        results = _ops.forward_backward_(memory.as_strided(*view), *tensors, *options.for_forward())
-        if not options.statistics:
-            results = results[:1]
+        loss, row_max, log_sum, *rows = _ops.forward_backward_(
+            memory.as_strided(*view), *tensors, *options.for_forward()
+        )
         ctx.view, ctx.options = view, options
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(memory)
-        ctx.mark_non_differentiable(*results[1:])
         ctx.save_for_backward(memory, target, token_weight)
-        return memory, *results
+        if not options.statistics:
+            return memory, loss
+        ctx.mark_non_differentiable(rows[-1])
+        return memory, loss, row_max + log_sum, *rows
 
     @staticmethod
-    def backward(ctx, grad_memory, grad_loss, *_):
+    def backward(ctx, grad_memory, grad_loss, *grads):
         """Scale the gradient by the upstream one, once."""
+        if any(grad is not None for grad in grads):
+            raise RuntimeError(
+                "grad_in_forward must be False where lse, z_loss or entropy are differentiated: "
+                "their gradient needs the logits that are overwritten; use inplace_backward"
+            )
         if grad_memory is not None:
             raise RuntimeError(
                 "grad_in_forward must be False where the logits are used after the loss: they have "

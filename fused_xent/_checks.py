@@ -74,7 +74,8 @@ def check_target(input: Tensor, target: Tensor, dim: int, ignore_index: int) -> 
     elif target.shape != row_shape:
         raise ValueError(
             f"target must have shape {tuple(row_shape)} (class indices) or {tuple(input.shape)} "
-            f"(probabilities) for input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
+            f"(probabilities) for logits of shape {tuple(input.shape)} with their classes in "
+            f"dimension {dim}, got {tuple(target.shape)}: for classes elsewhere, see dim"
         )
     elif target.dtype not in _INDEX_DTYPES:
         raise ValueError(
@@ -117,7 +118,10 @@ def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
     if normalizer is None:
         return
     if reduction != "mean":
-        raise ValueError(f"normalizer must be None where reduction is {reduction!r}, not 'mean'")
+        raise ValueError(
+            "normalizer must be None unless reduction is 'mean', got "
+            f"{normalizer} and {reduction!r}"
+        )
     if not isinstance(normalizer, Tensor):
         if isinstance(normalizer, bool) or not isinstance(normalizer, Real):
             raise TypeError(

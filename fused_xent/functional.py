@@ -55,40 +55,46 @@ def cross_entropy(
     .. math:: \mathrm{token\_weight}\, \left((1 - P)^{\mathrm{focal\_gamma}}\, c
               + \mathrm{lse\_square\_scale}\; \mathrm{lse}^2\right)
 
-    where :math:`P` is :math:`p_y`, or for labels on several classes :math:`\exp(-c / Q)` with the
-    labels' sum ``Q``: the focal loss (https://arxiv.org/abs/1708.02002). The other term is the
-    z-loss (https://arxiv.org/abs/2204.02311).
+    where :math:`P` is :math:`p_y`, or for probabilities and for smoothed labels
+    :math:`\exp(-c / Q)` with :math:`Q` the sum of what multiplies the :math:`-\log p_j` in ``c``:
+    the focal loss (https://arxiv.org/abs/1708.02002). The other term is the z-loss
+    (https://arxiv.org/abs/2204.02311).
 
     Args:
         input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, of any strides; float32,
             float64, bfloat16 or float16.
         target: class indices of ``input``'s shape without ``C`` (int64, int32 or uint8), or
             probabilities of ``input``'s shape (floating; differentiable).
-        weight: one weight a class, ``(C,)``, of ``input``'s dtype.
+        weight: one weight a class, ``(C,)``, of ``input``'s dtype; of any under autocast or beside
+            probabilities.
         size_average: deprecated in torch, see ``reduction``.
         ignore_index: rows of this class index have loss and gradient 0, do not count in ``mean``,
-            and their logits may hold anything. Any integer. Probabilities have no such rows: see
-            ``token_weight``.
+            and their logits may hold anything. Any integer. Probabilities have no such rows, so
+            that it must be negative beside them: see ``token_weight``.
         reduce: deprecated in torch, see ``reduction``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         label_smoothing: in [0, 1].
-        dim: the dimension of the classes, where it is not torch's: ``-1`` takes ``(B, T, C)``.
+        dim: the dimension of the classes, where it is not torch's: ``-1`` takes ``(B, T, C)``,
+            of which probabilities would else be taken for those of ``T`` classes.
         token_weight: one weight a row, of the unreduced loss's shape; any real numbers. A row of
             weight 0 is left out as if it were ignored, whatever its logits, target or
-            probabilities. ``mean`` divides by the sum of class weight times token weight (for
-            probabilities, of token weight).
-        normalizer: what ``mean`` divides the sum by instead, a number or a tensor of shape ``()``:
-            the tokens of the whole batch, where this is a part of it.
+            probabilities, and out of the statistics. ``mean`` divides by the sum of class weight
+            times token weight (for probabilities, of token weight); of weights of either sign,
+            which may almost cancel each other, pass a ``normalizer``.
+        normalizer: what ``mean`` divides the sum by instead, a number that is finite and not 0, or
+            a tensor of shape ``()``: where this is a part of a batch, what the whole batch would be
+            divided by, without weights the number of its rows that are not ignored.
         lse_square_scale: of the z-loss, which no class weight multiplies; in [0, 1e30].
-        softcap: in [1e-30, 1e30]; None: no cap.
-        logit_scale: in [1e-30, 1e30].
+        softcap: a number in [1e-30, 1e30]; None: no cap.
+        logit_scale: a number in [1e-30, 1e30]. To learn a scale, multiply the logits by it.
         focal_gamma: in [0, 1e30]; 0: plain cross-entropy.
         loss_dtype: dtype of the loss. None is torch's rule: that of ``input``, or that to which it
             is promoted with probabilities; float32 under autocast. Sums are float32 or better at
             any.
         inplace_backward: the backward writes the gradient over the logits: no memory for it, half
             the traffic of a fresh one. The logits must not be needed after the backward; autograd
-            raises its own error where it needs them.
+            raises its own error where it needs them. A compiled function must not return them:
+            torch's compiler then fails with an assertion that a node is invalid but is output.
         grad_in_forward: the forward writes the gradient over the logits, and the backward only
             multiplies it by the upstream gradient, if that is not 1: one read and one write of the
             logits in all. The logits must not be needed after the forward; autograd raises an error
@@ -157,7 +163,8 @@ def cross_entropy_with_statistics(
 
     Takes the arguments of :func:`fused_xent.cross_entropy`, all but the first three by name. The
     statistics have the shape of the unreduced loss, and float64 for float64 logits and float32 for
-    others. Rows that are ignored or of token weight 0 have 0, ``argmax`` -1 and ``correct`` False.
+    others. Rows that are ignored or of token weight 0 are not read, and have 0, ``argmax`` -1 and
+    ``correct`` False: ``correct.sum() / (argmax >= 0).sum()`` is the accuracy of the others.
 
     Returns:
         A named tuple:
@@ -167,10 +174,12 @@ def cross_entropy_with_statistics(
         - ``z_loss``: the row's part of the loss that is ``lse_square_scale * lse^2``, times its
           token weight; differentiable.
         - ``entropy``: :math:`-\\sum_j p_j \\log p_j`; differentiable.
-        - ``argmax``: int64, the first class of the greatest logit, NaN above all numbers.
+        - ``argmax``: int64, the first class of the greatest :math:`z_j`, NaN above all numbers.
+          Under a ``softcap``, logits of more than about nine times that are equal.
         - ``correct``: bool, whether that is the target, or the argmax of the probabilities.
 
-        With ``grad_in_forward``, gradients flow through ``loss`` alone.
+        With ``grad_in_forward``, a gradient through any but ``loss`` raises an error, unless in
+        compiled code, where that is ``inplace_backward``.
     """
     unknown = [name for name in options if name not in _NAMES]
     if unknown:
@@ -356,7 +365,4 @@ def _grad_in_forward(tensors: Tensors, options: Options) -> tuple:
     memory = logits if logits._base is None else logits._base
     view = (logits.size(), logits.stride(), logits.storage_offset())
     _, loss, *rows = CrossEntropyGradInForward.apply(memory, view, *others, options)
-    if not options.statistics:
-        return (loss,)
-    row_max, log_sum, entropy, argmax = rows
-    return _with_statistics(tensors, options, loss, row_max + log_sum, entropy, argmax)
+    return _with_statistics(tensors, options, loss, *rows) if options.statistics else (loss,)

@@ -11,8 +11,9 @@ from .functional import cross_entropy
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """Module of :func:`fused_xent.cross_entropy`, equivalent to :class:`torch.nn.CrossEntropyLoss`.
 
-    Takes torch's arguments and the function's options, which say what the loss is; a batch's
-    tensors go to ``forward``. A subclass of torch's: state dicts and isinstance checks carry over.
+    Takes torch's arguments and the options of the function, where each is explained, but for
+    ``token_weight`` and ``normalizer``, which are a batch's and go to ``forward``. They are checked
+    when the loss is computed. A subclass of torch's: state dicts and isinstance checks carry over.
     """
 
     # Of a module that was made, and pickled, as torch's or before an option was there.

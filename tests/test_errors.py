@@ -164,7 +164,7 @@ REFUSED = {
     "normalizer of a sum": (
         {"normalizer": 3, "reduction": "sum"},
         ValueError,
-        "normalizer must be None where reduction is 'sum'",
+        "normalizer must be None unless reduction is 'mean', got 3 and 'sum'",
     ),
     "several normalizers": (
         {"normalizer": torch.ones(4)},

@@ -127,6 +127,7 @@ def test_report_of_what_runs_here(run_python):
     reason = _ops.CUDA_LOAD_ERROR
     state = f"torch operations, because {reason}" if reason else "native kernels"
     assert f"\nCUDA: {state}" in report.stdout
+    assert report.stdout.endswith("\nall of it within what is promised\n")
     assert f"fused_xent {fused_xent.__version__}" in report.stdout
     assert f"instruction set {fused_xent.cpu_capability()}" in report.stdout
     assert "WRONG" not in report.stdout
@@ -151,7 +152,10 @@ def test_report_of_a_kernel_that_is_wrong(part, monkeypatch, capsys):
     if part in ("lse", "entropy"):
         monkeypatch.setattr(__main__, "cross_entropy_with_statistics", wrong_statistics)
     assert __main__.main([]) == 1
-    assert capsys.readouterr().out.count("WRONG") >= 4  # in 16 bits a gradient has few digits
+    *_, last = report = capsys.readouterr().out.splitlines()
+    n_wrong = sum(line.endswith("  WRONG") for line in report)
+    assert n_wrong >= 4  # in 16 bits a gradient has few digits
+    assert last == f"{n_wrong} lines are WRONG"
 
 
 def test_report_that_is_not_read_to_its_end(run_python):

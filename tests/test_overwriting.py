@@ -185,3 +185,14 @@ def test_training_as_with_the_default_mode(mode):
             optimizer.step()
         ends.append(model.weight.detach())
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lse", "z_loss", "entropy"])
+def test_gradient_of_statistics_in_fused_mode(name):
+    leaf, target = make_problem()
+    results = fused_xent.cross_entropy_with_statistics(
+        leaf * 1, target, lse_square_scale=0.1, grad_in_forward=True
+    )
+    with pytest.raises(RuntimeError, match=r"grad_in_forward must be False where lse, z_loss or"):
+        (results.loss - getattr(results, name).mean()).backward()
+    assert leaf.grad is None
