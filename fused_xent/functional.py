@@ -202,6 +202,26 @@ def cross_entropy_with_statistics(
 
 
 def _evaluate(
+    *tensors,
+    inplace_backward: bool = False,
+    grad_in_forward: bool = False,
+    **options,
+) -> tuple:
+    """Check the arguments and compute; without statistics, only the loss of these is meant."""
+    _checks.check_flag("inplace_backward", inplace_backward)
+    _checks.check_flag("grad_in_forward", grad_in_forward)
+    tensors, options = prepare(*tensors, **options)
+    logits, target, *_ = tensors
+    if target.dtype == torch.float64:  # to which logits are promoted
+        tensors = tensors._replace(logits=logits.to(torch.float64))
+    if inplace_backward or grad_in_forward:
+        _checks.check_overwritable(
+            tensors.logits, target, options.dim, inplace_backward, grad_in_forward
+        )
+    return compute(tensors, options, inplace_backward, grad_in_forward)
+
+
+def prepare(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -220,10 +240,8 @@ def _evaluate(
     logit_scale: float = 1.0,
     focal_gamma: float = 0.0,
     loss_dtype: torch.dtype | None = None,
-    inplace_backward: bool = False,
-    grad_in_forward: bool = False,
-) -> tuple:
-    """Check the arguments and compute; without statistics, only the loss of these is meant."""
+) -> tuple[Tensors, Options]:
+    """Check the arguments, of which input's values are not looked at, and put them in order."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     ignore_index = _checks.check_index("ignore_index", ignore_index)
@@ -234,9 +252,7 @@ def _evaluate(
     _checks.check_reduction(reduction)
     _checks.check_normalizer(normalizer, reduction)
     _checks.check_loss_dtype(loss_dtype)
-    _checks.check_flag("inplace_backward", inplace_backward)
-    _checks.check_flag("grad_in_forward", grad_in_forward)
-    input, target, result_dtype = _promote(input, target, weight)
+    target, result_dtype = _promote(input, target, weight)
     options = Options(  # at most 1e30: the kernels' float32 has a little more
         dim,
         ignore_index,
@@ -250,27 +266,41 @@ def _evaluate(
         statistics,
     )
     _checks.check_transform(options.softcap, options.logit_scale)
-    if inplace_backward or grad_in_forward:
-        _checks.check_overwritable(input, target, dim, inplace_backward, grad_in_forward)
-    acc = _ops.accumulation_dtype(input.dtype)
     if token_weight is not None:
-        token_weight = token_weight.to(acc).contiguous()
+        dtype = torch.float64 if target.dtype == torch.float64 else input.dtype
+        token_weight = token_weight.to(_ops.accumulation_dtype(dtype)).contiguous()
     if normalizer is not None:
         normalizer = _as_scalar(normalizer, input)
-    tensors = Tensors(input, target, weight, token_weight, normalizer)
-    if _is_for_torch(tensors, options):
+    return Tensors(input, target, weight, token_weight, normalizer), options
+
+
+def compute(
+    tensors: Tensors,
+    options: Options,
+    inplace_backward: bool = False,
+    grad_in_forward: bool = False,
+) -> tuple:
+    """Compute the loss, and with statistics all of them, of what has been prepared."""
+    if is_for_torch(tensors, options):
         return _by_torch(tensors, options)
-    if weight is not None:
-        tensors = tensors._replace(weight=weight.to(acc).contiguous())
-    if grad_in_forward and torch.is_grad_enabled() and input.requires_grad:
+    tensors = for_kernels(tensors)
+    if grad_in_forward and torch.is_grad_enabled() and tensors.logits.requires_grad:
         if not torch.compiler.is_compiling():
             return _grad_in_forward(tensors, options)
         inplace_backward = True  # compiled code cannot tell whether the logits are used later
     loss, *results = evaluate(tensors, options, inplace_backward)
-    if not statistics:
+    if not options.statistics:
         return (loss,)
     *_, entropy, argmax, lse = results
-    return _with_statistics(tensors, options, loss, lse, entropy, argmax)
+    return with_statistics(tensors, options, loss, lse, entropy, argmax)
+
+
+def for_kernels(tensors: Tensors) -> Tensors:
+    """Return the class weights in the type of the kernels' sums."""
+    if tensors.weight is None:
+        return tensors
+    acc = _ops.accumulation_dtype(tensors.logits.dtype)
+    return tensors._replace(weight=tensors.weight.to(acc).contiguous())
 
 
 _PARAMETERS = inspect.signature(cross_entropy).parameters.values()
@@ -290,7 +320,7 @@ def _as_scalar(normalizer: Tensor | float, input: Tensor) -> Tensor:
     return input.new_full((), float(normalizer), dtype=torch.float64)
 
 
-def _is_for_torch(tensors: Tensors, options: Options) -> bool:
+def is_for_torch(tensors: Tensors, options: Options) -> bool:
     """Whether the loss is computed by torch operations, which know all of autograd."""
     _, target, *scales = tensors
     return (
@@ -302,7 +332,7 @@ def _is_for_torch(tensors: Tensors, options: Options) -> bool:
     )
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether this runs now, for numbers that can be looked at."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
@@ -320,14 +350,15 @@ def _is_transformed() -> bool:
 
 def _by_torch(tensors: Tensors, options: Options) -> CrossEntropyStatistics:
     logits, target, _, token_weight, _ = tensors
-    if not target.is_floating_point() and _has_values(target):
+    if not target.is_floating_point() and has_values(target):
         n_classes = logits.shape[options.dim]
         _checks.check_range(target, token_weight, n_classes, options.ignore_index)
     results = by_torch(tensors, options)
     return results._replace(loss=results.loss.to(options.loss_dtype))
 
 
-def _with_statistics(tensors, options, loss, lse, entropy, argmax) -> CrossEntropyStatistics:
+def with_statistics(tensors, options, loss, lse, entropy, argmax) -> CrossEntropyStatistics:
+    """Return all statistics, those that follow from the others as well."""
     _, target, _, token_weight, _ = tensors
     z_loss = options.lse_square_scale * lse.square()
     if token_weight is not None:
@@ -338,13 +369,11 @@ def _with_statistics(tensors, options, loss, lse, entropy, argmax) -> CrossEntro
     return CrossEntropyStatistics(loss, lse, z_loss, entropy, argmax, correct)
 
 
-def _promote(
-    input: Tensor, target: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Return input and target in dtypes that the kernels take together, and the loss's dtype.
+def _promote(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, torch.dtype]:
+    """Return the target in a dtype that the kernels take, and the loss's dtype.
 
     The kernels read 16-bit logits beside probabilities of their own dtype or float32, so that only
-    rarer pairs need a copy.
+    rarer pairs need a copy. Of float64 where the logits are to become that, too.
     """
     dtype = input.dtype
     if target.is_floating_point():
@@ -352,12 +381,12 @@ def _promote(
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
         if dtype == torch.float64:
-            input, target = input.to(dtype), target.to(dtype)
+            target = target.to(dtype)
         elif target.dtype != input.dtype:
             target = target.to(torch.float32)
     if is_autocast(input.device) and dtype != torch.float64:
         dtype = torch.float32
-    return input, target, dtype
+    return target, dtype
 
 
 def _grad_in_forward(tensors: Tensors, options: Options) -> tuple:
@@ -365,4 +394,4 @@ def _grad_in_forward(tensors: Tensors, options: Options) -> tuple:
     memory = logits if logits._base is None else logits._base
     view = (logits.size(), logits.stride(), logits.storage_offset())
     _, loss, *rows = CrossEntropyGradInForward.apply(memory, view, *others, options)
-    return _with_statistics(tensors, options, loss, *rows) if options.statistics else (loss,)
+    return with_statistics(tensors, options, loss, *rows) if options.statistics else (loss,)
