@@ -2,6 +2,11 @@
 
 from ._ops import cpu_capability
 from .functional import cross_entropy, cross_entropy_with_statistics
+from .linear import (
+    LinearCrossEntropyLoss,
+    linear_cross_entropy,
+    linear_cross_entropy_with_statistics,
+)
 from .nn import CrossEntropyLoss
 from .reference import CrossEntropyStatistics
 
@@ -9,7 +14,10 @@ __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStatistics",
+    "LinearCrossEntropyLoss",
     "cpu_capability",
     "cross_entropy",
     "cross_entropy_with_statistics",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_statistics",
 ]

@@ -113,6 +113,72 @@ def check_token_weight(input: Tensor, dim: int, token_weight: Tensor | None) -> 
         raise ValueError(f"token_weight must hold real numbers, got {token_weight.dtype}")
 
 
+def check_names(function: str, given, known) -> None:
+    """Check the names of keyword arguments."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """Check what a linear layer multiplies."""
+    _check_dense("input", input)
+    _check_dense("linear_weight", linear_weight)
+    _check_device("linear_weight", linear_weight, input)
+    if input.dtype not in _ops.DTYPES:
+        raise ValueError(f"input must be float32, float64, bfloat16 or float16, got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError("input must have a dimension of features, got a tensor of shape ()")
+    if linear_weight.dim() < 2:
+        raise ValueError(
+            "linear_weight must have shape (C, *D, H) for C classes and H features, got "
+            f"{tuple(linear_weight.shape)}"
+        )
+    if linear_weight.shape[-1] != input.shape[-1]:
+        raise ValueError(
+            f"linear_weight must have input's {input.shape[-1]} features in its last dimension, "
+            f"got shape {tuple(linear_weight.shape)}"
+        )
+    if linear_bias is not None:
+        _check_dense("linear_bias", linear_bias)
+        _check_device("linear_bias", linear_bias, input)
+        if linear_bias.shape != linear_weight.shape[:-1]:
+            raise ValueError(
+                f"linear_bias must have shape {tuple(linear_weight.shape[:-1])}, got "
+                f"{tuple(linear_bias.shape)}"
+            )
+
+
+def check_linear_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """Check that a matrix product takes them together, after autocast's casts."""
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise ValueError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
+
+
+def check_shift(shift: int, input: Tensor) -> int:
+    """Return by how many positions the labels are ahead of the hidden states."""
+    shift = int(shift) if isinstance(shift, bool) else check_index("shift", shift)
+    if shift < 0:
+        raise ValueError(f"shift must not be negative, got {shift}")
+    if shift > 0 and input.dim() < 2:
+        raise ValueError(
+            "shift must be 0 unless input has a dimension of positions before its features, got "
+            f"{shift} and shape {tuple(input.shape)}"
+        )
+    return shift
+
+
+def check_chunk_rows(chunk_rows: int | None) -> int | None:
+    """Return of how many rows the logits are made at a time."""
+    if chunk_rows is None:
+        return None
+    chunk_rows = check_index("chunk_rows", chunk_rows)
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    return chunk_rows
+
+
 def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
     """Check by what the sum is divided."""
     if normalizer is None:

@@ -181,11 +181,7 @@ def cross_entropy_with_statistics(
         With ``grad_in_forward``, a gradient through any but ``loss`` raises an error, unless in
         compiled code, where that is ``inplace_backward``.
     """
-    unknown = [name for name in options if name not in _NAMES]
-    if unknown:
-        raise TypeError(
-            f"cross_entropy_with_statistics() got an unexpected keyword argument {unknown[0]!r}"
-        )
+    _checks.check_names("cross_entropy_with_statistics", options, _NAMES)
     tensors = (input, target, weight, token_weight, normalizer)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(

@@ -22,7 +22,10 @@ LAYERS = {
     "_checks": {"_ops", "reference"},
     "functional": {"_autograd", "_checks", "_ops", "reference"},
     "nn": {"functional"},
-    "__init__": {"_ops", "functional", "nn", "reference"},
+    "_linear": {"_ops"},
+    "_linear_autograd": {"_autograd", "_linear", "_ops"},
+    "linear": {"_autograd", "_checks", "_linear_autograd", "_ops", "functional", "reference"},
+    "__init__": {"_ops", "functional", "linear", "nn", "reference"},
     "__main__": {"__init__", "_ops", "functional", "nn", "reference"},
 }
 
@@ -68,9 +71,12 @@ def test_public_names():
     assert set(fused_xent.__all__) == {
         "CrossEntropyLoss",
         "CrossEntropyStatistics",
+        "LinearCrossEntropyLoss",
         "cpu_capability",
         "cross_entropy",
         "cross_entropy_with_statistics",
+        "linear_cross_entropy",
+        "linear_cross_entropy_with_statistics",
     }
     assert all(getattr(fused_xent, name).__doc__ for name in fused_xent.__all__)
 
