@@ -169,8 +169,14 @@ def check_shift(shift: int, input: Tensor) -> int:
     return shift
 
 
-def check_chunk_rows(chunk_rows: int | None) -> int | None:
-    """Return of how many rows the logits are made at a time."""
+def check_chunk_rows(chunk_rows: int | None, options) -> int | None:
+    """Return of how many rows the logits are made at a time, by what torch's options say too."""
+    if options is not None and not hasattr(options, "batch_chunk_size"):
+        raise TypeError(
+            f"options must be None or a LinearCrossEntropyOptions, got {type(options).__name__}"
+        )
+    if chunk_rows is None and options is not None:
+        chunk_rows = options.batch_chunk_size
     if chunk_rows is None:
         return None
     chunk_rows = check_index("chunk_rows", chunk_rows)

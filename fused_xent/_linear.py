@@ -196,10 +196,7 @@ def _by_rows(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
     memory = hidden.new_empty(chunks[0].stop, linear_weight.shape[0])
     for rows in chunks:
         logits = memory[: rows.stop - rows.start]
-        if linear_bias is None:
-            torch.mm(hidden[rows], linear_weight.t(), out=logits)
-        else:
-            torch.addmm(linear_bias, hidden[rows], linear_weight.t(), out=logits)
+        _product(hidden[rows], linear_weight.t(), logits, linear_bias)
         turn(logits.view(-1, *inputs.classes), rows)
         gradients.add(logits, rows)
     return gradients.results()
@@ -222,7 +219,7 @@ class _Gradients:
         """Add those of a chunk, the first of which starts at row 0."""
         needs_hidden, needs_weight, needs_bias = self.needs
         if needs_hidden:
-            torch.mm(grad_logits, self.linear_weight, out=self.grad_hidden[rows])
+            _product(grad_logits, self.linear_weight, self.grad_hidden[rows])
         if needs_weight:
             _add_product(self.grad_weight, grad_logits.t(), self.hidden[rows], rows.start == 0)
         if needs_bias:
@@ -236,7 +233,7 @@ class _Gradients:
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor, is_first: bool) -> None:
-    """Add ``one @ other``, or write it over what is there, rounded to the dtype of the total."""
+    """Add ``one @ other``, or write it over what is there, not rounded before it is added."""
     if total.dtype == one.dtype:
         torch.mm(one, other, out=total) if is_first else total.addmm_(one, other)
     elif total.is_cuda:
@@ -245,16 +242,63 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor, is_first: bool) -> N
             aten.mm.dtype_out(one, other, total.dtype, out=total)
         else:
             aten.addmm.dtype_out(total, one, other, total.dtype, out=total)
-    else:  # the CPU's products are of one dtype
-        other = other.to(total.dtype)
-        for slab in _slabs(one.shape[0], one.shape[1] * total.element_size()):
-            total[slab].addmm_(one[slab].to(total.dtype), other, beta=0 if is_first else 1)
+    else:
+        _slab_by_slab(one, other, total, 0 if is_first else 1)
 
 
-def _slabs(n_classes: int, class_bytes: int) -> Iterator[slice]:
-    size = max(1, SLAB_BYTES // class_bytes)
-    for start in range(0, n_classes, size):
-        yield slice(start, min(start + size, n_classes))
+# ---- products ----------------------------------------------------------------------------------
+
+
+def _product(one: Tensor, other: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Write ``one @ other``, plus a bias of a shape that is expanded, summed in float32 or more."""
+    if not _is_slow(one):
+        torch.mm(one, other, out=out) if bias is None else torch.addmm(bias, one, other, out=out)
+    elif bias is None:
+        _slab_by_slab(one, other, out, 0)
+    else:
+        _slab_by_slab(one, other, out.copy_(bias), 1)
+
+
+def _is_slow(matrix: Tensor) -> bool:
+    """Whether torch multiplies such matrices element by element: 16-bit ones on most CPUs."""
+    if matrix.device.type != "cpu" or matrix.element_size() != 2:
+        return False
+    name = "bf16" if matrix.dtype == torch.bfloat16 else "fp16"
+    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return is_supported is None or not is_supported()
+
+
+def _slab_by_slab(one: Tensor, other: Tensor, out: Tensor, beta: int) -> None:
+    """Write ``beta * out + one @ other``, of 16-bit matrices, by products in float32.
+
+    The longest dimension is cut into slabs, so that nothing large is there in float32.
+    """
+    sizes = (one.shape[0], one.shape[1], other.shape[1])
+    longest = max(range(3), key=sizes.__getitem__)
+    slabs = _slabs(sizes[longest], 4 * (sum(sizes) - sizes[longest]))
+
+    def product(one: Tensor, other: Tensor, out: Tensor, beta: int) -> Tensor:
+        return torch.addmm(out.float(), one.float(), other.float(), beta=beta)
+
+    if longest == 0:
+        other = other.float()
+        for slab in slabs:
+            out[slab] = product(one[slab], other, out[slab], beta)
+    elif longest == 2:
+        one = one.float()
+        for slab in slabs:
+            out[:, slab] = product(one, other[:, slab], out[:, slab], beta)
+    else:
+        total = out
+        for slab in slabs:
+            total = product(one[:, slab], other[slab], total, beta if slab.start == 0 else 1)
+        out.copy_(total)
+
+
+def _slabs(length: int, item_bytes: int) -> Iterator[slice]:
+    size = max(1, SLAB_BYTES // item_bytes)
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
 
 
 # ---- all rows, class by class ------------------------------------------------------------------
@@ -292,17 +336,15 @@ def _by_classes(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
         blocks.append(hidden.new_empty(n_classes, n_rows - n_first))
     for start, block in zip((0, n_first), blocks, strict=False):
         rows = slice(start, start + block.shape[1])
-        if linear_bias is None:
-            torch.mm(linear_weight, hidden[rows].t(), out=block)
-        else:
-            torch.addmm(linear_bias.unsqueeze(1), linear_weight, hidden[rows].t(), out=block)
+        bias = None if linear_bias is None else linear_bias.unsqueeze(1)
+        _product(linear_weight, hidden[rows].t(), block, bias)
         turn(block.t(), rows)
         if inputs.needs[0]:
-            torch.mm(block.t(), linear_weight, out=grad_hidden[rows])
+            _product(block.t(), linear_weight, grad_hidden[rows])
     for slab in _slabs(n_classes, n_rows * hidden.element_size()):
         grad_logits = torch.cat([block[slab] for block in blocks], 1)
         if inputs.needs[2]:
             acc = _ops.accumulation_dtype(hidden.dtype)
             grad_bias[slab] = grad_logits.sum(1, dtype=acc)
-        torch.mm(grad_logits, hidden, out=grad_weight[slab])
+        _product(grad_logits, hidden, grad_weight[slab])
     return grad_hidden, grad_weight, grad_bias

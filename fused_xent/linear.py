@@ -184,9 +184,7 @@ def _evaluate(
     _checks.check_linear(input, linear_weight, linear_bias)
     shift = _checks.check_shift(shift, input)
     _checks.check_flag("drop_ignored", drop_ignored)
-    if chunk_rows is None and options is not None:
-        chunk_rows = options.batch_chunk_size
-    chunk_rows = _checks.check_chunk_rows(chunk_rows)
+    chunk_rows = _checks.check_chunk_rows(chunk_rows, options)
     layer = _autocast(_Layer(input, linear_weight, linear_bias))
     _checks.check_linear_dtypes(*layer)
     rows, classes = layer.hidden.shape[:-1], layer.linear_weight.shape[:-1]
@@ -223,7 +221,7 @@ def _evaluate(
             values = whole.index_copy(0, kept, values)
         if shift > 0:
             values = torch.cat([values, values.new_full([n_rows, *classes[1:]], left_out)])[:n_rows]
-        values = values.view(*rows, *classes[1:])
+        values = values.view([*rows, *classes[1:]])
         return values.narrow(len(rows) - 1, 0, max(rows[-1] - shift, 0)) if shift else values
 
     return _restore(results, loss_options.reduction, restore)

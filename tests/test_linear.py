@@ -1,0 +1,541 @@
+"""A linear layer and its loss: values and gradients, in every layout of the logits."""
+
+import functools
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_xent
+from fused_xent import _linear, linear_cross_entropy, reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+N, H, C = 11, 9, 37  # rows, features, classes
+
+
+def in_chunks(monkeypatch):
+    monkeypatch.setattr(_linear, "CPU_ROWS", 4)
+    monkeypatch.setattr(_linear, "GPU_ROWS", 4)
+
+
+def by_classes(monkeypatch):
+    """Of these rows, some more than features: in two blocks of memory."""
+    monkeypatch.setattr(
+        _linear, "_is_by_classes", lambda inputs: inputs.needs[1] and len(inputs.classes) == 1
+    )
+    monkeypatch.setattr(_linear, "SLAB_BYTES", 400)
+
+
+LAYOUTS = {"one chunk": lambda monkeypatch: None, "chunks": in_chunks, "classes": by_classes}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, monkeypatch, device):
+    if device != "cpu" and request.param == "classes":
+        pytest.skip("logits lie class by class on the CPU alone")
+    LAYOUTS[request.param](monkeypatch)
+    return request.param
+
+
+def make_layer(dtype=torch.float32, rows=(N,), classes=(C,), n_features=H, bias=True):
+    """Return leaves: hidden states, the weight of the layer, and its bias."""
+    shapes = [(*rows, n_features), (*classes, n_features)] + ([classes] if bias else [])
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def unfused(loss_function, layer, target, **options):
+    """Compute the loss of all logits at once."""
+    hidden, linear_weight, *bias = layer
+    flat = [x.flatten(0, -2) for x in (linear_weight,)] + [b.flatten() for b in bias]
+    logits = F.linear(hidden, *flat).reshape(*hidden.shape[:-1], *linear_weight.shape[:-1])
+    return loss_function(logits, target, **options)
+
+
+def fused(layer, target, **options):
+    hidden, linear_weight, *bias = layer
+    options |= {"linear_bias": bias[0]} if bias else {}
+    return linear_cross_entropy(hidden, linear_weight, target, **options)
+
+
+def gradients_of(loss, leaves, upstream=None):
+    return torch.autograd.grad(loss, leaves, upstream)
+
+
+def doubled(tensors):
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def error(actual, exact):
+    """Return the distance relative to what is right."""
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+# ---- torch's own samples -----------------------------------------------------------------------
+
+
+@functools.cache
+def torchs_operators():
+    """Return torch's own descriptions of its linear_cross_entropy: plain, and by chunks."""
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("torch has linear_cross_entropy from 2.13 on")
+    pytest.importorskip("expecttest", reason="torch's samples need expecttest")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, on import
+        from torch.testing._internal.common_methods_invocations import op_db
+    return [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
+
+
+@pytest.mark.filterwarnings("ignore:linear_cross_entropy:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_torchs_samples(dtype, layout, device):
+    count = 0
+    for operator in torchs_operators():
+        for sample in operator.sample_inputs(device, dtype, requires_grad=True):
+            bias = sample.kwargs.get("linear_bias")
+            leaves = [sample.input, sample.args[0]] + ([] if bias is None else [bias])
+            results = []
+            for function in (linear_cross_entropy, F.linear_cross_entropy):
+                loss = function(sample.input, *sample.args, **sample.kwargs)
+                upstream = torch.full_like(loss, -0.75)
+                results.append((loss, *gradients_of(loss, leaves, upstream)))
+            torch.testing.assert_close(*results)
+            count += 1
+    assert count >= 60
+
+
+def test_torchs_samples_of_errors(device):
+    count = 0
+    for operator in torchs_operators()[:1]:
+        for wrong in operator.error_inputs_func(operator, device):
+            sample = wrong.sample_input
+            if "batched" in wrong.error_regex:  # one row of many positions is no error here
+                continue
+            with pytest.raises((ValueError, IndexError), match=r" must (be|have) .*, got "):
+                linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
+            count += 1
+    assert count >= 4
+
+
+# ---- values and gradients ----------------------------------------------------------------------
+
+ONE_OF_EACH = {
+    "plain": {},
+    "ignored, weighted, smoothed": {"weight": "class", "label_smoothing": 0.1},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "extras": {
+        "token_weight": "token",
+        "lse_square_scale": 0.01,
+        "softcap": 5.0,
+        "logit_scale": 0.7,
+        "focal_gamma": 1.5,
+    },
+    "normalizer": {"normalizer": 7, "token_weight": "token", "weight": "class"},
+    "extras, unreduced": {"token_weight": "token", "softcap": 5.0, "reduction": "none"},
+}
+
+
+def make_options(name, dtype, n_rows=N, n_classes=C):
+    tensors = {
+        "class": torch.rand(n_classes).add(0.1).to(dtype),
+        "token": torch.rand(n_rows)
+        .mul(2)
+        .round(decimals=1)
+        .masked_fill(torch.arange(n_rows) == 2, 0),
+    }
+    return {
+        key: tensors[value] if key in ("weight", "token_weight") else value
+        for key, value in ONE_OF_EACH[name].items()
+    }
+
+
+def make_target(soft=False, dtype=torch.float32, n_rows=N, n_classes=C):
+    if soft:
+        return torch.randn(n_rows, n_classes).softmax(1).to(dtype)
+    target = torch.randint(n_classes, (n_rows,))
+    target[1::4] = -100
+    return target
+
+
+def as_double(options):
+    return {
+        key: value.double() if isinstance(value, torch.Tensor) else value
+        for key, value in options.items()
+    }
+
+
+@by_dtype
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_against_float64(name, soft, dtype, layout):
+    """Hardly farther from it than torch's operations with all logits, which round where these do.
+
+    Of so few numbers, chance decides which of two is nearer.
+    """
+    layer, target = make_layer(dtype), make_target(soft, dtype)
+    options = make_options(name, dtype)
+    exact_layer = doubled(layer)
+    exact_target = target.double() if soft else target
+    exact_loss = unfused(
+        reference.cross_entropy, exact_layer, exact_target, **as_double(options), dim=1
+    )
+    upstream = torch.randn_like(exact_loss.detach())
+    exact = (exact_loss.detach(), *gradients_of(exact_loss, exact_layer, upstream))
+    losses = (
+        fused(layer, target, **options, loss_dtype=torch.promote_types(dtype, torch.float32)),
+        unfused(reference.cross_entropy, layer, target, **options, dim=1),
+    )
+    ours, theirs = (
+        (loss.detach(), *gradients_of(loss, layer, upstream.to(loss.dtype))) for loss in losses
+    )
+    least = 20 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    for one, other, right in zip(ours, theirs, exact, strict=True):
+        assert one.dtype == other.dtype or one.dim() == losses[0].dim()
+        assert error(one, right) <= 1.7 * error(other, right) + least
+
+
+@by_dtype
+def test_sums_over_many_chunks_are_not_rounded(dtype):
+    """As of one product: 16-bit sums of 64 chunks would be off by far more."""
+    layer, target = make_layer(dtype, rows=(256,), bias=True), make_target(n_rows=256)
+    exact_layer = doubled(layer)
+    exact = gradients_of(unfused(F.cross_entropy, exact_layer, target), exact_layer)
+    whole = gradients_of(unfused(F.cross_entropy, layer, target), layer)
+    chunks = gradients_of(fused(layer, target, chunk_rows=4), layer)
+    for one, other, right in zip(chunks, whole, exact, strict=True):
+        assert error(one, right) <= 1.4 * error(other, right) + 1e-6
+
+
+@by_dtype
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_both_ways_to_multiply_16_bits(is_slow, dtype, layout, monkeypatch):
+    """By torch's products of 16 bits, and by those of float32, whichever this processor gets."""
+    monkeypatch.setattr(_linear, "_is_slow", lambda matrix: is_slow and dtype.itemsize == 2)
+    for n_rows, n_features, n_classes in ((11, 12, 370), (40, 7, 5), (5, 90, 9)):
+        layer = make_layer(dtype, (n_rows,), (n_classes,), n_features)
+        target = make_target(n_rows=n_rows, n_classes=n_classes)
+        exact_layer = doubled(layer)
+        exact = gradients_of(unfused(F.cross_entropy, exact_layer, target), exact_layer)
+        whole = gradients_of(unfused(F.cross_entropy, layer, target), layer)
+        ours = gradients_of(fused(layer, target), layer)
+        for one, other, right in zip(ours, whole, exact, strict=True):
+            assert error(one, right) <= 1.2 * error(other, right) + 1e-6
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_in_each_of_many_positions(reduction, soft, layout):
+    classes = (C, 2, 3)
+    layer = make_layer(torch.float64, classes=classes)
+    if soft:
+        target = torch.randn(N, *classes, dtype=torch.float64).softmax(1)
+    else:
+        target = torch.randint(C, (N, 2, 3))
+        target[0, 1] = -100
+    upstream = torch.randn(N, 2, 3, dtype=torch.float64) if reduction == "none" else None
+    results = [
+        (loss, *gradients_of(loss, layer, upstream))
+        for loss in (
+            fused(layer, target, reduction=reduction),
+            unfused(F.cross_entropy, layer, target, reduction=reduction),
+        )
+    ]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (3, 5), (2, 3, 2), (0,), (2, 0)])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_rows_of_any_shape(rows, reduction):
+    layer, target = make_layer(torch.float64, rows), torch.randint(C, rows)
+    loss = fused(layer, target, reduction=reduction)
+    assert loss.shape == (rows if reduction == "none" else ())
+    flat = F.linear(*layer).reshape(-1, C)
+    expected = F.cross_entropy(flat, target.reshape(-1), reduction=reduction).view_as(loss)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(gradients_of(x.sum(), layer) for x in (loss, expected)))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
+def test_whichever_of_the_layer_wants_a_gradient(needs, layout):
+    layer, target = make_layer(torch.float64), make_target()
+    expected = gradients_of(unfused(F.cross_entropy, layer, target), layer)
+    for leaf, needed in zip(layer, needs, strict=True):
+        leaf.requires_grad_(needed)
+    loss = fused(layer, target)
+    torch.testing.assert_close(loss, unfused(F.cross_entropy, layer, target))
+    assert loss.requires_grad == any(needs)
+    if any(needs):
+        loss.backward()
+    for leaf, needed, right in zip(layer, needs, expected, strict=True):
+        assert (leaf.grad is not None) == needed
+        if needed:
+            torch.testing.assert_close(leaf.grad, right)
+
+
+def test_strided_operands(layout):
+    """Transposed, every second, expanded."""
+    hidden = torch.randn(H, N, dtype=torch.float64).t().requires_grad_()
+    linear_weight = torch.randn(C, 2 * H, dtype=torch.float64)[:, ::2].requires_grad_()
+    bias = torch.randn(1, dtype=torch.float64).expand(C).requires_grad_()
+    layer, target = [hidden, linear_weight, bias], make_target()[:1].expand(N)
+    expected = gradients_of(unfused(F.cross_entropy, layer, target), layer)
+    torch.testing.assert_close(gradients_of(fused(layer, target), layer), expected)
+
+
+def test_infinities_and_nan_as_all_logits_have_them(layout):
+    layer, target = make_layer(), make_target()
+    with torch.no_grad():
+        layer[2][3] = -torch.inf
+        layer[0][4, 0] = torch.nan
+    for reduction in ("mean", "none"):
+        results = [
+            (loss, *gradients_of(loss.sum(), layer))
+            for loss in (
+                fused(layer, target, reduction=reduction),
+                unfused(fused_xent.cross_entropy, layer, target, reduction=reduction),
+            )
+        ]
+        torch.testing.assert_close(*results, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_rows_ignored(reduction, layout):
+    layer, target = make_layer(), torch.full((N,), -100)
+    losses = [
+        f(layer)
+        for f in (
+            lambda x: fused(x, target, reduction=reduction),
+            lambda x: unfused(F.cross_entropy, x, target, reduction=reduction),
+        )
+    ]
+    torch.testing.assert_close(*losses, equal_nan=True)
+    torch.testing.assert_close(*(gradients_of(x.sum(), layer) for x in losses), equal_nan=True)
+
+
+def test_the_same_bits_from_run_to_run(layout, threads):
+    layer, target = make_layer(rows=(64,)), make_target(n_rows=64)
+    results = []
+    for n in (1, 1, 2):
+        threads(n)
+        loss = fused(layer, target)
+        results.append((loss, *gradients_of(loss, layer)))
+    assert all(map(torch.equal, results[0], results[1]))
+    torch.testing.assert_close(results[0], results[2])
+
+
+# ---- what there is at once ---------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, (tuple, list)) else [result]
+        sizes = [
+            x.untyped_storage().nbytes() // x.element_size()
+            for x in results
+            if isinstance(x, torch.Tensor)
+        ]
+        self.numel = max([self.numel, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_never_exist(reduction, dtype, layout, monkeypatch):
+    n_rows = 200
+    if layout != "chunks":
+        pytest.skip("of few rows, all logits may be there")
+    layer = make_layer(dtype, rows=(n_rows,), classes=(300,), n_features=8)
+    target = make_target(n_rows=n_rows, n_classes=300)
+    with Largest() as largest:
+        fused(layer, target, reduction=reduction).sum().backward()
+    assert 300 * 8 <= largest.numel <= 300 * 8 * 2 < n_rows * 300 // 10
+
+
+@pytest.mark.cpu("logits lie class by class on the CPU alone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_logits_of_few_rows_lie_in_the_gradients_memory(dtype, monkeypatch):
+    monkeypatch.setattr(_linear, "FEW_BYTES", 0)
+    monkeypatch.setattr(_linear, "SLAB_BYTES", 400)
+    layer = make_layer(dtype, rows=(20,), classes=(3000,), n_features=20, bias=False)
+    target = make_target(n_rows=20, n_classes=3000)
+    with Largest() as largest:
+        fused(layer, target).backward()
+    assert largest.numel == 3000 * 20
+    for leaf in layer:
+        assert leaf.grad.untyped_storage().nbytes() == leaf.nbytes
+
+
+# ---- shift and drop_ignored --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["all rows", "drop_ignored"])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shift", [0, 1, 3, 5, 9])
+def test_shift_and_drop_ignored(shift, reduction, soft, drop, layout):
+    rows = (3, 5)
+    layer = make_layer(torch.float64, rows)
+    tokens = torch.rand(rows, dtype=torch.float64).masked_fill(torch.rand(rows) < 0.3, 0)
+    target = torch.randn(*rows, C, dtype=torch.float64).softmax(-1)
+    if not soft:
+        target = torch.randint(C, rows)
+        target[1, 2:] = -100
+    loss = fused(
+        layer, target, token_weight=tokens, shift=shift, drop_ignored=drop, reduction=reduction
+    )
+    logits = F.linear(*layer)[:, : max(5 - shift, 0)]
+    labels, tokens = target[:, shift:], tokens[:, shift:]
+    expected = reference.cross_entropy(
+        logits, labels, token_weight=tokens, dim=-1, reduction=reduction
+    )
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    results = [torch.autograd.grad(x.sum() * 3, layer, allow_unused=True) for x in (loss, expected)]
+    torch.testing.assert_close(*results, equal_nan=shift >= 5)
+
+
+def test_next_tokens_without_weights():
+    layer, target = make_layer(torch.float64, (2, 6)), torch.randint(C, (2, 6))
+    expected = F.cross_entropy(F.linear(*layer)[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+    for shift in (1, True):
+        loss = fused(layer, target, shift=shift)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_dropped_rows_are_not_multiplied(monkeypatch):
+    shapes = []
+    product = _linear._product
+    monkeypatch.setattr(
+        _linear,
+        "_product",
+        lambda one, *others: shapes.append(one.shape[0]) or product(one, *others),
+    )
+    layer, target = make_layer(rows=(50,), bias=False), torch.full((50,), -100)
+    target[7:10] = 1
+    fused(layer, target, drop_ignored=True).backward()
+    assert shapes == [3, 3]
+    assert layer[0].grad[:7].abs().max() == 0 < layer[0].grad[7:10].abs().max()
+
+
+# ---- statistics --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["all rows", "drop_ignored"])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("shift", [0, 2])
+def test_statistics(shift, soft, drop, layout):
+    rows = (3, 5)
+    layer = make_layer(torch.float64, rows)
+    target = torch.randn(*rows, C, dtype=torch.float64).softmax(-1)
+    if not soft:
+        target = torch.randint(C, rows)
+        target[1, 1:4] = -100
+    options = {"lse_square_scale": 0.1, "softcap": 4.0}
+    hidden, linear_weight, bias = layer
+    results = fused_xent.linear_cross_entropy_with_statistics(
+        hidden, linear_weight, target, linear_bias=bias, shift=shift, drop_ignored=drop, **options
+    )
+    logits = F.linear(*layer)[:, : 5 - shift]
+    expected = reference.cross_entropy_with_statistics(logits, target[:, shift:], dim=-1, **options)
+    torch.testing.assert_close(results, expected)
+
+    def total(r):
+        return r.loss + (r.lse * r.entropy).sum() + r.z_loss.sum()
+
+    torch.testing.assert_close(*(gradients_of(total(r), layer) for r in (results, expected)))
+
+
+def test_gradient_of_the_loss_beside_statistics(layout):
+    """That which was made in forward."""
+    layer, target = make_layer(torch.float64), make_target()
+    results = fused_xent.linear_cross_entropy_with_statistics(*layer[:2], target)
+    expected = unfused(F.cross_entropy, layer[:2], target)
+    torch.testing.assert_close(*(gradients_of(x, layer[:2]) for x in (results.loss, expected)))
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+X, W = torch.ones(4, 3), torch.ones(5, 3)
+Y = torch.zeros(4, dtype=torch.int64)
+WRONG = {
+    "input must be a tensor, got list": ([[1.0]], W, Y, {}),
+    "input must be float32, float64, bfloat16 or float16, got torch.int64": (X.long(), W, Y, {}),
+    "input must have a dimension of features, got a tensor of shape ()": (X[0, 0], W, Y, {}),
+    "linear_weight must have shape (C, *D, H) for C classes and H features, got (3,)": (
+        *(X, W[0], Y),
+        {},
+    ),
+    "linear_weight must have input's 3 features in its last dimension, got shape (5, 2)": (
+        *(X, W[:, :2], Y),
+        {},
+    ),
+    "linear_weight must have input's dtype torch.float32, got torch.float64": (
+        *(X, W.double(), Y),
+        {},
+    ),
+    "linear_bias must have shape (5,), got (4,)": (X, W, Y, {"linear_bias": torch.ones(4)}),
+    "linear_bias must have input's dtype torch.float32, got torch.bfloat16": (
+        *(X, W, Y),
+        {"linear_bias": torch.ones(5).bfloat16()},
+    ),
+    "target must have shape (4,) (class indices) or (4, 5) (probabilities)": (X, W, Y[:3], {}),
+    "ignore_index must be None where target holds probabilities, got -1": (
+        *(X, W, torch.ones(4, 5)),
+        {"ignore_index": -1},
+    ),
+    "target must be in [0, 5) or equal to ignore_index (-100), got 5 at position (3,)": (
+        *(X, W, Y + torch.tensor([0, 0, 0, 5])),
+        {},
+    ),
+    "weight must have shape (5,), got (3,)": (X, W, Y, {"weight": torch.ones(3)}),
+    "shift must not be negative, got -1": (X, W, Y, {"shift": -1}),
+    "shift must be an int, got float": (X, W, Y, {"shift": 1.0}),
+    "shift must be 0 unless input has a dimension of positions": (X[0], W, Y[0], {"shift": 1}),
+    "drop_ignored must be a bool, got int": (X, W, Y, {"drop_ignored": 1}),
+    "chunk_rows must be at least 1, got 0": (X, W, Y, {"chunk_rows": 0}),
+    "chunk_rows must be an int, got str": (X, W, Y, {"chunk_rows": "all"}),
+    "options must be None or a LinearCrossEntropyOptions, got dict": (X, W, Y, {"options": {}}),
+    "reduction must be 'none', 'mean' or 'sum', got 'avg'": (X, W, Y, {"reduction": "avg"}),
+    "token_weight must have the unreduced loss's shape (4,), got (5,)": (
+        *(X, W, Y),
+        {"token_weight": torch.ones(5)},
+    ),
+}
+
+
+@pytest.mark.cpu("out of range is no error on a GPU, and tensors are of the CPU")
+@pytest.mark.parametrize("message", WRONG)
+def test_errors(message):
+    *arguments, options = WRONG[message]
+    for function in (linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics):
+        with pytest.raises((ValueError, TypeError, IndexError)) as error:
+            function(*arguments, **options)
+        assert str(error.value).startswith(message)
+
+
+@pytest.mark.cpu("out of range is no error on a GPU")
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("drop", [False, True])
+def test_position_of_a_target_that_is_no_class(drop, shift):
+    layer, target = make_layer(rows=(2, 4)), torch.randint(C, (2, 4))
+    target[:, 0] = 99 if shift else 0  # of no row
+    target[1, 2] = C
+    with pytest.raises(IndexError, match=rf"got {C} at position \(1, 2\)"):
+        fused(layer, target, shift=shift, drop_ignored=drop)
+
+
+def test_unknown_names():
+    for name in ("dim", "inplace_backward", "grad_in_forward", "size_average"):
+        for function in (linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics):
+            with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+                function(X, W, Y, **{name: True})
