@@ -7,28 +7,25 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import (
+    DTYPES,
+    C,
+    H,
+    N,
+    by_classes,
+    fused,
+    gradients_of,
+    in_chunks,
+    make_layer,
+    make_target,
+    unfused,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_xent
 from fused_xent import _linear, linear_cross_entropy, reference
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-N, H, C = 11, 9, 37  # rows, features, classes
-
-
-def in_chunks(monkeypatch):
-    monkeypatch.setattr(_linear, "CPU_ROWS", 4)
-    monkeypatch.setattr(_linear, "GPU_ROWS", 4)
-
-
-def by_classes(monkeypatch):
-    """Of these rows, some more than features: in two blocks of memory."""
-    monkeypatch.setattr(
-        _linear, "_is_by_classes", lambda inputs: inputs.needs[1] and len(inputs.classes) == 1
-    )
-    monkeypatch.setattr(_linear, "SLAB_BYTES", 400)
-
 
 LAYOUTS = {"one chunk": lambda monkeypatch: None, "chunks": in_chunks, "classes": by_classes}
 
@@ -39,30 +36,6 @@ def layout(request, monkeypatch, device):
         pytest.skip("logits lie class by class on the CPU alone")
     LAYOUTS[request.param](monkeypatch)
     return request.param
-
-
-def make_layer(dtype=torch.float32, rows=(N,), classes=(C,), n_features=H, bias=True):
-    """Return leaves: hidden states, the weight of the layer, and its bias."""
-    shapes = [(*rows, n_features), (*classes, n_features)] + ([classes] if bias else [])
-    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-
-
-def unfused(loss_function, layer, target, **options):
-    """Compute the loss of all logits at once."""
-    hidden, linear_weight, *bias = layer
-    flat = [x.flatten(0, -2) for x in (linear_weight,)] + [b.flatten() for b in bias]
-    logits = F.linear(hidden, *flat).reshape(*hidden.shape[:-1], *linear_weight.shape[:-1])
-    return loss_function(logits, target, **options)
-
-
-def fused(layer, target, **options):
-    hidden, linear_weight, *bias = layer
-    options |= {"linear_bias": bias[0]} if bias else {}
-    return linear_cross_entropy(hidden, linear_weight, target, **options)
-
-
-def gradients_of(loss, leaves, upstream=None):
-    return torch.autograd.grad(loss, leaves, upstream)
 
 
 def doubled(tensors):
@@ -151,14 +124,6 @@ def make_options(name, dtype, n_rows=N, n_classes=C):
         key: tensors[value] if key in ("weight", "token_weight") else value
         for key, value in ONE_OF_EACH[name].items()
     }
-
-
-def make_target(soft=False, dtype=torch.float32, n_rows=N, n_classes=C):
-    if soft:
-        return torch.randn(n_rows, n_classes).softmax(1).to(dtype)
-    target = torch.randint(n_classes, (n_rows,))
-    target[1::4] = -100
-    return target
 
 
 def as_double(options):

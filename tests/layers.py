@@ -1,0 +1,54 @@
+"""Linear layers and their losses, in every layout that the logits may have."""
+
+import torch
+import torch.nn.functional as F
+
+from fused_xent import _linear, linear_cross_entropy
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+N, H, C = 11, 9, 37  # rows, features, classes
+
+
+def in_chunks(monkeypatch):
+    monkeypatch.setattr(_linear, "CPU_ROWS", 4)
+    monkeypatch.setattr(_linear, "GPU_ROWS", 4)
+
+
+def by_classes(monkeypatch):
+    """Of these rows, some more than features: in two blocks of memory."""
+    monkeypatch.setattr(
+        _linear, "_is_by_classes", lambda inputs: inputs.needs[1] and len(inputs.classes) == 1
+    )
+    monkeypatch.setattr(_linear, "SLAB_BYTES", 400)
+
+
+def make_layer(dtype=torch.float32, rows=(N,), classes=(C,), n_features=H, bias=True):
+    """Return leaves: hidden states, the weight of the layer, and its bias."""
+    shapes = [(*rows, n_features), (*classes, n_features)] + ([classes] if bias else [])
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def unfused(loss_function, layer, target, **options):
+    """Compute the loss of all logits at once."""
+    hidden, linear_weight, *bias = layer
+    flat = [x.flatten(0, -2) for x in (linear_weight,)] + [b.flatten() for b in bias]
+    logits = F.linear(hidden, *flat).reshape(*hidden.shape[:-1], *linear_weight.shape[:-1])
+    return loss_function(logits, target, **options)
+
+
+def fused(layer, target, **options):
+    hidden, linear_weight, *bias = layer
+    options |= {"linear_bias": bias[0]} if bias else {}
+    return linear_cross_entropy(hidden, linear_weight, target, **options)
+
+
+def gradients_of(loss, leaves, upstream=None):
+    return torch.autograd.grad(loss, leaves, upstream)
+
+
+def make_target(soft=False, dtype=torch.float32, n_rows=N, n_classes=C):
+    if soft:
+        return torch.randn(n_rows, n_classes).softmax(1).to(dtype)
+    target = torch.randint(n_classes, (n_rows,))
+    target[1::4] = -100
+    return target

@@ -1,0 +1,448 @@
+"""A linear layer and its loss through every way into autograd, compiled code, and as a module."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layers import (
+    DTYPES,
+    C,
+    H,
+    N,
+    by_classes,
+    fused,
+    gradients_of,
+    in_chunks,
+    make_layer,
+    make_target,
+    unfused,
+)
+from torch._dynamo.utils import counters
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import fused_xent
+from fused_xent import LinearCrossEntropyLoss, linear_cross_entropy, reference
+
+# Of torch's own forward-mode formulas, of linearize, and of torch.compile.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+DOUBLE = torch.float64
+EXTRAS = {"lse_square_scale": 0.1, "softcap": 4.0, "focal_gamma": 1.5, "label_smoothing": 0.1}
+
+
+@pytest.fixture(params=["chunks", "classes"])
+def layout(request, monkeypatch, device):
+    if request.param == "classes" and device != "cpu":
+        pytest.skip("logits lie class by class on the CPU alone")
+    {"chunks": in_chunks, "classes": by_classes}[request.param](monkeypatch)
+
+
+def small_layer():
+    return make_layer(DOUBLE, rows=(4,), classes=(6,), n_features=3)
+
+
+SMALL_TARGET = torch.tensor([1, -100, 5, 0])
+
+
+# ---- derivatives -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
+@pytest.mark.parametrize("options", [{}, EXTRAS], ids=["plain", "extras"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_finite_differences(reduction, options, check, layout):
+    def outputs(hidden, linear_weight, bias):
+        results = fused_xent.linear_cross_entropy_with_statistics(
+            *(hidden, linear_weight, SMALL_TARGET),
+            linear_bias=bias,
+            reduction=reduction,
+            **options,
+        )
+        return results.loss, results.lse, results.entropy, results.z_loss
+
+    assert check(outputs, small_layer())
+    assert check(lambda *layer: fused(layer, SMALL_TARGET, reduction=reduction), small_layer())
+
+
+def test_gradients_of_all_that_may_have_one(layout):
+    layer = small_layer()
+    weight, tokens = torch.rand(6, dtype=DOUBLE), torch.rand(4, dtype=DOUBLE)
+    soft = torch.rand(4, 6, dtype=DOUBLE)
+    others = [x.requires_grad_() for x in (weight, tokens, torch.tensor(3.0, dtype=DOUBLE), soft)]
+
+    def loss(*inputs):
+        *layer, weight, tokens, normalizer, soft = inputs
+        options = {"token_weight": tokens, "normalizer": normalizer, "weight": weight}
+        return fused(layer, soft, **options) + fused(layer, SMALL_TARGET, **options)
+
+    assert gradcheck(loss, (*layer, *others))
+
+
+func = torch.func
+TRANSFORMS = {
+    "grad": lambda f: lambda *x: func.grad(f, (0, 1, 2))(*x),
+    "grad of grad": lambda f: lambda *x: func.grad(lambda *y: func.grad(f)(*y).pow(2).sum())(*x),
+    "hessian": lambda f: func.hessian(f, (0, 1)),
+    "jacrev": lambda f: func.jacrev(f, (0, 1, 2)),
+    "jacfwd": lambda f: func.jacfwd(f, (0, 1, 2)),
+    "jvp": lambda f: lambda *x: func.jvp(f, x, tuple(y.cos() for y in x)),
+    "vmap": lambda f: lambda *x: func.vmap(f, (0, None, None))(torch.stack([x[0]] * 2), *x[1:]),
+    "vmap of grad": lambda f: (
+        lambda *x: func.vmap(func.grad(f), (None, 0, None))(x[0], torch.stack([x[1]] * 2), x[2])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_torch_func(name):
+    layer = [x.detach() for x in small_layer()]
+    results = [
+        TRANSFORMS[name](lambda *x, f=f: f(x, SMALL_TARGET))(*layer)
+        for f in (fused, lambda x, t: unfused(F.cross_entropy, x, t))
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_dual_numbers():
+    layer = [x.detach() for x in small_layer()]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, x.cos()) for x in layer]
+        losses = fused(duals, SMALL_TARGET), unfused(F.cross_entropy, duals, SMALL_TARGET)
+        torch.testing.assert_close(*(forward_ad.unpack_dual(x).tangent for x in losses))
+
+
+def test_one_tensor_in_two_places(layout):
+    """Each gets its part of the gradient, of the first and of the second order."""
+    both = torch.randn(7, 7, dtype=DOUBLE, requires_grad=True)
+    target = torch.arange(7)
+
+    def ours(x):
+        return linear_cross_entropy(x, x, target)
+
+    def theirs(x):
+        return F.cross_entropy(x @ x.t(), target)
+
+    torch.testing.assert_close(*(gradients_of(f(both), both) for f in (ours, theirs)))
+    assert gradcheck(ours, both)
+    assert gradgradcheck(ours, both)
+
+
+# ---- when gradients are used -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_backward_again_and_again(dtype, reduction, layout):
+    layer, target = make_layer(dtype), make_target()
+    losses = [fused(layer, target, reduction=reduction)]
+    losses.append(unfused(fused_xent.cross_entropy, layer, target, reduction=reduction))
+    for scale in (1, 2, -0.5, 0):
+        upstream = torch.full_like(losses[0], scale)
+        results = [torch.autograd.grad(x, layer, upstream, retain_graph=True) for x in losses]
+        loose = {} if dtype.itemsize > 2 else {"rtol": 0.05, "atol": 0.05}
+        torch.testing.assert_close(*results, **loose)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_batched_upstream_gradients(reduction, layout):
+    layer, target = make_layer(DOUBLE), make_target()
+    losses = [fused(layer, target, reduction=reduction)]
+    losses.append(unfused(F.cross_entropy, layer, target, reduction=reduction))
+    upstream = torch.randn(3, *losses[0].shape, dtype=DOUBLE)
+    results = [torch.autograd.grad(x, layer, upstream, is_grads_batched=True) for x in losses]
+    torch.testing.assert_close(*results)
+
+
+def test_a_gradient_that_was_given_away_stays_as_it_is(layout):
+    layer, target = make_layer(), make_target()
+    loss = fused(layer, target)
+    first = torch.autograd.grad(loss, layer, retain_graph=True)
+    before = [x.clone() for x in first]
+    torch.autograd.grad(loss, layer, torch.tensor(5.0))
+    assert all(map(torch.equal, first, before))
+
+
+def test_parameters_that_change_after_the_forward(layout):
+    """The gradient is where the loss was; one that must be computed anew is an error."""
+    layer, target = make_layer(), make_target()
+    expected = gradients_of(unfused(F.cross_entropy, layer, target), layer)
+    loss = fused(layer, target)
+    with torch.no_grad():
+        layer[1].mul_(2)
+    torch.testing.assert_close(torch.autograd.grad(loss, layer, retain_graph=True), expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, layer)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_activation_checkpointing(reduction, reentrant, layout):
+    layer, target = make_layer(), make_target()
+    expected = gradients_of(
+        unfused(F.cross_entropy, layer, target, reduction=reduction).sum(), layer
+    )
+    loss = checkpoint(
+        lambda *x: fused(x, target, reduction=reduction), *layer, use_reentrant=reentrant
+    )
+    loss.sum().backward()
+    torch.testing.assert_close([x.grad for x in layer], list(expected))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_saved_tensors_elsewhere_and_anomaly_mode(reduction, layout):
+    layer, target = make_layer(), make_target()
+    expected = gradients_of(
+        unfused(F.cross_entropy, layer, target, reduction=reduction).sum(), layer
+    )
+    with torch.autograd.graph.save_on_cpu(), torch.autograd.detect_anomaly():
+        loss = fused(layer, target, reduction=reduction).sum()
+        torch.testing.assert_close(gradients_of(loss, layer), expected)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(context, layout):
+    layer, target = make_layer(), make_target()
+    expected = unfused(F.cross_entropy, layer, target)
+    with context():
+        loss = fused(layer, target)
+    assert loss.grad_fn is None
+    torch.testing.assert_close(loss, expected.detach())
+
+
+@pytest.mark.cpu("autocast of the CPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_autocast(create_graph, dtype, layout):
+    """The loss in float32, gradients of the parameters' dtype, as torch's."""
+    layer, target = make_layer(), make_target()
+    results = []
+    for function in (fused, lambda *x: unfused(F.cross_entropy, *x)):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = function(layer, target)
+        assert loss.dtype == torch.float32
+        results.append((loss, *torch.autograd.grad(loss, layer, create_graph=create_graph)))
+        assert {x.dtype for x in results[-1]} == {torch.float32}
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.005)
+
+
+def test_loss_scale(device):
+    """Gradients below float16's range without it."""
+    layer, target = make_layer(torch.float16, (N,), (4000,)), torch.arange(N)
+    exact_layer = [x.detach().double().requires_grad_() for x in layer]
+    exact = gradients_of(unfused(F.cross_entropy, exact_layer, target) / 1000, exact_layer)
+    loss = fused(layer, target, loss_dtype=torch.float32) / 1000
+    for one, right in zip(gradients_of(loss * 2.0**14, layer), exact, strict=True):
+        error = (one.double() / 2.0**14 - right).norm() / right.norm()
+        assert error < 2e-3
+
+
+# ---- compiled code -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_code_of_other_tests():
+    torch.compiler.reset()
+    counters.clear()
+
+
+COMPILED = {
+    "plain": {},
+    "none": {"reduction": "none"},
+    "shift": {"shift": 1, "reduction": "none"},
+    "drop": {"drop_ignored": True},
+    "extras": EXTRAS | {"normalizer": 7},
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_in_one_graph(name, backend, layout, no_code_of_other_tests):
+    layer, target = make_layer(), make_target()
+
+    def model(target, *layer):
+        losses = fused([x * 2 for x in layer], target, **COMPILED[name])
+        return (losses + 0.01 * losses.square()).sum()
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for n in (1, 2):  # twice: nothing is used up
+        losses = [f(target, *layer) * n for f in (model, compiled)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(gradients_of(x, layer) for x in losses))
+
+
+def test_statistics_in_one_graph(layout, no_code_of_other_tests):
+    layer, target = make_layer(), make_target()
+
+    def model(target, hidden, linear_weight, bias):
+        results = fused_xent.linear_cross_entropy_with_statistics(
+            *(hidden * 2, linear_weight, target), linear_bias=bias, **EXTRAS
+        )
+        return results.loss + (results.lse * results.entropy + results.z_loss).sum()
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    losses = [f(target, *layer) for f in (model, compiled)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(gradients_of(x, layer) for x in losses))
+
+
+def test_graphs_of_dynamic_shapes(no_code_of_other_tests):
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n_rows, n_classes in ((11, 37), (5, 37), (20, 50)):
+        layer = make_layer(rows=(n_rows,), classes=(n_classes,))
+        target = torch.randint(n_classes, (n_rows,))
+        losses = [f(layer, target) for f in (fused, compiled)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(gradients_of(x, layer) for x in losses))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_compiled_without_gradients(context, no_code_of_other_tests):
+    layer, target = make_layer(), make_target()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    with context():
+        torch.testing.assert_close(compiled(layer, target), fused(layer, target))
+
+
+@pytest.mark.parametrize("needs", [[True] * 3, [False, True, False], [False] * 3])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+def test_operators(soft, reduction, needs):
+    hidden, linear_weight, bias = (x.detach() for x in make_layer())
+    target = make_target(soft)
+    inputs = (hidden, linear_weight, bias, target, None, torch.rand(N), None, [C], -100)
+    inputs += ([0.1, 0.01, 0.0, 3.0, 1.0], reduction, torch.float32, True, 4, needs)
+    upstream = (torch.rand([N] if reduction == 0 else []), torch.rand(N), None)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for operator, arguments in (("forward", inputs), ("backward", (*upstream, *inputs))):
+        operator = getattr(torch.ops.fused_xent, f"linear_{operator}").default
+        torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+def test_tensors_without_memory():
+    layer = [x.detach().to("meta").requires_grad_() for x in make_layer()]
+    loss = fused(layer, torch.empty(N, dtype=torch.int64, device="meta"), reduction="none")
+    assert (loss.shape, loss.device.type) == ((N,), "meta")
+    loss.sum().backward()
+    assert [x.grad.shape for x in layer] == [x.shape for x in layer]
+
+
+# ---- tensor subclasses, the module -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_tensor_subclasses_are_asked_first(index):
+    asked = []
+
+    class Asked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, called, types, args=(), kwargs=None):
+            asked.append(called)
+            return super().__torch_function__(called, types, args, kwargs)
+
+    tensors = [x.detach() for x in (*make_layer()[:2], make_target(), make_layer()[2])]
+    expected = fused((tensors[0], tensors[1], tensors[3]), tensors[2])
+    tensors[index] = tensors[index].as_subclass(Asked)
+    for function in (linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics):
+        results = function(*tensors[:3], linear_bias=tensors[3])
+        loss = results if isinstance(results, torch.Tensor) else results.loss
+        assert asked[0] is function
+        torch.testing.assert_close(loss.as_subclass(torch.Tensor), expected)
+        asked.clear()
+
+
+@pytest.mark.parametrize("out_features", [(), (2, 3)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_module(bias, out_features):
+    arguments = {"bias": bias, "out_features": out_features, "reduction": "sum", "dtype": DOUBLE}
+    module = LinearCrossEntropyLoss(H, C, **arguments, label_smoothing=0.1)
+    input = torch.randn(N, H, dtype=DOUBLE)
+    target = torch.randint(C, (N, *out_features))
+    layer = [input, module.linear.weight.view(C, *out_features, H)]
+    if bias:
+        layer.append(module.linear.bias.view(C, *out_features))
+    expected = unfused(F.cross_entropy, layer, target, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(module(input, target), expected)
+    if hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        theirs = torch.nn.LinearCrossEntropyLoss(H, C, **arguments, label_smoothing=0.1)
+        theirs.load_state_dict(module.state_dict())
+        torch.testing.assert_close(module(input, target), theirs(input, target))
+        assert {n: p.shape for n, p in module.named_parameters()} == {
+            n: p.shape for n, p in theirs.named_parameters()
+        }
+
+
+def test_modules_options_and_copies():
+    tokens = torch.rand(2, 6)
+    options = EXTRAS | {"shift": 1, "drop_ignored": True, "chunk_rows": 3, "ignore_index": 2}
+    module = LinearCrossEntropyLoss(H, C, weight=torch.rand(C), **options)
+    input, target = torch.randn(2, 6, H), torch.randint(C, (2, 6))
+    expected = linear_cross_entropy(
+        *(input, module.linear.weight, target),
+        weight=module.weight,
+        token_weight=tokens,
+        normalizer=5,
+        **options,
+    )
+    saved = io.BytesIO()
+    torch.save(module, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    for one in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+        torch.testing.assert_close(one(input, target, tokens, normalizer=5), expected)
+    for name, value in options.items():
+        assert f"{name}={value!r}" in repr(module)
+    assert repr(LinearCrossEntropyLoss(3, 5)).startswith("LinearCrossEntropyLoss(\n")
+
+
+class Model(torch.nn.Module):
+    """An embedding, a layer, and a classifier that is the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(C, H)
+        self.layer = torch.nn.Linear(H, H)
+
+    def forward(self, tokens, loss_function):
+        hidden = torch.tanh(self.layer(self.words(tokens))) + self.words(tokens)
+        return loss_function(hidden, self.words.weight, tokens)
+
+
+def next_token_loss(hidden, linear_weight, tokens):
+    logits = F.linear(hidden, linear_weight)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def test_training_with_tied_weights(layout):
+    curves = []
+    for function in (
+        next_token_loss,
+        lambda *x: linear_cross_entropy(*x, shift=1),
+        lambda *x: linear_cross_entropy(*x, shift=1, drop_ignored=True),
+    ):
+        torch.manual_seed(0)
+        model = Model().double()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        tokens = torch.randint(C, (2, 8)).repeat(1, 2)
+        losses = []
+        for _ in range(60):
+            loss = model(tokens, function)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        curves.append(torch.stack(losses))
+    torch.testing.assert_close(curves[1], curves[0])
+    torch.testing.assert_close(curves[2], curves[0])
+    assert curves[0][-1] < curves[0][0] / 2
+
+
+def test_reference_knows_the_same_options():
+    """What the tests compare with takes what the layer's loss takes."""
+    layer, target = make_layer(DOUBLE), make_target()
+    torch.testing.assert_close(
+        fused(layer, target, **EXTRAS), unfused(reference.cross_entropy, layer, target, **EXTRAS)
+    )
