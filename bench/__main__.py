@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
 
-from . import report
+from . import linear, report
 from .cases import DTYPES, MODES, SUITES, Case, bytes_moved
-from .device import DEVICES, default_device, why_not
+from .command import Parser, at_least
 from .peers import peers
 from .providers import Check, Provider, providers
 from .report import Progress, Result, Timing
@@ -20,33 +17,12 @@ LIMITS = (10, 3.0)  # at least so many rounds and seconds a case
 QUICK_LIMITS = (5, 1.0)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    """A type of argument: integers from `minimum` on."""
-
-    def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            message = f"must be an integer of at least {minimum}, got {text!r}"
-            raise argparse.ArgumentTypeError(message)
-        return int(text)
-
-    return convert
-
-
 def parser() -> Parser:
     """The command line."""
-    result = Parser(prog="python -m bench", description=__doc__)
+    epilog = "python -m bench linear --help: the loss of a linear layer, without its logits"
+    result = Parser(prog="python -m bench", description=__doc__, epilog=epilog)
     names = dict.fromkeys(name for suite in SUITES.values() for name in suite.cases)
     result.add_argument("case", nargs="*", help=f"any of {', '.join(names)}")
-    device = f"default here: {default_device()}"
-    result.add_argument("--device", choices=DEVICES, default=default_device(), help=device)
     result.add_argument("--rows", type=at_least(1), help="rows of a case of your own")
     result.add_argument("--vocab", type=at_least(2), help="classes of a case of your own")
     result.add_argument("--soft", action="store_true", help="soft labels in your own case")
@@ -58,8 +34,7 @@ def parser() -> Parser:
     result.add_argument("--mode", action="append", choices=MODES, help=modes)
     quick = "fewer rounds, and fewer cases unless named: a minute"
     result.add_argument("--quick", action="store_true", help=quick)
-    result.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
-    result.add_argument("--markdown", action="store_true", help="print a table in Markdown")
+    result.add_common()
     return result
 
 
@@ -126,13 +101,13 @@ def measure(
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures what the arguments name. Returns 1 where a provider was wrong, else 0."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["linear"]:
+        return linear.main(arguments[1:])
     command = parser()
     options = command.parse_args(arguments)
     cases = chosen_cases(command, options)
-    if options.json and not options.json.parent.is_dir():
-        command.error(f"--json must be in an existing folder, got {options.json}")
-    if reason := why_not(options.device):
-        command.error(f"--device {options.device} has nothing to measure: {reason}")
+    command.check_common(options)
     others, missing = peers() if options.device == "cuda" else ([], {})
     for name, reason in missing.items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)

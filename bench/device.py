@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import shutil
 import statistics
 import subprocess
@@ -90,17 +92,44 @@ def clock(device: str) -> HostClock | EventClock:
 
 
 class PeakMemory:
-    """How much more of a GPU's memory was taken at once inside a `with` than before it."""
+    """How much more memory was taken at once inside a `with` than before it.
+
+    Of a GPU, by torch's count. Of this process otherwise, by Linux's count of what is resident, so
+    that what libraries take for themselves is in it; elsewhere `bytes` is None.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        """Of a kind of device."""
+        self._is_cuda = device == "cuda"
+        self.bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
         """Starts to look."""
-        self._before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        elif PEAK_RESET.exists():
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what has been freed is resident until then
+            PEAK_RESET.write_text("5")  # the peak is what is resident now
+            self._before = _resident("VmRSS")
         return self
 
     def __exit__(self, *_: Any) -> None:
         """Sets `bytes`."""
-        self.bytes = torch.cuda.max_memory_allocated() - self._before
+        if self._is_cuda:
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+        elif PEAK_RESET.exists():
+            self.bytes = _resident("VmHWM") - self._before
+
+
+PROCESS = Path("/proc/self")
+PEAK_RESET = PROCESS / "clear_refs"
+
+
+def _resident(name: str) -> int:
+    lines = (PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def copy_bandwidth() -> float:

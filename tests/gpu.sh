@@ -3,10 +3,10 @@
 # that are named. Needs a Python with torch, pytest and setuptools 77, nvcc, a C++20 compiler, and no
 # network.
 #
-#   tests/gpu.sh [build] [test] [memcheck] [racecheck] [bench] [demo]
+#   tests/gpu.sh [build] [test] [memcheck] [racecheck] [bench] [linear] [demo]
 #
 # PYTHON   python3
-# OUT      build/gpu: the folder of logs, of bench.json and of summary.txt, which is printed last
+# OUT      build/gpu: the folder of logs, of bench.json, linear.json and summary.txt, which is printed last
 # BENCH    options of the benchmark
 # LIMIT    seconds that one stage may take, 900
 # DEVICE   cuda; cpu to try this script where there is no GPU
@@ -89,7 +89,7 @@ sanitize() {  # TOOL TESTS: each tensor in an allocation of its own
     "${pytest[@]}" -q tests/test_gpu.py -k "$2"
 }
 
-[ $# -gt 0 ] || set -- build test memcheck racecheck bench demo
+[ $# -gt 0 ] || set -- build test memcheck racecheck bench linear demo
 for stage; do
   case $stage in
     build)
@@ -101,6 +101,7 @@ for stage; do
     racecheck) sanitize racecheck "forced_plan" ;;
     # shellcheck disable=SC2086  # words of their own
     bench) run bench "$PYTHON" -m bench --device "$DEVICE" --json "$OUT/bench.json" ${BENCH:-} ;;
+    linear) run linear "$PYTHON" -m bench linear --device "$DEVICE" --json "$OUT/linear.json" ;;
     demo) run demo "$PYTHON" -m bench.demo --device "$DEVICE" ;;
     *)
       note "$stage" "FAILED: no such stage" 0
