@@ -188,11 +188,12 @@ def test_statistics_change_no_bit_of_the_loss_without_a_transformation():
 def test_signature_of_the_statistics_is_that_of_the_loss():
     import inspect
 
-    from fused_xent.functional import _evaluate
+    from fused_xent.functional import _evaluate, prepare
 
     loss, both = (inspect.signature(f) for f in (cross_entropy, cross_entropy_with_statistics))
     assert list(loss.parameters) == list(both.parameters)
-    defaults = {n: p.default for n, p in inspect.signature(_evaluate).parameters.items()}
+    parts = (inspect.signature(f).parameters for f in (_evaluate, prepare))
+    defaults = {name: p.default for part in parts for name, p in part.items()}
     for name, parameter in loss.parameters.items():
         if defaults[name] is not inspect.Parameter.empty:
             assert defaults[name] == parameter.default
