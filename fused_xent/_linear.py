@@ -235,7 +235,7 @@ class _Gradients:
 def _add_product(total: Tensor, one: Tensor, other: Tensor, is_first: bool) -> None:
     """Add ``one @ other``, or write it over what is there, not rounded before it is added."""
     if total.dtype == one.dtype:
-        torch.mm(one, other, out=total) if is_first else total.addmm_(one, other)
+        _product(one, other, total) if is_first else total.addmm_(one, other)
     elif total.is_cuda:
         aten = torch.ops.aten
         if is_first:
