@@ -10,12 +10,14 @@ from torch import Tensor
 
 from . import _ops, reference
 
+# Asked once: of some versions of torch, the compiler cannot trace the question.
+_AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
 
 def is_autocast(device: torch.device) -> bool:
     """Return whether operations on this device are cast."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def check_index(name: str, value: int) -> int:
