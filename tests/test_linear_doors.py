@@ -257,16 +257,16 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("name", COMPILED)
-def test_in_one_graph(name, backend, layout, no_code_of_other_tests):
+@pytest.mark.parametrize("name", [*COMPILED, "plain, inductor"])
+def test_in_one_graph(name, layout, no_code_of_other_tests):
+    name, _, backend = name.partition(", ")
     layer, target = make_layer(), make_target()
 
     def model(target, *layer):
         losses = fused([x * 2 for x in layer], target, **COMPILED[name])
         return (losses + 0.01 * losses.square()).sum()
 
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend=backend or "aot_eager", fullgraph=True)
     for n in (1, 2):  # twice: nothing is used up
         losses = [f(target, *layer) * n for f in (model, compiled)]
         torch.testing.assert_close(*losses)
