@@ -2,12 +2,8 @@
 
 from ._ops import cpu_capability
 from .functional import cross_entropy, cross_entropy_with_statistics
-from .linear import (
-    LinearCrossEntropyLoss,
-    linear_cross_entropy,
-    linear_cross_entropy_with_statistics,
-)
-from .nn import CrossEntropyLoss
+from .linear import linear_cross_entropy, linear_cross_entropy_with_statistics
+from .nn import CrossEntropyLoss, LinearCrossEntropyLoss
 from .reference import CrossEntropyStatistics
 
 __version__ = "0.1.0"

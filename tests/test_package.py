@@ -21,10 +21,10 @@ LAYERS = {
     "_autograd": {"_ops", "reference"},
     "_checks": {"_ops", "reference"},
     "functional": {"_autograd", "_checks", "_ops", "reference"},
-    "nn": {"functional"},
     "_linear": {"_ops"},
     "_linear_autograd": {"_autograd", "_linear", "_ops"},
     "linear": {"_autograd", "_checks", "_linear_autograd", "_ops", "functional", "reference"},
+    "nn": {"functional", "linear"},
     "__init__": {"_ops", "functional", "linear", "nn", "reference"},
     "__main__": {"__init__", "_ops", "functional", "nn", "reference"},
 }
