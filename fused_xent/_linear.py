@@ -28,7 +28,7 @@ from . import _ops
 CPU_ROWS, CPU_BYTES = 256, 100 << 20
 GPU_ROWS, GPU_BYTES = 4096, 1 << 30
 FEW_BYTES = 32 << 20  # of logits, for which no layout is better than another
-SLAB_BYTES = 4 << 20
+SLAB_BYTES = 1 << 20
 
 Turn = Callable[[Tensor, slice], None]  # logits (n, C, *D) into their gradient; of which rows
 
