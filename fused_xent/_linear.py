@@ -97,7 +97,7 @@ def forward(*arguments) -> tuple[Tensor, ...]:
     if inputs.statistics:
         rows = [torch.cat(parts) for parts in zip(*statistics, strict=True)]
     else:
-        rows = [value.new_empty(0) for value in _fake_statistics(inputs)]
+        rows = _empty_statistics(inputs)
     return loss.to(inputs.loss_dtype), *rows, *gradients
 
 
@@ -120,13 +120,15 @@ def backward(grad_loss, grad_lse, grad_entropy, *arguments) -> tuple[Tensor, ...
     return _multiply(inputs, turn)
 
 
-def _fake_statistics(inputs: Inputs) -> list[Tensor]:
+def _empty_statistics(inputs: Inputs) -> list[Tensor]:
+    """Return memory for lse, entropy and argmax; of no elements where they are not wanted."""
     shape = inputs.row_shape if inputs.statistics else [0]
     acc = _ops.accumulation_dtype(inputs.hidden.dtype)
     return [inputs.hidden.new_empty(shape, dtype=dtype) for dtype in (acc, acc, torch.int64)]
 
 
-def _fake_gradients(inputs: Inputs) -> list[Tensor]:
+def _empty_gradients(inputs: Inputs) -> list[Tensor]:
+    """Return memory for those of hidden, weight and bias; of no elements for those not needed."""
     tensors = (inputs.hidden, inputs.linear_weight, inputs.linear_bias)
     return [
         inputs.hidden.new_empty(tensor.shape if needed else [0])
@@ -139,12 +141,12 @@ def _fake_forward(*arguments) -> tuple[Tensor, ...]:
     inputs = Inputs(*arguments)
     shape = inputs.row_shape if inputs.reduction == _ops.REDUCTIONS["none"] else []
     loss = inputs.hidden.new_empty(shape, dtype=inputs.loss_dtype)
-    return loss, *_fake_statistics(inputs), *_fake_gradients(inputs)
+    return loss, *_empty_statistics(inputs), *_empty_gradients(inputs)
 
 
 @backward.register_fake
 def _fake_backward(grad_loss, grad_lse, grad_entropy, *arguments) -> tuple[Tensor, ...]:
-    return tuple(_fake_gradients(Inputs(*arguments)))
+    return tuple(_empty_gradients(Inputs(*arguments)))
 
 
 def _total_weight(inputs: Inputs) -> Tensor | None:
@@ -211,7 +213,7 @@ class _Gradients:
         dtypes = (None, sums if n_chunks > 1 else None, sums)
         self.grad_hidden, self.grad_weight, self.grad_bias = (
             torch.empty_like(gradient, dtype=dtype)
-            for gradient, dtype in zip(_fake_gradients(inputs), dtypes, strict=True)
+            for gradient, dtype in zip(_empty_gradients(inputs), dtypes, strict=True)
         )
         self.needs = inputs.needs
 
@@ -329,7 +331,7 @@ def _by_classes(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
     """
     hidden, linear_weight, linear_bias = inputs[:3]
     (n_rows, n_features), n_classes = hidden.shape, linear_weight.shape[0]
-    grad_hidden, grad_weight, grad_bias = _fake_gradients(inputs)
+    grad_hidden, grad_weight, grad_bias = _empty_gradients(inputs)
     n_first = min(n_rows, n_features)
     blocks = [grad_weight.view(-1)[n_classes * (n_features - n_first) :].view(n_classes, n_first)]
     if n_first < n_rows:

@@ -125,16 +125,16 @@ def _with_graph(ctx, upstream: tuple) -> tuple:
     layer, others = ctx.saved_tensors[:3], ctx.saved_tensors[3:7]
     # Tensors of their own, where two of them are one: each is to get its part.
     layer = [None if tensor is None else tensor.view_as(tensor) for tensor in layer]
-    with torch.autocast(layer[0].device.type, enabled=False):
+    with torch.autocast(layer[0].device.type, enabled=False):  # in the products' gradients, too
         logits = F.linear(*layer).view(-1, *ctx.classes)
         loss, *results = _autograd.evaluate(Tensors(logits, *others), ctx.options, False)
-    entropy, _, lse = results[-3:] if ctx.options.statistics else (None, None, None)
-    outputs = [
-        (output, grad)
-        for output, grad in zip((loss, lse, entropy), upstream, strict=True)
-        if grad is not None
-    ]
-    variables = [tensor for tensor, needed in zip(layer, ctx.needs, strict=True) if needed]
-    values, grads = zip(*outputs, strict=True)
-    gradients = iter(torch.autograd.grad(values, variables, grads, create_graph=True))
+        entropy, _, lse = results[-3:] if ctx.options.statistics else (None, None, None)
+        outputs = [
+            (output, grad)
+            for output, grad in zip((loss, lse, entropy), upstream, strict=True)
+            if grad is not None
+        ]
+        variables = [tensor for tensor, needed in zip(layer, ctx.needs, strict=True) if needed]
+        values, grads = zip(*outputs, strict=True)
+        gradients = iter(torch.autograd.grad(values, variables, grads, create_graph=True))
     return tuple(next(gradients) if needed else None for needed in ctx.needs)

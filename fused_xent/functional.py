@@ -207,12 +207,10 @@ def _evaluate(
     _checks.check_flag("inplace_backward", inplace_backward)
     _checks.check_flag("grad_in_forward", grad_in_forward)
     tensors, options = prepare(*tensors, **options)
-    logits, target, *_ = tensors
-    if target.dtype == torch.float64:  # to which logits are promoted
-        tensors = tensors._replace(logits=logits.to(torch.float64))
+    tensors = with_logits(tensors, tensors.logits)
     if inplace_backward or grad_in_forward:
         _checks.check_overwritable(
-            tensors.logits, target, options.dim, inplace_backward, grad_in_forward
+            tensors.logits, tensors.target, options.dim, inplace_backward, grad_in_forward
         )
     return compute(tensors, options, inplace_backward, grad_in_forward)
 
@@ -268,6 +266,12 @@ def prepare(
     if normalizer is not None:
         normalizer = _as_scalar(normalizer, input)
     return Tensors(input, target, weight, token_weight, normalizer), options
+
+
+def with_logits(tensors: Tensors, logits: Tensor) -> Tensors:
+    """Return what has been prepared with these logits, promoted as their target is."""
+    is_promoted = tensors.target.dtype == torch.float64
+    return tensors._replace(logits=logits.to(torch.float64) if is_promoted else logits)
 
 
 def compute(

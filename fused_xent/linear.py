@@ -312,9 +312,7 @@ def _compute(
     """Compute the loss, and with statistics all of them, of flat rows."""
     if _needs_all_logits(layer, tensors, options):
         logits = F.linear(*layer).reshape(tensors.logits.shape)
-        if tensors.target.dtype == torch.float64:  # to which logits are promoted
-            logits = logits.to(torch.float64)
-        return functional.compute(tensors._replace(logits=logits), options)
+        return functional.compute(functional.with_logits(tensors, logits), options)
     tensors = functional.for_kernels(tensors)
     classes = list(tensors.logits.shape[1:])
     loss, lse, entropy, argmax = _linear_autograd.evaluate(

@@ -12,6 +12,13 @@ from .functional import cross_entropy
 from .linear import linear_cross_entropy
 
 
+def _options_of(module: torch.nn.Module) -> str:
+    """Name the options of a module that are not at their defaults."""
+    parameters = inspect.signature(type(module)).parameters.values()
+    values = ((p.name, vars(module).get(p.name, p.default), p.default) for p in parameters)
+    return ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """Module of :func:`fused_xent.cross_entropy`, equivalent to :class:`torch.nn.CrossEntropyLoss`.
 
@@ -57,9 +64,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     def extra_repr(self) -> str:
         """Name the options that are not at their defaults."""
-        options = inspect.signature(type(self)).parameters.values()
-        values = ((p.name, vars(self).get(p.name, p.default), p.default) for p in options)
-        return ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
+        return _options_of(self)
 
     def forward(
         self,
@@ -143,9 +148,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
 
     def extra_repr(self) -> str:
         """Name the options that are not at their defaults; the layer shows itself."""
-        parameters = inspect.signature(type(self)).parameters.values()
-        values = ((p.name, vars(self).get(p.name, p.default), p.default) for p in parameters)
-        return ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
+        return _options_of(self)
 
     def forward(
         self,

@@ -6,7 +6,8 @@
 #   tests/gpu.sh [build] [test] [memcheck] [racecheck] [bench] [linear] [demo]
 #
 # PYTHON   python3
-# OUT      build/gpu: the folder of logs, of bench.json, linear.json and summary.txt, which is printed last
+# OUT      build/gpu: the folder of logs, of bench.json, of linear.json and of summary.txt, which is
+#          printed last
 # BENCH    options of the benchmark
 # LIMIT    seconds that one stage may take, 900
 # DEVICE   cuda; cpu to try this script where there is no GPU

@@ -20,10 +20,9 @@ from layers import (
     make_target,
     unfused,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_xent
-from fused_xent import _linear, linear_cross_entropy, reference
+from fused_xent import _linear, _ops, linear_cross_entropy, reference
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
@@ -137,42 +136,42 @@ def as_double(options):
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_against_float64(name, soft, dtype, layout):
-    """Hardly farther from it than torch's operations with all logits, which round where these do.
-
-    Of so few numbers, chance decides which of two is nearer.
-    """
-    layer, target = make_layer(dtype), make_target(soft, dtype)
-    options = make_options(name, dtype)
+    """Gradients no farther from it than of all logits at once, but for what chance does."""
+    n_rows, n_classes = 96, 150  # so many numbers that chance does little
+    layer = make_layer(dtype, (n_rows,), (n_classes,), n_features=80)
+    target = make_target(soft, dtype, n_rows, n_classes)
+    options = make_options(name, dtype, n_rows, n_classes)
     exact_layer = doubled(layer)
     exact_target = target.double() if soft else target
     exact_loss = unfused(
         reference.cross_entropy, exact_layer, exact_target, **as_double(options), dim=1
     )
-    upstream = torch.randn_like(exact_loss.detach())
-    exact = (exact_loss.detach(), *gradients_of(exact_loss, exact_layer, upstream))
-    losses = (
-        fused(layer, target, **options, loss_dtype=torch.promote_types(dtype, torch.float32)),
-        unfused(reference.cross_entropy, layer, target, **options, dim=1),
-    )
-    ours, theirs = (
-        (loss.detach(), *gradients_of(loss, layer, upstream.to(loss.dtype))) for loss in losses
-    )
-    least = 20 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    upstream = torch.randn_like(exact_loss.detach()).sign()
+    exact = gradients_of(exact_loss, exact_layer, upstream)
+    options["loss_dtype"] = torch.promote_types(dtype, torch.float32)
+    losses = [fused(layer, target, **options)]
+    losses.append(unfused(fused_xent.cross_entropy, layer, target, **options))
+    # Both are of logits that were rounded alike: one value, but for the order of sums.
+    torch.testing.assert_close(*losses, rtol=1e-5 if dtype != torch.float64 else 1e-12, atol=0)
+    ours, theirs = (gradients_of(loss, layer, upstream.to(loss.dtype)) for loss in losses)
+    least = 20 * torch.finfo(options["loss_dtype"]).eps
     for one, other, right in zip(ours, theirs, exact, strict=True):
-        assert one.dtype == other.dtype or one.dim() == losses[0].dim()
-        assert error(one, right) <= 1.7 * error(other, right) + least
+        assert one.dtype == dtype
+        assert error(one, right) <= 1.05 * error(other, right) + least
 
 
 @by_dtype
 def test_sums_over_many_chunks_are_not_rounded(dtype):
     """As of one product: 16-bit sums of 64 chunks would be off by far more."""
-    layer, target = make_layer(dtype, rows=(256,), bias=True), make_target(n_rows=256)
+    n_rows, n_classes = 256, 150
+    layer = make_layer(dtype, (n_rows,), (n_classes,), n_features=80)
+    target = make_target(n_rows=n_rows, n_classes=n_classes)
     exact_layer = doubled(layer)
     exact = gradients_of(unfused(F.cross_entropy, exact_layer, target), exact_layer)
     whole = gradients_of(unfused(F.cross_entropy, layer, target), layer)
     chunks = gradients_of(fused(layer, target, chunk_rows=4), layer)
     for one, other, right in zip(chunks, whole, exact, strict=True):
-        assert error(one, right) <= 1.4 * error(other, right) + 1e-6
+        assert error(one, right) <= 1.1 * error(other, right) + 1e-6
 
 
 @by_dtype
@@ -267,6 +266,19 @@ def test_infinities_and_nan_as_all_logits_have_them(layout):
         torch.testing.assert_close(*results, equal_nan=True)
 
 
+def test_a_row_that_is_left_out_has_no_part_in_the_mean(layout):
+    """Whatever its class weighs."""
+    layer, target = make_layer(), torch.arange(N)
+    weight, tokens = torch.ones(C), torch.ones(N)
+    weight[3], tokens[3] = torch.inf, 0
+    options = {"weight": weight, "token_weight": tokens}
+    kept = torch.arange(N) != 3
+    loss = fused(layer, target, **options)
+    expected = F.cross_entropy(F.linear(*layer)[kept], target[kept])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(gradients_of(x, layer) for x in (loss, expected)))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_all_rows_ignored(reduction, layout):
     layer, target = make_layer(), torch.full((N,), -100)
@@ -295,50 +307,52 @@ def test_the_same_bits_from_run_to_run(layout, threads):
 # ---- what there is at once ---------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that an operation returns."""
+@pytest.fixture
+def seen(monkeypatch):
+    """The logits that the kernels are given: how many elements their memory has."""
+    sizes = []
 
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
+    def noting(operator):
+        def run(*arguments):
+            logits = next(x for x in arguments if x is not None and x.dim() > 1)
+            sizes.append(logits.untyped_storage().nbytes() // logits.element_size())
+            return operator(*arguments)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        results = result if isinstance(result, (tuple, list)) else [result]
-        sizes = [
-            x.untyped_storage().nbytes() // x.element_size()
-            for x in results
-            if isinstance(x, torch.Tensor)
-        ]
-        self.numel = max([self.numel, *sizes])
-        return result
+        return run
+
+    for name in ("forward", "backward_", "forward_backward_"):
+        monkeypatch.setattr(_ops, name, noting(getattr(_ops, name)))
+    return sizes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_logits_never_exist(reduction, dtype, layout, monkeypatch):
-    n_rows = 200
-    if layout != "chunks":
-        pytest.skip("of few rows, all logits may be there")
-    layer = make_layer(dtype, rows=(n_rows,), classes=(300,), n_features=8)
-    target = make_target(n_rows=n_rows, n_classes=300)
-    with Largest() as largest:
-        fused(layer, target, reduction=reduction).sum().backward()
-    assert 300 * 8 <= largest.numel <= 300 * 8 * 2 < n_rows * 300 // 10
+def test_logits_never_exist(reduction, dtype, seen, monkeypatch):
+    in_chunks(monkeypatch)
+    n_rows, n_classes = 200, 300
+    layer = make_layer(dtype, rows=(n_rows,), classes=(n_classes,))
+    target = make_target(n_rows=n_rows, n_classes=n_classes)
+    fused(layer, target, reduction=reduction).sum().backward()
+    passes = 1 if reduction == "mean" and dtype == torch.float32 else 3
+    assert seen == [4 * n_classes] * (n_rows // 4 * passes)
 
 
 @pytest.mark.cpu("logits lie class by class on the CPU alone")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_logits_of_few_rows_lie_in_the_gradients_memory(dtype, monkeypatch):
+def test_logits_of_few_rows_lie_in_the_gradients_memory(dtype, seen, monkeypatch):
     monkeypatch.setattr(_linear, "FEW_BYTES", 0)
-    monkeypatch.setattr(_linear, "SLAB_BYTES", 400)
-    layer = make_layer(dtype, rows=(20,), classes=(3000,), n_features=20, bias=False)
-    target = make_target(n_rows=20, n_classes=3000)
-    with Largest() as largest:
+    n_rows, n_classes = 20, 3000
+    target = make_target(n_rows=n_rows, n_classes=n_classes)
+    for n_features in (20, 8):  # as many as rows, and fewer: then some lie beside it
+        layer = make_layer(dtype, (n_rows,), (n_classes,), n_features, bias=False)
+        seen.clear()
         fused(layer, target).backward()
-    assert largest.numel == 3000 * 20
-    for leaf in layer:
-        assert leaf.grad.untyped_storage().nbytes() == leaf.nbytes
+        beside = [(n_rows - n_features) * n_classes] if n_features < n_rows else []
+        if beside and dtype == torch.float32:
+            beside = None  # chunks of rows take less
+        assert seen == ([n_rows * n_classes] if beside is None else [layer[1].numel(), *beside])
+        for leaf in layer:
+            assert leaf.grad.untyped_storage().nbytes() == leaf.nbytes
 
 
 # ---- shift and drop_ignored --------------------------------------------------------------------
@@ -426,81 +440,3 @@ def test_gradient_of_the_loss_beside_statistics(layout):
     results = fused_xent.linear_cross_entropy_with_statistics(*layer[:2], target)
     expected = unfused(F.cross_entropy, layer[:2], target)
     torch.testing.assert_close(*(gradients_of(x, layer[:2]) for x in (results.loss, expected)))
-
-
-# ---- errors ------------------------------------------------------------------------------------
-
-X, W = torch.ones(4, 3), torch.ones(5, 3)
-Y = torch.zeros(4, dtype=torch.int64)
-WRONG = {
-    "input must be a tensor, got list": ([[1.0]], W, Y, {}),
-    "input must be float32, float64, bfloat16 or float16, got torch.int64": (X.long(), W, Y, {}),
-    "input must have a dimension of features, got a tensor of shape ()": (X[0, 0], W, Y, {}),
-    "linear_weight must have shape (C, *D, H) for C classes and H features, got (3,)": (
-        *(X, W[0], Y),
-        {},
-    ),
-    "linear_weight must have input's 3 features in its last dimension, got shape (5, 2)": (
-        *(X, W[:, :2], Y),
-        {},
-    ),
-    "linear_weight must have input's dtype torch.float32, got torch.float64": (
-        *(X, W.double(), Y),
-        {},
-    ),
-    "linear_bias must have shape (5,), got (4,)": (X, W, Y, {"linear_bias": torch.ones(4)}),
-    "linear_bias must have input's dtype torch.float32, got torch.bfloat16": (
-        *(X, W, Y),
-        {"linear_bias": torch.ones(5).bfloat16()},
-    ),
-    "target must have shape (4,) (class indices) or (4, 5) (probabilities)": (X, W, Y[:3], {}),
-    "ignore_index must be None where target holds probabilities, got -1": (
-        *(X, W, torch.ones(4, 5)),
-        {"ignore_index": -1},
-    ),
-    "target must be in [0, 5) or equal to ignore_index (-100), got 5 at position (3,)": (
-        *(X, W, Y + torch.tensor([0, 0, 0, 5])),
-        {},
-    ),
-    "weight must have shape (5,), got (3,)": (X, W, Y, {"weight": torch.ones(3)}),
-    "shift must not be negative, got -1": (X, W, Y, {"shift": -1}),
-    "shift must be an int, got float": (X, W, Y, {"shift": 1.0}),
-    "shift must be 0 unless input has a dimension of positions": (X[0], W, Y[0], {"shift": 1}),
-    "drop_ignored must be a bool, got int": (X, W, Y, {"drop_ignored": 1}),
-    "chunk_rows must be at least 1, got 0": (X, W, Y, {"chunk_rows": 0}),
-    "chunk_rows must be an int, got str": (X, W, Y, {"chunk_rows": "all"}),
-    "options must be None or a LinearCrossEntropyOptions, got dict": (X, W, Y, {"options": {}}),
-    "reduction must be 'none', 'mean' or 'sum', got 'avg'": (X, W, Y, {"reduction": "avg"}),
-    "token_weight must have the unreduced loss's shape (4,), got (5,)": (
-        *(X, W, Y),
-        {"token_weight": torch.ones(5)},
-    ),
-}
-
-
-@pytest.mark.cpu("out of range is no error on a GPU, and tensors are of the CPU")
-@pytest.mark.parametrize("message", WRONG)
-def test_errors(message):
-    *arguments, options = WRONG[message]
-    for function in (linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics):
-        with pytest.raises((ValueError, TypeError, IndexError)) as error:
-            function(*arguments, **options)
-        assert str(error.value).startswith(message)
-
-
-@pytest.mark.cpu("out of range is no error on a GPU")
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("drop", [False, True])
-def test_position_of_a_target_that_is_no_class(drop, shift):
-    layer, target = make_layer(rows=(2, 4)), torch.randint(C, (2, 4))
-    target[:, 0] = 99 if shift else 0  # of no row
-    target[1, 2] = C
-    with pytest.raises(IndexError, match=rf"got {C} at position \(1, 2\)"):
-        fused(layer, target, shift=shift, drop_ignored=drop)
-
-
-def test_unknown_names():
-    for name in ("dim", "inplace_backward", "grad_in_forward", "size_average"):
-        for function in (linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics):
-            with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-                function(X, W, Y, **{name: True})

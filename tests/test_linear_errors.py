@@ -1,0 +1,83 @@
+"""What a user can get wrong about a linear layer's loss: argument, rule and value are named."""
+
+import pytest
+import torch
+from layers import C, fused, make_layer
+
+import fused_xent
+from fused_xent import linear_cross_entropy
+
+X, W = torch.ones(4, 3), torch.ones(5, 3)
+Y = torch.zeros(4, dtype=torch.int64)
+WRONG = {
+    "input must be a tensor, got list": ([[1.0]], W, Y, {}),
+    "input must be float32, float64, bfloat16 or float16, got torch.int64": (X.long(), W, Y, {}),
+    "input must have a dimension of features, got a tensor of shape ()": (X[0, 0], W, Y, {}),
+    "linear_weight must have shape (C, *D, H) for C classes and H features, got (3,)": (
+        *(X, W[0], Y),
+        {},
+    ),
+    "linear_weight must have input's 3 features in its last dimension, got shape (5, 2)": (
+        *(X, W[:, :2], Y),
+        {},
+    ),
+    "linear_weight must have input's dtype torch.float32, got torch.float64": (
+        *(X, W.double(), Y),
+        {},
+    ),
+    "linear_bias must have shape (5,), got (4,)": (X, W, Y, {"linear_bias": torch.ones(4)}),
+    "linear_bias must have input's dtype torch.float32, got torch.bfloat16": (
+        *(X, W, Y),
+        {"linear_bias": torch.ones(5).bfloat16()},
+    ),
+    "target must have shape (4,) (class indices) or (4, 5) (probabilities)": (X, W, Y[:3], {}),
+    "ignore_index must be None where target holds probabilities, got -1": (
+        *(X, W, torch.ones(4, 5)),
+        {"ignore_index": -1},
+    ),
+    "target must be in [0, 5) or equal to ignore_index (-100), got 5 at position (3,)": (
+        *(X, W, Y + torch.tensor([0, 0, 0, 5])),
+        {},
+    ),
+    "weight must have shape (5,), got (3,)": (X, W, Y, {"weight": torch.ones(3)}),
+    "shift must not be negative, got -1": (X, W, Y, {"shift": -1}),
+    "shift must be an int, got float": (X, W, Y, {"shift": 1.0}),
+    "shift must be 0 unless input has a dimension of positions": (X[0], W, Y[0], {"shift": 1}),
+    "drop_ignored must be a bool, got int": (X, W, Y, {"drop_ignored": 1}),
+    "chunk_rows must be at least 1, got 0": (X, W, Y, {"chunk_rows": 0}),
+    "chunk_rows must be an int, got str": (X, W, Y, {"chunk_rows": "all"}),
+    "options must be None or a LinearCrossEntropyOptions, got dict": (X, W, Y, {"options": {}}),
+    "reduction must be 'none', 'mean' or 'sum', got 'avg'": (X, W, Y, {"reduction": "avg"}),
+    "token_weight must have the unreduced loss's shape (4,), got (5,)": (
+        *(X, W, Y),
+        {"token_weight": torch.ones(5)},
+    ),
+}
+
+
+@pytest.mark.cpu("out of range is no error on a GPU, and tensors are of the CPU")
+@pytest.mark.parametrize("message", WRONG)
+def test_errors(message):
+    *arguments, options = WRONG[message]
+    for function in (linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics):
+        with pytest.raises((ValueError, TypeError, IndexError)) as error:
+            function(*arguments, **options)
+        assert str(error.value).startswith(message)
+
+
+@pytest.mark.cpu("out of range is no error on a GPU")
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("drop", [False, True])
+def test_position_of_a_target_that_is_no_class(drop, shift):
+    layer, target = make_layer(rows=(2, 4)), torch.randint(C, (2, 4))
+    target[:, 0] = 99 if shift else 0  # of no row
+    target[1, 2] = C
+    with pytest.raises(IndexError, match=rf"got {C} at position \(1, 2\)"):
+        fused(layer, target, shift=shift, drop_ignored=drop)
+
+
+def test_unknown_names():
+    for name in ("dim", "inplace_backward", "grad_in_forward", "size_average"):
+        for function in (linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics):
+            with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+                function(X, W, Y, **{name: True})
