@@ -123,8 +123,6 @@ def _scale(gradient: Tensor, grad_loss: Tensor) -> None:
 def _with_graph(ctx, upstream: tuple) -> tuple:
     """Return gradients that can be differentiated, by way of all logits."""
     layer, others = ctx.saved_tensors[:3], ctx.saved_tensors[3:7]
-    # Tensors of their own, where two of them are one: each is to get its part.
-    layer = [None if tensor is None else tensor.view_as(tensor) for tensor in layer]
     with torch.autocast(layer[0].device.type, enabled=False):  # in the products' gradients, too
         logits = F.linear(*layer).view(-1, *ctx.classes)
         loss, *results = _autograd.evaluate(Tensors(logits, *others), ctx.options, False)

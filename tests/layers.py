@@ -23,9 +23,11 @@ def by_classes(monkeypatch):
 
 
 def make_layer(dtype=torch.float32, rows=(N,), classes=(C,), n_features=H, bias=True):
-    """Return leaves: hidden states, the weight of the layer, and its bias."""
-    shapes = [(*rows, n_features), (*classes, n_features)] + ([classes] if bias else [])
-    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    """Return leaves: hidden states, the weight of the layer, and its bias; logits of about 1."""
+    hidden = torch.randn(*rows, n_features)
+    layer = [hidden, torch.randn(*classes, n_features) * n_features**-0.5]
+    layer += [torch.randn(classes)] if bias else []
+    return [x.to(dtype).requires_grad_() for x in layer]
 
 
 def unfused(loss_function, layer, target, **options):

@@ -177,17 +177,25 @@ def test_sums_over_many_chunks_are_not_rounded(dtype):
 @by_dtype
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_both_ways_to_multiply_16_bits(is_slow, dtype, layout, monkeypatch):
-    """By torch's products of 16 bits, and by those of float32, whichever this processor gets."""
+    """By torch's products of 16 bits, and by those of float32, whichever this processor gets.
+
+    Of a dozen problems, of which one or the other is nearer by chance, nearer than torch's own.
+    """
     monkeypatch.setattr(_linear, "_is_slow", lambda matrix: is_slow and dtype.itemsize == 2)
     for n_rows, n_features, n_classes in ((11, 12, 370), (40, 7, 5), (5, 90, 9)):
-        layer = make_layer(dtype, (n_rows,), (n_classes,), n_features)
-        target = make_target(n_rows=n_rows, n_classes=n_classes)
-        exact_layer = doubled(layer)
-        exact = gradients_of(unfused(F.cross_entropy, exact_layer, target), exact_layer)
-        whole = gradients_of(unfused(F.cross_entropy, layer, target), layer)
-        ours = gradients_of(fused(layer, target), layer)
-        for one, other, right in zip(ours, whole, exact, strict=True):
-            assert error(one, right) <= 1.2 * error(other, right) + 1e-6
+        squares = torch.zeros(2, 3)
+        for _ in range(12):
+            layer = make_layer(dtype, (n_rows,), (n_classes,), n_features)
+            target = make_target(n_rows=n_rows, n_classes=n_classes)
+            exact_layer = doubled(layer)
+            exact = gradients_of(unfused(F.cross_entropy, exact_layer, target), exact_layer)
+            losses = fused(layer, target), unfused(F.cross_entropy, layer, target)
+            for i, loss in enumerate(losses):
+                gradients = gradients_of(loss, layer)
+                errors = [error(one, right) for one, right in zip(gradients, exact, strict=True)]
+                squares[i] += torch.tensor(errors) ** 2
+        ours, theirs = (squares / 12).sqrt()
+        assert (ours <= theirs + 1e-6).all()
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
@@ -309,20 +317,21 @@ def test_the_same_bits_from_run_to_run(layout, threads):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The logits that the kernels are given: how many elements their memory has."""
-    sizes = []
+    """The memories of the logits that the kernels are given, and how many elements each has."""
+    found = []
 
     def noting(operator):
         def run(*arguments):
             logits = next(x for x in arguments if x is not None and x.dim() > 1)
-            sizes.append(logits.untyped_storage().nbytes() // logits.element_size())
+            memory = logits.untyped_storage()
+            found.append((memory.data_ptr(), memory.nbytes() // logits.element_size()))
             return operator(*arguments)
 
         return run
 
     for name in ("forward", "backward_", "forward_backward_"):
         monkeypatch.setattr(_ops, name, noting(getattr(_ops, name)))
-    return sizes
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
@@ -334,25 +343,35 @@ def test_logits_never_exist(reduction, dtype, seen, monkeypatch):
     target = make_target(n_rows=n_rows, n_classes=n_classes)
     fused(layer, target, reduction=reduction).sum().backward()
     passes = 1 if reduction == "mean" and dtype == torch.float32 else 3
-    assert seen == [4 * n_classes] * (n_rows // 4 * passes)
+    assert [numel for _, numel in seen] == [4 * n_classes] * (n_rows // 4 * passes)
 
 
 @pytest.mark.cpu("logits lie class by class on the CPU alone")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_logits_of_few_rows_lie_in_the_gradients_memory(dtype, seen, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "n_features", "beside"),
+    [(torch.float32, 20, 0), (torch.bfloat16, 20, 0), (torch.bfloat16, 8, 12)],
+    ids=["float32", "bfloat16", "bfloat16, more rows than features"],
+)
+def test_logits_of_few_rows_lie_in_the_gradients_memory(
+    dtype, n_features, beside, seen, monkeypatch
+):
     monkeypatch.setattr(_linear, "FEW_BYTES", 0)
-    n_rows, n_classes = 20, 3000
-    target = make_target(n_rows=n_rows, n_classes=n_classes)
-    for n_features in (20, 8):  # as many as rows, and fewer: then some lie beside it
-        layer = make_layer(dtype, (n_rows,), (n_classes,), n_features, bias=False)
-        seen.clear()
-        fused(layer, target).backward()
-        beside = [(n_rows - n_features) * n_classes] if n_features < n_rows else []
-        if beside and dtype == torch.float32:
-            beside = None  # chunks of rows take less
-        assert seen == ([n_rows * n_classes] if beside is None else [layer[1].numel(), *beside])
-        for leaf in layer:
-            assert leaf.grad.untyped_storage().nbytes() == leaf.nbytes
+    layer = make_layer(dtype, (20,), (3000,), n_features, bias=False)
+    fused(layer, make_target(n_rows=20, n_classes=3000)).backward()
+    memory = layer[1].grad.untyped_storage()
+    assert seen[0] == (memory.data_ptr(), layer[1].numel())
+    assert [numel for _, numel in seen[1:]] == ([beside * 3000] if beside else [])
+    for leaf in layer:
+        assert leaf.grad.untyped_storage().nbytes() == leaf.nbytes
+
+
+@pytest.mark.cpu("logits lie class by class on the CPU alone")
+def test_float32_of_more_rows_than_features_is_in_chunks(seen, monkeypatch):
+    """That takes less memory than a block beside the gradient."""
+    monkeypatch.setattr(_linear, "FEW_BYTES", 0)
+    in_chunks(monkeypatch)
+    fused(make_layer(rows=(20,), n_features=8), make_target(n_rows=20)).backward()
+    assert [numel for _, numel in seen] == [4 * C] * 5
 
 
 # ---- shift and drop_ignored --------------------------------------------------------------------

@@ -250,13 +250,14 @@ def test_autocast_casts_the_layer_and_nothing_else(dtype, reduction, layout):
 
 
 def test_loss_scale(device):
-    """Gradients below float16's range without it."""
+    """Gradients that float16 has not at all without it."""
     layer, target = make_layer(torch.float16, (N,), (4000,)), torch.arange(N)
     exact_layer = [x.detach().double().requires_grad_() for x in layer]
-    exact = gradients_of(unfused(F.cross_entropy, exact_layer, target) / 1000, exact_layer)
-    loss = fused(layer, target, loss_dtype=torch.float32) / 1000
-    for one, right in zip(gradients_of(loss * 2.0**14, layer), exact, strict=True):
-        error = (one.double() / 2.0**14 - right).norm() / right.norm()
+    exact = unfused(F.cross_entropy, exact_layer, target, reduction="sum") / 1e6
+    loss = fused(layer, target, normalizer=1e6, loss_dtype=torch.float32)
+    actual = gradients_of(loss * 2.0**20, layer)
+    for one, right in zip(actual, gradients_of(exact, exact_layer), strict=True):
+        error = (one.double() / 2.0**20 - right).norm() / right.norm()
         assert error < 2e-3
 
 
