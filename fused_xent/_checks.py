@@ -158,6 +158,28 @@ def check_linear_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tenso
             raise ValueError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
 
 
+def check_linear_target(target: Tensor, rows, classes, ignore_index: int | None) -> None:
+    """Check a target's shape where there are no logits to compare it with."""
+    _check_dense("target", target)
+    of_indices, of_probabilities = (*rows, *classes[1:]), (*rows, *classes)
+    if target.shape == of_probabilities:
+        if target.dtype not in _ops.DTYPES:
+            raise ValueError(
+                "target must hold floating-point probabilities where it has the shape of input's "
+                f"rows and linear_weight's classes {of_probabilities}, got {target.dtype}"
+            )
+        if ignore_index is not None:
+            raise ValueError(
+                f"ignore_index must be None where target holds probabilities, got {ignore_index}"
+            )
+    elif target.shape != of_indices:
+        raise ValueError(
+            f"target must have shape {of_indices} (class indices) or {of_probabilities} "
+            f"(probabilities) for input's rows and linear_weight's classes, got "
+            f"{tuple(target.shape)}"
+        )
+
+
 def check_shift(shift: int, input: Tensor) -> int:
     """Return by how many positions the labels are ahead of the hidden states."""
     shift = int(shift) if isinstance(shift, bool) else check_index("shift", shift)
@@ -173,11 +195,12 @@ def check_shift(shift: int, input: Tensor) -> int:
 
 def check_chunk_rows(chunk_rows: int | None, options) -> int | None:
     """Return of how many rows the logits are made at a time, by what torch's options say too."""
-    if options is not None and not hasattr(options, "batch_chunk_size"):
+    is_given = options is not None
+    if is_given and (isinstance(options, type) or not hasattr(options, "batch_chunk_size")):
         raise TypeError(
             f"options must be None or a LinearCrossEntropyOptions, got {type(options).__name__}"
         )
-    if chunk_rows is None and options is not None:
+    if chunk_rows is None and is_given:
         chunk_rows = options.batch_chunk_size
     if chunk_rows is None:
         return None

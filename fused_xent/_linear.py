@@ -109,7 +109,7 @@ def backward(grad_loss, grad_lse, grad_entropy, *arguments) -> tuple[Tensor, ...
 
     def turn(logits: Tensor, rows: slice) -> None:
         upstream = [
-            grad if grad is None or grad.dim() == 0 else grad[rows]
+            grad if grad is None or grad.dim() == 0 else grad[rows].contiguous()
             for grad in (grad_loss, grad_lse, grad_entropy)
         ]
         operands = inputs.of_loss(rows, total)

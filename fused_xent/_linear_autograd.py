@@ -1,11 +1,14 @@
 """The autograd Function of a linear layer and its loss: what is saved, and what is made when."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _autograd, _linear, _ops
 from ._autograd import Options, Tensors
+from ._checks import is_autocast
 
 _NO_GRADIENTS = (None,) * 8  # of the inputs beside hidden, weight and bias
 
@@ -69,7 +72,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if is_compiling:
             ctx.save_for_backward(*tensors, *gradients)
         else:  # not among what is saved: there, to be scaled in place would be an error
-            ctx.gradients = gradients
+            ctx.gradients = gradients if ctx.has_gradients else None
             ctx.save_for_backward(*tensors)
         return tuple(results)
 
@@ -77,6 +80,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, *upstream):
         """Return the gradients of hidden, weight and bias."""
         grad_loss, *of_statistics, _ = upstream
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling:
+            gradients = ctx.saved_tensors[7:] if ctx.has_gradients else None
+        else:  # kept no longer than what autograd saves, whether they are of use or not
+            gradients, ctx.gradients = ctx.gradients, None
         if not ctx.options.statistics:  # compiled code gives zeros for them
             of_statistics = [None, None]
         upstream = (grad_loss, *of_statistics)
@@ -84,13 +92,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             return None, None, None, *_NO_GRADIENTS
         if torch.is_grad_enabled():
             return *_with_graph(ctx, upstream), *_NO_GRADIENTS
-        is_compiling = torch.compiler.is_compiling()
-        gradients = None
-        if ctx.has_gradients and is_compiling:
-            gradients = ctx.saved_tensors[7:]
-        elif ctx.has_gradients and all(grad is None for grad in of_statistics):
-            gradients = ctx.__dict__.pop("gradients", None)
-        if gradients is None:
+        if gradients is None or any(grad is not None for grad in of_statistics):
             operands = _operands(
                 ctx.saved_tensors[:7], ctx.options, ctx.classes, ctx.chunk_rows, ctx.needs
             )
@@ -116,14 +118,16 @@ def _is_batched(tensor: Tensor) -> bool:
 def _scale(gradient: Tensor, grad_loss: Tensor) -> None:
     """Multiply in place; where that is by 1, without a pass over memory and unknown to the host."""
     rows = gradient if gradient.dim() == 2 else gradient.unsqueeze(0)
-    target = torch.zeros(rows.shape[0], dtype=torch.uint8, device=rows.device)
+    target = rows.new_zeros(rows.shape[0], dtype=torch.uint8)
     _ops.scale_gradient_(rows, grad_loss, target, None, 1, -1)
 
 
 def _with_graph(ctx, upstream: tuple) -> tuple:
     """Return gradients that can be differentiated, by way of all logits."""
     layer, others = ctx.saved_tensors[:3], ctx.saved_tensors[3:7]
-    with torch.autocast(layer[0].device.type, enabled=False):  # in the products' gradients, too
+    device = layer[0].device
+    no_casts = torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
+    with no_casts:  # in the gradients of the product, either
         logits = F.linear(*layer).view(-1, *ctx.classes)
         loss, *results = _autograd.evaluate(Tensors(logits, *others), ctx.options, False)
         entropy, _, lse = results[-3:] if ctx.options.statistics else (None, None, None)

@@ -80,7 +80,9 @@ def linear_cross_entropy(
         drop_ignored: rows without a label that counts (ignored, or of token weight 0) are left out
             of the matrix products, at the cost of a copy of the hidden states that are left. Which
             rows these are must be known on the host: on a GPU that waits for it, once, so that a
-            CUDA graph cannot be captured. Compiled code keeps all rows: the results are the same.
+            CUDA graph cannot be captured. Compiled code keeps all rows: the results are the same,
+            unless the hidden state of such a row is not finite, which the weight's gradient then is
+            not either.
         chunk_rows: how many rows the logits are made of at a time. None: as many as make matrix
             products efficient, 256 rows and 100 MiB on a CPU and 4096 rows and 1 GiB on a GPU at
             most; and on a CPU, where rows are few beside features, all of them, class by class in
@@ -88,8 +90,10 @@ def linear_cross_entropy(
 
     What is not said here is as in :func:`fused_xent.cross_entropy`. The gradients of ``input``,
     ``linear_weight`` and ``linear_bias``, of those that require one, are made with the loss, and
-    multiplied by the upstream gradient in the backward, in place, if that is not 1. They are
-    computed anew, with the logits, in a second backward, for ``reduction="none"``, float16,
+    multiplied by the upstream gradient in the backward, in place, if that is not 1: they are those
+    of the values that the loss was computed of, whatever has been written over them since, and an
+    upstream gradient that is not finite makes NaN of the zeros of ignored rows. They are computed
+    anew, with the logits, in a second backward, for ``reduction="none"``, float16,
     and gradients through statistics. All logits at once are needed, and used, for gradients of
     gradients, of ``weight``, ``token_weight``, ``normalizer`` and probabilities, and under
     ``torch.func`` and forward-mode differentiation.
@@ -190,12 +194,8 @@ def _evaluate(
     rows, classes = layer.hidden.shape[:-1], layer.linear_weight.shape[:-1]
     # Of the logits' shape, dtype and device, which is all that is looked at, but of one element.
     logits = layer.hidden.new_zeros(()).expand(*rows, *classes)
-    if ignore_index is None:
-        ignore_index = IGNORE_INDEX
-    elif isinstance(target, Tensor) and target.shape == logits.shape:
-        raise ValueError(
-            f"ignore_index must be None where target holds probabilities, got {ignore_index}"
-        )
+    _checks.check_linear_target(target, rows, classes, ignore_index)
+    ignore_index = IGNORE_INDEX if ignore_index is None else ignore_index
     tensors, loss_options = functional.prepare(
         *(logits, target, weight, token_weight, normalizer),
         dim=len(rows),
@@ -252,9 +252,9 @@ def _without_first(tensors: Tensors, n_row_dims: int, shift: int) -> Tensor:
     if token_weight is None:
         acc = _ops.accumulation_dtype(logits.dtype)
         token_weight = logits.new_ones(logits.select(n_row_dims, 0).shape, dtype=acc)
-    position = torch.arange(logits.shape[n_row_dims - 1], device=logits.device)
-    is_first = (position < shift).view([-1] + [1] * (token_weight.dim() - n_row_dims))
-    return token_weight.masked_fill(is_first, 0)
+    dim, shift = n_row_dims - 1, min(shift, logits.shape[n_row_dims - 1])
+    first, others = token_weight.tensor_split([shift], dim)
+    return torch.cat([torch.zeros_like(first), others], dim)
 
 
 def _flatten(layer: _Layer, tensors: Tensors, shift: int) -> tuple[_Layer, Tensors]:

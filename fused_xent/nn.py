@@ -161,7 +161,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         linear_weight, linear_bias = self.linear.weight, self.linear.bias
         if self.out_features:
             shape = (self.num_classes, *self.out_features)
-            linear_weight = linear_weight.view(*shape, -1)
+            linear_weight = linear_weight.view(*shape, self.linear.in_features)
             linear_bias = None if linear_bias is None else linear_bias.view(shape)
         return linear_cross_entropy(
             input,

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -21,11 +22,12 @@ from layers import (
     unfused,
 )
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fused_xent
-from fused_xent import LinearCrossEntropyLoss, linear_cross_entropy
+from fused_xent import LinearCrossEntropyLoss, linear_cross_entropy, reference
 
 # Of torch's own forward-mode formulas, of linearize, and of torch.compile.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -156,6 +158,39 @@ def test_batched_upstream_gradients(reduction, layout):
     upstream = torch.randn(3, *losses[0].shape, dtype=DOUBLE)
     results = [torch.autograd.grad(x, layer, upstream, is_grads_batched=True) for x in losses]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["lse", "entropy", "z_loss", "loss"])
+def test_upstream_gradients_that_are_expanded(name, reduction, layout):
+    """As those of a sum are."""
+    hidden, linear_weight, bias = layer = make_layer(DOUBLE)
+    target = make_target()
+    options = {"lse_square_scale": 0.1, "reduction": reduction}
+    results = fused_xent.linear_cross_entropy_with_statistics(
+        hidden, linear_weight, target, linear_bias=bias, **options
+    )
+    exact = unfused(reference.cross_entropy_with_statistics, layer, target, **options)
+    values = (getattr(x, name) for x in (results, exact))
+    torch.testing.assert_close(*(gradients_of(x.sum(), layer) for x in values))
+
+
+USES = {
+    "of the loss": lambda r: r.loss,
+    "of a statistic": lambda r: r.lse.mean(),
+    "of both": lambda r: r.loss + r.lse.mean(),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("use", USES)
+def test_gradients_are_not_kept_beside_the_loss(use, create_graph):
+    layer, target = make_layer(bias=False), make_target()
+    results = fused_xent.linear_cross_entropy_with_statistics(*layer, target)
+    kept = [weakref.ref(x) for x in results.loss.grad_fn.gradients[:2]]
+    assert all(ref() is not None for ref in kept)
+    torch.autograd.grad(USES[use](results), layer, create_graph=create_graph)
+    assert all(ref() is None for ref in kept)
 
 
 def test_a_gradient_that_was_given_away_stays_as_it_is(layout):
@@ -344,12 +379,22 @@ def test_operators(soft, reduction, needs):
         torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
-def test_tensors_without_memory():
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"shift": 1}])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_tensors_without_memory(create_graph, options):
     layer = [x.detach().to("meta").requires_grad_() for x in make_layer()]
-    loss = fused(layer, torch.empty(N, dtype=torch.int64, device="meta"), reduction="none")
-    assert (loss.shape, loss.device.type) == ((N,), "meta")
-    loss.sum().backward()
-    assert [x.grad.shape for x in layer] == [x.shape for x in layer]
+    target = torch.empty(N, dtype=torch.int64, device="meta")
+    loss = fused(layer, target, **options)
+    gradients = torch.autograd.grad(loss.sum(), layer, create_graph=create_graph)
+    assert [x.shape for x in gradients] == [x.shape for x in layer]
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"shift": 1}])
+def test_fake_tensors_outside_their_mode(options):
+    with FakeTensorMode():
+        layer, target = make_layer(), make_target()
+    gradients = gradients_of(fused(layer, target, **options).sum(), layer)
+    assert [x.shape for x in gradients] == [x.shape for x in layer]
 
 
 # ---- tensor subclasses, the module -------------------------------------------------------------
@@ -395,6 +440,11 @@ def test_module(bias, out_features):
         assert {n: p.shape for n, p in module.named_parameters()} == {
             n: p.shape for n, p in theirs.named_parameters()
         }
+
+
+def test_module_of_no_positions():
+    loss = LinearCrossEntropyLoss(3, 2, out_features=(0,), bias=True)
+    assert loss(torch.randn(4, 3), torch.full((4, 0), -100)).isnan()
 
 
 def test_modules_options_and_copies():

@@ -39,6 +39,11 @@ WRONG = {
         *(X, W, Y + torch.tensor([0, 0, 0, 5])),
         {},
     ),
+    "target must have shape (4,) (class indices) or (4, 5) (probabilities) for input's rows and "
+    "linear_weight's classes, got (4, 3)": (X, W, torch.ones(4, 3), {}),
+    "target must hold floating-point probabilities where it has the shape of input's rows and "
+    "linear_weight's classes (4, 5), got torch.int64": (X, W, torch.ones(4, 5).long(), {}),
+    "options must be None or a LinearCrossEntropyOptions, got type": (X, W, Y, {"options": object}),
     "weight must have shape (5,), got (3,)": (X, W, Y, {"weight": torch.ones(3)}),
     "shift must not be negative, got -1": (X, W, Y, {"shift": -1}),
     "shift must be an int, got float": (X, W, Y, {"shift": 1.0}),

@@ -22,7 +22,7 @@ LAYERS = {
     "_checks": {"_ops", "reference"},
     "functional": {"_autograd", "_checks", "_ops", "reference"},
     "_linear": {"_ops"},
-    "_linear_autograd": {"_autograd", "_linear", "_ops"},
+    "_linear_autograd": {"_autograd", "_checks", "_linear", "_ops"},
     "linear": {"_autograd", "_checks", "_linear_autograd", "_ops", "functional", "reference"},
     "nn": {"functional", "linear"},
     "__init__": {"_ops", "functional", "linear", "nn", "reference"},
