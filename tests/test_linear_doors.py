@@ -315,7 +315,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", [*COMPILED, "plain, inductor"])
-def test_in_one_graph(name, layout, no_code_of_other_tests):
+def test_in_one_graph(name, no_code_of_other_tests):
     name, _, backend = name.partition(", ")
     layer, target = make_layer(), make_target()
 
@@ -330,7 +330,7 @@ def test_in_one_graph(name, layout, no_code_of_other_tests):
         torch.testing.assert_close(*(gradients_of(x, layer) for x in losses))
 
 
-def test_statistics_in_one_graph(layout, no_code_of_other_tests):
+def test_statistics_in_one_graph(no_code_of_other_tests):
     layer, target = make_layer(), make_target()
 
     def model(target, hidden, linear_weight, bias):
