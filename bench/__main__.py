@@ -8,7 +8,7 @@ import sys
 from . import linear, report
 from .cases import DTYPES, MODES, SUITES, Case, bytes_moved
 from .command import Parser, at_least
-from .peers import peers
+from .peers import PEERS, peers
 from .providers import Check, Provider, providers
 from .report import Progress, Result, Timing
 from .timing import Workload, interleave
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = command.parse_args(arguments)
     cases = chosen_cases(command, options)
     command.check_common(options)
-    others, missing = peers() if options.device == "cuda" else ([], {})
+    others, missing = peers(PEERS) if options.device == "cuda" else ([], {})
     for name, reason in missing.items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)
     runs = [(case, dtype) for case in cases for dtype in options.dtype or case.dtypes]

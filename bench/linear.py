@@ -22,6 +22,7 @@ import fused_xent
 from .cases import DTYPES
 from .command import Parser, at_least
 from .device import PeakMemory, clock
+from .peers import LINEAR_PEERS, LinearLoss, peers
 from .providers import CHUNK, WrongResult
 from .report import Environment, Progress, environment, summary, write_json
 from .timing import interleave
@@ -43,8 +44,6 @@ BARE, UNFUSED = "three bare products", "F.linear, F.cross_entropy"
 NAMES = ("grad_hidden", "grad_weight")
 HEAD = ("ms", "quartiles", "x bare", "memory MB", *NAMES)
 WIDTHS = (9, 18, 8, 11, 12, 12)
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -83,9 +82,14 @@ def unfused(hidden: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, linear_weight), target)
 
 
-def providers() -> dict[str, Loss]:
-    """Those that this torch has."""
-    found: dict[str, Loss] = {UNFUSED: unfused}
+def providers(device: str) -> tuple[dict[str, LinearLoss], dict[str, str]]:
+    """Those that are here, and of those for GPUs alone why others are not."""
+    found: dict[str, LinearLoss] = {UNFUSED: unfused}
+    others, missing = [], {}
+    if device == "cuda":
+        torch.compiler.reset()
+        found["the same, torch.compile"] = torch.compile(unfused, dynamic=False)
+        others, missing = peers(LINEAR_PEERS)
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
 
@@ -93,7 +97,7 @@ def providers() -> dict[str, Loss]:
             return F.linear_cross_entropy(*arguments, options=options)
 
         found["torch, chunked"] = in_chunks
-    return found | {"fused_xent": fused_xent.linear_cross_entropy}
+    return found | {"fused_xent": fused_xent.linear_cross_entropy, **dict(others)}, missing
 
 
 class Workload:
@@ -126,7 +130,7 @@ class Workload:
             grad_weight += for_weight
         return total, torch.cat(grad_hidden), grad_weight
 
-    def step(self, loss_function: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, loss_function: LinearLoss) -> tuple[Tensor, Tensor, Tensor]:
         """The loss and its gradients, of leaves that share the inputs' memory."""
         leaves = [x.detach().requires_grad_() for x in (self.hidden, self.weight)]
         loss = loss_function(*leaves, self.target)
@@ -148,7 +152,7 @@ class Workload:
         total += self.seconds(lambda: logits[0] @ self.weight)
         return total + self.seconds(lambda: logits[0].t() @ self.hidden)
 
-    def check(self, loss_function: Loss) -> dict[str, float]:
+    def check(self, loss_function: LinearLoss) -> dict[str, float]:
         """The errors of the gradients.
 
         Raises:
@@ -166,7 +170,7 @@ class Workload:
                 raise WrongResult(f"{name} is {error:.1e} off float64's, {tolerance:.0e} allowed")
         return errors
 
-    def peak_bytes(self, loss_function: Loss) -> int | None:
+    def peak_bytes(self, loss_function: LinearLoss) -> int | None:
         """The most memory at once beyond inputs and outputs, of a step that is not the first."""
         with PeakMemory(self.device) as memory:
             outputs = self.step(loss_function)
@@ -181,7 +185,7 @@ def measure(
     """Checks every provider in one case, then times those that passed, in turn."""
     progress.show("float64 reference")
     workload = Workload(shape, DTYPES[dtype], options.device)
-    candidates = providers()
+    candidates, _ = providers(options.device)
     found, failures = {BARE: Measurement(BARE, None, {})}, {}
     for name, loss_function in candidates.items():
         progress.show(f"checking {name}")
@@ -280,6 +284,8 @@ def main(arguments: list[str]) -> int:
     env = environment(options.device)
     if not options.markdown:
         print(summary(env), end="\n\n")
+    for name, reason in providers(options.device)[1].items():
+        print(f"not measured: {name} ({reason})", file=sys.stderr)
     dtypes = options.dtype or DEFAULT_DTYPES[options.device]
     runs = [(case, dtype) for case in cases for dtype in dtypes]
     progress, results = Progress(len(runs)), []

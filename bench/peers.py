@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
+
+from torch import Tensor
 
 from .providers import Provider
+
+LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, weight and indices
+Found = TypeVar("Found")
 
 
 def liger() -> list[Provider]:
@@ -26,13 +32,42 @@ def quack() -> list[Provider]:
     ]
 
 
+def liger_linear() -> list[tuple[str, LinearLoss]]:
+    """In chunks of rows, with the gradients in its forward."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return [("liger", liger_fused_linear_cross_entropy)]
+
+
+def quack_linear() -> list[tuple[str, LinearLoss]]:
+    """In chunks of rows, with products of its own."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return [("quack", chunked_linear_cross_entropy)]
+
+
+def cut_linear() -> list[tuple[str, LinearLoss]]:
+    """Logits computed twice. By default it leaves out what is too small for 16 bits to show."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return [
+        ("cut-cross-entropy", linear_cross_entropy),
+        ("cut-cross-entropy, exact", partial(linear_cross_entropy, filter_eps=None)),
+    ]
+
+
 PEERS: dict[str, Callable[[], list[Provider]]] = {"liger-kernel": liger, "quack-kernels": quack}
+LINEAR_PEERS: dict[str, Callable[[], list[tuple[str, LinearLoss]]]] = {
+    "liger-kernel": liger_linear,
+    "quack-kernels": quack_linear,
+    "cut-cross-entropy": cut_linear,
+}
 
 
-def peers() -> tuple[list[Provider], dict[str, str]]:
+def peers(known: dict[str, Callable[[], list[Found]]]) -> tuple[list[Found], dict[str, str]]:
     """Those that are installed, and why the others are not here."""
     found, missing = [], {}
-    for name, load in PEERS.items():
+    for name, load in known.items():
         try:
             found += load()
         except Exception as error:  # a package may be there and still not load

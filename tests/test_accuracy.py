@@ -41,7 +41,8 @@ def test_loss_is_within_5e_6(shape, probabilities, scale, dtype, device):
         target = torch.randint(0, logits.shape[1], logits.select(1, 0).shape)
         exact = F.cross_entropy(logits.double(), target, reduction="none")
     loss = fused_xent.cross_entropy(logits, target, reduction="none", loss_dtype=torch.float32)
-    assert (loss.double() - exact).abs().max() <= 5e-6
+    spacing = (exact.abs() / 16).clamp(min=1)  # of float32 above 16, where it is 2e-6
+    assert ((loss.double() - exact).abs() / spacing).max() <= 5e-6
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(fused_xent.cross_entropy(logits, target, reduction="none"), loss)
 

@@ -47,7 +47,12 @@ def breaks(hidden, linear_weight, target):
 @pytest.mark.parametrize("liar", [wrong_loss, wrong_gradient, breaks])
 def test_providers_that_are_wrong_are_not_timed(liar, monkeypatch, capsys):
     known = linear.providers
-    monkeypatch.setattr(linear, "providers", lambda: {"liar": liar} | known())
+
+    def with_liar(device):
+        found, missing = known(device)
+        return {"liar": liar} | found, missing
+
+    monkeypatch.setattr(linear, "providers", with_liar)
     assert linear.main([*SMALL, "--device", "cpu", "--dtype", "float32"]) == 1
     output = capsys.readouterr()
     assert "FAILED" in output.err

@@ -111,10 +111,13 @@ def test_no_instruction_touches_local_memory(kernels):
 
 @pytest.mark.parametrize(
     ("name", "n_loops"),
-    [("forward_rows", 1), ("backward_rows", 1), ("forward_backward_rows", 2), ("columns", 2)],
+    [("forward_rows", 1), ("backward_rows", 1), ("forward_backward_rows", 3), ("columns", 2)],
 )
 def test_inner_loops_access_16_bytes(kernels, name, n_loops):
-    """Of logits, probabilities and gradients. Class weights, where there are any, are single."""
+    """Of logits, probabilities and gradients. Class weights, where there are any, are single.
+
+    In fused mode one loop sweeps, one writes what is in shared memory, and one what is read again.
+    """
     checked = 0
     for kernel in kernels:
         if kernel.name != name or kernel.types[0] == "double" or kernel.types[2:] == ("1",):
@@ -123,10 +126,9 @@ def test_inner_loops_access_16_bytes(kernels, name, n_loops):
         assert len(loops) == n_loops, kernel[:3]
         for loop in loops:
             at_once = 4 if kernel.types[1] == "void" else 2
-            if name == "forward_backward_rows" and count(loop, "STG"):
-                at_once = 2
             wide = count(loop, r"LDG.*\.128")
-            assert wide >= at_once, (kernel[:3], loop)
+            assert wide + count(loop, r"LDS.*\.128") >= at_once, (kernel[:3], loop)
+            assert count(loop, "ST(S|L)?\\b") == 0, (kernel[:3], loop)
             assert count(loop, "STG") == count(loop, r"STG.*\.128"), (kernel[:3], loop)
             if kernel.types[1] == "void":
                 assert count(loop, "LDG") == wide, (kernel[:3], loop)
@@ -154,9 +156,10 @@ def test_inner_loops_of_general_kernels_access_16_bytes(kernels):
 
 @pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
 def test_an_exponential_an_element(kernels, name):
-    """And one more a group at most, for a new maximum."""
+    """And one more a group at most, for a new maximum; in backward again for what is no group."""
     for kernel in kernels:
         if kernel.name == name and kernel.types[1:] == ("void",) and kernel.types[0] != "double":
             n = 16 if kernel.types[0] == "float" else 32
             (loop,) = (loop for loop in inner_loops(kernel.code) if count(loop, "MUFU.EX2") >= 8)
-            assert n <= count(loop, "MUFU.EX2") <= n + 1, kernel[:3]
+            more = 1 if name == "forward_rows" else n - 1
+            assert n <= count(loop, "MUFU.EX2") <= n + more, kernel[:3]

@@ -109,8 +109,8 @@ FAULTS = {
     ),
     "a vector too many is read": (
         *("", "forward", "sweep.cuh"),
-        "bits[u] = at < share.end ? read",
-        "bits[u] = at <= share.end ? read",
+        "bits[u] = w < end ? read",
+        "bits[u] = w <= end ? read",
     ),
     "a class too many is in a row's gradient": (
         *("", "columns", "columns.cu"),
@@ -119,21 +119,41 @@ FAULTS = {
     ),
     "single elements are taken one by one": (
         *("", "forward", "sweep.cuh"),
-        "i < view.n_edges; i += share.edge_step) {\n    const int j = view.edge_class(i);\n    Acc",
+        "i < view.n_edges; i += step) {\n    const int j = view.edge_class(i);\n    Acc",
         "i < view.n_edges; ++i) {\n    const int j = view.edge_class(i);\n    Acc",
     ),
     "an ignored row is read": (
         *("address", "forward_backward", "forward_backward.cu"),
-        "    T* out = row_of<T>(a.grad_logits, a.grad_layout, row);\n",
+        "    if (!row.is_read) {\n",
         """
-    T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
-    const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
+    const T* logits = row_of<const T>(a.logits, a.logits_layout, row.index);
     if (to_acc(logits[a.vocab_size / 2]) > A(1e30)) return;
+    if (!row.is_read) {
 """,
     ),
     "nobody waits for the copies": (
         *("", "forward_backward", "forward_backward.cu"),
-        "      wait_for_copies();\n",
+        "    wait_for_copies();\n",
+        "",
+    ),
+    "the next row is said to be there and was not asked for": (
+        *("", "forward_backward", "forward_backward.cu"),
+        "      if (next.is_read) fetch_registers(next, next_share, g);\n",
+        "",
+    ),
+    "the next row's first element is that of this row": (
+        *("", "forward_backward", "forward_backward.cu"),
+        "    if (next.is_read) fetch_edge(next, next_share);\n",
+        "",
+    ),
+    "sums are not moved to another maximum": (
+        *("", "forward", "sweep.cuh"),
+        "    this->sum *= ShiftedExp<T>(this->max).to(ShiftedExp<T>(max));\n",
+        "",
+    ),
+    "what a row's exponentials have in common stays in its sum": (
+        *("", "forward", "sweep.cuh"),
+        "    stats.sum *= ShiftedExp<T>(this->max).to_exact();\n",
         "",
     ),
     "the target's gradient is as the others'": (

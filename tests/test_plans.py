@@ -5,7 +5,7 @@ import pytest
 
 COLUMNS, WARP, BLOCK, SPLIT = range(4)
 OPERATIONS = ("forward", "backward", "forward_backward")
-MEMBERS = ("regime", "threads", "team", "parts", "held", "workers", "row_vector")
+MEMBERS = (*("regime", "threads", "team", "parts", "held", "workers", "row_vector", "max_groups"),)
 KIB = 1024
 
 pytestmark = [
@@ -73,37 +73,64 @@ def test_few_rows_are_split_in_forward(plan):
 
 
 def test_long_rows_are_split_in_backward(plan):
-    assert plan("backward", 100_000, 128 * KIB)["regime"] == BLOCK
-    assert plan("backward", 100_000, 128 * KIB + 2)["parts"] == 2
-    assert plan("backward", 8192, 256_512)["parts"] == 2
+    assert plan("backward", 100_000, 32 * KIB)["regime"] == BLOCK
+    assert plan("backward", 100_000, 32 * KIB + 2)["parts"] == 2
+    assert plan("backward", 8192, 256_512)["parts"] == 8
     assert plan("backward", 1, 64 * KIB)["parts"] == 4  # each thread has four vectors
 
 
 @pytest.mark.parametrize(
-    ("row_bytes", "parts"),
-    [(128 * KIB, 1), (128 * KIB + 2, 2), (256 * KIB, 2), (256 * KIB + 2, 4), (512 * KIB + 2, 8)],
+    ("n_classes", "element_size", "parts"),
+    [
+        (128_256, 2, 1),
+        (151_936, 2, 1),  # of which a little is read twice
+        (160_000, 2, 2),
+        (262_144, 2, 2),
+        (262_144, 4, 4),
+        (1_000_000, 4, 8),
+        (128_256, 8, 8),
+    ],
 )
-def test_clusters(plan, row_bytes, parts):
-    assert plan("forward_backward", 8192, row_bytes)["parts"] == parts
+def test_clusters(plan, n_classes, element_size, parts):
+    row_bytes = n_classes * element_size
+    chosen = plan("forward_backward", 8192, row_bytes, element_size=element_size)
+    assert chosen["parts"] == parts
     assert plan("forward_backward", 8192, row_bytes, "sm_80")["parts"] == 1
 
 
 @pytest.mark.parametrize(
     ("row_bytes", "device", "threads", "held"),
     [
-        (8 * KIB, "sm_90", 64, 8),
-        (64 * KIB, "sm_90", 256, 16),  # 32000 of bfloat16, and all of it
-        (64 * KIB + 2, "sm_90", 512, 12),
-        (256_512, "sm_90", 512, 12),  # 128256, by two blocks, of which two share a multiprocessor
-        (1_048_576, "sm_90", 512, 12),  # 262144 of float32; the rest is read twice
-        (256_512, "sm_80", 512, 12),
-        (64 * KIB, "sm_120", 256, 16),
-        (256_512, "sm_120", 512, 12),  # all that there is room for
+        (2000, "sm_90", 128, 0),  # eight vectors for each lane, in registers
+        (8 * KIB, "sm_90", 32, 8),
+        (64_000, "sm_90", 128, 24),  # 32000 of bfloat16, and all of it
+        (128 * KIB, "sm_90", 256, 24),
+        (128 * KIB + 2, "sm_90", 512, 12),
+        (256_512, "sm_90", 512, 24),  # 128256, by one block that has a multiprocessor
+        (303_872, "sm_90", 512, 28),  # 151936: all that there is room for
+        (524_288, "sm_90", 512, 24),  # 262144, by a cluster of two
+        (256_512, "sm_80", 512, 20),
+        (64_000, "sm_120", 128, 24),
+        (256_512, "sm_120", 512, 8),
     ],
 )
 def test_what_is_held_on_chip(plan, row_bytes, device, threads, held):
     chosen = plan("forward_backward", 8192, row_bytes, device)
     assert (chosen["threads"], chosen["held"]) == (threads, held)
+
+
+def test_labels_on_all_classes_take_the_registers(plan):
+    """So that all of a row is in shared memory, of twice as many threads; 128256 of a cluster."""
+    for row_bytes, threads, held in ((2000, 128, 8), (64_000, 256, 16), (256_512, 512, 16)):
+        chosen = plan("forward_backward", 8192, row_bytes, spread=True)
+        assert (chosen["threads"], chosen["held"]) == (threads, held)
+
+
+def test_a_block_has_two_rows_where_rows_are_many(plan):
+    assert plan("forward_backward", 8192, 256_512)["max_groups"] == 4096
+    assert plan("forward_backward", 8192, 2000)["max_groups"] == 528  # of eight teams each
+    assert plan("forward_backward", 200, 256_512)["max_groups"] == 132
+    assert plan("forward_backward", 200, 524_288)["max_groups"] == 100
 
 
 def test_workers_and_vectors_of_columns(plan):
@@ -129,17 +156,19 @@ def test_general_kernels_hold_nothing(plan, operation):
     assert plan(operation, 132 * 512 * 8, 42, **image)["row_vector"] == 1
 
 
-@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize(("general", "spread"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("element_size", [2, 4, 8])
 @pytest.mark.parametrize("device", ["sm_80", "sm_90", "sm_120"])
-def test_every_choice_can_serve(emulated, devices, operation, element_size, device, general):
+def test_every_choice_can_serve(
+    emulated, devices, operation, element_size, device, general, spread
+):
     """As :func:`why_not` sees it, for sizes from nothing to the largest."""
     for n_rows in (0, 1, 3, 500, 70_000, 2**31 - 1):
         for vocab_size in (0, 1, 2, 63, 65, 1000, 2049, 20_000, 131_072, 300_007, 2**31 - 1):
             for adjacent in (True, False):
                 shape = emulated.Shape(
-                    n_rows, vocab_size, element_size, adjacent, not adjacent, general
+                    n_rows, vocab_size, element_size, adjacent, not adjacent, general, spread
                 )
                 chosen = emulated.plan_for(operation, shape, devices[device])
                 assert emulated.why_not(chosen, shape, devices[device]) is None, chosen

@@ -95,16 +95,17 @@ struct Rows {
 
 // A thread may have all of a row's classes: what its sum of exponentials loses, counts too.
 template <typename T, typename S>
-struct ColumnStats : StatsFor<T, S> {
+struct ColumnStats : SweepStats<Acc<T>, Spread<T, S>::kExists> {
   using A = Acc<T>;
+  using Base = SweepStats<A, Spread<T, S>::kExists>;
   A lost_sum = 0;
 
   __device__ __forceinline__ void raise_max(A max) {
     if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);
-    StatsFor<T, S>::raise_max(max);
+    Base::raise_max(max);
   }
   __device__ __forceinline__ RowStats<A> result() const {
-    RowStats<A> stats = StatsFor<T, S>::result();
+    RowStats<A> stats = Base::result();
     stats.sum = with_lost(stats.sum, lost_sum);
     return stats;
   }

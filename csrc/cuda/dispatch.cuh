@@ -52,9 +52,12 @@ inline unsigned blocks_for(int64_t units, int64_t per_block, int64_t most = INT3
   const int64_t blocks = (units + per_block - 1) / per_block;
   return static_cast<unsigned>(blocks < most ? blocks : most);
 }
-// By rows and parts of them.
-inline dim3 grid_for(const Params& p, const Plan& plan) {
-  return dim3(blocks_for(p.n_rows, plan.threads / plan.team), static_cast<unsigned>(plan.parts));
+// By rows along y, and along x, whose neighbours run at one time, by parts of a row.
+constexpr int64_t kMaxGridY = 65535;
+inline dim3 grid_for(const Params& p, const Plan& plan, int team) {
+  const int64_t most = plan.max_groups > 0 ? plan.max_groups : kMaxGridY;
+  return dim3(static_cast<unsigned>(plan.parts),
+              blocks_for(p.n_rows, plan.threads / team, most < kMaxGridY ? most : kMaxGridY));
 }
 
 // More shared memory than 48 KiB has to be asked for.

@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : 2))
   using A = Acc<T>;
   constexpr bool kHasSpread = Spread<T, S>::kExists;
   __shared__ Exchange<A> exchange;
-  Team team(team_size, 1, 0);
-  const int part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
+  Team team(team_size);
+  const int part = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x);
   for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
     const Target target = read_target(a, row);
     if (target.is_ignored || target.is_bad) {
@@ -31,10 +31,15 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : 2))
     const RowView<const T> view = view_for(logits, logits, spread, static_cast<int>(a.vocab_size));
     const A target_logit =
         team.is_leader() && target.index >= 0 ? to_acc(view.data[target.index]) : A(0);
-    const Share share(team, view.n_vectors, part, parts);
+    const ShareFor<S> share(team, view.n_vectors, part, parts);
     StatsFor<T, S> swept;
-    sweep_edges(swept, view, spread, share);
-    sweep_vectors(swept, view, spread, share, ReadGlobal<T>{view});
+    sweep_edges(swept, view, spread, share.edge_rank, share.edge_step);
+    for (int v = share.first; v < share.end; v += share.step) {
+      uint4 bits[kUnroll<S>];
+      share.template read<T>(
+          bits, v, [&](int, int w) { return load_vector(view.data + view.vector_class(w)); });
+      add_vectors(swept, bits, view, spread, share, v);
+    }
     const RowStats<A> stats = team.merge<kHasSpread>(swept.result(), exchange);
     if (!team.is_leader()) continue;
     if (parts == 1) {
@@ -75,7 +80,7 @@ cudaError_t forward_by_rows(const Arguments& a, const Plan& plan, void* workspac
   const cudaError_t error = with_types(a, [&](auto t, auto s) {
     using T = typename decltype(t)::type;
     using S = typename decltype(s)::type;
-    forward_rows<T, S><<<grid_for(a, plan), plan.threads, 0, stream>>>(
+    forward_rows<T, S><<<grid_for(a, plan, plan.team), plan.threads, 0, stream>>>(
         a, plan.team, static_cast<RowStats<Acc<T>>*>(workspace));
     return cudaGetLastError();
   });

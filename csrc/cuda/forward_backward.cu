@@ -1,11 +1,12 @@
 // Loss and gradient by rows in one read and one write of the logits, which the gradient replaces
 // (or not: grad_logits may be other memory).
 //
-// A row is kept on chip: by one block, or from sm_90 on by a cluster of blocks that exchange their
-// statistics through distributed shared memory. Each thread copies vectors of its own into shared
-// memory, asynchronously, all of them before it waits for the first, and no barrier guards them.
-// What has no room is read twice, the second time from the second-level cache. While one block of a
-// multiprocessor reads, another writes.
+// A row is kept on chip: by a part of a warp, by one block, or from sm_90 on by a cluster of blocks
+// that exchange their statistics through distributed shared memory. Each thread has vectors of its
+// own, some in registers and the others in shared memory, where no barrier guards them; what has no
+// room is read twice, the second time from the second-level cache. As soon as a thread has written
+// the gradient of a group of vectors, it asks for the same group of its team's next row: memory is
+// busy while rows are summed up, and a multiprocessor needs no second block for that.
 #include "dispatch.cuh"
 #include "sweep.cuh"
 
@@ -16,6 +17,10 @@ namespace {
 template <typename T>
 constexpr int kMaxThreads = sizeof(T) == 8 ? 256 : 512;
 
+// Groups of a thread that are in registers. See kVectorsInRegisters in plan.cpp.
+template <typename T, typename S>
+constexpr int kInRegisters = sizeof(T) == 8 || !std::is_void_v<S> ? 0 : 2;
+
 __device__ __forceinline__ void copy_vector_async(uint4* to, const void* from) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
@@ -24,85 +29,211 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// One thread's vectors of a row, of which the first `held` are in shared memory.
-class HeldRow {
- public:
-  __device__ HeldRow(uint4* vectors, int held) : vectors_(vectors + threadIdx.x), held_(held) {}
+// What a thread knows of a row before it has read it.
+template <typename T, typename S>
+struct Row {
+  int64_t index;
+  Target target;
+  bool is_read;  // its logits are: it exists and counts
+  T* out;
+  Spread<T, S> spread;
+  RowView<const T> view;
 
-  template <typename T>
-  __device__ void copy(const RowView<const T>& view, const Share& share) const {
-    int v = share.begin + share.rank;
-    for (int k = 0; k < held_ && v < share.end; ++k, v += share.step) {
-      copy_vector_async(&at(k), view.data + view.vector_class(v));
-    }
+  // Of a row beyond the last, all but the index is the first row's.
+  __device__ Row(const Arguments& a, int64_t index, const Target& target)
+      : index(index),
+        target(target),
+        is_read(index < a.n_rows && !target.is_ignored && !target.is_bad),
+        out(row_of<T>(a.grad_logits, a.grad_layout, is_read ? index : 0)),
+        spread(a, is_read ? index : 0),
+        view(view_for<T>(row_of<const T>(a.logits, a.logits_layout, is_read ? index : 0), out,
+                         spread, static_cast<int>(a.vocab_size))) {}
+};
+
+// One thread's part of a row: its first groups are in registers, the n_shared next ones in shared
+// memory, and the first of the elements that are in no vector is in a register too.
+template <typename T, typename S>
+class Held {
+ public:
+  using RowOf = Row<T, S>;
+  using ShareOf = ShareFor<S>;
+  static constexpr int kCount = kUnroll<S>;
+
+  __device__ Held(uint4* shared, int n_shared)
+      : vectors_(shared + (threadIdx.x / kWarp * kCount * kWarp + threadIdx.x % kWarp)),
+        n_shared_(n_shared) {}
+
+  // Asks for the whole row, of which nothing has been asked for.
+  __device__ __forceinline__ void fetch(const RowOf& row, const ShareOf& share) {
+    fetch_edge(row, share);
+#pragma unroll
+    for (int g = 0; g < kHeld; ++g) fetch_registers(row, share, g);
+    for (int g = 0; g < n_shared_; ++g) fetch_shared(row, share, g);
   }
 
-  template <typename T>
-  __device__ __forceinline__ uint4 read(const RowView<const T>& view, int k, int v) const {
-    return k < held_ ? at(k) : load_vector(view.data + view.vector_class(v));
+  __device__ __forceinline__ RowStats<Acc<T>> sweep(const RowOf& row, const ShareOf& share) {
+    StatsFor<T, S> stats;
+    const auto add = [&](const uint4(&bits)[kCount], int g) {
+      add_vectors(stats, bits, row.view, row.spread, share, first(share, g));
+    };
+    if (share.edge_rank < row.view.n_edges) {
+      const int j = row.view.edge_class(share.edge_rank);
+      Acc<T> t = 0;
+      if constexpr (Spread<T, S>::kExists) t = row.spread.at(j);
+      add_element(stats, to_acc(edge_), t);
+    }
+    sweep_edges(stats, row.view, row.spread, share.edge_rank + share.edge_step, share.edge_step);
+#pragma unroll
+    for (int g = 0; g < kHeld; ++g) {
+      if (is_there(share, g)) add(registers_[g], g);
+    }
+    wait_for_copies();
+    uint4 bits[kCount];
+#pragma unroll 1
+    for (int g = kHeld; is_there(share, g); ++g) {
+      read(bits, row, share, g);
+      add(bits, g);
+    }
+    return stats.result();
+  }
+
+  // Writes the gradient, and asks for all of the next row, if that is read.
+  template <typename Values>
+  __device__ __forceinline__ void write(const RowOf& row, const ShareOf& share,
+                                        const Values& values, const RowOf& next,
+                                        const ShareOf& next_share) {
+    const auto put = [&](const uint4(&bits)[kCount], int g) {
+      write_vectors(row.out, row.view, values, share, first(share, g), bits);
+    };
+    if (share.edge_rank < row.view.n_edges) {
+      const int j = row.view.edge_class(share.edge_rank);
+      row.out[j] = from_acc<T>(values.element(to_acc(edge_), j));
+    }
+    write_edges(row.out, row.view, values, share.edge_rank + share.edge_step, share.edge_step);
+    if (next.is_read) fetch_edge(next, next_share);
+#pragma unroll
+    for (int g = 0; g < kHeld; ++g) {
+      if (is_there(share, g)) put(registers_[g], g);
+      if (next.is_read) fetch_registers(next, next_share, g);
+    }
+    uint4 bits[kCount];
+#pragma unroll 1
+    for (int g = 0; g < n_shared_; ++g) {
+      if (is_there(share, kHeld + g)) {
+        read(bits, row, share, kHeld + g);
+        put(bits, kHeld + g);
+      }
+      if (next.is_read) fetch_shared(next, next_share, g);
+    }
+#pragma unroll 1
+    for (int g = kHeld + n_shared_; is_there(share, g); ++g) {
+      read(bits, row, share, g);
+      put(bits, g);
+    }
   }
 
  private:
-  __device__ uint4& at(int k) const { return vectors_[k * static_cast<int>(blockDim.x)]; }
+  static constexpr int kHeld = kInRegisters<T, S>;
+
+  static __device__ __forceinline__ int first(const ShareOf& share, int g) {
+    return share.first + g * share.step;
+  }
+  static __device__ __forceinline__ bool is_there(const ShareOf& share, int g) {
+    return first(share, g) < share.end;
+  }
+  __device__ __forceinline__ uint4* place(int g) const {
+    return vectors_ + g * kCount * static_cast<int>(blockDim.x);
+  }
+
+  // Group g, from wherever it is.
+  __device__ __forceinline__ void read(uint4 (&bits)[kCount], const RowOf& row,
+                                       const ShareOf& share, int g) const {
+    if (g - kHeld < n_shared_) {
+      const uint4* from = place(g - kHeld);
+      share.template read<T>(bits, first(share, g), [&](int u, int) { return from[u * kWarp]; });
+    } else {
+      load(bits, row, share, g);
+    }
+  }
+  static __device__ __forceinline__ void load(uint4 (&bits)[kCount], const RowOf& row,
+                                              const ShareOf& share, int g) {
+    share.template read<T>(bits, first(share, g), [&](int, int w) {
+      return load_vector_cached(row.view.data + row.view.vector_class(w));
+    });
+  }
+  __device__ __forceinline__ void fetch_edge(const RowOf& row, const ShareOf& share) {
+    if (share.edge_rank < row.view.n_edges) {
+      edge_ = row.view.data[row.view.edge_class(share.edge_rank)];
+    }
+  }
+  __device__ __forceinline__ void fetch_registers(const RowOf& row, const ShareOf& share, int g) {
+    if (is_there(share, g)) load(registers_[g], row, share, g);
+  }
+  __device__ __forceinline__ void fetch_shared(const RowOf& row, const ShareOf& share, int g) {
+    if (!is_there(share, kHeld + g)) return;
+    uint4* to = place(g);
+    share.for_vectors(first(share, kHeld + g), [&](int u, int w) {
+      copy_vector_async(to + u * kWarp, row.view.data + row.view.vector_class(w));
+    });
+  }
 
   uint4* vectors_;
-  int held_;
+  int n_shared_;
+  uint4 registers_[kHeld > 0 ? kHeld : 1][kCount];
+  T edge_;
 };
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(kMaxThreads<T>, (kMinBlocks<T, S> / 2))
-    forward_backward_rows(const __grid_constant__ Arguments a, int team_size, int n_held,
-                          int n_blocks) {
+__global__ void __launch_bounds__(kMaxThreads<T>, 1)
+    forward_backward_rows(const __grid_constant__ Arguments a, int team_size, int n_shared) {
   using A = Acc<T>;
   constexpr bool kHasSpread = Spread<T, S>::kExists;
-  extern __shared__ uint4 ring[];
+  extern __shared__ uint4 shared[];
   __shared__ Exchange<A> exchange;
-  int block = 0;
 #if __CUDA_ARCH__ >= 900
-  if (n_blocks > 1) {
-    const auto cluster = cooperative_groups::this_cluster();
-    block = static_cast<int>(cluster.block_rank());
-    cluster.sync();  // nobody writes into a block that has not started
-  }
+  // Nobody writes into a block that has not started.
+  if (gridDim.x > 1) cooperative_groups::this_cluster().sync();
 #endif
   const A scale = upstream_scale<A>(a);
-  Team team(team_size, n_blocks, block);
-  const HeldRow held(ring, n_held);
-  for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
-    const Target target = read_target(a, row);
-    T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
-    if (target.is_ignored || target.is_bad) {
-      if (team.is_leader()) write_unread_row<A>(a, row, target.is_bad);
-      fill_row(out, static_cast<int>(a.vocab_size), target.is_bad ? kNaN<A> : A(0), team, 0, 1);
-    } else {
-      const Spread<T, S> spread(a, row);
-      const RowView<const T> view = view_for<T>(row_of<const T>(a.logits, a.logits_layout, row),
-                                                out, spread, static_cast<int>(a.vocab_size));
-      const Share share(team, view.n_vectors, 0, 1);
-      const auto read = [&](int k, int v) { return held.read(view, k, v); };
-      held.copy(view, share);
-      const bool has_target = share.owns(view, target.index);
-      const bool is_loss_wanted = team.is_leader() || a.focal_gamma != 0;
-      const bool needs_target = has_target || (is_loss_wanted && target.index >= 0);
-      const A target_logit = needs_target ? to_acc(view.data[target.index]) : A(0);
-
-      StatsFor<T, S> swept;
-      sweep_edges(swept, view, spread, share);
-      wait_for_copies();
-      sweep_vectors(swept, view, spread, share, read);
-      const RowStats<A> stats = team.merge<kHasSpread>(swept.result(), exchange);
-      // All but the loss and its slope is right without the target's logit.
-      const RowResults<A> results = results_of_row(a, row, target.index, target_logit, stats);
-      if (team.is_leader()) write_row(a, row, results);
-      const RowGradient<A> gradient =
-          gradient_of_row(a, scale, row, target.index, results, has_target, target_logit);
-      const GradientOf<T, S, 2> values{gradient, spread};  // from shared memory: soon there
-      write_edges(out, view, values, share);
-      uint4 bits[2];
-      read_vectors(bits, share, 0, share.begin + share.rank, read);
-      write_vectors(out, view, values, share, bits, read);
-      if (has_target) out[target.index] = from_acc<T>(gradient.at_target);
+  Team team(team_size, true);
+  Held<T, S> held(shared, n_shared / kUnroll<S>);
+  const auto target_of = [&](int64_t index) {
+    return index < a.n_rows ? read_target(a, index) : Target{-1, true, false};
+  };
+  const int64_t step = team.count();
+  Row<T, S> row(a, team.index(), target_of(team.index()));
+  bool is_fetched = false;
+  while (row.index < a.n_rows) {
+    const Target next_target = target_of(row.index + step);
+    if (!row.is_read) {
+      const bool is_bad = row.target.is_bad;
+      if (team.is_leader()) write_unread_row<A>(a, row.index, is_bad);
+      fill_row(row_of<T>(a.grad_logits, a.grad_layout, row.index), static_cast<int>(a.vocab_size),
+               is_bad ? kNaN<A> : A(0), team, 0, 1);
+      row = Row<T, S>(a, row.index + step, next_target);
+      is_fetched = false;
+      continue;
     }
+    const ShareFor<S> share(team, row.view.n_vectors, 0, 1);
+    if (!is_fetched) held.fetch(row, share);
+    const int target = row.target.index;
+    const bool has_target = share.owns(row.view, target);
+    const bool is_loss_wanted = team.is_leader() || a.focal_gamma != 0;
+    const bool needs_target = has_target || (is_loss_wanted && target >= 0);
+    const A target_logit = needs_target ? to_acc(row.view.data[target]) : A(0);
+
+    const RowStats<A> stats = team.merge<kHasSpread>(held.sweep(row, share), exchange);
+    // All but the loss and its slope is right without the target's logit.
+    const RowResults<A> results = results_of_row(a, row.index, target, target_logit, stats);
+    if (team.is_leader()) write_row(a, row.index, results);
+    const RowGradient<A> gradient =
+        gradient_of_row(a, scale, row.index, target, results, has_target, target_logit);
+    const Row<T, S> next(a, row.index + step, next_target);
+    held.write(row, share, GradientOf<T, S>(gradient, row.spread), next,
+               ShareFor<S>(team, next.view.n_vectors, 0, 1));
+    if (has_target) row.out[target] = from_acc<T>(gradient.at_target);
+    row = next;
+    is_fetched = next.is_read;
   }
 }
 
@@ -111,19 +242,17 @@ cudaError_t launch(Kernel kernel, const Arguments& a, const Plan& plan, int64_t 
                    cudaStream_t stream) {
   const cudaError_t error = allow_shared(kernel, shared);
   if (error != cudaSuccess) return error;
-  const int64_t most = plan.max_groups > 0 ? plan.max_groups : INT32_MAX / plan.parts;
-  const auto parts = static_cast<unsigned>(plan.parts);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {parts, 1, 1};
+  cluster.val.clusterDim = {static_cast<unsigned>(plan.parts), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks_for(a.n_rows, plan.threads / plan.team, most) * parts);
+  config.gridDim = grid_for(a, plan, plan.team);
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = plan.parts > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, a, plan.team, plan.held, plan.parts);
+  return cudaLaunchKernelEx(&config, kernel, a, plan.team, plan.held);
 }
 
 }  // namespace

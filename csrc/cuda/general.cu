@@ -22,7 +22,7 @@ struct GeneralRow {
   const Transform<A> transform;
   const int64_t stride;
   RowView<const T> view;
-  Share share;
+  Share<1> share;
 
   __device__ GeneralRow(const Arguments& a, int64_t row, const T* out, const Team& team, int part,
                         int parts)
@@ -40,7 +40,7 @@ struct GeneralRow {
       view.head = view.n_edges = static_cast<int>(a.vocab_size);
       view.n_vectors = 0;
     }
-    share = Share(team, view.n_vectors, part, parts);
+    share = Share<1>(team, view.n_vectors, part, parts);
   }
 
   __device__ __forceinline__ A logit(int64_t j) const { return to_acc(view.data[j * stride]); }
@@ -70,7 +70,7 @@ struct GeneralRow {
       }
       stats.add(z, t, j);
     }
-    for (int v = share.begin + share.rank; v < share.end; v += share.step) {
+    for (int v = share.first; v < share.end; v += share.step) {
       A z[kVector<T>], t[kVector<T>];
       int j[kVector<T>];
       unpack<T>(load_vector(view.data + view.vector_class(v)), z);
@@ -91,7 +91,7 @@ struct GeneralRow {
       const int j = view.edge_class(i);
       out[j * out_stride] = from_acc<T>(gradient.at(logit(j), label(j)));
     }
-    for (int v = share.begin + share.rank; v < share.end; v += share.step) {
+    for (int v = share.first; v < share.end; v += share.step) {
       const int j = view.vector_class(v);
       A x[kVector<T>], t[kVector<T>];
       unpack<T>(load_vector(view.data + j), x);
@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : 2))
   using A = Acc<T>;
   __shared__ FullStats<A> shared[kMaxThreads];
   const A scale = has_backward ? upstream_scale<A>(a) : A(0);
-  const Team team(team_size, 1, 0);
-  const int part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
+  const Team team(team_size);
+  const int part = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x);
   for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
     T* out = has_backward ? row_of<T>(a.grad_logits, a.grad_layout, row) : nullptr;
     const Target target = read_target(a, row);
@@ -240,7 +240,7 @@ int64_t general_workspace_bytes(const Params& p, const Plan& plan) {
 cudaError_t general(const Arguments& a, const Plan& plan, void* workspace, bool has_forward,
                     bool has_backward, cudaStream_t stream) {
   const int team = plan.regime == Regime::columns ? plan.workers : plan.team;
-  const dim3 grid(blocks_for(a.n_rows, plan.threads / team), static_cast<unsigned>(plan.parts));
+  const dim3 grid = grid_for(a, plan, team);
   const cudaError_t error = with_spread_types(a, [&](auto t, auto s) {
     using T = typename decltype(t)::type;
     using S = typename decltype(s)::type;

@@ -237,8 +237,6 @@ __device__ __forceinline__ Upstream<A> upstream_of_row(const Arguments& a, A sca
 template <typename A>
 struct RowGradient {
   A max, factor, spread, at_target;
-
-  __device__ __forceinline__ A at(A x) const { return exp_nonpositive(x - max) * factor; }
 };
 
 // Of all t_j: for indices, of the class weights.

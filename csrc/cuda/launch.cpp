@@ -42,7 +42,14 @@ cudaError_t describe_device(Device* device) {
 Shape shape_of(const Params& p) {
   const int size = static_cast<int>(element_size(p.dtype));
   const int64_t vector = 16 / size;
-  Shape shape{p.n_rows, p.vocab_size, size, true, true, is_general(p)};
+  const bool probabilities = p.target_kind == TargetKind::probabilities;
+  Shape shape{p.n_rows,
+              p.vocab_size,
+              size,
+              true,
+              true,
+              is_general(p),
+              probabilities || p.label_smoothing != 0};
   const auto add = [&](const void* data, const Layout& layout, int64_t its_size) {
     if (data == nullptr) return;
     shape.adjacent_classes &= layout.class_stride == 1;
@@ -50,7 +57,7 @@ Shape shape_of(const Params& p) {
   };
   add(p.logits, p.logits_layout, size);
   add(p.grad_logits, p.grad_layout, size);
-  if (p.target_kind == TargetKind::probabilities) {
+  if (probabilities) {
     add(p.target, p.target_layout, element_size(p.target_dtype));
   }
   return shape;

@@ -60,6 +60,15 @@ template <typename T>
 __device__ __forceinline__ void store_vector(T* p, uint4 bits) {
   __stcs(reinterpret_cast<uint4*>(p), bits);
 }
+// By the cache's own rules, which are faster where a row is read and another written (NOTES.md).
+template <typename T>
+__device__ __forceinline__ uint4 load_vector_cached(const T* p) {
+  return *reinterpret_cast<const uint4*>(p);
+}
+template <typename T>
+__device__ __forceinline__ void store_vector_cached(T* p, uint4 bits) {
+  __stwb(reinterpret_cast<uint4*>(p), bits);
+}
 
 template <typename T>
 __device__ __forceinline__ void unpack(uint4 bits, Acc<T> (&x)[kVector<T>]) {
@@ -138,14 +147,62 @@ __device__ __forceinline__ uint4 max_of(uint4 a, uint4 b) {
   }
 }
 
-// exp of 0 and below, to 2 units in the last place and |x| roundings; subnormal results are 0.
-__device__ __forceinline__ float exp_nonpositive(float x) {
-  constexpr float kLog2E = 1.44269504f;
+constexpr float kLog2E = 1.44269504f;
+
+// 2^x to 2 units in the last place; subnormal results are 0.
+__device__ __forceinline__ float exp2_approximate(float x) {
   float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kLog2E));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 }
+// exp of 0 and below, to 2 units in the last place and |x| roundings; subnormal results are 0.
+__device__ __forceinline__ float exp_nonpositive(float x) { return exp2_approximate(x * kLog2E); }
 __device__ __forceinline__ double exp_nonpositive(double x) { return exp(x); }
+
+// exp(x - max) for logits x of type T, none above max, up to a factor that all of them share.
+template <typename T>
+struct ShiftedExp {
+  using A = Acc<T>;
+  A max;
+
+  __device__ __forceinline__ explicit ShiftedExp(A max) : max(max) {}
+  __device__ __forceinline__ A operator()(A x) const { return exp_nonpositive(x - max); }
+  // What a sum of them must be multiplied by: to be exact, and to be one of another maximum.
+  __device__ __forceinline__ A to_exact() const { return 1; }
+  __device__ __forceinline__ A to(const ShiftedExp& other) const {
+    return exp_nonpositive(max - other.max);
+  }
+};
+
+// Of 16 bits, one instruction less: 2^(scale * x + offset), where offset is -max * log2(e), rounded
+// once a row. Beyond 2^17, where logits of 16 bits are 512 apart or more, no scale is needed: 2 and
+// e to the power of -512 are 0 alike.
+struct ShiftedExp16 {
+  float max, scale, offset;
+
+  __device__ __forceinline__ explicit ShiftedExp16(float max) {
+    this->max = max;
+    scale = fabsf(max) < 0x1p17f ? kLog2E : 1.0f;
+    offset = -__fmul_rn(max, scale);  // never fused with what is added to it
+  }
+  __device__ __forceinline__ float operator()(float x) const {
+    return exp2_approximate(fmaf(x, scale, offset));
+  }
+  __device__ __forceinline__ float to_exact() const {
+    return exp2_approximate(-fmaf(max, scale, offset));
+  }
+  __device__ __forceinline__ float to(const ShiftedExp16& other) const {
+    return scale == other.scale ? exp2_approximate(other.offset - offset) : 0.0f;
+  }
+};
+template <>
+struct ShiftedExp<__nv_bfloat16> : ShiftedExp16 {
+  using ShiftedExp16::ShiftedExp16;
+};
+template <>
+struct ShiftedExp<__half> : ShiftedExp16 {
+  using ShiftedExp16::ShiftedExp16;
+};
 
 // A row's classes in memory: whole aligned vectors, and before and after them single elements.
 template <typename T>

@@ -8,12 +8,9 @@ namespace {
 constexpr int64_t kKiB = 1024;
 constexpr int64_t kThreadPerRowBytes = 128;  // rows up to here: a cache line
 constexpr int64_t kWarpBytes = 4 * kKiB;
-constexpr int kVectorsOfThread = 8;                 // of a row, while threads are enough
-constexpr int64_t kShortRowBytes = 64 * kKiB;       // that 256 threads hold
-constexpr int64_t kClusterSliceBytes = 128 * kKiB;  // of a row for each block
-constexpr int64_t kHeld = 16;                       // vectors that a thread holds of a row
-constexpr int64_t kHeldOfLongRow = 12;
-constexpr int64_t kPartBytes = 128 * kKiB;        // of a row that a block writes in backward
+constexpr int kVectorsOfThread = 8;               // of a row, while threads are enough
+constexpr int64_t kPartBytes = 32 * kKiB;         // of a row that a block writes in backward
+constexpr int64_t kMostHeld = 32;                 // vectors in shared memory that a thread holds
 constexpr int64_t kMaxParts = 65535;              // a grid's blocks in y
 constexpr int kMaxCluster = 8;                    // the largest that every device with clusters has
 constexpr int kVectorsInFlight = 4;               // that a thread reads before it uses them
@@ -33,6 +30,12 @@ int power_of_two(int64_t n, int least, int most) {
 
 // The launch bounds of forward_backward; the other kernels' are 256.
 int max_threads(const Shape& shape) { return shape.element_size == 8 ? 256 : 512; }
+
+// Vectors for each thread in a block's shared memory, of forward_backward.
+int64_t room_for(const Plan& plan, const Device& device) {
+  const int64_t room = (device.shared_bytes - kStaticSharedBytes) / (16 * plan.threads);
+  return std::min(room / kVectorsInFlight * kVectorsInFlight, kMostHeld);
+}
 
 bool has_clusters(const Device& device) { return device.capability >= 90; }
 
@@ -94,28 +97,39 @@ Plan plan_backward(const Shape& shape, const Device& device) {
   return plan;
 }
 
-// Measured on an H200 (bench/NOTES.md): a row costs each thread as much again as a dozen vectors,
-// so that a thread should have many; and blocks that do not wait for each other should share a
-// multiprocessor. Hence no more is held than leaves room for two of 512 threads.
+// What a thread of forward_backward has of a row, see there: in registers, and in all while blocks
+// of a row are enough.
+int64_t vectors_in_registers(const Shape& shape) {
+  return shape.spread || shape.element_size == 8 ? 0 : 8;
+}
+int64_t vectors_of_row(const Shape& shape) { return shape.spread ? 16 : 32; }
+
+// Measured on an H200 (bench/NOTES.md): a row costs each thread as much again as several vectors,
+// so that a thread should have many; and the second of a block's rows is on its way while the first
+// is written. A row for each would leave the first to be waited for, and more rows the last ones to
+// multiprocessors that chance decides on.
 Plan plan_forward_backward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape);
   if (shape.general) return plan;
-  int64_t most_held = kHeld;
+  const int64_t kept = vectors_in_registers(shape), n_vectors = shape.row_vectors();
   if (plan.regime == Regime::block) {
-    const bool is_long = shape.row_bytes() > kShortRowBytes;
-    const int threads = power_of_two(ceil_div(shape.row_vectors(), kHeld), 64, 256);
-    plan.threads = plan.team = is_long ? max_threads(shape) : threads;
-    if (is_long) most_held = kHeldOfLongRow;
-    if (has_clusters(device) && shape.row_bytes() > kClusterSliceBytes) {
+    const int64_t wanted = ceil_div(n_vectors, vectors_of_row(shape));
+    plan.threads = plan.team = power_of_two(wanted, 32, max_threads(shape));
+    const int64_t on_chip = plan.threads * (kept + room_for(plan, device));
+    // What is read twice costs less than a second block for it.
+    if (has_clusters(device) && n_vectors > on_chip + on_chip / 16) {
       plan.regime = Regime::split;
-      plan.parts = power_of_two(ceil_div(shape.row_bytes(), kClusterSliceBytes), 2, kMaxCluster);
+      plan.parts = power_of_two(ceil_div(n_vectors, on_chip), 2, kMaxCluster);
     }
   }
-  const int64_t vectors = ceil_div(shape.row_vectors(), int64_t{plan.team} * plan.parts);
-  const int64_t wanted = std::min(round_up(vectors), most_held);
-  const int64_t room = (device.shared_bytes - kStaticSharedBytes) / (16 * plan.threads);
-  plan.held = static_cast<int>(std::min(wanted, room / kVectorsInFlight * kVectorsInFlight));
+  const int64_t vectors = ceil_div(n_vectors, int64_t{plan.team} * plan.parts);
+  plan.held =
+      static_cast<int>(std::clamp(round_up(vectors - kept), int64_t{0}, room_for(plan, device)));
+  const int64_t n_groups = ceil_div(shape.n_rows, plan.threads / plan.team);
+  const int64_t at_once =
+      ceil_div(int64_t{device.sm_count} * max_threads(shape), plan.threads * plan.parts);
+  plan.max_groups = static_cast<int>(std::max(ceil_div(n_groups, 2), at_once));
   return plan;
 }
 

@@ -6,14 +6,15 @@
 //   columns   class stride not 1, or n <= 128     one thread on one row, or on 16 bytes of adjacent
 //                                                 rows; workers share its classes if there are many
 //   warp      n <= 4 KiB                          2 to 32 neighbouring threads
-//   block     longer rows                         a block of 64 to 512 threads
+//   block     longer rows                         a block of 32 to 512 threads
 //   split     longer rows, too few to fill the    several blocks. forward: each leaves its part's
-//             card with a block each; backward    statistics, a second kernel merges them;
-//             and, on clusters, forward_backward: backward: each writes its part; forward_backward:
-//             rows above 128 KiB                  a thread-block cluster of 2, 4 or 8
+//             card with a block each; backward:   statistics, a second kernel merges them;
+//             rows above 32 KiB; and, on          backward: each writes its part; forward_backward:
+//             clusters, forward_backward: rows    a thread-block cluster of 2, 4 or 8
+//             that no block has room for
 //
-// forward_backward keeps rows on chip, in shared memory, between loss and gradient. What there is
-// no room for is read again, soon enough to be in the second-level cache.
+// forward_backward keeps rows on chip, in registers and shared memory, between loss and gradient.
+// What there is no room for is read again, soon enough to be in the second-level cache.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +39,7 @@ struct Shape {
   bool adjacent_classes;  // class stride 1, in all tensors of the logits' shape
   bool adjacent_rows;     // 16 bytes of neighbouring rows are aligned vectors, in all of them
   bool general = false;   // kernels of their own, see is_general: no vectors of rows, none held
+  bool spread = false;    // labels on all classes
 
   int64_t row_bytes() const { return vocab_size * element_size; }
   int64_t row_vectors() const { return (row_bytes() + 15) / 16; }  // as if aligned
@@ -49,11 +51,10 @@ struct Plan {
   int threads;         // a block's
   int team = 0;        // by rows: threads of a block on a row; a power of two, or all of them
   int parts = 1;       // split: blocks on a row
-  int held = 0;        // forward_backward: 16-byte vectors of a row that a thread keeps on chip
+  int held = 0;        // forward_backward: 16-byte vectors of a row in shared memory, for a thread
   int workers = 1;     // columns: threads on a row
   int row_vector = 1;  // columns: adjacent rows of a thread
-  int max_groups =
-      0;  // forward_backward: blocks or clusters, which loop over rows; 0: all that fit
+  int max_groups = 0;  // blocks or clusters, which loop over rows; 0: as many as there are rows
 };
 
 Plan plan_forward(const Shape& shape, const Device& device);

@@ -9,35 +9,76 @@
 
 namespace fused_xent::cuda {
 
-// Vectors that a thread reads before it uses the first. Labels on all classes are read beside them.
+// Vectors that a thread reads before it uses the first: a group. Labels on all classes are read
+// beside them.
 template <typename S>
 constexpr int kUnroll = std::is_void_v<S> ? 4 : 2;
 
-// The share of a thread: of vectors [begin, end) every step-th from begin + rank on, and every
-// step-th of the elements that are in no vector.
+// The share of a thread: of a part of a row's vectors, groups of kCount, and every edge_step-th of
+// the elements that are in no vector. The neighbouring threads of a warp have neighbouring vectors,
+// `lanes` of them, so that a warp's group is one piece of the row.
+template <int kCount>
 struct Share {
-  int begin, end, rank, step;
+  int first, lanes, step, end;  // first vector; apart in a group; from group to group; of the part
   int edge_rank, edge_step;
 
   // Part `part` of `parts` of a row.
   __device__ Share(const Team& team, int n_vectors, int part, int parts) {
-    const int per_part = (n_vectors + parts - 1) / parts;
-    begin = min(part * per_part, n_vectors);
-    end = min(begin + per_part, n_vectors);
-    rank = team.rank();
-    step = team.size();
-    edge_rank = rank + part * step;
-    edge_step = step * parts;
+    int begin = 0;
+    end = n_vectors;
+    if (parts > 1) {
+      const int per_part = ((n_vectors + parts - 1) / parts + kWarp - 1) / kWarp * kWarp;
+      begin = min(part * per_part, n_vectors);
+      end = min(begin + per_part, n_vectors);
+    }
+    const int lane = team.lane();
+    lanes = team.lanes();
+    first = begin + (team.rank() - lane) * kCount + lane;
+    step = team.size() * kCount;
+    edge_rank = team.rank() + part * team.size();
+    edge_step = team.size() * parts;
   }
+
+  __device__ __forceinline__ bool is_whole(int v) const { return v + (kCount - 1) * lanes < end; }
 
   // Whether this thread has class j; false for -1.
   template <typename T>
   __device__ bool owns(const RowView<T>& view, int j) const {
+    if (j < 0) return false;
     const int after = j - view.head, v = after / kVector<T>;
-    if (j >= 0 && (after < 0 || v >= view.n_vectors)) {
+    if (after < 0 || v >= view.n_vectors) {
       return (after < 0 ? j : j - view.n_vectors * kVector<T>) % edge_step == edge_rank;
     }
-    return j >= 0 && begin <= v && v < end && ((v - begin) & (step - 1)) == rank;
+    const int in_group = (v - first) & (step - 1);
+    return first <= v && v < end && in_group < kCount * lanes && (in_group & (lanes - 1)) == 0;
+  }
+
+  // The group that begins with vector v < end: read(u, w) gives its u-th vector, the row's w-th.
+  template <typename T, typename Read>
+  __device__ __forceinline__ void read(uint4 (&bits)[kCount], int v, const Read& read) const {
+    if (is_whole(v)) {
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) bits[u] = read(u, v + u * lanes);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) {
+        const int w = v + u * lanes;
+        bits[u] = w < end ? read(u, w) : all_minus_infinity<T>();
+      }
+    }
+  }
+  // Calls body(u, w) for each of them.
+  template <typename Body>
+  __device__ __forceinline__ void for_vectors(int v, const Body& body) const {
+    if (is_whole(v)) {
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) body(u, v + u * lanes);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) {
+        if (v + u * lanes < end) body(u, v + u * lanes);
+      }
+    }
   }
 };
 
@@ -64,19 +105,22 @@ struct SpreadLoss {
   A lost_mass = 0, lost_dot = 0;
 };
 
-// A thread's statistics while it sweeps. A label on all classes makes sums of as many terms, whose
-// roundings may all go one way; the exponentials are added up in groups first.
-template <typename A, bool kHasSpread>
-struct SweepStats : RowStats<A>, std::conditional_t<kHasSpread, SpreadLoss<A>, NoLoss<A>> {
+// A thread's statistics while it sweeps logits of type T, its sum that of ShiftedExp<T>. A label on
+// all classes makes sums of as many terms, whose roundings may all go one way; the exponentials are
+// added up in groups first.
+template <typename T, bool kHasSpread>
+struct SweepStats : RowStats<Acc<T>>,
+                    std::conditional_t<kHasSpread, SpreadLoss<Acc<T>>, NoLoss<Acc<T>>> {
+  using A = Acc<T>;
   __device__ SweepStats() : RowStats<A>(empty_stats<A>()) {}
 
   // Online softmax (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867) by groups: the sum so
   // far is rescaled when a group has a new maximum, and no more than once a group.
   __device__ __forceinline__ void raise_max(A max) {
     if (max == this->max) return;
-    const A shift = this->max - max;
-    this->sum *= exp_nonpositive(shift);
+    this->sum *= ShiftedExp<T>(this->max).to(ShiftedExp<T>(max));
     if constexpr (kHasSpread) {
+      const A shift = this->max - max;
       if (this->mass != 0) add_labels(0, shift * with_lost(this->mass, this->lost_mass));
     }
     this->max = max;
@@ -87,31 +131,34 @@ struct SweepStats : RowStats<A>, std::conditional_t<kHasSpread, SpreadLoss<A>, N
     add_to(this->dot, this->lost_dot, dot);
   }
   __device__ __forceinline__ RowStats<A> result() const {
-    if constexpr (!kHasSpread)
-      return *this;
-    else
-      return {this->max, this->sum, with_lost(this->mass, this->lost_mass),
-              with_lost(this->dot, this->lost_dot)};
+    RowStats<A> stats = *this;
+    stats.sum *= ShiftedExp<T>(this->max).to_exact();
+    if constexpr (kHasSpread) {
+      stats.mass = with_lost(this->mass, this->lost_mass);
+      stats.dot = with_lost(this->dot, this->lost_dot);
+    }
+    return stats;
   }
 };
 
-template <bool kHasSpread, typename A>
-__device__ __forceinline__ void add_element(SweepStats<A, kHasSpread>& stats, A x, A t) {
+template <typename T, bool kHasSpread>
+__device__ __forceinline__ void add_element(SweepStats<T, kHasSpread>& stats, Acc<T> x, Acc<T> t) {
   stats.raise_max(fmax(x, stats.max));
-  const A shifted = x - stats.max;
-  stats.sum += exp_nonpositive(shifted);
-  if constexpr (kHasSpread) stats.add_labels(t, t == 0 ? A(0) : t * shifted);
+  stats.sum += ShiftedExp<T>(stats.max)(x);
+  if constexpr (kHasSpread) stats.add_labels(t, t == 0 ? Acc<T>(0) : t * (x - stats.max));
 }
 
 template <typename T, typename S>
-using StatsFor = SweepStats<Acc<T>, Spread<T, S>::kExists>;
+using StatsFor = SweepStats<T, Spread<T, S>::kExists>;
+template <typename S>
+using ShareFor = Share<kUnroll<S>>;
 
-// Adds vectors first, first + step, ... below end; of those beyond, bits are minus infinity.
+// Adds the group that begins with vector v; beyond the share's end, bits are minus infinity.
 template <typename T, typename S>
 __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (&bits)[kUnroll<S>],
                                             const RowView<const T>& view,
-                                            const Spread<T, S>& spread, int first, int step,
-                                            int end) {
+                                            const Spread<T, S>& spread, const ShareFor<S>& share,
+                                            int v) {
   using A = Acc<T>;
   uint4 top = bits[0];
 #pragma unroll
@@ -122,18 +169,19 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) max = fmax(max, x[i]);
   stats.raise_max(max);
+  const ShiftedExp<T> exponential(max);
 #pragma unroll
   for (int u = 0; u < kUnroll<S>; ++u) {
     unpack<T>(bits[u], x);
     A sum = 0;
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) sum += exp_nonpositive(x[i] - max);
+    for (int i = 0; i < kVector<T>; ++i) sum += exponential(x[i]);
     stats.sum += sum;
     if constexpr (Spread<T, S>::kExists) {
-      const int v = first + u * step;
-      if (v >= end) continue;
+      const int w = v + u * share.lanes;
+      if (w >= share.end) continue;
       A t[kVector<T>], mass = 0, dot = 0;
-      spread.vector(view.vector_class(v), t);
+      spread.vector(view.vector_class(w), t);
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i) {
         mass += t[i];
@@ -144,10 +192,11 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
   }
 }
 
+// Of the elements in no vector those from edge i on.
 template <typename T, typename S>
 __device__ __forceinline__ void sweep_edges(StatsFor<T, S>& stats, const RowView<const T>& view,
-                                            const Spread<T, S>& spread, const Share& share) {
-  for (int i = share.edge_rank; i < view.n_edges; i += share.edge_step) {
+                                            const Spread<T, S>& spread, int i, int step) {
+  for (; i < view.n_edges; i += step) {
     const int j = view.edge_class(i);
     Acc<T> t = 0;
     if constexpr (Spread<T, S>::kExists) t = spread.at(j);
@@ -155,49 +204,38 @@ __device__ __forceinline__ void sweep_edges(StatsFor<T, S>& stats, const RowView
   }
 }
 
-// read(k, v) gives the k-th vector of this thread's, which is the row's v-th.
-template <typename T, typename S, typename Read>
-__device__ __forceinline__ void sweep_vectors(StatsFor<T, S>& stats, const RowView<const T>& view,
-                                              const Spread<T, S>& spread, const Share& share,
-                                              const Read& read) {
-  int k = 0;
-  for (int v = share.begin + share.rank; v < share.end; v += kUnroll<S> * share.step) {
-    uint4 bits[kUnroll<S>];
-#pragma unroll
-    for (int u = 0; u < kUnroll<S>; ++u) {
-      const int at = v + u * share.step;
-      bits[u] = at < share.end ? read(k + u, at) : all_minus_infinity<T>();
-    }
-    add_vectors(stats, bits, view, spread, v, share.step, share.end);
-    k += kUnroll<S>;
-  }
-}
-
 // ---- backward --------------------------------------------------------------------------------
 
 // Either the gradient of the logits, or, to scale one, its product with the upstream gradient.
-template <typename T, typename S, int kCount = kUnroll<S>>
+template <typename T, typename S>
 struct GradientOf {
   using A = Acc<T>;
-  static constexpr int kUnrolled = kCount;
-  const RowGradient<A>& row;
+  static constexpr int kCount = kUnroll<S>;
   const Spread<T, S>& spread;
+  const ShiftedExp<T> exponential;
+  const A factor, spread_factor;
+
+  __device__ GradientOf(const RowGradient<A>& row, const Spread<T, S>& spread)
+      : spread(spread),
+        exponential(row.max),
+        factor(row.factor * exponential.to_exact()),
+        spread_factor(row.spread) {}
 
   __device__ __forceinline__ A element(A x, int j) const {
-    A value = row.at(x);
-    if constexpr (Spread<T, S>::kExists) value -= spread.at(j) * row.spread;
+    A value = exponential(x) * factor;
+    if constexpr (Spread<T, S>::kExists) value -= spread.at(j) * spread_factor;
     return value;
   }
   __device__ __forceinline__ uint4 vector(uint4 bits, int j) const {
     A x[kVector<T>];
     unpack<T>(bits, x);
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) x[i] = row.at(x[i]);
+    for (int i = 0; i < kVector<T>; ++i) x[i] = exponential(x[i]) * factor;
     if constexpr (Spread<T, S>::kExists) {
       A t[kVector<T>];
       spread.vector(j, t);
 #pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) x[i] -= t[i] * row.spread;
+      for (int i = 0; i < kVector<T>; ++i) x[i] -= t[i] * spread_factor;
     }
     return pack<T>(x);
   }
@@ -206,7 +244,7 @@ struct GradientOf {
 template <typename T>
 struct ScaledBy {
   using A = Acc<T>;
-  static constexpr int kUnrolled = 4;
+  static constexpr int kCount = 4;
   A factor;
 
   __device__ __forceinline__ A element(A x, int) const { return x * factor; }
@@ -219,40 +257,22 @@ struct ScaledBy {
   }
 };
 
-// The vectors that a thread reads at a time, from its k-th on, which is the row's v-th.
-template <int kCount, typename Read>
-__device__ __forceinline__ void read_vectors(uint4 (&bits)[kCount], const Share& share, int k,
-                                             int v, const Read& read) {
-#pragma unroll
-  for (int u = 0; u < kCount; ++u) {
-    const int at = v + u * share.step;
-    if (at < share.end) bits[u] = read(k + u, at);
-  }
-}
-
-// read as above. bits: the first vectors, read before; out may be the logits.
-template <typename T, typename Values, typename Read>
+// The group that begins with vector v.
+template <typename T, typename Values>
 __device__ __forceinline__ void write_vectors(T* out, const RowView<const T>& view,
-                                              const Values& values, const Share& share,
-                                              uint4 (&bits)[Values::kUnrolled], const Read& read) {
-  constexpr int kCount = Values::kUnrolled;
-  int k = 0;
-  for (int v = share.begin + share.rank; v < share.end;) {
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const int at = v + u * share.step, j = view.vector_class(at);
-      if (at < share.end) store_vector(out + j, values.vector(bits[u], j));
-    }
-    k += kCount;
-    v += kCount * share.step;
-    read_vectors(bits, share, k, v, read);
-  }
+                                              const Values& values,
+                                              const Share<Values::kCount>& share, int v,
+                                              const uint4 (&bits)[Values::kCount]) {
+  share.for_vectors(v, [&](int u, int w) {
+    const int j = view.vector_class(w);
+    store_vector_cached(out + j, values.vector(bits[u], j));
+  });
 }
 
 template <typename T, typename Values>
 __device__ __forceinline__ void write_edges(T* out, const RowView<const T>& view,
-                                            const Values& values, const Share& share) {
-  for (int i = share.edge_rank; i < view.n_edges; i += share.edge_step) {
+                                            const Values& values, int i, int step) {
+  for (; i < view.n_edges; i += step) {
     const int j = view.edge_class(i);
     out[j] = from_acc<T>(values.element(to_acc(view.data[j]), j));
   }
@@ -272,25 +292,17 @@ __device__ __forceinline__ RowView<const T> view_for(const T* logits, const T* o
   return view;
 }
 
-template <typename T>
-struct ReadGlobal {
-  const RowView<const T>& view;
-  __device__ __forceinline__ uint4 operator()(int, int v) const {
-    return load_vector(view.data + view.vector_class(v));
-  }
-};
-
 // A whole gradient row of one value, without a look at the logits.
 template <typename T>
 __device__ __forceinline__ void fill_row(T* out, int vocab_size, Acc<T> value, const Team& team,
                                          int part, int parts) {
   const RowView<T> view(out, vocab_size);
-  const Share share(team, view.n_vectors, part, parts);
+  const Share<1> share(team, view.n_vectors, part, parts);
   Acc<T> values[kVector<T>];
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) values[i] = value;
   const uint4 bits = pack<T>(values);
-  for (int v = share.begin + share.rank; v < share.end; v += share.step) {
+  for (int v = share.first; v < share.end; v += share.step) {
     store_vector(out + view.vector_class(v), bits);
   }
   for (int i = share.edge_rank; i < view.n_edges; i += share.edge_step) {

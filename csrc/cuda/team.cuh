@@ -49,18 +49,23 @@ struct Exchange {
 // Its size is a power of two.
 class Team {
  public:
-  // `size` threads of a block; with several blocks, those of all blocks of the cluster.
-  __device__ Team(int size, int n_blocks, int block)
-      : in_block_(size), n_blocks_(n_blocks), block_(block) {}
+  // `size` threads of a block; of a cluster, of each of its blocks.
+  __device__ explicit Team(int size, bool is_cluster = false)
+      : in_block_(size),
+        n_blocks_(is_cluster ? static_cast<int>(gridDim.x) : 1),
+        block_(is_cluster ? static_cast<int>(blockIdx.x) : 0) {}
 
   __device__ int size() const { return in_block_ * n_blocks_; }
+  // Those of them that are in a warp, and which of these this is.
+  __device__ int lanes() const { return min(in_block_, kWarp); }
+  __device__ int lane() const { return static_cast<int>(threadIdx.x) & (lanes() - 1); }
   __device__ int rank() const {
     return block_ * in_block_ + (static_cast<int>(threadIdx.x) & (in_block_ - 1));
   }
   __device__ bool is_leader() const { return rank() == 0; }
-  // Teams of the grid, and which this is.
-  __device__ int64_t count() const { return of_blocks(gridDim.x, 0); }
-  __device__ int64_t index() const { return of_blocks(blockIdx.x, threadIdx.x); }
+  // Teams of the grid, and which this is. Along x, blocks share a row.
+  __device__ int64_t count() const { return of_blocks(gridDim.y, 0); }
+  __device__ int64_t index() const { return of_blocks(blockIdx.y, threadIdx.x); }
 
   // All threads get the sum of their stats. Orders their reads before it and writes after it.
   template <bool kHasSpread, typename Acc>
@@ -102,7 +107,7 @@ class Team {
   }
 
   __device__ int64_t of_blocks(unsigned blocks, unsigned threads) const {
-    return (int64_t{blocks / n_blocks_} * blockDim.x + threads) >> (31 - __clz(in_block_));
+    return (int64_t{blocks} * blockDim.x + threads) >> (31 - __clz(in_block_));
   }
 
   int in_block_, n_blocks_, block_;
