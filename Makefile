@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: setup test demo bench gpu cuda-check lint format clean
+.PHONY: setup test demo bench readme-tables gpu cuda-check lint format clean
 
 setup: .venv/ready fused_xent/_C.abi3.so
 
@@ -14,6 +14,10 @@ demo: setup
 
 bench: setup
 	$(RUN) -m bench
+
+# From bench/results.
+readme-tables: setup
+	$(RUN) -m bench.readme
 
 # All of it on the GPU of this machine, with the Python that is there: no set-up, no network.
 gpu:

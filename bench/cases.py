@@ -1,8 +1,8 @@
-"""What is measured: cases named after real models, and the bytes that they must move."""
+"""What is measured: cases named after real models, and what they must move and compute."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -10,6 +10,25 @@ from torch import Tensor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BOTH_DTYPES = ("float32", "bfloat16")
 MODES = ("forward", "backward", "both")
+
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a loss is asked for beyond torch's plain mean, which the defaults are."""
+
+    label_smoothing: float = 0.0
+    ignored: float = 0.0  # share of the rows, chosen at random
+    lse_square_scale: float = 0.0
+    softcap: float = 0.0  # 0 for none
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """Those that are not their defaults."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value}
 
 
 @dataclass(frozen=True)
@@ -20,6 +39,7 @@ class Case:
     shape: tuple[int, ...]
     soft: bool = False
     dtypes: tuple[str, ...] = BOTH_DTYPES  # unless others are asked for
+    options: Options = Options()
 
     def tensors(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
         """The logits and the target, the same in every run."""
@@ -28,7 +48,10 @@ class Case:
         if self.soft:
             return logits, torch.randn(self.shape, **source).softmax(1).to(dtype)
         positions = self.shape[:1] + self.shape[2:]
-        return logits, torch.randint(self.shape[1], positions, **source)
+        target = torch.randint(self.shape[1], positions, **source)
+        if self.options.ignored:
+            target[torch.rand(positions, **source) < self.options.ignored] = IGNORE_INDEX
+        return logits, target
 
 
 @dataclass(frozen=True)
@@ -86,12 +109,39 @@ CUDA = Suite(
 )
 SUITES = {"cpu": CPU, "cuda": CUDA}
 
-# What the algorithm must move: reads of its inputs (logits and target) and writes of the gradient,
-# which is as large as the logits. A target is as large as the logits too where labels are soft, and
-# 8 bytes a row where they are class indices. What a provider moves beyond that, in temporaries or
-# per-row state, is its own affair: it shows as fewer GB/s.
+
+def sweep(vocabs: list[int], device: str, soft: bool, options: Options) -> list[Case]:
+    """One case for each number of classes: as many logits each on a CPU, as many rows on a GPU."""
+    cases = []
+    for vocab in vocabs:
+        n_rows = ROWS if device == "cuda" else max(1, SWEPT_LOGITS // vocab)
+        dtypes = ("bfloat16",) if device == "cuda" else ("float32",)
+        cases.append(Case(f"V={vocab}", (n_rows, vocab), soft, dtypes, options))
+    return cases
+
+
+SWEPT_VOCABS = (1000, 2048, 4096, 8192, 16384, 32000, 50257, 65536, 128256, 151936, 201088, 262144)
+SWEPT_LOGITS = 1 << 25
+
+# What the algorithm must move: reads of its inputs (the target, and the logits of rows that are not
+# ignored) and writes of the gradient, which is as large as the logits. A target is as large as the
+# logits too where labels are soft, and 8 bytes a row where they are class indices. What a provider
+# moves beyond that, in temporaries or per-row state, is its own affair: it shows as fewer GB/s.
 PASSES = {"forward": (1, 0), "backward": (1, 1), "both": (2, 1)}  # mode: (reads, writes)
 FUSED_PASSES = (1, 1)  # loss and gradient from one read
+
+# What it must compute, for a logit: forward, a maximum, a difference, an exponential and a sum;
+# backward, a difference, an exponential and a product; with soft labels a product and a sum more in
+# each. An exponential counts as one operation, whatever it takes.
+OPERATIONS = {"forward": 4, "backward": 3, "both": 7}
+SOFT_OPERATIONS = {"forward": 2, "backward": 2, "both": 4}
+
+
+def _counted(logits: Tensor, target: Tensor) -> int:
+    """Logits of rows that are not ignored."""
+    if target.is_floating_point():
+        return logits.numel()
+    return int((target != IGNORE_INDEX).sum()) * logits.size(1)
 
 
 def bytes_moved(logits: Tensor, target: Tensor, mode: str, fused: bool = False) -> int:
@@ -99,4 +149,13 @@ def bytes_moved(logits: Tensor, target: Tensor, mode: str, fused: bool = False) 
     if mode in ("copy", "read"):
         return logits.nbytes * (2 if mode == "copy" else 1)
     reads, writes = FUSED_PASSES if fused else PASSES[mode]
-    return reads * (logits.nbytes + target.nbytes) + writes * logits.nbytes
+    counted = _counted(logits, target) * logits.element_size()
+    return reads * (counted + target.nbytes) + writes * logits.nbytes
+
+
+def operations(logits: Tensor, target: Tensor, mode: str) -> int:
+    """Operations that `mode` must compute; the baselines compute nothing."""
+    if mode in ("copy", "read"):
+        return 0
+    soft = SOFT_OPERATIONS[mode] if target.is_floating_point() else 0
+    return (OPERATIONS[mode] + soft) * _counted(logits, target)

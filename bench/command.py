@@ -1,13 +1,23 @@
-"""What the commands of the benchmark have in common."""
+"""What the commands have in common: their options, and the run over what they name."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from .device import DEVICES, default_device, why_not
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import tables
+from .cases import DTYPES
+from .device import DEVICES, default_device, free_bytes, limited_memory, why_not
+from .results import Result, Run, environment
+
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,17 +27,27 @@ class Parser(argparse.ArgumentParser):
         """Ends the program with exit status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def add_common(self) -> None:
-        """Adds what every command takes beside its cases."""
+    def add_common(self, providers: list[str]) -> None:
+        """Adds what every command takes that measures."""
         device = f"default here: {default_device()}"
         self.add_argument("--device", choices=DEVICES, default=default_device(), help=device)
+        self.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated")
+        one = f"this alone; may be repeated: {', '.join(providers)}"
+        self.add_argument(
+            "--provider", action="append", choices=providers, metavar="NAME", help=one
+        )
+        self.add_argument("--rounds", type=at_least(1), help="how often each is timed")
+        self.add_argument("--quick", action="store_true", help="less of all: within a minute")
         self.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
-        self.add_argument("--markdown", action="store_true", help="print a table in Markdown")
+        self.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each timing")
+        self.add_argument("--markdown", action="store_true", help="print tables in Markdown")
 
     def check_common(self, options: argparse.Namespace) -> None:
         """Ends the program where nothing can be measured or written."""
-        if options.json and not options.json.parent.is_dir():
-            self.error(f"--json must be in an existing folder, got {options.json}")
+        for name in ("json", "csv"):
+            path = getattr(options, name)
+            if path and (path.is_dir() or not path.parent.is_dir()):
+                self.error(f"--{name} must be a file in an existing folder, got {path}")
         if reason := why_not(options.device):
             self.error(f"--device {options.device} has nothing to measure: {reason}")
 
@@ -42,3 +62,86 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def between(least: float, most: float) -> Callable[[str], float]:
+    """A type of argument: numbers from `least` to `most`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            message = f"must be a number from {least:g} to {most:g}, got {text!r}"
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return convert
+
+
+@dataclass
+class Job:
+    """One case in one dtype."""
+
+    result: Result  # to be filled
+    bytes_needed: int  # of memory, without which it cannot be measured
+    measure: Callable[[Result, Callable[[str], None]], None]  # fills it and says what it does
+
+
+def measure_all(command: Parser, options: argparse.Namespace, jobs: list[Job]) -> tuple[Run, int]:
+    """Measures, prints and writes. The status is 1 where a provider was wrong.
+
+    On Ctrl-C, what has been measured by then is printed and written.
+    """
+    command.check_common(options)
+    free = free_bytes(options.device)
+    for job in jobs:
+        if free is not None and job.bytes_needed > free:
+            command.error(
+                f"{job.result.title} must fit memory: it needs {job.bytes_needed / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB are free"
+            )
+    run, status = Run(environment(options.device)), 0
+    out = tables.console()
+    if not options.markdown:
+        out.print(run.summary, style="bold", soft_wrap=True)
+    for i, job in enumerate(jobs):
+        try:
+            with limited_memory(), _progress() as progress:
+                task = progress.add_task(job.result.title, total=len(jobs), completed=i, doing="")
+                job.measure(job.result, lambda doing, task=task: progress.update(task, doing=doing))
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        if job.result.timings or not status:
+            run.results.append(job.result)
+            if not options.markdown:
+                tables.show(job.result, out)
+            for provider, reason in job.result.failures.items():
+                print(f"FAILED {job.result.title}: {provider}: {reason}", file=sys.stderr)
+                status = status or 1
+        if options.json:  # after each: it may take minutes until the next
+            run.write_json(options.json)
+        if options.csv:
+            run.write_csv(options.csv)
+        if status == INTERRUPTED:
+            print("interrupted: what there is by now", file=sys.stderr)
+            break
+    if options.markdown:
+        print(*tables.markdown(run.results), sep="\n")
+        print(f"\n{run.summary}. `{run.environment['command']}`")
+    else:
+        out.print("", *tables.notes(run.results), sep="\n", style="dim")
+    return run, status
+
+
+def _progress() -> Progress:
+    """One line on stderr, where that is a terminal, which goes away before anything is printed."""
+    stderr = Console(stderr=True)
+    columns = (
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}: {task.fields[doing]}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)

@@ -7,6 +7,8 @@ import gc
 import shutil
 import statistics
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from time import perf_counter
@@ -17,9 +19,10 @@ import torch
 import fused_xent
 
 DEVICES = ("cpu", "cuda")
-# Several times the second-level cache of any GPU. To write so much takes longer than the host takes
-# to launch a small loss, so that the device does not wait for the host while it is timed.
-FLUSHED_BYTES = 1 << 30
+# Several times the last cache of a CPU, and the second-level cache of any GPU: there, to write so
+# much takes longer than the host takes to launch a small loss, so that the device does not wait for
+# the host while it is timed.
+FLUSHED_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
 
 
 def default_device() -> str:
@@ -46,14 +49,56 @@ def why_not_cuda() -> str:
     return ""
 
 
+def free_bytes(device: str) -> int | None:
+    """Memory that can be had; None where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return _kilobytes(MEMINFO, "MemAvailable") if MEMINFO.exists() else None
+
+
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """Inside, this process fails to allocate what the machine has not, instead of being killed."""
+    if not MEMINFO.exists():
+        yield
+        return
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    used = _kilobytes(PROCESS / "status", "VmData")
+    limit = used + _kilobytes(MEMINFO, "MemAvailable") * 9 // 10
+    if resource.RLIM_INFINITY not in limits:
+        limit = min(limit, *limits)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """As the GPU's allocator, Python's and torch's own say it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 class HostClock:
     """For the CPU, where what was called has been done when it returns."""
 
+    @cached_property
+    def _flushed(self) -> torch.Tensor:
+        """The memory whose writing empties the caches."""
+        return torch.empty(FLUSHED_BYTES["cpu"], dtype=torch.uint8)
+
     def start(self) -> float:
-        """A mark from which to measure."""
+        """A mark from which to measure, with cold caches."""
+        self._flushed.zero_()
         return perf_counter()
 
-    mark = start
+    def mark(self) -> float:
+        """A mark."""
+        return perf_counter()
 
     def seconds(self, first: float, last: float) -> float:
         """The time between two marks."""
@@ -66,7 +111,7 @@ class EventClock:
     @cached_property
     def _flushed(self) -> torch.Tensor:
         """The memory whose writing empties the caches."""
-        return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+        return torch.empty(FLUSHED_BYTES["cuda"], dtype=torch.uint8, device="cuda")
 
     def start(self) -> torch.cuda.Event:
         """A mark from which to measure, with cold caches."""
@@ -112,7 +157,7 @@ class PeakMemory:
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # what has been freed is resident until then
             PEAK_RESET.write_text("5")  # the peak is what is resident now
-            self._before = _resident("VmRSS")
+            self._before = _kilobytes(PROCESS / "status", "VmRSS")
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -120,15 +165,16 @@ class PeakMemory:
         if self._is_cuda:
             self.bytes = torch.cuda.max_memory_allocated() - self._before
         elif PEAK_RESET.exists():
-            self.bytes = _resident("VmHWM") - self._before
+            self.bytes = _kilobytes(PROCESS / "status", "VmHWM") - self._before
 
 
-PROCESS = Path("/proc/self")
+PROCESS, MEMINFO = Path("/proc/self"), Path("/proc/meminfo")
 PEAK_RESET = PROCESS / "clear_refs"
 
 
-def _resident(name: str) -> int:
-    lines = (PROCESS / "status").read_text().splitlines()
+def _kilobytes(file: Path, name: str) -> int:
+    """Bytes in a line `name: n kB`."""
+    lines = file.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 

@@ -8,10 +8,9 @@ its inputs and outputs is measured.
 
 from __future__ import annotations
 
-import statistics
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import argparse
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +19,16 @@ from torch import Tensor
 import fused_xent
 
 from .cases import DTYPES
-from .command import Parser, at_least
+from .check import CHUNK, WrongResult
+from .command import Job, Parser, at_least, measure_all
 from .device import PeakMemory, clock
-from .peers import LINEAR_PEERS, LinearLoss, peers
-from .providers import CHUNK, WrongResult
-from .report import Environment, Progress, environment, summary, write_json
-from .timing import interleave
+from .loss import note_failure
+from .providers import Unsupported, gather
+from .results import Result, Timing
+from .timing import Key, interleave
+
+LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, weight and indices
+Found = list[tuple[str, LinearLoss]]
 
 CASES = {  # rows, features, classes
     "cpu": {"llama2": (1024, 512, 32000), "llama3": (512, 512, 128256)},
@@ -36,45 +39,14 @@ CASES = {  # rows, features, classes
         "llama3-16k": (16384, 4096, 128256),
     },
 }
+QUICK = {"cpu": {"small": (256, 256, 32000)}, "cuda": {"llama3-4k": CASES["cuda"]["llama3-4k"]}}
 DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 # How far gradients may be from float64 of the same inputs, relatively: products of 16-bit numbers
 # are of logits that were rounded to 16 bits. What is left out or counted twice is farther.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-BARE, UNFUSED = "three bare products", "F.linear, F.cross_entropy"
+BARE, STEP = "three bare products", "step"
 NAMES = ("grad_hidden", "grad_weight")
-HEAD = ("ms", "quartiles", "x bare", "memory MB", *NAMES)
-WIDTHS = (9, 18, 8, 11, 12, 12)
-
-
-@dataclass
-class Measurement:
-    """What one provider took."""
-
-    provider: str
-    peak_bytes: int | None  # beyond inputs and outputs
-    errors: dict[str, float]  # of each gradient, relative to float64
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        """Seconds."""
-        return statistics.median(self.seconds)
-
-
-@dataclass
-class Result:
-    """All measurements of one case in one dtype, taken in one interleaved run."""
-
-    case: str
-    shape: tuple[int, int, int]
-    dtype: str
-    measurements: list[Measurement]
-    failures: dict[str, str]
-
-    @property
-    def title(self) -> str:
-        """The case in words."""
-        return f"{self.case}  {'x'.join(map(str, self.shape))}  {self.dtype}"
+ROUNDS, QUICK_ROUNDS = 5, 2
 
 
 def unfused(hidden: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
@@ -82,22 +54,74 @@ def unfused(hidden: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, linear_weight), target)
 
 
-def providers(device: str) -> tuple[dict[str, LinearLoss], dict[str, str]]:
-    """Those that are here, and of those for GPUs alone why others are not."""
-    found: dict[str, LinearLoss] = {UNFUSED: unfused}
-    others, missing = [], {}
-    if device == "cuda":
-        torch.compiler.reset()
-        found["the same, torch.compile"] = torch.compile(unfused, dynamic=False)
-        others, missing = peers(LINEAR_PEERS)
-    if hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()
+def torch_eager(device: str) -> Found:
+    """What everyone else is compared with."""
+    return [("F.linear, F.cross_entropy", unfused)]
 
-        def in_chunks(*arguments: Tensor) -> Tensor:
-            return F.linear_cross_entropy(*arguments, options=options)
 
-        found["torch, chunked"] = in_chunks
-    return found | {"fused_xent": fused_xent.linear_cross_entropy, **dict(others)}, missing
+def torch_compile(device: str) -> Found:
+    """Without more memory than eager needs; on a CPU it has nothing to fuse with its products."""
+    if device != "cuda":
+        raise Unsupported("is eager on a CPU, where it fuses nothing with the products")
+    torch.compiler.reset()
+    return [("torch.compile", torch.compile(unfused, dynamic=False))]
+
+
+def torch_chunked(device: str) -> Found:
+    """Of torch from 2.13 on."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unsupported("needs torch 2.13")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return [("F.linear_cross_entropy", partial(F.linear_cross_entropy, options=options))]
+
+
+def ours(device: str) -> Found:
+    """In chunks of rows, whose logits become their gradient in place."""
+    return [("fused_xent", fused_xent.linear_cross_entropy)]
+
+
+def needs_gpu(device: str) -> None:
+    """Raises Unsupported where there is none."""
+    if device != "cuda":
+        raise Unsupported("needs a GPU")
+
+
+def liger(device: str) -> Found:
+    """In chunks of rows, with the gradients in its forward."""
+    needs_gpu(device)
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return [("liger-kernel", liger_fused_linear_cross_entropy)]
+
+
+def quack(device: str) -> Found:
+    """In chunks of rows, with products of its own."""
+    needs_gpu(device)
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return [("quack-kernels", chunked_linear_cross_entropy)]
+
+
+def cut(device: str) -> Found:
+    """Logits computed twice. By default it leaves out what is too small for 16 bits to show."""
+    needs_gpu(device)
+    from cut_cross_entropy import linear_cross_entropy
+
+    return [
+        ("cut-cross-entropy", linear_cross_entropy),
+        ("cut-cross-entropy, exact", partial(linear_cross_entropy, filter_eps=None)),
+    ]
+
+
+ADAPTERS: dict[str, Callable[[str], Found]] = {
+    "torch eager": torch_eager,
+    "torch.compile": torch_compile,
+    "torch chunked": torch_chunked,
+    "fused_xent": ours,
+    "liger-kernel": liger,
+    "quack-kernels": quack,
+    "cut-cross-entropy": cut,
+}
 
 
 class Workload:
@@ -113,6 +137,10 @@ class Workload:
         self.target = torch.randint(n_classes, (n_rows,), **source)
         self.device, self.clock = device, clock(device)
         self.exact = self._exact(max(1, CHUNK // n_classes))
+        size = self.hidden.element_size()
+        # Each input is read once and its gradient written.
+        self.bytes = 2 * size * n_features * (n_rows + n_classes) + self.target.nbytes
+        self.operations = 6 * n_rows * n_features * n_classes  # of the three products
 
     def _exact(self, chunk_rows: int) -> tuple[float, Tensor, Tensor]:
         """The loss and its gradients in float64, by chunks of rows that leave memory free."""
@@ -179,88 +207,66 @@ class Workload:
         return max(0, memory.bytes - sum(output.nbytes for output in outputs))
 
 
-def measure(
-    case: str, dtype: str, options, progress: Progress, shape: tuple[int, int, int]
-) -> Result:
+def job(case: str, shape: tuple[int, int, int], dtype: str, options: argparse.Namespace) -> Job:
+    """The measurement of a case in a dtype."""
+    n_rows, n_features, n_classes = shape
+    size = DTYPES[dtype].itemsize
+    # The inputs and two gradients of each, float64's of both, and a chunk of its logits.
+    needed = (n_rows + n_classes) * n_features * (3 * size + 3 * 8)
+    needed += 4 * 8 * min(n_rows * n_classes, max(CHUNK, n_classes))
+    result = Result("linear", case, shape, dtype)
+    return Job(result, needed, partial(measure, options))
+
+
+def measure(options: argparse.Namespace, result: Result, show: Callable[[str], None]) -> None:
     """Checks every provider in one case, then times those that passed, in turn."""
-    progress.show("float64 reference")
-    workload = Workload(shape, DTYPES[dtype], options.device)
-    candidates, _ = providers(options.device)
-    found, failures = {BARE: Measurement(BARE, None, {})}, {}
-    for name, loss_function in candidates.items():
-        progress.show(f"checking {name}")
+    show("float64 reference")
+    workload = Workload(result.shape, DTYPES[result.dtype], options.device)
+    candidates, result.absent = gather(ADAPTERS, options.device, options.provider)
+    timers = [lambda: {(STEP, BARE): workload.bare_seconds()}]
+    peaks = {}
+    for name, loss_function in candidates:
+        show(f"checking {name}")
         try:
             errors = workload.check(loss_function)
-            found[name] = Measurement(name, workload.peak_bytes(loss_function), errors)
+            peaks[name] = workload.peak_bytes(loss_function)
         except Exception as error:  # whatever one raises, the others are still measured
-            failures[name] = f"{type(error).__name__}: {error}"
+            note_failure(result, name, error)
+        else:
+            result.errors[name] = errors
+            timers.append(partial(step_samples, workload, name, loss_function))
     workload.exact = ()  # its memory is of no use from here on
-    timers = [lambda: {("step", BARE): workload.bare_seconds()}]
-    for name, loss_function in candidates.items():
-        if name in found:
-            timers.append(
-                lambda name=name, loss_function=loss_function: {
-                    ("step", name): workload.seconds(lambda: workload.step(loss_function))
-                }
-            )
-    samples = interleave(timers, options.rounds, 0.0, lambda n: progress.show(f"timing, round {n}"))
-    for (_, name), seconds in samples.items():
-        found[name].seconds = seconds
-    return Result(case, shape, dtype, list(found.values()), failures)
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    samples: dict[Key, list[float]] = {}
+    try:
+        interleave(timers, rounds, 0.0, lambda n: show(f"timing, round {n}"), samples)
+    finally:
+        for (_, name), seconds in samples.items():
+            work = workload.bytes, workload.operations
+            result.timings.append(Timing(STEP, name, *work, peaks.get(name), seconds))
 
 
-def cells(result: Result, measured: Measurement) -> list[str]:
-    """One row of a table."""
-    first, third = measured.seconds[0], measured.seconds[0]
-    if len(measured.seconds) > 1:
-        first, _, third = statistics.quantiles(measured.seconds, n=4, method="inclusive")
-    peak = measured.peak_bytes
-    return [
-        f"{measured.median * 1e3:.0f}",
-        f"{first * 1e3:.0f}-{third * 1e3:.0f}",
-        f"{measured.median / result.measurements[0].median:.2f}",
-        "-" if peak is None else f"{peak / 1e6:.1f}",
-        *(f"{measured.errors[name]:.1e}" if measured.errors else "-" for name in NAMES),
-    ]
+def step_samples(workload: Workload, name: str, loss_function: LinearLoss) -> dict[Key, float]:
+    """The seconds of a step."""
+    return {(STEP, name): workload.seconds(lambda: workload.step(loss_function))}
 
 
-def terminal(result: Result) -> Iterator[str]:
-    """Lines of one case's table."""
-    yield result.title
-    yield " " * 28 + "".join(map(str.rjust, HEAD, WIDTHS))
-    for measured in result.measurements:
-        yield f"  {measured.provider:26}" + "".join(map(str.rjust, cells(result, measured), WIDTHS))
-    yield ""
-
-
-def markdown(results: list[Result], env: Environment) -> Iterator[str]:
-    """Lines of a table for the README."""
-    yield "| rows x features x classes | | ms | x bare | memory, MB | error of grad_weight |"
-    yield "|---|---|---:|---:|---:|---:|"
-    for result in results:
-        for i, measured in enumerate(result.measurements):
-            title = f"{' x '.join(map(str, result.shape))} {result.dtype}" if i == 0 else ""
-            ms, _, ratio, memory, _, error = cells(result, measured)
-            yield f"| {title} | {measured.provider} | {ms} | {ratio} | {memory} | {error} |"
-    yield ""
-    yield f"{summary(env)}. `{env['command']}`"
-
-
-def parser() -> Parser:
-    """The command line."""
-    result = Parser(prog="python -m bench linear", description=__doc__)
+def main(arguments: list[str]) -> int:
+    """`python -m bench linear`."""
+    command = Parser(prog="python -m bench linear", description=__doc__)
     names = dict.fromkeys(name for cases in CASES.values() for name in cases)
-    result.add_argument("case", nargs="*", help=f"any of {', '.join(names)}")
+    command.add_argument("case", nargs="*", help=f"any of {', '.join(names)}")
     for name in ("rows", "features", "vocab"):
-        result.add_argument(f"--{name}", type=at_least(1), help="of a case of your own")
-    result.add_argument("--dtype", action="append", choices=DTYPES, help="may be given repeatedly")
-    rounds = "how often each is timed, default 5; 16-bit products take minutes on many CPUs"
-    result.add_argument("--rounds", type=at_least(1), default=5, help=rounds)
-    result.add_common()
-    return result
+        command.add_argument(f"--{name}", type=at_least(1), help="of a case of your own")
+    command.add_common(list(ADAPTERS))
+    options = command.parse_args(arguments)
+    dtypes = options.dtype or DEFAULT_DTYPES[options.device]
+    cases = chosen_cases(command, options)
+    jobs = [job(name, cases[name], dtype, options) for name in cases for dtype in dtypes]
+    return measure_all(command, options, jobs)[1]
 
 
-def chosen_cases(command: Parser, options) -> dict[str, tuple[int, int, int]]:
+def chosen_cases(command: Parser, options: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
     """The cases that the options name; ends the program where they name none."""
     known = CASES[options.device]
     for name in options.case:
@@ -272,33 +278,4 @@ def chosen_cases(command: Parser, options) -> dict[str, tuple[int, int, int]]:
         cases["custom"] = own
     elif own != (None, None, None):
         command.error("--rows, --features and --vocab must be given together")
-    return cases or known
-
-
-def main(arguments: list[str]) -> int:
-    """Measures what the arguments name. Returns 1 where a provider was wrong, else 0."""
-    command = parser()
-    options = command.parse_args(arguments)
-    cases = chosen_cases(command, options)
-    command.check_common(options)
-    env = environment(options.device)
-    if not options.markdown:
-        print(summary(env), end="\n\n")
-    for name, reason in providers(options.device)[1].items():
-        print(f"not measured: {name} ({reason})", file=sys.stderr)
-    dtypes = options.dtype or DEFAULT_DTYPES[options.device]
-    runs = [(case, dtype) for case in cases for dtype in dtypes]
-    progress, results = Progress(len(runs)), []
-    for case, dtype in runs:
-        progress.start(f"{case} {dtype}")
-        results.append(measure(case, dtype, options, progress, cases[case]))
-        progress.clear()
-        if not options.markdown:
-            print(*terminal(results[-1]), sep="\n", flush=True)
-        for provider, reason in results[-1].failures.items():
-            print(f"FAILED {results[-1].title}: {provider}: {reason}", file=sys.stderr)
-        if options.json:  # after each, which may take minutes
-            write_json(options.json, results, env)
-    if options.markdown:
-        print(*markdown(results, env), sep="\n")
-    return 1 if any(result.failures for result in results) else 0
+    return cases or (QUICK[options.device] if options.quick else known)

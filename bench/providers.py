@@ -1,31 +1,26 @@
-"""Who is measured, and whether it tells the truth."""
+"""Who is measured: torch, this package, and other implementations where they are installed.
+
+Each is a small adapter, which gives the losses that it has for what is asked, or raises
+`Unsupported` with the reason why it has none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fused_xent
 
-from .cases import MODES
+from .cases import IGNORE_INDEX, MODES, Case
+from .check import torch_loss
 from .timing import Loss, Samples, Timer, Workload
 
-# How far the loss and the gradient may be from float64 on the same rounded inputs, relatively.
-# Wide enough for torch eager, which rounds to the dtype between passes; an entry left out, a stale
-# buffer or a missing scale is far outside.
-TOLERANCE = {
-    torch.float32: (1e-5, 1e-4),
-    torch.bfloat16: (2e-2, 5e-2),
-    torch.float16: (2e-3, 1e-2),
-}
-
-
-CHUNK = 1 << 26  # elements that are compared at a time: 512 MiB in float64
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,6 @@ class Provider:
     loss: Loss
     modes: tuple[str, ...] = MODES
     fused: bool = False  # loss and gradient in one pass
-    indices_only: bool = False  # takes no soft labels
 
     def timers(self, workload: Workload, modes: list[str]) -> Iterator[Timer]:
         """What to run in a round: a forward pass, and a training step that gives two timings."""
@@ -56,96 +50,154 @@ class Provider:
             yield step
 
 
-def torch_eager(logits: Tensor, target: Tensor) -> Tensor:
+class Unsupported(Exception):
+    """Why a provider cannot do what is asked."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a provider."""
+
+    case: Case
+    dtype: str
+    device: str
+
+    def takes_rows_on_a_gpu(self, *options: str) -> dict[str, float]:
+        """Of a provider with Triton or CUDA kernels for (N, C), class indices and these options.
+
+        Returns the options that are wanted. Raises Unsupported where it cannot do the case.
+        """
+        if self.device != "cuda":
+            raise Unsupported("needs a GPU")
+        if self.case.soft:
+            raise Unsupported("takes no soft labels")
+        if len(self.case.shape) != 2:
+            raise Unsupported("takes logits (N, C) alone")
+        wanted = self.case.options.wanted
+        for name in wanted:
+            if name not in options:
+                raise Unsupported(f"has no {name}")
+        return {name: value for name, value in wanted.items() if name != "ignored"}
+
+
+def torch_eager(request: Request) -> list[Provider]:
     """What everyone else is compared with."""
-    return F.cross_entropy(logits, target)
+    return [Provider("torch eager", partial(torch_loss, options=request.case.options))]
 
 
-def providers() -> list[Provider]:
-    """All providers, fresh for a case: torch.compile forgets the shapes of the one before."""
+def torch_compile(request: Request) -> list[Provider]:
+    """Compiled for the case alone: what was compiled for the one before is forgotten."""
     torch.compiler.reset()
-    inplace = partial(fused_xent.cross_entropy, inplace_backward=True)
-    fused = partial(fused_xent.cross_entropy, grad_in_forward=True)
-    return [
-        Provider("torch eager", torch_eager),
-        Provider("torch.compile", torch.compile(torch_eager, dynamic=False)),
-        Provider("fused_xent", fused_xent.cross_entropy),
+    options = request.case.options
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return torch_loss(logits, target, options)
+
+    return [Provider("torch.compile", torch.compile(loss, dynamic=False))]
+
+
+def ours(request: Request) -> list[Provider]:
+    """The default mode and those in place, of which the fused one has no float16."""
+    wanted = {k: v for k, v in request.case.options.wanted.items() if k != "ignored"}
+    loss = partial(fused_xent.cross_entropy, **wanted)
+    inplace = partial(loss, inplace_backward=True)
+    fused = partial(loss, grad_in_forward=True)
+    found = [
+        Provider("fused_xent", loss),
         Provider("fused_xent inplace", inplace, modes=("backward", "both")),
         Provider("fused_xent fused", fused, modes=("both",), fused=True),
     ]
+    return found[:-1] if request.dtype == "float16" else found
 
 
-class WrongResult(Exception):
-    """A provider's loss or gradient is not what float64 gives."""
+def liger(request: Request) -> list[Provider]:
+    """The forward writes the gradient over the logits, after a second read of them."""
+    wanted = request.takes_rows_on_a_gpu(
+        "ignored", "label_smoothing", "lse_square_scale", "softcap"
+    )
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return [Provider("liger-kernel", partial(liger_cross_entropy, **wanted), ("forward", "both"))]
 
 
-class Check:
-    """Compares providers with torch's loss in float64, by chunks of rows that leave memory free."""
+def quack(request: Request) -> list[Provider]:
+    """With a fresh gradient and in place."""
+    request.takes_rows_on_a_gpu("ignored")
+    from quack.cross_entropy import cross_entropy
 
-    def __init__(self, workload: Workload) -> None:
-        """Computes the loss in float64, from the workload's rounded logits."""
-        self.workload = workload
-        logits = workload.original
-        self.n_rows = n_rows = logits.numel() // logits.size(1)
-        step = max(1, CHUNK * len(logits) // logits.numel())
-        self.chunks = [slice(i, i + step) for i in range(0, len(logits), step)]
-        # What one chunk gives is kept; of several, each is computed again for each provider.
-        self._exact = lru_cache(maxsize=1)(self._compute_exact)
-        self.loss = sum(self._exact(i)[0] for i in range(len(self.chunks)))
-        # The mean's gradient has entries near 1 / (rows * classes), below the smallest half. So it
-        # is judged as loss scaling would scale it: by a power of two, which no rounding disturbs.
-        self.upstream = 2.0 ** min(n_rows.bit_length() - 1, 15)
-
-    def __call__(self, provider: Provider) -> dict[str, float]:
-        """Relative errors of the loss and the gradient. torch.compile compiles here, untimed.
-
-        Raises:
-            WrongResult: an error is beyond its tolerance, or not a number.
-        """
-        value, _ = self.workload.forward(provider.loss)
-        step = self.workload.step(provider.loss, torch.full_like(value, self.upstream))
-        losses = {"loss without grad": value, "loss": step.loss}
-        errors = {name: abs(loss.item() / self.loss - 1) for name, loss in losses.items()}
-        errors |= self._gradient_errors(step.grad_logits)
-        loss_limit, gradient_limit = TOLERANCE[self.workload.original.dtype]
-        for name, error in errors.items():
-            limit = loss_limit if name in losses else gradient_limit
-            if not error <= limit:  # a NaN is beyond every limit
-                raise WrongResult(f"{name} is {error:.1e} off float64's, {limit:.0e} allowed")
-        return errors
-
-    def _compute_exact(self, chunk: int) -> tuple[float, Tensor]:
-        """A chunk's part of the mean loss, and its gradient."""
-        logits, target = (t[self.chunks[chunk]] for t in self._inputs)
-        logits = logits.double().requires_grad_()
-        target = target.double() if target.is_floating_point() else target
-        loss = F.cross_entropy(logits, target, reduction="sum") / self.n_rows
-        loss.backward()
-        return loss.item(), logits.grad
-
-    @property
-    def _inputs(self) -> tuple[Tensor, Tensor]:
-        return self.workload.original, self.workload.target
-
-    def _gradient_errors(self, grad_logits: Tensor) -> dict[str, float]:
-        """In the Euclidean norm. The targets' entries are judged apart: they outweigh the rest."""
-        squares: dict[str, list[float]] = {}  # of the error and of what is right
-        for i, rows in enumerate(self.chunks):
-            exact = self._exact(i)[1]
-            error = grad_logits[rows].double().div_(self.upstream).sub_(exact)
-            for name, part in _parts(self.workload.target[rows]).items():
-                sums = squares.setdefault(name, [0.0, 0.0])
-                for j, tensor in enumerate((error, exact)):
-                    sums[j] += part(tensor).norm().item() ** 2
-        return {name: (error / exact) ** 0.5 for name, (error, exact) in squares.items()}
+    inplace = partial(cross_entropy, inplace_backward=True)
+    return [
+        Provider("quack-kernels", cross_entropy),
+        Provider("quack-kernels inplace", inplace, ("backward", "both")),
+    ]
 
 
-def _parts(target: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What is judged apart of a gradient, and how to take it."""
-    if target.is_floating_point():
-        return {"gradient": lambda t: t}
-    index = target.unsqueeze(1)
-    return {
-        "gradient at target": lambda t: t.gather(1, index),
-        "gradient": lambda t: t.scatter(1, index, 0),
-    }
+def flash_attention(request: Request) -> list[Provider]:
+    """With a fresh gradient and in place."""
+    wanted = request.takes_rows_on_a_gpu("ignored", "label_smoothing", "lse_square_scale")
+    from flash_attn.losses.cross_entropy import CrossEntropyLoss
+
+    inplace = CrossEntropyLoss(**wanted, inplace_backward=True)
+    return [
+        Provider("flash-attn", CrossEntropyLoss(**wanted)),
+        Provider("flash-attn inplace", inplace, ("backward", "both")),
+    ]
+
+
+def apex(request: Request) -> list[Provider]:
+    """It would read at the index of an ignored row, so it is given none."""
+    smoothing = request.takes_rows_on_a_gpu("label_smoothing").get("label_smoothing", 0.0)
+    from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        to_float = logits.dtype != torch.float32
+        losses = SoftmaxCrossEntropyLoss.apply(logits, target, smoothing, IGNORE_INDEX, to_float)
+        return losses.mean()
+
+    return [Provider("apex", loss)]
+
+
+def transformer_engine(request: Request) -> list[Provider]:
+    """Takes batches of sequences."""
+    wanted = request.takes_rows_on_a_gpu("ignored", "label_smoothing")
+    if request.dtype == "float16":
+        raise Unsupported("takes no float16")
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return parallel_cross_entropy(
+            logits.unsqueeze(0), target.unsqueeze(0), reduce_loss=True, **wanted
+        )
+
+    return [Provider("transformer-engine", loss)]
+
+
+ADAPTERS: dict[str, Callable[[Request], list[Provider]]] = {
+    "torch eager": torch_eager,
+    "torch.compile": torch_compile,
+    "fused_xent": ours,
+    "liger-kernel": liger,
+    "quack-kernels": quack,
+    "flash-attn": flash_attention,
+    "apex": apex,
+    "transformer-engine": transformer_engine,
+}
+
+
+def gather(
+    adapters: dict[str, Callable[..., list[Found]]], request: object, names: list[str] | None
+) -> tuple[list[Found], dict[str, str]]:
+    """Those that can do what is asked, and why the others cannot; of `names` alone, where given."""
+    found, absent = [], {}
+    for name, adapter in adapters.items():
+        if names and name not in names:
+            continue
+        try:
+            found += adapter(request)
+        except Unsupported as error:
+            absent[name] = str(error)
+        except ModuleNotFoundError as error:
+            absent[name] = f"not installed: no module {error.name}"
+        except Exception as error:  # a package may be there and still not load
+            absent[name] = f"does not load: {type(error).__name__}: {error}"
+    return found, absent

@@ -1,12 +1,10 @@
 """How a loss is timed: as a training step pays for it, all providers in turn.
 
-Before each timing the logits are written anew, as the model's last layer has just done in training:
-so every provider finds the caches in one state, and one that overwrites the logits harms no other.
+Before each timing the logits are written anew, so that one who overwrites them harms no other, and
+then the caches are emptied: every provider finds them in one state, and GB/s are those of memory.
 The gradient of the round before has been freed by then, so each provider pays for the allocation of
 its own, page faults included, as in training, where a gradient lives only until the layer below has
-used it. No provider pays for `.grad`: logits have none.
-
-On a GPU the caches are emptied before each timing, and memory comes from torch's pool.
+used it. No provider pays for `.grad`: logits have none. On a GPU memory comes from torch's pool.
 """
 
 from __future__ import annotations
@@ -83,11 +81,13 @@ class Workload:
         seconds = self.clock.seconds
         return Step(value.detach(), received.pop(), seconds(start, middle), seconds(middle, end))
 
-    def peak_bytes(self, loss: Loss) -> int:
-        """The most memory of the GPU that a step takes beyond logits and target."""
-        with PeakMemory() as memory:
+    def peak_bytes(self, loss: Loss) -> dict[str, int | None]:
+        """The most memory at once beyond logits and target, by mode; a backward's is a step's."""
+        with PeakMemory(self.logits.device.type) as of_forward:
+            self.forward(loss)
+        with PeakMemory(self.logits.device.type) as of_step:
             self.step(loss)
-        return memory.bytes
+        return {"forward": of_forward.bytes, "backward": of_step.bytes, "both": of_step.bytes}
 
     def baselines(self) -> Samples:
         """One copy of the logits into memory that is already touched, and one bare read of them.
@@ -110,13 +110,17 @@ class Workload:
 
 
 def interleave(
-    timers: list[Timer], min_rounds: int, min_seconds: float, on_round: Callable[[int], None]
-) -> dict[Key, list[float]]:
+    timers: list[Timer],
+    min_rounds: int,
+    min_seconds: float,
+    on_round: Callable[[int], None],
+    samples: dict[Key, list[float]],
+) -> None:
     """All timers in turn, round after round, until there are enough rounds and seconds.
 
-    What disturbs the machine for a while thus disturbs all of them, and their ratios stand.
+    What disturbs the machine for a while thus disturbs all of them, and their ratios stand. Adds to
+    `samples`, which has what there is when the user interrupts.
     """
-    samples: dict[Key, list[float]] = {}
     start, n_rounds = perf_counter(), 0
     gc.collect()
     gc.disable()
@@ -129,4 +133,3 @@ def interleave(
                     samples.setdefault(key, []).append(seconds)
     finally:
         gc.enable()
-    return samples

@@ -1,0 +1,123 @@
+"""Compares two runs: what is faster, what is slower, and whether noise can explain it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from . import tables
+from .command import Parser, between
+from .results import BASELINES, Result, Run, Timing
+
+LEAST = 0.02  # what differs by less is the same, however quiet the machine
+# What changes the figures without a change of the code.
+MACHINE = ("cpu", "cores", "threads", "gpu", "driver", "torch instruction set", "torch")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One timing of both runs."""
+
+    result: Result
+    before: Timing
+    after: Timing
+    least: float
+
+    @property
+    def change(self) -> float:
+        """Of the time: 0.1 is a tenth more."""
+        return self.after.median / self.before.median - 1
+
+    @property
+    def noise(self) -> float:
+        """How far medians of such samples may differ: both ranges between quartiles together."""
+        return max(self.before.noise + self.after.noise, self.least)
+
+    @property
+    def verdict(self) -> str:
+        """Slower, faster, or nothing."""
+        slowdown = max(self.change, -self.change / (1 + self.change))  # the same both ways
+        if slowdown <= self.noise:
+            return ""
+        return "slower" if self.change > 0 else "faster"
+
+
+def differences(before: Run, after: Run, least: float) -> Iterator[Difference]:
+    """Of every timing that both have; not of the machine's own copy and read."""
+    later = {result.key: result for result in after.results}
+    for result in before.results:
+        other = later.get(result.key)
+        for timing in result.timings if other else ():
+            match = other.find(timing.mode, timing.provider)
+            if match and timing.mode not in BASELINES:
+                yield Difference(result, timing, match, least)
+
+
+def baselines(before: Run, after: Run) -> float | None:
+    """How much longer copies of the logits took, at the median; None where both have none."""
+    later = {result.key: result for result in after.results}
+    changes = []
+    for result in before.results:
+        pair = [one and one.find("copy", "torch") for one in (result, later.get(result.key))]
+        if all(pair):
+            changes.append(pair[1].median / pair[0].median - 1)
+    return sorted(changes)[len(changes) // 2] if changes else None
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m bench compare`: 1 where something is slower beyond noise."""
+    command = Parser(prog="python -m bench compare", description=__doc__)
+    command.add_argument("before", type=Path, help="a file of --json")
+    command.add_argument("after", type=Path, help="another")
+    only = "compare this one alone; may be repeated"
+    command.add_argument("--provider", action="append", metavar="NAME", help=only)
+    least = f"what differs by less is the same, default {LEAST:g}"
+    command.add_argument("--least", type=between(0, 10), default=LEAST, metavar="SHARE", help=least)
+    options = command.parse_args(arguments)
+    try:
+        before, after = (Run.read_json(path) for path in (options.before, options.after))
+    except (OSError, ValueError) as error:
+        command.error(str(error))
+    found = [
+        one
+        for one in differences(before, after, options.least)
+        if not options.provider or one.before.provider in options.provider
+    ]
+    if not found:
+        command.error("the files must have a case, mode and provider in common, they have none")
+    out = tables.console()
+    for name in MACHINE:
+        pair = [run.environment.get(name) for run in (before, after)]
+        if pair[0] != pair[1]:
+            out.print(f"not the same {name}: {pair[0]}, {pair[1]}", style="yellow", soft_wrap=True)
+    copies = baselines(before, after)
+    if copies is not None:
+        out.print(f"the machine's own copy took {copies:+.0%}, at the median of cases")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for i, column in enumerate(("", "before, ms", "after, ms", "time", "noise", "")):
+        table.add_column(column, justify="right" if 0 < i < 5 else "left", no_wrap=True)
+    title = ""
+    for one in found:
+        if one.result.title != title:
+            title = one.result.title
+            table.add_row(title, style="bold")
+        name = f"  {tables.MODE_TITLES[one.before.mode]}, {one.before.provider}"
+        milliseconds = (f"{timing.median * 1e3:.2f}" for timing in (one.before, one.after))
+        style = {"slower": "red", "faster": "green"}.get(one.verdict, "")
+        table.add_row(
+            name, *milliseconds, f"{one.change:+.0%}", f"{one.noise:.0%}", one.verdict, style=style
+        )
+    out.print(table)
+    verdicts = [one.verdict for one in found]
+    slower, faster = verdicts.count("slower"), verdicts.count("faster")
+    out.print(f"{len(found)} compared: {slower} slower, {faster} faster, the rest within noise")
+    missing = sum(len(run.results) for run in (before, after)) - 2 * len(
+        {one.result.key for one in found}
+    )
+    if missing:
+        out.print(f"{missing} cases are in one of the files alone, or share no provider")
+    return 1 if slower else 0

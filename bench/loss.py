@@ -1,0 +1,206 @@
+"""Measures the loss of logits, its gradient, and both, beside torch and other implementations.
+
+Each provider's results are compared with float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from math import prod
+
+from .cases import (
+    DTYPES,
+    MODES,
+    SUITES,
+    SWEPT_VOCABS,
+    Case,
+    Options,
+    bytes_moved,
+    operations,
+    sweep,
+)
+from .check import CHUNK, Check, WrongResult
+from .command import Job, Parser, at_least, between, measure_all
+from .device import is_out_of_memory
+from .providers import ADAPTERS, Provider, Request, gather
+from .results import BASELINES, Result, Timing
+from .timing import Key, Workload, interleave
+
+LIMITS = (10, 3.0)  # at least so many rounds and seconds a case
+QUICK_LIMITS = (5, 1.0)
+QUICK_VOCABS = (1000, 32000, 128256)
+# What check() and the loss need beside the logits, their original and a gradient: float32 sums of
+# torch's, and of a chunk the logits, the gradient and what is between in float64.
+FLOAT32, FLOAT64 = 4, 4 * 8
+
+
+def add_options(command: Parser, modes: str) -> None:
+    """What both commands of this module take."""
+    command.add_argument("--mode", action="append", choices=MODES, help=modes)
+    command.add_argument("--soft", action="store_true", help="soft labels instead of indices")
+    share = between(0, 1)
+    command.add_argument("--label-smoothing", type=share, default=0.0, metavar="X")
+    ignored = "share of the rows that are ignored"
+    command.add_argument(
+        "--ignored", type=between(0, 0.999), default=0.0, metavar="X", help=ignored
+    )
+    penalty = "weight of the squared log-sum-exp, the z-loss"
+    command.add_argument(
+        "--lse-square-scale", type=between(0, 1e6), default=0.0, metavar="X", help=penalty
+    )
+    command.add_argument("--softcap", type=between(1e-3, 1e6), default=0.0, metavar="X")
+    command.add_common(list(ADAPTERS))
+
+
+def wanted_options(command: Parser, options: argparse.Namespace, soft: bool) -> Options:
+    """The loss's options; ends the program where they do not go together."""
+    if soft and options.ignored:
+        command.error("--ignored must come with class indices, got soft labels")
+    return Options(
+        options.label_smoothing, options.ignored, options.lse_square_scale, options.softcap
+    )
+
+
+def job(case: Case, dtype: str, options: argparse.Namespace) -> Job:
+    """The measurement of a case in a dtype."""
+    labels = "soft" if case.soft else "indices"
+    result = Result("loss", case.name, case.shape, dtype, labels, case.options.wanted)
+    n_logits, size = prod(case.shape), DTYPES[dtype].itemsize
+    copies = 3 * size + FLOAT32 + (size + FLOAT32) * case.soft
+    needed = n_logits * copies + min(n_logits, CHUNK) * FLOAT64
+    return Job(result, needed, partial(measure, case, options))
+
+
+def measure(
+    case: Case, options: argparse.Namespace, result: Result, show: Callable[[str], None]
+) -> None:
+    """Checks every provider in one case, then times those that passed, in turn."""
+    modes = getattr(options, "mode", None) or list(MODES)
+    show("making inputs")
+    workload = Workload(*case.tensors(DTYPES[result.dtype], options.device))
+    request = Request(case, result.dtype, options.device)
+    candidates, result.absent = gather(ADAPTERS, request, options.provider)
+    candidates = [one for one in candidates if set(modes) & set(one.modes)]
+    passed, peaks = check(workload, candidates, case, result, show)
+    timers = [workload.baselines]
+    for provider in passed:
+        timers += provider.timers(workload, modes)
+    limits = QUICK_LIMITS if options.quick or options.device == "cuda" else LIMITS
+    if options.rounds:
+        limits = (options.rounds, 0.0)
+    samples: dict[Key, list[float]] = {}
+    try:
+        interleave(timers, *limits, lambda n: show(f"timing, round {n}"), samples)
+    finally:
+        fused = {provider.name for provider in passed if provider.fused}
+        for mode in (*BASELINES, *modes):
+            for (its_mode, name), seconds in samples.items():
+                if its_mode == mode:
+                    traffic = bytes_moved(workload.original, workload.target, mode, name in fused)
+                    work = operations(workload.original, workload.target, mode)
+                    peak = peaks.get(name, {}).get(mode)
+                    result.timings.append(Timing(mode, name, traffic, work, peak, seconds))
+
+
+def check(
+    workload: Workload,
+    candidates: list[Provider],
+    case: Case,
+    result: Result,
+    show: Callable[[str], None],
+) -> tuple[list[Provider], dict[str, dict[str, int | None]]]:
+    """The providers that tell the truth, and their memory by mode. Others are noted in `result`."""
+    passed, peaks = [], {}
+    show("float64 reference")
+    compare = Check(workload, case.options)
+    for provider in candidates:
+        name = provider.name
+        show(f"checking {name}")
+        try:
+            errors = compare(provider.loss)
+            peaks[name] = workload.peak_bytes(provider.loss)
+        except Exception as error:  # whatever one raises, the others are still measured
+            note_failure(result, name, error)
+        else:
+            result.errors[name] = errors
+            passed.append(provider)
+    return passed, peaks
+
+
+def note_failure(result: Result, provider: str, error: Exception) -> None:
+    """What is wrong is a failure, and so is whatever this package raises; else it is absent."""
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    if is_out_of_memory(error):
+        result.absent[provider] = "out of memory"
+    elif isinstance(error, WrongResult):
+        result.failures[provider] = str(error)
+    elif provider.startswith("fused_xent"):
+        result.failures[provider] = reason
+    else:
+        result.absent[provider] = reason
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m bench loss`."""
+    command = Parser(prog="python -m bench loss", description=__doc__)
+    names = dict.fromkeys(name for suite in SUITES.values() for name in suite.cases)
+    command.add_argument("case", nargs="*", help=f"any of {', '.join(names)}")
+    command.add_argument("--rows", type=at_least(1), help="rows of a case of your own")
+    command.add_argument("--vocab", type=at_least(2), help="classes of a case of your own")
+    add_options(
+        command,
+        "may be repeated; backward and both also measure inplace (inplace_backward=True), "
+        "both also fused (grad_in_forward=True)",
+    )
+    options = command.parse_args(arguments)
+    jobs = []
+    for case in chosen_cases(command, options):
+        for dtype in options.dtype or case.dtypes:
+            jobs.append(job(case, dtype, options))
+    return measure_all(command, options, jobs)[1]
+
+
+def chosen_cases(command: Parser, options: argparse.Namespace) -> list[Case]:
+    """The cases that the options name; ends the program where they name none."""
+    suite = SUITES[options.device]
+    for name in options.case:
+        if name not in suite.cases:
+            command.error(f"case must be one of {', '.join(suite.cases)}, got {name!r}")
+    if (options.rows is None) != (options.vocab is None):
+        command.error("--rows and --vocab must be given together")
+    cases = [suite.cases[name] for name in options.case]
+    if options.rows is not None:
+        cases.append(Case("custom", (options.rows, options.vocab)))
+    if not cases:
+        cases = [suite.cases[name] for name in (suite.quick if options.quick else suite.default)]
+        cases = [case for case in cases if not (case.soft and options.ignored)]
+    return [
+        Case(
+            case.name,
+            case.shape,
+            case.soft or options.soft,
+            case.dtypes,
+            wanted_options(command, options, case.soft or options.soft),
+        )
+        for case in cases
+    ]
+
+
+def sweep_main(arguments: list[str]) -> int:
+    """`python -m bench sweep`."""
+    description = "Measures the loss at one number of classes after another: see plot."
+    command = Parser(prog="python -m bench sweep", description=description)
+    vocabs = f"default {' '.join(map(str, SWEPT_VOCABS))}"
+    command.add_argument("--vocab", type=at_least(2), nargs="+", metavar="V", help=vocabs)
+    add_options(command, "may be repeated; default: forward and both")
+    options = command.parse_args(arguments)
+    options.mode = options.mode or ["forward", "both"]
+    vocabs = options.vocab or (QUICK_VOCABS if options.quick else SWEPT_VOCABS)
+    loss_options = wanted_options(command, options, options.soft)
+    jobs = []
+    for dtype in options.dtype or [None]:
+        for case in sweep(list(vocabs), options.device, options.soft, loss_options):
+            jobs += [job(case, one, options) for one in ([dtype] if dtype else case.dtypes)]
+    return measure_all(command, options, jobs)[1]

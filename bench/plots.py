@@ -1,0 +1,241 @@
+"""Plots of what was measured: throughput and memory against the number of classes, and rooflines.
+
+Writes PNG and SVG of each that the files have the measurements for: `sweep` for the first two,
+`roofline` for the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from .command import Parser
+from .results import Result, Run
+from .roofline import points, roofs
+from .tables import MODE_TITLES
+
+FORMATS = ("png", "svg")
+# One colour each, the same in every plot; this package's are shades of one.
+COLOURS = {
+    "fused_xent fused": "#0b4f8a",
+    "fused_xent inplace": "#2f8fd0",
+    "fused_xent": "#8cc4ea",
+    "torch eager": "#c0392b",
+    "F.linear, F.cross_entropy": "#c0392b",
+    "torch.compile": "#e67e22",
+    "F.linear_cross_entropy": "#e67e22",
+    "liger-kernel": "#27ae60",
+    "quack-kernels": "#8e44ad",
+    "quack-kernels inplace": "#b07cc6",
+    "flash-attn": "#7f8c8d",
+    "flash-attn inplace": "#b2babb",
+    "apex": "#795548",
+    "transformer-engine": "#16a085",
+    "cut-cross-entropy": "#d4ac0d",
+    "cut-cross-entropy, exact": "#7d6608",
+}
+MARKERS = {"forward": "o", "backward": "s", "both": "D", "step": "^"}
+
+
+def series(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Losses of more than one number of classes that are alike but for it, by dtype and labels."""
+    alike: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        if result.benchmark == "loss" and len(result.shape) == 2:
+            options = " ".join(f"{name} {value:g}" for name, value in result.options.items())
+            labels = "soft labels" if result.labels == "soft" else ""
+            alike.setdefault((result.dtype, f"{labels} {options}".strip()), []).append(result)
+    for one in alike.values():
+        one.sort(key=lambda result: result.n_classes)
+    return {key: one for key, one in alike.items() if len({r.n_classes for r in one}) > 1}
+
+
+def against_classes(run: Run) -> Iterator[tuple[str, Figure]]:
+    """Throughput and memory: a figure for each series, an axis for each mode."""
+    for (dtype, what), results in series(run.results).items():
+        modes = [
+            mode
+            for mode in ("forward", "backward", "both")
+            if any(timing.mode == mode for result in results for timing in result.timings)
+        ]
+        name = "-".join(f"{dtype} {what}".split()).replace(".", "_")
+        title = f"{dtype} {what}".strip()
+        for kind, draw in (("throughput", draw_throughput), ("memory", draw_memory)):
+            figure, axes = plt.subplots(
+                1, len(modes), figsize=(1.2 + 4.6 * len(modes), 4.4), sharey=True, squeeze=False
+            )
+            for mode, axis in zip(modes, axes[0], strict=True):
+                draw(axis, results, mode)
+                axis.set_title(f"{MODE_TITLES[mode]}, {title}", fontsize=10)
+                classes_axis(axis, results)
+            axes[0][0].set_ylim(bottom=0)
+            finish(figure, axes[0], run)
+            yield f"{kind}-{name}", figure
+
+
+def lines_of(results: list[Result], mode: str) -> dict[str, list[Result]]:
+    """By provider, the results that have it in a mode; this package's last, to lie on top."""
+    names = dict.fromkeys(t.provider for r in results for t in r.timings if t.mode == mode)
+    found = {name: [r for r in results if r.find(mode, name)] for name in names}
+    return dict(sorted(found.items(), key=lambda item: item[0].startswith("fused_xent")))
+
+
+def draw_throughput(axis: Axes, results: list[Result], mode: str) -> None:
+    """GB/s of what must be moved, with the copy's as a line."""
+    copies = [result for result in results if result.find("copy", "torch")]
+    rates = [result.find("copy", "torch").bandwidth / 1e9 for result in copies]
+    axis.plot([r.n_classes for r in copies], rates, color="black", linestyle="--", label="one copy")
+    for name, found in lines_of(results, mode).items():
+        timings = [result.find(mode, name) for result in found]
+        middle = np.array([timing.bandwidth for timing in timings]) / 1e9
+        edges = [[t.bytes / seconds / 1e9 for seconds in t.quartiles[::-1]] for t in timings]
+        low, high = np.array(edges).T
+        classes, colour = [result.n_classes for result in found], COLOURS.get(name)
+        (line,) = axis.plot(classes, middle, marker=".", color=colour, label=name)
+        axis.fill_between(classes, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set_ylabel("GB/s of the bytes that must be moved")
+
+
+def draw_memory(axis: Axes, results: list[Result], mode: str) -> None:
+    """Megabytes at once beyond logits and target, with the logits' own as a line."""
+    classes = [result.n_classes for result in results]
+    sizes = [result.find("copy", "torch") for result in results]
+    if all(sizes):
+        logits = [timing.bytes / 2 / 1e6 for timing in sizes]
+        axis.plot(classes, logits, color="black", linestyle="--", label="the logits")
+    lines = lines_of(results, mode)
+    for i, (name, found) in enumerate(lines.items()):
+        peaks = [(r.n_classes, r.find(mode, name).peak_bytes) for r in found]
+        known = [(n, peak / 1e6) for n, peak in peaks if peak is not None]
+        if known:
+            size = 3 + 2.2 * (len(lines) - 1 - i)  # several may need the same: rings in rings
+            style = {"marker": "o", "markersize": size, "markerfacecolor": "none"}
+            style |= {"color": COLOURS.get(name), "linewidth": 1, "clip_on": False}
+            axis.plot(*zip(*known, strict=True), **style, label=name)
+    axis.set_ylabel("MB at once beyond logits and target")
+
+
+def classes_axis(axis: Axes, results: list[Result]) -> None:
+    """Logarithmic, with as many ticks as there is room for."""
+    axis.set_xscale("log")
+    shown: list[int] = []
+    for n_classes in sorted({result.n_classes for result in results}):
+        if not shown or n_classes > 1.45 * shown[-1]:
+            shown.append(n_classes)
+    axis.set_xticks(shown)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: thousands(round(x))))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params("x", labelsize=8)
+    axis.set_xlabel("classes")
+
+
+def thousands(n: int) -> str:
+    """As 1k, 32k, 128k."""
+    return f"{n / 1000:.0f}k" if n >= 1000 else str(n)
+
+
+def rooflines(run: Run) -> Iterator[tuple[str, Figure]]:
+    """One figure for each dtype that has a roof."""
+    for dtype, roof in roofs(run).items():
+        figure, axis = plt.subplots(figsize=(7.4, 4.8))
+        found = list(points(run, dtype))
+        intensities = [point.timing.intensity for point in found] + [roof.rate / roof.bandwidth]
+        x = np.geomspace(min(intensities) / 2, max(intensities) * 2, 200)
+        axis.plot(x, [roof.at(one) / 1e9 for one in x], color="black", linewidth=1.2)
+        knee = roof.rate / roof.bandwidth
+        for text, at, align, offset in (
+            (f"memory, {roof.bandwidth / 1e9:.0f} GB/s", knee / 2, "right", (-6, 2)),
+            (f"matrix products, {roof.rate / 1e9:.0f} GFLOP/s", 2 * knee, "left", (0, 5)),
+        ):
+            axis.annotate(
+                text,
+                (at, roof.at(at) / 1e9),
+                textcoords="offset points",
+                xytext=offset,
+                ha=align,
+                fontsize=8,
+            )
+        for point in found:
+            timing = point.timing
+            axis.plot(
+                timing.intensity,
+                timing.rate / 1e9,
+                MARKERS[timing.mode],
+                markersize=6,
+                color=COLOURS.get(timing.provider),
+                label=point.label,
+                linestyle="none",
+            )
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("operations for a byte that must be moved")
+        axis.set_ylabel("GFLOP/s")
+        axis.set_title(f"roofline, {dtype}", fontsize=10)
+        finish(figure, [axis], run)
+        yield f"roofline-{dtype}", figure
+
+
+def finish(figure: Figure, axes: list[Axes], run: Run) -> None:
+    """Grids, a legend beside the last axis, and what machine it was."""
+    handles: dict[str, object] = {}
+    for axis in axes:
+        axis.grid(True, which="major", color="#e0e0e0", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    axes[-1].legend(
+        handles.values(),
+        handles,
+        fontsize=8,
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1),
+    )
+    figure.text(0.01, 0.01, run.summary, fontsize=6, color="#707070")
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m bench plot`."""
+    command = Parser(prog="python -m bench plot", description=__doc__)
+    command.add_argument("file", type=Path, nargs="+", help="files of --json, of one machine")
+    out = "an existing folder, by default the first file's"
+    command.add_argument("--out", type=Path, metavar="FOLDER", help=out)
+    options = command.parse_args(arguments)
+    folder = options.out or options.file[0].parent
+    if not folder.is_dir():
+        command.error(f"--out must be an existing folder, got {folder}")
+    try:
+        runs = [Run.read_json(path) for path in options.file]
+    except (OSError, ValueError) as error:
+        command.error(str(error))
+    run = Run(runs[0].environment, [result for one in runs for result in one.results])
+    n_figures = 0
+    for name, figure in (*against_classes(run), *rooflines(run)):
+        for suffix in FORMATS:
+            path = folder / f"{options.file[0].stem}-{name}.{suffix}"
+            figure.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata(suffix))
+            print(path)
+        plt.close(figure)
+        n_figures += 1
+    if not n_figures:
+        command.error(
+            "a file must have a loss at two numbers of classes, or a loss and a linear layer "
+            "in one dtype, to be plotted: see sweep and roofline"
+        )
+    return 0
+
+
+def metadata(suffix: str) -> dict[str, None]:
+    """Without the date: the same measurements give the same file."""
+    return {"Date": None} if suffix == "svg" else {}

@@ -1,0 +1,225 @@
+"""What a run measured, and its files: JSON with every sample, and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+import fused_xent
+
+from .device import gpu_environment
+
+BASELINES = ("copy", "read")  # modes of what the memory of the machine allows
+Environment = dict[str, "str | int | float"]
+
+
+@dataclass
+class Timing:
+    """One provider in one mode of a case, or a baseline."""
+
+    mode: str
+    provider: str
+    bytes: int  # that the algorithm must move
+    operations: int  # that it must compute
+    peak_bytes: int | None = None  # at once, beyond inputs; where it could be measured
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Seconds, the first and the third; of few samples the least and the most."""
+        if len(self.seconds) < 4:
+            return min(self.seconds), max(self.seconds)
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
+    @property
+    def noise(self) -> float:
+        """Between the quartiles, as a part of the median."""
+        first, third = self.quartiles
+        return (third - first) / self.median
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.bytes / self.median
+
+    @property
+    def rate(self) -> float:
+        """Operations a second."""
+        return self.operations / self.median
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.operations / self.bytes
+
+
+@dataclass
+class Result:
+    """One case in one dtype, all timings from one interleaved run."""
+
+    benchmark: str  # "loss" or "linear"
+    case: str
+    shape: tuple[int, ...]  # (N, C, ...) of logits; rows, features and classes of a linear layer
+    dtype: str
+    labels: str = "indices"  # or "soft"
+    options: dict[str, float] = field(default_factory=dict)
+    timings: list[Timing] = field(default_factory=list)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)  # by provider, relative
+    failures: dict[str, str] = field(default_factory=dict)  # by provider: what it did wrong
+    absent: dict[str, str] = field(default_factory=dict)  # by provider: why it is not measured
+
+    @property
+    def key(self) -> tuple:
+        """What it is of: the same in two runs whose results can be compared."""
+        options = tuple(sorted(self.options.items()))
+        return self.benchmark, self.case, tuple(self.shape), self.dtype, self.labels, options
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        parts = [self.case, "x".join(map(str, self.shape)), self.dtype]
+        if self.labels == "soft":
+            parts.append("soft labels")
+        parts += [f"{name} {value:g}" for name, value in self.options.items()]
+        return "  ".join(parts)
+
+    @property
+    def n_classes(self) -> int:
+        """Of the vocabulary."""
+        return self.shape[2] if self.benchmark == "linear" else self.shape[1]
+
+    def find(self, mode: str, provider: str) -> Timing | None:
+        """The timing of a provider in a mode, where there is one."""
+        wanted = (mode, provider)
+        return next((t for t in self.timings if (t.mode, t.provider) == wanted), None)
+
+    def ratio(self, timing: Timing, provider: str) -> float | None:
+        """How many times faster it is than `provider` in the same mode, where that was measured."""
+        other = self.find(timing.mode, provider)
+        return other.median / timing.median if other else None
+
+    def share(self, timing: Timing, baseline: str) -> float | None:
+        """Its part of a baseline's bandwidth, where that was measured."""
+        other = self.find(baseline, "torch")
+        return timing.bandwidth / other.bandwidth if other and timing.bytes else None
+
+
+@dataclass
+class Run:
+    """All results of one command."""
+
+    environment: Environment
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        """The environment in words."""
+        env = self.environment
+        versions = f"fused_xent {env['fused_xent']}, torch {env['torch']}, Python {env['python']}"
+        if "gpu" in env:
+            copy = f"a large copy moves {env['copy bytes a second'] / 1e9:.0f} GB/s"
+            return f"{env['gpu']}, driver {env['driver']}, CUDA {env['cuda']}, {copy}; {versions}"
+        return (
+            f"{env['cpu']}, {env['threads']} threads of {env['cores']} cores, "
+            f"{env['fused_xent instruction set']}; {versions}"
+        )
+
+    def write_json(self, path: Path) -> None:
+        """Everything, with every sample."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read_json(cls, path: Path) -> Run:
+        """What `write_json` wrote.
+
+        Raises:
+            ValueError: the file has something else in it.
+        """
+        try:
+            content = json.loads(path.read_text())
+            results = [
+                Result(**{**result, "timings": [Timing(**t) for t in result["timings"]]})
+                for result in content["results"]
+            ]
+            for result in results:
+                result.shape = tuple(result.shape)
+                if not all(timing.median > 0 for timing in result.timings):
+                    raise ValueError("a time is not positive")
+            return cls(dict(content["environment"]), results)
+        except (KeyError, TypeError, ValueError, AttributeError, UnicodeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is no file of python -m bench --json ({reason})") from error
+
+    def write_csv(self, path: Path) -> None:
+        """A line for each timing."""
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(self.csv_rows())
+
+    def csv_rows(self) -> Iterator[tuple]:
+        """The head, and a row for each timing; what was not measured is empty."""
+        yield (
+            *("benchmark", "case", "shape", "dtype", "labels", "options", "mode", "provider"),
+            *("samples", "median_s", "first_quartile_s", "third_quartile_s", "bytes"),
+            *("bytes_per_s", "share_of_copy", "operations", "times_faster_than_eager"),
+            *("peak_bytes", "largest_error"),
+        )
+        for result in self.results:
+            shape = "x".join(map(str, result.shape))
+            options = " ".join(f"{name}={value:g}" for name, value in result.options.items())
+            for t in result.timings:
+                errors = result.errors.get(t.provider, {})
+                yield (
+                    *(result.benchmark, result.case, shape, result.dtype, result.labels, options),
+                    *(t.mode, t.provider, len(t.seconds), t.median, *t.quartiles, t.bytes),
+                    *(t.bandwidth, result.share(t, "copy"), t.operations),
+                    *(result.ratio(t, reference(result)), t.peak_bytes),
+                    max(errors.values()) if errors else None,
+                )
+
+
+def reference(result: Result) -> str:
+    """Torch's own way, which every provider is compared with."""
+    return "F.linear, F.cross_entropy" if result.benchmark == "linear" else "torch eager"
+
+
+def environment(device: str) -> Environment:
+    """What the figures depend on: the command, the machine, the versions."""
+    env: Environment = {
+        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "fused_xent instruction set": fused_xent.cpu_capability() or "none",
+        "torch instruction set": torch.backends.cpu.get_cpu_capability(),
+        "fused_xent": fused_xent.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    return env | gpu_environment() if device == "cuda" else env
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux knows it, elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,190 @@
+"""What was measured, as tables for a terminal and for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .results import BASELINES, Result, Timing, reference
+
+WIDTH = 100  # where the output is no terminal
+MODE_TITLES = {
+    "forward": "forward (no grad)",
+    "backward": "backward",
+    "both": "forward + backward",
+    "step": "loss and both gradients",
+}
+LOSS_COLUMNS = ("", "ms", "±", "MB", "GB/s", "of copy", "vs eager", "memory MB")
+LINEAR_COLUMNS = ("", "ms", "±", "GFLOP/s", "x bare", "vs eager", "memory MB", "grad_weight")
+NOTES = {
+    "loss": "MB: that must be moved. of copy: of its GB/s. memory: at once beyond logits and "
+    "target; of a backward, that of the whole step.",
+    "linear": "x bare: of the time of the bare products. memory: at once beyond inputs and "
+    "gradients. grad_weight: its error, relative to float64's.",
+}
+DASH = "-"
+
+
+def console() -> Console:
+    """Of stdout: coloured where that is a terminal, and as wide."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def show(result: Result, out: Console) -> None:
+    """Prints one case's table."""
+    is_linear = result.benchmark == "linear"
+    columns = LINEAR_COLUMNS if is_linear else LOSS_COLUMNS
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for mode, title in MODE_TITLES.items():
+        timings = [timing for timing in result.timings if timing.mode == mode]
+        if timings and not is_linear:
+            table.add_row(title, style="italic")
+        fastest = min((timing.median for timing in timings), default=0.0)
+        for timing in timings:
+            style = "bold" if timing.provider.startswith("fused_xent") else ""
+            cells = linear_cells(result, timing) if is_linear else loss_cells(result, timing)
+            if timing.median == fastest:
+                style += " green"
+            table.add_row(f"  {timing.provider}", *cells, style=style)
+    for provider in result.failures:
+        table.add_row(f"  {provider}", *[DASH] * (len(columns) - 1), style="red")
+    out.print()
+    out.print(result.title, style="bold")
+    baselines = [timing for timing in result.timings if timing.mode in BASELINES]
+    if baselines:
+        rates = (
+            f"{t.mode} {t.median * 1e3:.2f} ms, {t.bandwidth / 1e9:.1f} GB/s" for t in baselines
+        )
+        out.print("the logits alone: " + "; ".join(rates), style="dim")
+    out.print(table)
+    for line in reasons(result):
+        out.print(f"  {DASH} {line}", style="dim", soft_wrap=True)
+
+
+def notes(results: Iterable[Result]) -> Iterator[str]:
+    """What the columns mean."""
+    yield "ms: the median. ±: half of what is between the quartiles."
+    yield from dict.fromkeys(NOTES[result.benchmark] for result in results)
+
+
+def reasons(result: Result) -> list[str]:
+    """Who is not measured and why, those of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for provider, reason in {**result.absent, **result.failures}.items():
+        by_reason.setdefault(reason, []).append(provider)
+    return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+
+
+def loss_cells(result: Result, timing: Timing) -> tuple[str, ...]:
+    """A row's, but for its name."""
+    return (
+        f"{timing.median * 1e3:.2f}",
+        f"{timing.noise / 2:.0%}",
+        f"{timing.bytes / 1e6:.1f}",
+        f"{timing.bandwidth / 1e9:.1f}",
+        percent(result.share(timing, "copy")),
+        times(result.ratio(timing, reference(result))),
+        megabytes(timing.peak_bytes),
+    )
+
+
+def linear_cells(result: Result, timing: Timing) -> tuple[str, ...]:
+    """A row's, but for its name."""
+    error = result.errors.get(timing.provider, {}).get("grad_weight")
+    bare = result.find("step", "three bare products")
+    return (
+        f"{timing.median * 1e3:.1f}",
+        f"{timing.noise / 2:.0%}",
+        f"{timing.rate / 1e9:.0f}",
+        f"{timing.median / bare.median:.2f}" if bare else DASH,
+        times(result.ratio(timing, reference(result))),
+        megabytes(timing.peak_bytes),
+        f"{error:.1e}" if error is not None else DASH,
+    )
+
+
+def rate(timing: Timing) -> str:
+    """Of memory."""
+    return f"{timing.bandwidth / 1e9:.1f} GB/s"
+
+
+def percent(share: float | None) -> str:
+    """Of one."""
+    return DASH if share is None else f"{share:.0%}"
+
+
+def times(ratio: float | None) -> str:
+    """As often."""
+    return DASH if ratio is None else f"{ratio:.1f}x"
+
+
+def megabytes(size: int | None) -> str:
+    """Of bytes."""
+    return DASH if size is None else f"{size / 1e6:.1f}"
+
+
+def markdown(results: Iterable[Result], mode: str | None = None) -> Iterator[str]:
+    """Lines of the README's tables, of one mode alone where it is given."""
+    results = list(results)
+    losses = [result for result in results if result.benchmark == "loss"]
+    linear = [result for result in results if result.benchmark == "linear"]
+    if losses:
+        yield from loss_markdown(losses, [mode] if mode else list(MODE_TITLES))
+    if losses and linear:
+        yield ""
+    if linear:
+        yield from linear_markdown(linear)
+
+
+def loss_markdown(results: list[Result], modes: list[str]) -> Iterator[str]:
+    """A row for each case and mode, a column for each provider."""
+    timings = [t for result in results for t in result.timings if t.mode in modes]
+    names = dict.fromkeys(timing.provider for timing in timings)
+    modes = [mode for mode in modes if any(timing.mode == mode for timing in timings)]
+    first = MODE_TITLES[modes[0]] if len(modes) == 1 else "case"
+    yield f"| {' | '.join([first, 'one copy', *names])} |"
+    yield "|---|" + "---:|" * (len(names) + 1)
+    for result in results:
+        for mode in modes:
+            found = [result.find(mode, name) for name in names]
+            if not any(found):
+                continue
+            copy = result.find("copy", "torch")
+            title = result.title.replace("  ", " ")
+            if len(modes) > 1:
+                title += f", {MODE_TITLES[mode]}"
+            cells = [f"{copy.median * 1e3:.2f}" if copy else DASH]
+            cells += [loss_markdown_cell(result, timing) for timing in found]
+            yield f"| {' | '.join([title, *cells])} |"
+
+
+def loss_markdown_cell(result: Result, timing: Timing | None) -> str:
+    """Milliseconds and, of others than torch, how many times faster than eager and compile."""
+    if timing is None:
+        return DASH
+    cell = f"{timing.median * 1e3:.2f}"
+    ratios = [result.ratio(timing, f"torch{kind}") for kind in (" eager", ".compile")]
+    if timing.provider.startswith("torch") or None in ratios:
+        return cell
+    return f"{cell} ({' / '.join(map(times, ratios))})"
+
+
+def linear_markdown(results: list[Result]) -> Iterator[str]:
+    """A row for each case and provider."""
+    head = ["rows x features x classes", "", "ms", "x bare products", "memory, MB"]
+    yield f"| {' | '.join([*head, 'error of `grad_weight`'])} |"
+    yield "|---|---|---:|---:|---:|---:|"
+    for result in results:
+        title = f"{'x'.join(map(str, result.shape))} {result.dtype}"
+        for timing in result.timings:
+            ms, _, _, bare, _, memory, error = linear_cells(result, timing)
+            yield f"| {title} | {timing.provider} | {ms} | {bare} | {memory} | {error} |"
+            title = ""
+        for provider, reason in result.failures.items():
+            yield f"| {title} | {provider}: {reason} | {DASH} | {DASH} | {DASH} | {DASH} |"
