@@ -26,6 +26,14 @@ XENT_INLINE void for_pairs(int64_t begin, int64_t end, const OnPair& pair, const
   for (; j < end; j += kWidth) rest(j, static_cast<int>(end - j < kWidth ? end - j : kWidth));
 }
 
+// Asks for the pair of vectors that comes a block after x's, each of its cache lines.
+template <typename T>
+XENT_INLINE void fetch_ahead(const T* x) {
+  constexpr int kLine = 64 / sizeof(T);
+#pragma GCC unroll 4
+  for (int i = 0; i < 2 * kLanes<Acc<T>>; i += kLine) __builtin_prefetch(x + kBlock + i);
+}
+
 // NaN is passed over here and found in the sum.
 template <typename T>
 XENT_INLINE Acc<T> block_max(const T* x, int64_t begin, int64_t end, double at_least) {
@@ -79,7 +87,7 @@ XENT_INLINE BlockStats block_stats(const T* x, const Exp& exp, const Spread& spr
     for_pairs<A>(
         run, run + kRun < end ? run + kRun : end,
         [&](int64_t j) __attribute__((always_inline)) {
-          __builtin_prefetch(x + j + kBlock);
+          fetch_ahead(x + j);
           const Pair<A> logits = load_pair<T>(x + j);
           Pair<A> t{};
           if constexpr (Spread::kExists) t = spread.pair(j);
@@ -195,7 +203,7 @@ XENT_INLINE int64_t write_rounded_gradient(BFloat16* out, const BFloat16* x, int
   int64_t j = begin;
 #pragma GCC unroll 2
   for (; j + kPair <= end; j += kPair) {
-    __builtin_prefetch(x + j + kBlock);
+    fetch_ahead(x + j);
     const Pair<float> logits = load_pair<BFloat16>(x + j);
     store_bits(out + j, join_halves(exp(logits.first), exp(logits.second)));
   }
@@ -225,7 +233,7 @@ void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
     write_gradient(
         out, spread, rest, end, static_cast<A>(gradient.spread),
         [&](int64_t j) __attribute__((always_inline)) {
-          __builtin_prefetch(x + j + kBlock);
+          fetch_ahead(x + j);
           const Pair<A> logits = load_pair<T>(x + j);
           return Pair<A>{softmax(logits.first), softmax(logits.second)};
         },

@@ -79,18 +79,30 @@ XENT_INLINE F32 fused_multiply_add(F32 x, float factor, float addend) {
 }
 #endif
 
+// Halves of a vector, the second to the first, until one lane is left: a chain of log2 of them.
+template <typename V, typename Combine>
+XENT_INLINE auto combine_lanes(V v, const Combine& combine) {
+  constexpr int kCount = sizeof(V) / sizeof v[0];
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    using Half = typename VectorOf<std::remove_cvref_t<decltype(v[0])>, kCount / 2>::type;
+    Half halves[2];
+    __builtin_memcpy(halves, &v, sizeof v);
+    return combine_lanes(combine(halves[0], halves[1]), combine);
+  }
+}
+
 template <typename V>
 XENT_INLINE auto max_lane(V v) {
-  auto max = v[0];
-  for (unsigned i = 1; i < sizeof(V) / sizeof v[0]; ++i) max = v[i] > max ? v[i] : max;
-  return max;
+  return combine_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 template <typename V>
 XENT_INLINE double sum_lanes(V v) {
-  double sum = 0;
-  for (unsigned i = 0; i < sizeof(V) / sizeof v[0]; ++i) sum += v[i];
-  return sum;
+  constexpr int kCount = sizeof(V) / sizeof v[0];
+  using Double = typename VectorOf<double, kCount>::type;
+  return combine_lanes(__builtin_convertvector(v, Double), [](auto a, auto b) { return a + b; });
 }
 
 // ---- loads and stores, 16-bit numbers among them ---------------------------------------------
