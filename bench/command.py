@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -103,12 +104,13 @@ def measure_all(command: Parser, options: argparse.Namespace, jobs: list[Job]) -
                 f"{free / 1e9:.1f} GB are free"
             )
     run, status = Run(environment(options.device)), 0
+    limited = limited_memory if options.device == "cpu" else nullcontext
     out = tables.console()
     if not options.markdown:
         out.print(run.summary, style="bold", soft_wrap=True)
     for i, job in enumerate(jobs):
         try:
-            with limited_memory(), _progress() as progress:
+            with limited(), _progress() as progress:
                 task = progress.add_task(job.result.title, total=len(jobs), completed=i, doing="")
                 job.measure(job.result, lambda doing, task=task: progress.update(task, doing=doing))
         except KeyboardInterrupt:

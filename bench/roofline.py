@@ -2,7 +2,8 @@
 
 The roof is the lesser of the bandwidth (of a copy or a read of the logits, whichever is faster)
 times the operations a byte, and the rate of bare matrix products in the same dtype. A loss lies
-under its slope, a linear layer with its loss under its flat part. `plot` draws it.
+under its slope, a linear layer with its loss under its flat part. What finds a part of the logits
+still in a cache, as a backward after its forward may, can lie above. `plot` draws it.
 """
 
 from __future__ import annotations
