@@ -76,6 +76,10 @@ has hypothesis || {
   echo "no hypothesis here: skips tests/test_random.py"
   pytest+=(--ignore=tests/test_random.py)
 }
+has rich matplotlib || {
+  echo "no rich or no matplotlib here: the benchmark cannot run"
+  pytest+=(--ignore=tests/test_bench.py)
+}
 has pytest_timeout || echo "no pytest-timeout here: LIMIT alone ends a test that hangs"
 has expecttest || echo "no expecttest here: skips torch's own samples"
 
