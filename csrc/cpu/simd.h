@@ -266,7 +266,36 @@ XENT_INLINE void store_pair(T* to, Pair<Acc<T>> pair) {
   }
 }
 
-// The first n lanes; the others are fill.
+// The first n lanes; the others are fill, and their memory is not touched.
+#if XENT_VECTOR_BYTES == 64
+XENT_INLINE F32 load_first(const float* from, int n, float fill = 0) {
+  const __mmask16 lanes = (1u << n) - 1;
+  return (F32)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), lanes, from);
+}
+XENT_INLINE F64 load_first(const double* from, int n, double fill = 0) {
+  const __mmask8 lanes = (1u << n) - 1;
+  return (F64)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), lanes, from);
+}
+template <typename T>
+XENT_INLINE F32 load_first(const T* from, int n, float fill = 0) {
+  const __mmask16 lanes = (1u << n) - 1;
+  T bits[16];
+  store_bits(bits, _mm256_maskz_loadu_epi16(lanes, from));
+  return (F32)_mm512_mask_blend_ps(lanes, _mm512_set1_ps(fill), (__m512)load(bits));
+}
+XENT_INLINE void store_first(float* to, F32 value, int n) {
+  _mm512_mask_storeu_ps(to, (1u << n) - 1, (__m512)value);
+}
+XENT_INLINE void store_first(double* to, F64 value, int n) {
+  _mm512_mask_storeu_pd(to, (1u << n) - 1, (__m512d)value);
+}
+template <typename T>
+XENT_INLINE void store_first(T* to, F32 value, int n) {
+  T bits[16];
+  store(bits, value);
+  _mm256_mask_storeu_epi16(to, (1u << n) - 1, load_bits<__m256i>(bits));
+}
+#else
 template <typename T>
 XENT_INLINE Vec<Acc<T>> load_first(const T* from, int n, Acc<T> fill = 0) {
   if (n == kLanes<Acc<T>>) return load(from);
@@ -284,6 +313,7 @@ XENT_INLINE void store_first(T* to, Vec<Acc<T>> value, int n) {
   store(lanes, value);
   for (int i = 0; i < n; ++i) to[i] = lanes[i];
 }
+#endif
 
 XENT_INLINE float load_one(const float* from) { return *from; }
 XENT_INLINE double load_one(const double* from) { return *from; }
