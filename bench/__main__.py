@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -48,8 +49,23 @@ def main(arguments: list[str] | None = None) -> int:
     return command(arguments)
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """The program: what goes wrong with stdout and the keyboard ends it without a traceback."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without some character
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:  # before there was anything to print
-        sys.exit(130)
+        return 130
+    except BrokenPipeError:  # as a program in C that SIGPIPE ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"python -m bench: error: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run())

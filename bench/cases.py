@@ -20,7 +20,7 @@ class Options:
     """What a loss is asked for beyond torch's plain mean, which the defaults are."""
 
     label_smoothing: float = 0.0
-    ignored: float = 0.0  # share of the rows, chosen at random
+    ignored: float = 0.0  # share of the rows, chosen at random; one is left
     lse_square_scale: float = 0.0
     softcap: float = 0.0  # 0 for none
 
@@ -50,7 +50,10 @@ class Case:
         positions = self.shape[:1] + self.shape[2:]
         target = torch.randint(self.shape[1], positions, **source)
         if self.options.ignored:
-            target[torch.rand(positions, **source) < self.options.ignored] = IGNORE_INDEX
+            order = torch.randperm(target.numel(), **source).view(positions)
+            # Of one row at least the loss remains.
+            n_ignored = min(round(self.options.ignored * target.numel()), target.numel() - 1)
+            target[order < n_ignored] = IGNORE_INDEX
         return logits, target
 
 
@@ -116,10 +119,11 @@ def sweep(vocabs: list[int], device: str, soft: bool, options: Options) -> list[
     for vocab in vocabs:
         n_rows = ROWS if device == "cuda" else max(1, SWEPT_LOGITS // vocab)
         dtypes = ("bfloat16",) if device == "cuda" else ("float32",)
-        cases.append(Case(f"V={vocab}", (n_rows, vocab), soft, dtypes, options))
+        cases.append(Case(f"{SWEPT}{vocab}", (n_rows, vocab), soft, dtypes, options))
     return cases
 
 
+SWEPT = "V="  # how the names of its cases begin
 SWEPT_VOCABS = (1000, 2048, 4096, 8192, 16384, 32000, 50257, 65536, 128256, 151936, 201088, 262144)
 SWEPT_LOGITS = 1 << 25
 

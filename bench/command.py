@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import tables
 from .cases import DTYPES
-from .device import DEVICES, default_device, free_bytes, limited_memory, why_not
+from .device import (
+    DEVICES,
+    default_device,
+    free_bytes,
+    is_out_of_memory,
+    limited_memory,
+    why_not,
+)
 from .results import Result, Run, environment
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
@@ -46,11 +53,28 @@ class Parser(argparse.ArgumentParser):
     def check_common(self, options: argparse.Namespace) -> None:
         """Ends the program where nothing can be measured or written."""
         for name in ("json", "csv"):
-            path = getattr(options, name)
-            if path and (path.is_dir() or not path.parent.is_dir()):
-                self.error(f"--{name} must be a file in an existing folder, got {path}")
+            if path := getattr(options, name):
+                self.check_writable(f"--{name}", path)
+        if options.json and options.csv and options.json.resolve() == options.csv.resolve():
+            self.error(f"--json and --csv must be two files, got {options.json} for both")
         if reason := why_not(options.device):
             self.error(f"--device {options.device} has nothing to measure: {reason}")
+
+    def check_writable(self, option: str, path: Path) -> None:
+        """Ends the program where a file cannot be written; leaves no file that was not there."""
+        try:
+            was_there = path.exists()
+            path.open("ab").close()
+            if not was_there:
+                path.unlink()
+        except (OSError, ValueError) as error:
+            self.error(f"{option} must be a file that can be written: {error}")
+
+
+def names_of(by_device: dict[str, Iterable[str]]) -> str:
+    """The cases of each kind of device, for a help text."""
+    names = (f"{', '.join(names)} (--device {device})" for device, names in by_device.items())
+    return f"of {'; '.join(names)}"
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -105,9 +129,9 @@ def measure_all(command: Parser, options: argparse.Namespace, jobs: list[Job]) -
             )
     run, status = Run(environment(options.device)), 0
     limited = limited_memory if options.device == "cpu" else nullcontext
-    out = tables.console()
+    out = tables.Output()
     if not options.markdown:
-        out.print(run.summary, style="bold", soft_wrap=True)
+        out.print(run.summary, style="bold")
     for i, job in enumerate(jobs):
         try:
             with limited(), _progress() as progress:
@@ -115,35 +139,49 @@ def measure_all(command: Parser, options: argparse.Namespace, jobs: list[Job]) -
                 job.measure(job.result, lambda doing, task=task: progress.update(task, doing=doing))
         except KeyboardInterrupt:
             status = INTERRUPTED
-        if job.result.timings or not status:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"{command.prog}: error: {job.result.title} must fit memory", file=sys.stderr)
+            status = 2
+            continue
+        if job.result.timings or job.result.failures or status != INTERRUPTED:
             run.results.append(job.result)
             if not options.markdown:
                 tables.show(job.result, out)
             for provider, reason in job.result.failures.items():
                 print(f"FAILED {job.result.title}: {provider}: {reason}", file=sys.stderr)
                 status = status or 1
-        if options.json:  # after each: it may take minutes until the next
-            run.write_json(options.json)
-        if options.csv:
-            run.write_csv(options.csv)
+            _write(command, options, run)  # after each: it may take minutes until the next
         if status == INTERRUPTED:
-            print("interrupted: what there is by now", file=sys.stderr)
+            print("interrupted: this is what there is", file=sys.stderr)
             break
     if options.markdown:
         print(*tables.markdown(run.results), sep="\n")
         print(f"\n{run.summary}. `{run.environment['command']}`")
-    else:
+    elif run.results:
         out.print("", *tables.notes(run.results), sep="\n", style="dim")
     return run, status
+
+
+def _write(command: Parser, options: argparse.Namespace, run: Run) -> None:
+    """The files that the options name; ends the program where they cannot be written."""
+    try:
+        if options.json:
+            run.write_json(options.json)
+        if options.csv:
+            run.write_csv(options.csv)
+    except OSError as error:
+        command.error(str(error))
 
 
 def _progress() -> Progress:
     """One line on stderr, where that is a terminal, which goes away before anything is printed."""
     stderr = Console(stderr=True)
     columns = (
-        BarColumn(20),
+        BarColumn(16),
         MofNCompleteColumn(),
-        TextColumn("{task.description}: {task.fields[doing]}"),
         TimeElapsedColumn(),
+        TextColumn("{task.description}: {task.fields[doing]}", markup=False),
     )
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,16 @@ def differences(before: Run, after: Run, least: float) -> Iterator[Difference]:
                 yield Difference(result, timing, match, least)
 
 
+def timings_of(run: Run) -> set[tuple]:
+    """What it is of, the mode and the provider of each."""
+    return {
+        (result.key, timing.mode, timing.provider)
+        for result in run.results
+        for timing in result.timings
+        if timing.mode not in BASELINES
+    }
+
+
 def baselines(before: Run, after: Run) -> float | None:
     """How much longer copies of the logits took, at the median; None where both have none."""
     later = {result.key: result for result in after.results}
@@ -66,6 +77,25 @@ def baselines(before: Run, after: Run) -> float | None:
         if all(pair):
             changes.append(pair[1].median / pair[0].median - 1)
     return sorted(changes)[len(changes) // 2] if changes else None
+
+
+def table_of(found: list[Difference]) -> Table:
+    """Of one case."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    widths = {"": 39, "before ms": 9, "after ms": 9, "time": 6, "noise": 6, " ": 0}
+    for i, (column, width) in enumerate(widths.items()):
+        justify = "right" if 0 < i < 5 else "left"
+        table.add_column(column, justify=justify, no_wrap=True, min_width=width)
+    for one in found:
+        table.add_row(
+            f"  {tables.MODE_TITLES[one.before.mode]}, {one.before.provider}",
+            *(f"{timing.median * 1e3:.2f}" for timing in (one.before, one.after)),
+            f"{one.change:+.0%}",
+            f"{one.noise:.0%}",
+            one.verdict,
+            style={"slower": "red", "faster": "green"}.get(one.verdict, ""),
+        )
+    return table
 
 
 def main(arguments: list[str]) -> int:
@@ -89,35 +119,39 @@ def main(arguments: list[str]) -> int:
     ]
     if not found:
         command.error("the files must have a case, mode and provider in common, they have none")
-    out = tables.console()
+    out = tables.Output()
     for name in MACHINE:
         pair = [run.environment.get(name) for run in (before, after)]
         if pair[0] != pair[1]:
-            out.print(f"not the same {name}: {pair[0]}, {pair[1]}", style="yellow", soft_wrap=True)
+            out.print(f"not the same {name}: {pair[0]}, {pair[1]}", style="yellow")
     copies = baselines(before, after)
     if copies is not None:
         out.print(f"the machine's own copy took {copies:+.0%}, at the median of cases")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for i, column in enumerate(("", "before, ms", "after, ms", "time", "noise", "")):
-        table.add_column(column, justify="right" if 0 < i < 5 else "left", no_wrap=True)
-    title = ""
+    by_case: dict[str, list[Difference]] = {}
     for one in found:
-        if one.result.title != title:
-            title = one.result.title
-            table.add_row(title, style="bold")
-        name = f"  {tables.MODE_TITLES[one.before.mode]}, {one.before.provider}"
-        milliseconds = (f"{timing.median * 1e3:.2f}" for timing in (one.before, one.after))
-        style = {"slower": "red", "faster": "green"}.get(one.verdict, "")
-        table.add_row(
-            name, *milliseconds, f"{one.change:+.0%}", f"{one.noise:.0%}", one.verdict, style=style
-        )
-    out.print(table)
+        by_case.setdefault(one.result.title, []).append(one)
+    for title, differences_of_case in by_case.items():
+        out.print()
+        out.print(title, style="bold")
+        out.print(table_of(differences_of_case))
     verdicts = [one.verdict for one in found]
     slower, faster = verdicts.count("slower"), verdicts.count("faster")
-    out.print(f"{len(found)} compared: {slower} slower, {faster} faster, the rest within noise")
-    missing = sum(len(run.results) for run in (before, after)) - 2 * len(
-        {one.result.key for one in found}
+    within = len(found) - slower - faster
+    out.print(
+        "\ntime: how the median changed, as it was measured, whatever the machine's own copy did. "
+        "noise: what lies between the quartiles of both together."
     )
-    if missing:
-        out.print(f"{missing} cases are in one of the files alone, or share no provider")
+    out.print(
+        f"{len(found)} compared: {slower} slower, {faster} faster, {within} within noise",
+        style="bold",
+    )
+    for path, lost in (
+        (options.after, timings_of(before) - timings_of(after)),
+        (options.before, timings_of(after) - timings_of(before)),
+    ):
+        by_provider = Counter(provider for _, _, provider in lost)
+        for provider, count in sorted(by_provider.items()):
+            if options.provider and provider not in options.provider:
+                continue
+            out.print(f"{provider}: {count} timings are missing in {path}", style="yellow")
     return 1 if slower else 0

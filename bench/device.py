@@ -53,7 +53,18 @@ def free_bytes(device: str) -> int | None:
     """Memory that can be had; None where the system does not say."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return _kilobytes(MEMINFO, "MemAvailable") if MEMINFO.exists() else None
+    return _allowed_bytes() if MEMINFO.exists() else None
+
+
+def _allowed_bytes() -> int:
+    """What Linux has, or as much of it as this process may take."""
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    free = _kilobytes(MEMINFO, "MemAvailable")
+    if limit == resource.RLIM_INFINITY:
+        return free
+    return min(free, max(0, limit - _kilobytes(PROCESS / "status", "VmData")))
 
 
 @contextmanager
@@ -65,10 +76,7 @@ def limited_memory() -> Iterator[None]:
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_DATA)
-    used = _kilobytes(PROCESS / "status", "VmData")
-    limit = used + _kilobytes(MEMINFO, "MemAvailable") * 9 // 10
-    if resource.RLIM_INFINITY not in limits:
-        limit = min(limit, *limits)
+    limit = _kilobytes(PROCESS / "status", "VmData") + _allowed_bytes() * 9 // 10
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limits[1]))
     try:
         yield

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from .cases import SWEPT
 from .command import Parser
 from .results import Result, Run
 from .roofline import points, roofs
@@ -30,9 +31,8 @@ COLOURS = {
     "fused_xent inplace": "#2f8fd0",
     "fused_xent": "#8cc4ea",
     "torch eager": "#c0392b",
-    "F.linear, F.cross_entropy": "#c0392b",
     "torch.compile": "#e67e22",
-    "F.linear_cross_entropy": "#e67e22",
+    "torch chunked": "#e67e22",
     "liger-kernel": "#27ae60",
     "quack-kernels": "#8e44ad",
     "quack-kernels inplace": "#b07cc6",
@@ -47,10 +47,10 @@ MARKERS = {"forward": "o", "backward": "s", "both": "D", "step": "^"}
 
 
 def series(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
-    """Losses of more than one number of classes that are alike but for it, by dtype and labels."""
+    """A sweep's results: losses that are alike but for their classes, by dtype and labels."""
     alike: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        if result.benchmark == "loss" and len(result.shape) == 2:
+        if result.benchmark == "loss" and result.case.startswith(SWEPT):
             options = " ".join(f"{name} {value:g}" for name, value in result.options.items())
             labels = "soft labels" if result.labels == "soft" else ""
             alike.setdefault((result.dtype, f"{labels} {options}".strip()), []).append(result)
@@ -67,6 +67,8 @@ def against_classes(run: Run) -> Iterator[tuple[str, Figure]]:
             for mode in ("forward", "backward", "both")
             if any(timing.mode == mode for result in results for timing in result.timings)
         ]
+        if not modes:
+            continue
         name = "-".join(f"{dtype} {what}".split()).replace(".", "_")
         title = f"{dtype} {what}".strip()
         for kind, draw in (("throughput", draw_throughput), ("memory", draw_memory)):
@@ -230,7 +232,7 @@ def main(arguments: list[str]) -> int:
         n_figures += 1
     if not n_figures:
         command.error(
-            "a file must have a loss at two numbers of classes, or a loss and a linear layer "
+            "a file must have a sweep over two numbers of classes, or a loss and a linear layer "
             "in one dtype, to be plotted: see sweep and roofline"
         )
     return 0

@@ -9,7 +9,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,8 +17,11 @@ import torch
 
 import fused_xent
 
+from .cases import DTYPES, MODES
 from .device import gpu_environment
 
+EAGER = "torch eager"  # whom every provider is compared with
+BENCHMARKS = ("loss", "linear")
 BASELINES = ("copy", "read")  # modes of what the memory of the machine allows
 Environment = dict[str, "str | int | float"]
 
@@ -151,18 +154,17 @@ class Run:
         Raises:
             ValueError: the file has something else in it.
         """
+        if not path.is_file():
+            raise ValueError(f"{path} is no file")
         try:
             content = json.loads(path.read_text())
-            results = [
-                Result(**{**result, "timings": [Timing(**t) for t in result["timings"]]})
-                for result in content["results"]
-            ]
-            for result in results:
-                result.shape = tuple(result.shape)
-                if not all(timing.median > 0 for timing in result.timings):
-                    raise ValueError("a time is not positive")
-            return cls(dict(content["environment"]), results)
-        except (KeyError, TypeError, ValueError, AttributeError, UnicodeError) as error:
+            run = cls(content["environment"], [_result(one) for one in content["results"]])
+            _expect(run.environment, dict, None, "environment")
+            _expect(list(run.environment), list, str, "environment")
+            _expect(list(run.environment.values()), list, (str, int, float), "environment")
+            _ = run.summary
+            return run
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} is no file of python -m bench --json ({reason})") from error
 
@@ -188,14 +190,53 @@ class Run:
                     *(result.benchmark, result.case, shape, result.dtype, result.labels, options),
                     *(t.mode, t.provider, len(t.seconds), t.median, *t.quartiles, t.bytes),
                     *(t.bandwidth, result.share(t, "copy"), t.operations),
-                    *(result.ratio(t, reference(result)), t.peak_bytes),
+                    *(result.ratio(t, EAGER), t.peak_bytes),
                     max(errors.values()) if errors else None,
                 )
 
 
-def reference(result: Result) -> str:
-    """Torch's own way, which every provider is compared with."""
-    return "F.linear, F.cross_entropy" if result.benchmark == "linear" else "torch eager"
+def _result(content: dict) -> Result:
+    """One that came from a file.
+
+    Raises:
+        ValueError, TypeError: it is not as this program writes them.
+    """
+    result = Result(**{**content, "timings": [Timing(**one) for one in content["timings"]]})
+    _expect(result.shape, list, int, "shape")
+    result.shape = tuple(result.shape)
+    _expect(result.benchmark, str, None, "benchmark", BENCHMARKS)
+    _expect(result.case, str, None, "case")
+    _expect(result.dtype, str, None, "dtype", DTYPES)
+    _expect(result.labels, str, None, "labels", ("indices", "soft"))
+    for name in ("options", "errors", "failures", "absent"):
+        kind = {"options": (int, float), "errors": dict}.get(name, str)
+        _expect(getattr(result, name), dict, None, name)
+        _expect(list(getattr(result, name).values()), list, kind, name)
+        _expect(list(getattr(result, name)), list, str, name)
+    if len(result.shape) < (3 if result.benchmark == "linear" else 2):
+        raise ValueError(f"shape must have its dimensions, got {result.shape}")
+    for timing in result.timings:
+        _expect(timing.mode, str, None, "mode", (*BASELINES, *MODES, "step"))
+        _expect(timing.provider, str, None, "provider")
+        _expect([timing.bytes, timing.operations, timing.peak_bytes or 0], list, int, "bytes")
+        _expect(timing.seconds, list, (int, float), "seconds")
+        if not timing.seconds or not all(1e-12 < one < 1e12 for one in timing.seconds):
+            raise ValueError("seconds must be some positive numbers")
+        if timing.bytes < 0 or timing.operations < 0:
+            raise ValueError("bytes and operations must not be negative")
+        json.dumps([timing.provider, result.case], ensure_ascii=False).encode()
+    return result
+
+
+def _expect(value, kind, of, name: str, known: Collection[str] | None = None) -> None:
+    """Raises TypeError or ValueError where a value, or one in it, is of another kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {kind.__name__}, got {value!r:.50}")
+    for one in value if of else ():
+        if not isinstance(one, of) or isinstance(one, bool):
+            raise TypeError(f"{name} must be of {of}, has {one!r:.50}")
+    if known is not None and value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r:.50}")
 
 
 def environment(device: str) -> Environment:

@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
     command.add_common([*dict.fromkeys([*loss.ADAPTERS, *linear.ADAPTERS])])
     options = command.parse_args(arguments)
     options.mode = list(MODES)
-    dtypes = options.dtype or linear.DEFAULT_DTYPES[options.device]
+    dtypes = dict.fromkeys(options.dtype or linear.DEFAULT_DTYPES[options.device])
     loss_case, linear_case = CASES[options.device]
     cases = linear.CASES[options.device]
     if options.quick:
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
 
 def show(run: Run) -> None:
     """Prints a table for each dtype."""
-    out = tables.console()
+    out = tables.Output()
     for dtype, roof in roofs(run).items():
         out.print()
         out.print(
@@ -107,7 +107,7 @@ def show(run: Run) -> None:
             style="bold",
         )
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-        for i, column in enumerate(("", "operations/byte", "GFLOP/s", "roof", "of roof")):
+        for i, column in enumerate(("", "op/byte", "GFLOP/s", "roof", "of roof")):
             table.add_column(column, justify="right" if i else "left", no_wrap=True)
         for point in points(run, dtype):
             timing, reachable = point.timing, roof.at(point.timing.intensity)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .results import BASELINES, Result, Timing, reference
+from .results import BASELINES, EAGER, Result, Timing
 
 WIDTH = 100  # where the output is no terminal
 MODE_TITLES = {
@@ -18,23 +21,31 @@ MODE_TITLES = {
     "step": "loss and both gradients",
 }
 LOSS_COLUMNS = ("", "ms", "±", "MB", "GB/s", "of copy", "vs eager", "memory MB")
-LINEAR_COLUMNS = ("", "ms", "±", "GFLOP/s", "x bare", "vs eager", "memory MB", "grad_weight")
+LINEAR_COLUMNS = ("", "ms", "±", "GFLOP/s", "x bare", "vs eager", "memory MB", "error")
 NOTES = {
     "loss": "MB: that must be moved. of copy: of its GB/s. memory: at once beyond logits and "
     "target; of a backward, that of the whole step.",
     "linear": "x bare: of the time of the bare products. memory: at once beyond inputs and "
-    "gradients. grad_weight: its error, relative to float64's.",
+    "gradients. error: of grad_weight, relative to float64's.",
 }
 DASH = "-"
 
 
-def console() -> Console:
-    """Of stdout: coloured where that is a terminal, and as wide."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=WIDTH)
+class Output(Console):
+    """Of stdout: coloured where that is a terminal, and as wide. Brackets are brackets."""
+
+    def __init__(self) -> None:
+        """As wide as a table needs where stdout is no terminal."""
+        options = {"highlight": False, "markup": False, "emoji": False}
+        has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+        super().__init__(**options, width=None if has_width else WIDTH)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Whoever reads has seen enough."""
+        raise BrokenPipeError
 
 
-def show(result: Result, out: Console) -> None:
+def show(result: Result, out: Output) -> None:
     """Prints one case's table."""
     is_linear = result.benchmark == "linear"
     columns = LINEAR_COLUMNS if is_linear else LOSS_COLUMNS
@@ -64,12 +75,12 @@ def show(result: Result, out: Console) -> None:
         out.print("the logits alone: " + "; ".join(rates), style="dim")
     out.print(table)
     for line in reasons(result):
-        out.print(f"  {DASH} {line}", style="dim", soft_wrap=True)
+        out.print(f"  {DASH} {line}", style="dim")
 
 
 def notes(results: Iterable[Result]) -> Iterator[str]:
     """What the columns mean."""
-    yield "ms: the median. ±: half of what is between the quartiles."
+    yield "ms: the median. ±: half of what is between the quartiles, as a part of the median."
     yield from dict.fromkeys(NOTES[result.benchmark] for result in results)
 
 
@@ -89,7 +100,7 @@ def loss_cells(result: Result, timing: Timing) -> tuple[str, ...]:
         f"{timing.bytes / 1e6:.1f}",
         f"{timing.bandwidth / 1e9:.1f}",
         percent(result.share(timing, "copy")),
-        times(result.ratio(timing, reference(result))),
+        times(result.ratio(timing, EAGER)),
         megabytes(timing.peak_bytes),
     )
 
@@ -97,13 +108,13 @@ def loss_cells(result: Result, timing: Timing) -> tuple[str, ...]:
 def linear_cells(result: Result, timing: Timing) -> tuple[str, ...]:
     """A row's, but for its name."""
     error = result.errors.get(timing.provider, {}).get("grad_weight")
-    bare = result.find("step", "three bare products")
+    bare = result.find("step", "bare products")
     return (
         f"{timing.median * 1e3:.1f}",
         f"{timing.noise / 2:.0%}",
-        f"{timing.rate / 1e9:.0f}",
+        f"{timing.rate / 1e9:.4g}",
         f"{timing.median / bare.median:.2f}" if bare else DASH,
-        times(result.ratio(timing, reference(result))),
+        times(result.ratio(timing, EAGER)),
         megabytes(timing.peak_bytes),
         f"{error:.1e}" if error is not None else DASH,
     )

@@ -110,26 +110,36 @@ class Workload:
 
 
 def interleave(
-    timers: list[Timer],
+    timers: list[tuple[str, Timer]],
     min_rounds: int,
     min_seconds: float,
     on_round: Callable[[int], None],
     samples: dict[Key, list[float]],
-) -> None:
-    """All timers in turn, round after round, until there are enough rounds and seconds.
+) -> dict[str, Exception]:
+    """All providers' timers in turn, round after round, until there are enough rounds and seconds.
 
     What disturbs the machine for a while thus disturbs all of them, and their ratios stand. Adds to
-    `samples`, which has what there is when the user interrupts.
+    `samples`, which has what there is when the user interrupts. Whoever raises is left out from
+    then on, and returned.
     """
     start, n_rounds = perf_counter(), 0
+    raised: dict[str, Exception] = {}
     gc.collect()
     gc.disable()
     try:
         while n_rounds < min_rounds or perf_counter() - start < min_seconds:
             n_rounds += 1
             on_round(n_rounds)
-            for timer in timers:
-                for key, seconds in timer().items():
+            for provider, timer in timers:
+                if provider in raised:
+                    continue
+                try:
+                    measured = timer()
+                except Exception as error:  # the others are still measured
+                    raised[provider] = error
+                    continue
+                for key, seconds in measured.items():
                     samples.setdefault(key, []).append(seconds)
     finally:
         gc.enable()
+    return raised

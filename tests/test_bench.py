@@ -15,9 +15,9 @@ from bench import __main__ as bench
 from bench import compare, linear, loss, plots, providers, readme, roofline, tables
 from bench.cases import Case, Options, bytes_moved, operations, sweep
 from bench.check import Check, WrongResult, torch_loss
-from bench.device import PeakMemory, is_out_of_memory, limited_memory
+from bench.device import HostClock, PeakMemory, is_out_of_memory, limited_memory
 from bench.providers import ADAPTERS, Provider, Request, Unsupported, gather
-from bench.results import Result, Run, Timing
+from bench.results import Result, Run, Timing, environment
 from bench.timing import Workload, interleave
 
 pytestmark = pytest.mark.cpu("runs the benchmark, which has an option for the device")
@@ -45,11 +45,21 @@ def test_loss(tmp_path, capsys):
         assert {name for mode, name in found if mode == "both"} == {"torch eager", *ours}
         assert all(len(timing.seconds) == 2 for timing in found.values())
         assert set(result.errors) == {"torch eager", *ours}
+        size = 4 if result.dtype == "float32" else 2
+        assert found["both", "fused_xent"].bytes == 3 * 24 * 50 * size + 2 * 24 * 8
+        assert found["both", "fused_xent fused"].bytes == 2 * 24 * 50 * size + 24 * 8
         assert found["backward", "fused_xent"].bytes == found["copy", "torch"].bytes + 24 * 8
     rows = list(csv.DictReader(files[1].read_text().splitlines()))
     assert len(rows) == sum(len(result.timings) for result in run.results)
     first = run.results[0].timings[0]
     assert float(rows[0]["bytes_per_s"]) == pytest.approx(first.bytes / first.median)
+    ours = next(row for row in rows if (row["mode"], row["provider"]) == ("both", "fused_xent"))
+    copy, eager, timing = (
+        run.results[0].find(*key)
+        for key in (("copy", "torch"), ("both", "torch eager"), ("both", "fused_xent"))
+    )
+    assert float(ours["share_of_copy"]) == pytest.approx(timing.bandwidth / copy.bandwidth)
+    assert float(ours["times_faster_than_eager"]) == pytest.approx(eager.median / timing.median)
     assert json.loads(files[0].read_text())["environment"]["threads"] == torch.get_num_threads()
 
 
@@ -80,6 +90,9 @@ def test_linear(tmp_path, capsys):
         assert names[-1] == "fused_xent"
         assert all(name in printed for name in names)
         assert all(timing.operations == 6 * 24 * 16 * 50 for timing in result.timings)
+        size = 4 if result.dtype == "float32" else 2
+        traffic = 2 * size * 16 * (24 + 50) + 24 * 8
+        assert all(timing.bytes == traffic for timing in result.timings)
         for errors in result.errors.values():
             assert all(0 < error < 1e-2 for error in errors.values())
         assert result.absent["liger-kernel"] == "needs a GPU"
@@ -129,13 +142,15 @@ def test_markdown(capsys):
         (["--ignored", "2"], "must be a number from 0 to 0.999, got '2'"),
         (["--softcap", "nan"], "got 'nan'"),
         (["--soft", "--ignored", "0.5", "gpt2"], "--ignored must come with class indices"),
-        (["--json", "/nowhere/x.json"], "--json must be a file in an existing folder"),
-        (["--csv", "/"], "--csv must be a file"),
+        (["--json", "/nowhere/x.json"], "--json must be a file that can be written"),
+        (["--csv", "/"], "--csv must be a file that can be written"),
+        (["--json", "x" * 300], "--json must be a file that can be written"),
+        (["--json", "/tmp/a", "--csv", "/tmp/a"], "--json and --csv must be two files"),
         (["--rows", "100000000", "--vocab", "1000000"], "must fit memory: it needs "),
         (["linear", "gpt9"], "case must be one of llama2, llama3, got 'gpt9'"),
         (["linear", "--rows", "3"], "--rows, --features and --vocab must be given together"),
         (["sweep", "--vocab", "1"], "must be an integer of at least 2, got '1'"),
-        (["compare", "/nowhere.json", "/nowhere.json"], "No such file"),
+        (["compare", "/nowhere.json", "/nowhere.json"], "/nowhere.json is no file"),
         (["compare", __file__, __file__], "is no file of python -m bench --json"),
         (["plot", __file__], "is no file of python -m bench --json"),
     ],
@@ -188,49 +203,80 @@ def test_interrupt_prints_what_there_is(tmp_path, monkeypatch, capsys):
 # ---- whether providers tell the truth -------------------------------------------------------
 
 
-def scaled(gradient, loss_value):
-    """A loss of which one thing is wrong by a tenth."""
+def with_gradient(change):
+    """The right loss, whose gradient `change` is given with the target."""
 
-    class Scaled(torch.autograd.Function):
+    class Liar(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, value):
-            return value * loss_value
+        def forward(ctx, logits, target):
+            leaf = logits.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                value = F.cross_entropy(leaf, target)
+                (gradient,) = torch.autograd.grad(value, leaf)
+            ctx.gradient = change(gradient, target)
+            return value.detach()
 
         @staticmethod
         def backward(ctx, upstream):
-            return upstream * gradient
+            return ctx.gradient * upstream, None
 
-    return lambda *arguments: Scaled.apply(F.cross_entropy(*arguments))
+    return Liar.apply
 
 
-def no_gradient_of_a_row(logits, target):
-    keep = torch.ones(len(logits), 1)
-    keep[3] = 0
+def times_where(factor, *index):
+    """Multiplies a part of the gradient."""
+
+    def change(gradient, target):
+        gradient[index] *= factor
+        return gradient
+
+    return with_gradient(change)
+
+
+def scaled_but_at_target(gradient, target):
+    index = target.clamp(min=0).unsqueeze(1)
+    return (1.04 * gradient).scatter(1, index, gradient.gather(1, index))
+
+
+def garbage_in_ignored_rows(gradient, target):
+    gradient[target == -100] = 1e-7
+    return gradient
+
+
+def wrong_without_gradient(logits, target):
     value = F.cross_entropy(logits, target)
-    return value + (F.cross_entropy(logits * keep + (logits * (1 - keep)).detach(), target) - value)
-
-
-def does_not_look_at_ignored(logits, target):
-    return F.cross_entropy(logits, target.clamp(min=0))
+    return value if torch.is_grad_enabled() else 1.1 * value
 
 
 LIARS = {
-    "loss": scaled(1.0, 1.1),
-    "gradient": scaled(1.1, 1.0),
-    "no gradient": scaled(0.0, 1.0),
-    "nan": scaled(float("nan"), 1.0),
-    "a row": no_gradient_of_a_row,
-    "ignored rows": does_not_look_at_ignored,
+    "loss": lambda *arguments: 1.1 * F.cross_entropy(*arguments),
+    "loss without a gradient": wrong_without_gradient,
+    "not a number": lambda *arguments: F.cross_entropy(*arguments) * float("nan"),
+    "shape": lambda *arguments: F.cross_entropy(*arguments).view(1, 1),
+    "rows that are ignored": lambda x, target: F.cross_entropy(x, target.clamp(min=0)),
+    "gradient": times_where(1.1),
+    "no gradient": times_where(0.0),
+    "a class": times_where(0.0, slice(None), 3),
+    "the last class": times_where(2.0, slice(None), -1),
+    "a row": times_where(0.0, 0),
+    "the last row": times_where(-1.0, -1),
+    "scale": with_gradient(scaled_but_at_target),
+    "ignored rows' gradient": with_gradient(garbage_in_ignored_rows),
 }
 
 
 @pytest.mark.parametrize("liar", LIARS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_check_catches_liars(liar, dtype):
-    case = Case("own", (24, 50), options=Options(ignored=0.3))
-    compare_with_float64 = Check(Workload(*case.tensors(dtype, "cpu")), case.options)
+@pytest.mark.parametrize(
+    ("dtype", "chunk"), [(torch.float32, 7000), (torch.bfloat16, 1 << 25), (torch.float16, 5000)]
+)
+def test_check_catches_liars(liar, dtype, chunk, monkeypatch):
+    monkeypatch.setattr("bench.check.CHUNK", chunk)
+    case = Case("own", (60, 300), options=Options(ignored=0.2))
+    logits, target = case.tensors(dtype, "cpu")
+    target[0], target[-1] = 7, 8  # those are counted
+    compare_with_float64 = Check(Workload(logits, target), case.options)
     compare_with_float64(F.cross_entropy)
-    with pytest.raises(WrongResult, match="off float64's"):
+    with pytest.raises(WrongResult, match=r"off float64's|has the shape"):
         compare_with_float64(LIARS[liar])
 
 
@@ -260,6 +306,12 @@ def wrong_linear_gradient(hidden, linear_weight, target):
     return value + 0.1 * (half - half.detach())
 
 
+def wrong_linear_weight(hidden, linear_weight, target):
+    half = fused_xent.linear_cross_entropy(hidden.detach(), linear_weight, target)
+    value = fused_xent.linear_cross_entropy(hidden, linear_weight, target)
+    return value + 0.1 * (half - half.detach())
+
+
 def breaks(*arguments):
     raise RuntimeError("no such kernel\nand more")
 
@@ -270,7 +322,13 @@ def has_no_memory(*arguments):
 
 @pytest.mark.parametrize(
     ("liar", "status"),
-    [(wrong_linear_loss, 1), (wrong_linear_gradient, 1), (breaks, 0), (has_no_memory, 0)],
+    [
+        (wrong_linear_loss, 1),
+        (wrong_linear_gradient, 1),
+        (wrong_linear_weight, 1),
+        (breaks, 0),
+        (has_no_memory, 0),
+    ],
 )
 def test_linear_providers_that_are_wrong_are_not_timed(liar, status, monkeypatch, capsys):
     monkeypatch.setitem(linear.ADAPTERS, "liar", lambda device: [("liar", liar)])
@@ -295,6 +353,88 @@ def check_what_is_said_of(liar, status, printed):
     assert any(reasons.get(liar, "off float64's") in line for line in lines)
     assert not any(character.isdigit() for line in lines[:-1] for character in line)
     assert "fused_xent" in printed.out
+
+
+def later(change, calls):
+    """A loss that is right until it has been called so often."""
+    n_calls = 0
+
+    def loss(logits, target):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls > calls:
+            return change(logits, target)
+        return F.cross_entropy(logits, target)
+
+    return loss
+
+
+def remembering():
+    """A loss that computes once."""
+    known = {}
+
+    def loss(logits, target):
+        if logits.requires_grad not in known:
+            known[logits.requires_grad] = F.cross_entropy(logits, target).detach()
+        return F.cross_entropy(logits, target) * 0 + known[logits.requires_grad]
+
+    return loss
+
+
+def empties_target(logits, target):
+    value = with_gradient(lambda gradient, target: gradient)(logits, target)
+    target.zero_()
+    return value
+
+
+def has_no_memory_now(logits, target):
+    raise torch.OutOfMemoryError("of 3 GiB")
+
+
+@pytest.mark.parametrize(
+    ("liar", "status", "reason"),
+    [
+        (later(LIARS["loss"], 6), 1, "loss without grad is"),
+        (remembering(), 1, "off float64's"),
+        (empties_target, 1, "target has been written to"),
+        (later(has_no_memory_now, 5), 0, "out of memory"),
+        (later(breaks, 5), 0, "no such kernel"),
+    ],
+    ids=["wrong later", "remembers", "writes to its target", "no memory later", "breaks later"],
+)
+def test_who_is_found_out_later_is_left_out(liar, status, reason, monkeypatch, capsys):
+    """And does no harm to those who come after it."""
+    own = {"liar": lambda request: [Provider("liar", liar)], "fused_xent": providers.ours}
+    monkeypatch.setattr(loss, "ADAPTERS", own)
+    cases = [*FEW, "--rows", "24", "--vocab", "50", "--dtype", "float32"]
+    assert bench.main([*cases]) == status
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.out.splitlines() if "- liar: " in line]
+    assert reason in line
+    assert "fused_xent fused" in printed.out
+    assert ("FAILED" in printed.err) == (status == 1)
+
+
+@pytest.mark.parametrize("wrong", ["float32", "bfloat16"])
+def test_one_failure_of_several_cases_decides_the_status(wrong, monkeypatch, capsys):
+    def only_in(logits, target):
+        factor = 1.1 if str(logits.dtype) == f"torch.{wrong}" else 1.0
+        return factor * F.cross_entropy(logits, target)
+
+    monkeypatch.setitem(ADAPTERS, "liar", lambda request: [Provider("liar", only_in)])
+    own = [*FEW, "--provider", "liar", "--rows", "24", "--vocab", "50"]
+    assert bench.main([*own, "--dtype", "float32", "--dtype", "bfloat16"]) == 1
+    assert capsys.readouterr().err.count("FAILED") == 1
+
+
+def test_what_is_in_brackets_is_printed(monkeypatch, capsys):
+    def breaks_in_brackets(*arguments):
+        raise RuntimeError("kernel [invalid argument] at x[i] [/red]")
+
+    monkeypatch.setitem(ADAPTERS, "[/x]", lambda request: [Provider("[/x]", breaks_in_brackets)])
+    own = [*FEW, "--provider", "[/x]", "--rows", "24", "--vocab", "50"]
+    assert bench.main([*own, "--dtype", "float32"]) == 0
+    assert "[/x]: RuntimeError: kernel [invalid argument] at x[i] [/red]" in capsys.readouterr().out
 
 
 def test_what_this_package_raises_is_a_failure(monkeypatch, capsys):
@@ -477,16 +617,87 @@ def test_cases_of_a_sweep_have_as_many_logits():
 
 def test_ignored_share():
     _, target = Case("own", (10_000, 3), options=Options(ignored=0.9)).tensors(torch.float32, "cpu")
-    assert 0.88 < (target == -100).double().mean() < 0.92
+    assert (target == -100).sum() == 9000
+    _, target = Case("own", (1, 3), options=Options(ignored=0.999)).tensors(torch.float32, "cpu")
+    assert target.item() >= 0
 
 
 def test_interleaving():
     order = []
-    timers = [lambda name=name: order.append(name) or {("both", name): 1.0} for name in "ab"]
+    timers = [
+        (name, lambda name=name: order.append(name) or {("both", name): 1.0}) for name in "ab"
+    ]
     samples = {}
-    interleave(timers, 3, 0.0, lambda n: None, samples)
+    assert interleave(timers, 3, 0.0, lambda n: None, samples) == {}
     assert order == list("ababab")
     assert samples == {("both", "a"): [1.0] * 3, ("both", "b"): [1.0] * 3}
+
+
+def test_a_step_is_forward_and_backward():
+    workload = types.SimpleNamespace(
+        forward=lambda loss: (None, 1.0),
+        step=lambda loss: types.SimpleNamespace(forward=2.0, backward=4.0),
+    )
+    forward, step = Provider("x", None).timers(workload, ["forward", "backward", "both"])
+    assert forward() == {("forward", "x"): 1.0}
+    assert step() == {("backward", "x"): 4.0, ("both", "x"): 6.0}
+
+
+def test_logits_are_written_anew_for_each_run():
+    workload = Workload(*Case("own", (24, 50)).tensors(torch.float32, "cpu"))
+    for run in (workload.step, workload.forward):
+        workload.logits.zero_()
+        run(F.cross_entropy)
+        assert torch.equal(workload.logits, workload.original)
+
+
+def test_caches_are_emptied():
+    timer = HostClock()
+    timer._flushed.fill_(1)
+    timer.start()
+    assert not timer._flushed.any()
+
+
+def test_bare_products_are_three(monkeypatch):
+    workload = linear.Workload((24, 16, 50), torch.float32, "cpu")
+    known, n_products = linear.Workload.seconds, 0
+
+    def seconds(workload, run):
+        nonlocal n_products
+        n_products += 1
+        return known(workload, run)
+
+    monkeypatch.setattr(linear.Workload, "seconds", seconds)
+    assert workload.bare_seconds() > 0
+    assert n_products == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured on Linux alone")
+def test_memory_of_a_step_is_more_than_of_its_forward():
+    workload = Workload(*Case("own", (4096, 2000)).tensors(torch.float32, "cpu"))
+    peaks = workload.peak_bytes(fused_xent.cross_entropy)
+    assert peaks["forward"] < 0.1 * workload.logits.nbytes
+    assert 0.9 * workload.logits.nbytes < peaks["both"] < 1.2 * workload.logits.nbytes
+    assert peaks["backward"] == peaks["both"]
+
+
+def test_memory_of_a_linear_layer_is_beyond_its_outputs(monkeypatch):
+    class Known(PeakMemory):
+        def __exit__(self, *_):
+            self.bytes = 1_000_000
+
+    monkeypatch.setattr(linear, "PeakMemory", Known)
+    workload = linear.Workload((24, 16, 50), torch.float32, "cpu")
+    outputs = 4 + 4 * 16 * (24 + 50)
+    assert workload.peak_bytes(fused_xent.linear_cross_entropy) == 1_000_000 - outputs
+
+
+def test_memory_that_a_case_needs():
+    """At least logits, original, gradient and eager's float32; and a chunk in float64."""
+    options = types.SimpleNamespace()
+    n_logits = 1024 * 32000
+    assert loss.job(Case("own", (1024, 32000)), "float32", options).bytes_needed > 44 * n_logits
+    assert loss.job(Case("own", (8192, 262144)), "float32", options).bytes_needed < 5e10
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of this process, not of a GPU")
@@ -503,8 +714,10 @@ def test_peak_of_this_processs_memory():
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux says what is free")
 def test_memory_is_limited_only_inside():
     huge = 1 << 40
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    there = int(lines["MemTotal"].split()[0]) * 1024
     with limited_memory(), pytest.raises(RuntimeError) as error:
-        torch.ones(huge, dtype=torch.uint8)
+        torch.ones(there, dtype=torch.uint8)
     assert is_out_of_memory(error.value)
     assert not is_out_of_memory(RuntimeError("of another kind"))
     torch.empty(huge >> 6, dtype=torch.uint8)  # 16 GiB that are never touched
@@ -518,7 +731,8 @@ def run_of(*samples, provider="fused_xent", case="x", copy=(1.0, 1.0, 1.0, 1.0))
         Timing("copy", "torch", 200, 0, seconds=list(copy)),
         Timing("both", provider, 300, 70, seconds=list(samples)),
     ]
-    return Run({"cpu": "this"}, [Result("loss", case, (1, 10), "float32", timings=timings)])
+    result = Result("loss", case, (1, 10), "float32", timings=timings)
+    return Run(environment("cpu") | {"cpu": "this"}, [result])
 
 
 QUIET, NOISY = (1.0, 1.001, 0.999, 1.0), (1.0, 0.8, 1.2, 1.0)
@@ -548,6 +762,87 @@ def test_compare(before, factor, verdict, tmp_path, capsys):
     assert f"{factor - 1:+.0%}" in printed
 
 
+@pytest.mark.parametrize("noisy", [0, 1])
+def test_noise_of_either_run_counts(noisy, tmp_path):
+    runs = [run_of(*QUIET), run_of(*(1.1 * seconds for seconds in QUIET))]
+    runs[noisy].results[0].timings[1].seconds = [(1, 1.1)[noisy] * one for one in NOISY]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for run, file in zip(runs, files, strict=True):
+        run.write_json(file)
+    assert compare.main([*map(str, files)]) == 0
+
+
+def test_compare_of_some_providers_and_of_large_differences(tmp_path, capsys):
+    before, after = run_of(*QUIET), run_of(*(1.1 * seconds for seconds in QUIET))
+    for run, factor in ((before, 1), (after, 1.5)):
+        other = Timing("both", "other", 300, 70, seconds=[factor * one for one in QUIET])
+        run.results[0].timings.append(other)
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    before.write_json(Path(files[0]))
+    after.write_json(Path(files[1]))
+    assert compare.main([*files, "--least", "0.2"]) == 1
+    assert "2 compared: 1 slower" in capsys.readouterr().out
+    assert compare.main([*files, "--least", "0.2", "--provider", "fused_xent"]) == 0
+    assert "1 compared: 0 slower" in capsys.readouterr().out
+
+
+def test_results_of_other_labels_and_options_are_others():
+    results = [
+        Result("loss", "x", (1, 10), "float32"),
+        Result("loss", "x", (1, 10), "float32", labels="soft"),
+        Result("loss", "x", (1, 10), "float32", options={"softcap": 2.0}),
+        Result("loss", "x", (2, 10), "float32"),
+        Result("loss", "x", (1, 10), "bfloat16"),
+    ]
+    assert len({result.key for result in results}) == len(results)
+
+
+BROKEN = {
+    "no results": lambda run: run.pop("results"),
+    "no environment": lambda run: run.update(environment={}),
+    "a list of environments": lambda run: run.update(environment=[]),
+    "a GPU of which nothing else is known": lambda run: run["environment"].update(gpu="x"),
+    "no seconds": lambda run: timing_of(run).update(seconds=[]),
+    "seconds of no number": lambda run: timing_of(run).update(seconds=[float("nan"), 1, 1]),
+    "infinite seconds": lambda run: timing_of(run).update(seconds=[float("inf")]),
+    "negative seconds": lambda run: timing_of(run).update(seconds=[-1, 2, 2, 2]),
+    "hardly any seconds": lambda run: timing_of(run).update(seconds=[1e-320]),
+    "seconds in words": lambda run: timing_of(run).update(seconds="soon"),
+    "an unknown mode": lambda run: timing_of(run).update(mode="sideways"),
+    "no provider": lambda run: timing_of(run).update(provider=None),
+    "a surrogate": lambda run: timing_of(run).update(provider="\ud800"),
+    "bytes in words": lambda run: timing_of(run).update(bytes="many"),
+    "peak in words": lambda run: timing_of(run).update(peak_bytes="much"),
+    "another field": lambda run: timing_of(run).update(colour="red"),
+    "a dtype with a slash": lambda run: run["results"][0].update(dtype="../x"),
+    "options in words": lambda run: run["results"][0].update(options={"softcap": "x"}),
+    "no options": lambda run: run["results"][0].update(options=None),
+    "a shape of one number": lambda run: run["results"][0].update(shape=[10]),
+    "a shape in words": lambda run: run["results"][0].update(shape=["a", "b"]),
+}
+
+
+def timing_of(run):
+    return run["results"][0]["timings"][1]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("command", ["compare", "plot"])
+def test_broken_files(command, broken, tmp_path, capsys):
+    path, good = tmp_path / "a.json", tmp_path / "b.json"
+    run = run_of(*QUIET)
+    run.environment = environment("cpu")
+    run.write_json(good)
+    content = json.loads(good.read_text())
+    BROKEN[broken](content)
+    path.write_text(json.dumps(content))
+    files = [str(path), str(good)] if command == "compare" else [str(path)]
+    with pytest.raises(SystemExit) as error:
+        bench.main([command, *files])
+    assert error.value.code == 2
+    assert "is no file of python -m bench --json" in capsys.readouterr().err
+
+
 def test_compare_tells_of_other_machines_and_cases(tmp_path, capsys):
     before, after = run_of(*QUIET), run_of(*QUIET, copy=[2.0] * 4)
     after.environment["cpu"] = "that"
@@ -558,7 +853,9 @@ def test_compare_tells_of_other_machines_and_cases(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "not the same cpu: this, that" in printed
     assert "the machine's own copy took +100%" in printed
-    assert "1 cases are in one of the files alone" in printed
+    assert f"fused_xent: 1 timings are missing in {tmp_path / 'a.json'}" in " ".join(
+        printed.split()
+    )
 
 
 def test_compare_of_nothing_in_common(tmp_path, capsys):
@@ -580,6 +877,37 @@ def test_roof():
     assert roof.at(1e6) == 2000
     (point,) = roofline.points(run, "float32")
     assert point.label == "forward + backward, fused_xent"
+    run.results[0].timings.append(Timing("read", "torch", 300, 0, seconds=[1.0]))
+    assert roofline.roofs(run)["float32"].bandwidth == 300
+
+
+def test_share_of_the_roof_is_printed(capsys):
+    run = run_of(*QUIET)  # 70 operations a second, of 200 * 70 / 300
+    products = Timing("step", linear.BARE, 100, 1000, seconds=[0.5])
+    run.results.append(Result("linear", "x", (1, 2, 3), "float32", timings=[products]))
+    roofline.show(run)
+    assert "150%" in capsys.readouterr().out
+
+
+def test_what_is_plotted():
+    run = run_of(*QUIET, case="V=10")
+    run.results += run_of(*QUIET, case="V=20").results
+    run.results[1].shape = (1, 20)
+    for result, peak in zip(run.results, (5_000_000, 7_000_000), strict=True):
+        result.timings[1].peak_bytes = peak
+    figures = dict(plots.against_classes(run))
+    lines = {
+        name: {line.get_label(): line for line in figure.axes[0].get_lines()}
+        for name, figure in figures.items()
+    }
+    assert list(lines["memory-float32"]["fused_xent"].get_ydata()) == [5, 7]
+    assert list(lines["memory-float32"]["the logits"].get_ydata()) == [1e-4, 1e-4]
+    throughput = lines["throughput-float32"]
+    assert list(throughput["fused_xent"].get_xdata()) == [10, 20]
+    assert throughput["fused_xent"].get_ydata()[0] == pytest.approx(300e-9)
+    assert throughput["one copy"].get_ydata()[0] == pytest.approx(200e-9)
+    for figure in figures.values():
+        plots.plt.close(figure)
 
 
 def test_plots_need_something_to_plot(tmp_path, capsys):
@@ -587,7 +915,7 @@ def test_plots_need_something_to_plot(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         plots.main([str(tmp_path / "a.json")])
     assert error.value.code == 2
-    assert "two numbers of classes" in capsys.readouterr().err
+    assert "a sweep over two numbers of classes" in capsys.readouterr().err
 
 
 def test_tables_of_the_readme_are_those_of_its_files():
