@@ -105,8 +105,9 @@ def measure(
         for mode in (*BASELINES, *modes):
             for (its_mode, name), seconds in samples.items():
                 if its_mode == mode and name not in left_out:
-                    traffic = bytes_moved(workload.original, workload.target, mode, name in fused)
-                    work = operations(workload.original, workload.target, mode)
+                    inputs = workload.original, workload.original_target
+                    traffic = bytes_moved(*inputs, mode, name in fused)
+                    work = operations(*inputs, mode)
                     peak = peaks.get(name, {}).get(mode)
                     result.timings.append(Timing(mode, name, traffic, work, peak, seconds))
 

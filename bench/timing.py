@@ -50,27 +50,33 @@ class Step:
 
 
 class Workload:
-    """The tensors of one case: logits to be overwritten, their original, and the target."""
+    """The tensors of one case: logits and target for providers, and the originals of both."""
 
     def __init__(self, logits: Tensor, target: Tensor) -> None:
         """Logits (N, C, ...); target (N, ...) of indices or (N, C, ...) of probabilities."""
         self.original = logits
         self.logits = logits.clone()
-        self.target = target
+        self.original_target = target
+        self.target = target.clone()
         self.clock = clock(logits.device.type)
         self._parameter = torch.zeros((), requires_grad=True, device=logits.device)
+
+    def restore(self) -> None:
+        """Makes the originals of what one provider was given what the next one is given."""
+        self.logits.copy_(self.original)
+        self.target.copy_(self.original_target)
 
     @torch.no_grad()
     def forward(self, loss: Loss) -> tuple[Tensor, float]:
         """The loss without a graph, as in evaluation, and its seconds."""
-        self.logits.copy_(self.original)
+        self.restore()
         start = self.clock.start()
         value = loss(self.logits, self.target)
         return value, self.clock.seconds(start, self.clock.mark())
 
     def step(self, loss: Loss, upstream: Tensor | None = None) -> Step:
         """The loss and its gradient, scaled by `upstream` (1 when None), as in training."""
-        self.logits.copy_(self.original)
+        self.restore()
         received: list[Tensor] = []
         logits = _LastLayer.apply(self._parameter, self.logits, received)
         start = self.clock.start()

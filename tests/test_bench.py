@@ -387,6 +387,11 @@ def empties_target(logits, target):
     return value
 
 
+def empties_target_and_breaks(logits, target):
+    target.zero_()
+    raise RuntimeError("no such kernel")
+
+
 def has_no_memory_now(logits, target):
     raise torch.OutOfMemoryError("of 3 GiB")
 
@@ -397,10 +402,18 @@ def has_no_memory_now(logits, target):
         (later(LIARS["loss"], 6), 1, "loss without grad is"),
         (remembering(), 1, "off float64's"),
         (empties_target, 1, "target has been written to"),
+        (later(empties_target_and_breaks, 4), 0, "no such kernel"),
         (later(has_no_memory_now, 5), 0, "out of memory"),
         (later(breaks, 5), 0, "no such kernel"),
     ],
-    ids=["wrong later", "remembers", "writes to its target", "no memory later", "breaks later"],
+    ids=[
+        "wrong later",
+        "remembers",
+        "writes to its target",
+        "and breaks",
+        "no memory later",
+        "breaks later",
+    ],
 )
 def test_who_is_found_out_later_is_left_out(liar, status, reason, monkeypatch, capsys):
     """And does no harm to those who come after it."""
@@ -647,8 +660,10 @@ def test_logits_are_written_anew_for_each_run():
     workload = Workload(*Case("own", (24, 50)).tensors(torch.float32, "cpu"))
     for run in (workload.step, workload.forward):
         workload.logits.zero_()
+        workload.target.zero_()
         run(F.cross_entropy)
         assert torch.equal(workload.logits, workload.original)
+        assert torch.equal(workload.target, workload.original_target)
 
 
 def test_caches_are_emptied():
