@@ -151,6 +151,19 @@ def test_small_exponentials_beside_a_great_one(first, force):
     torch.testing.assert_close(loss.double(), exact, rtol=0, atol=5e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_exponentials_of_a_long_row(dtype, force):
+    """Of which a thread of one block adds up a thousand, beside the great one."""
+    force("forward", "block", threads=256)
+    n_classes = 2**18
+    logits = torch.full((1, n_classes), -16.75, dtype=dtype)
+    logits[:, 8] = 0
+    target = torch.tensor([8])
+    loss = fused_xent.cross_entropy(logits, target, loss_dtype=torch.float32)
+    exact = torch.nn.functional.cross_entropy(logits.double(), target)
+    torch.testing.assert_close(loss.double(), exact, rtol=0, atol=5e-6)
+
+
 def test_total_weight_beyond_float32():
     logits, weight = make_logits((100, 20), torch.float32), torch.full((20,), 1e37)
     check(logits, torch.arange(100) % 20, "mean", weight=weight)

@@ -74,6 +74,12 @@ def test_sm_80(emulator_builds):
     assert_right(run(program(emulator_builds, "sm_80")))
 
 
+@pytest.mark.timeout(900)
+def test_code_of_an_older_architecture(emulator_builds):
+    """It has no clusters, though the device has."""
+    assert_right(run(program(emulator_builds, "sm_80"), "--bfloat16", device="sm_90"))
+
+
 @pytest.fixture(scope="module")
 def reduced(tmp_path_factory):
     return write_reduced(tmp_path_factory.mktemp("reduced"))

@@ -27,9 +27,9 @@ def test_gradient_is_the_default_modes_and_in_the_logits(reduction, n_classes, m
     logits = leaf * 1
     loss = fused_xent.cross_entropy(logits, target, reduction=reduction, **MODES[mode])
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
-    if device == "cpu" or mode == "inplace":
+    if mode == "inplace" or (device == "cpu" and dtype != torch.float64):
         assert torch.equal(loss, default)
-    else:  # fused mode has blocks of its own there, and adds up in their order
+    else:  # fused mode adds up in another order there, in float64 around other maxima
         torch.testing.assert_close(loss, default, rtol=16 * eps if eps < 1e-3 else eps, atol=tiny)
     received = []
     logits.register_hook(received.append)

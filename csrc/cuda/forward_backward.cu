@@ -17,7 +17,7 @@ namespace {
 template <typename T>
 constexpr int kMaxThreads = sizeof(T) == 8 ? 256 : 512;
 
-// Groups of a thread that are in registers. See kVectorsInRegisters in plan.cpp.
+// Groups of a thread that are in registers. See vectors_in_registers in plan.cpp.
 template <typename T, typename S>
 constexpr int kInRegisters = sizeof(T) == 8 || !std::is_void_v<S> ? 0 : 2;
 
@@ -256,6 +256,16 @@ cudaError_t launch(Kernel kernel, const Arguments& a, const Plan& plan, int64_t 
 }
 
 }  // namespace
+
+int capability_of_code(int capability) {
+  int of_code = 0;
+#if defined(__CUDA_ARCH_LIST__)  // of the host's pass: 800, 900
+  for (const int compiled : {__CUDA_ARCH_LIST__}) {
+    if (compiled / 10 <= capability && compiled / 10 > of_code) of_code = compiled / 10;
+  }
+#endif
+  return of_code > 0 ? of_code : capability;
+}
 
 cudaError_t forward_backward_by_rows(const Arguments& a, const Plan& plan, int64_t shared,
                                      cudaStream_t stream) {

@@ -35,7 +35,7 @@ cudaError_t describe_device(Device* device) {
   read(&minor, cudaDevAttrComputeCapabilityMinor);
   read(&device->sm_count, cudaDevAttrMultiProcessorCount);
   read(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  device->capability = 10 * major + minor;
+  device->capability = capability_of_code(10 * major + minor);
   return error;
 }
 

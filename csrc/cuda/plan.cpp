@@ -11,7 +11,7 @@ constexpr int64_t kWarpBytes = 4 * kKiB;
 constexpr int kVectorsOfThread = 8;               // of a row, while threads are enough
 constexpr int64_t kPartBytes = 32 * kKiB;         // of a row that a block writes in backward
 constexpr int64_t kMostHeld = 32;                 // vectors in shared memory that a thread holds
-constexpr int64_t kMaxParts = 65535;              // a grid's blocks in y
+constexpr int64_t kMaxParts = 65535;              // rows of 2 GB
 constexpr int kMaxCluster = 8;                    // the largest that every device with clusters has
 constexpr int kVectorsInFlight = 4;               // that a thread reads before it uses them
 constexpr int kBlocksPerSm = 4;                   // that keep enough bytes in flight
@@ -148,6 +148,7 @@ const char* why_not(const Plan& plan, const Shape& shape, const Device& device) 
   if (shared_bytes(plan, shape) + kStaticSharedBytes > device.shared_bytes)
     return "the device has less shared memory";
   if (plan.regime == Regime::columns) {
+    if (plan.parts != 1) return "parts must be 1 by columns";
     if (!is_power_of_two(plan.workers) || plan.threads < 32 * plan.workers)
       return "workers must be a power of two, at most threads / 32";
     if (plan.row_vector != 1 && shape.general) return "row_vector must be 1 for general kernels";
@@ -162,6 +163,7 @@ const char* why_not(const Plan& plan, const Shape& shape, const Device& device) 
   if (shape.general && (plan.threads > 256 || plan.held != 0))
     return "general kernels hold nothing and have at most 256 threads";
   if (plan.parts < 1 || (plan.parts > 1 && !one_block)) return "parts must be of whole blocks";
+  if ((plan.parts > 1) != (plan.regime == Regime::split)) return "parts must be those of a split";
   if (plan.held % kVectorsInFlight != 0) return "held must be a multiple of 4";
   if (plan.held < 0 || plan.max_groups < 0) return "held and max_groups must not be negative";
   return nullptr;

@@ -27,7 +27,7 @@ enum class Regime { columns, warp, block, split };
 const char* name_of(Regime regime);
 
 struct Device {
-  int capability;    // 90 for 9.0
+  int capability;    // of the code that it runs, at most its own: 90 for 9.0
   int sm_count;      // multiprocessors
   int shared_bytes;  // that one block may have
 };

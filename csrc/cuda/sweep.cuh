@@ -170,13 +170,14 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
   for (int i = 0; i < kVector<T>; ++i) max = fmax(max, x[i]);
   stats.raise_max(max);
   const ShiftedExp<T> exponential(max);
+  A group_sum = 0;  // apart from the long sum, to which fewer additions lose less
 #pragma unroll
   for (int u = 0; u < kUnroll<S>; ++u) {
     unpack<T>(bits[u], x);
     A sum = 0;
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) sum += exponential(x[i]);
-    stats.sum += sum;
+    group_sum += sum;
     if constexpr (Spread<T, S>::kExists) {
       const int w = v + u * share.lanes;
       if (w >= share.end) continue;
@@ -190,6 +191,7 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
       stats.add_labels(mass, dot);
     }
   }
+  stats.sum += group_sum;
 }
 
 // Of the elements in no vector those from edge i on.

@@ -7,6 +7,7 @@ namespace fused_xent::cuda {
 #define ABSENT __attribute__((weak))
 constexpr cudaError_t kAbsent = cudaErrorNotSupported;
 
+ABSENT int capability_of_code(int capability) { return capability; }
 ABSENT int64_t workspace_bytes(const Params&, const Plan&) { return 0; }
 ABSENT cudaError_t forward_by_rows(const Arguments&, const Plan&, void*, cudaStream_t) {
   return kAbsent;
