@@ -135,6 +135,8 @@ class Check:
             if name == "gradient":
                 errors["gradient of one row"] = (one.worst_row, tolerance.part)
                 errors["gradient of one class"] = (one.worst_class, tolerance.part)
+            else:
+                errors["gradient at one target"] = (one.worst_entry, tolerance.part)
         return errors
 
 
@@ -144,6 +146,7 @@ class GradientSums:
     def __init__(self) -> None:
         """Nothing yet."""
         self.squares = self.errors = self.products = self.worst_row = 0.0
+        self.greatest = self.greatest_error = 0.0  # squares
         self.class_squares: Tensor | float = 0.0
         self.class_errors: Tensor | float = 0.0
 
@@ -154,6 +157,8 @@ class GradientSums:
         self.class_errors = self.class_errors + errors.sum(other_dims)
         self.class_squares = self.class_squares + squares.sum(other_dims)
         self.worst_row = max(self.worst_row, worst(errors.sum(1), squares.sum(1)))
+        self.greatest = max(self.greatest, squares.max().item())
+        self.greatest_error = max(self.greatest_error, errors.max().item())
         self.errors += errors.sum().item()
         self.squares += squares.sum().item()
         self.products += (gradient * exact).sum().item()
@@ -167,6 +172,11 @@ class GradientSums:
     def scale_error(self) -> float:
         """Of the multiple of what is right that is nearest."""
         return relative(abs(self.products - self.squares), self.squares)
+
+    @property
+    def worst_entry(self) -> float:
+        """The greatest error of one entry, beside the greatest entry."""
+        return relative(self.greatest_error, self.greatest) ** 0.5
 
     @property
     def worst_class(self) -> float:
