@@ -78,7 +78,7 @@ has hypothesis || {
 }
 has rich matplotlib || {
   echo "no rich or no matplotlib here: the benchmark cannot run"
-  pytest+=(--ignore=tests/test_bench.py)
+  pytest+=('--ignore-glob=*/test_bench*.py')
 }
 has pytest_timeout || echo "no pytest-timeout here: LIMIT alone ends a test that hangs"
 has expecttest || echo "no expecttest here: skips torch's own samples"

@@ -1,0 +1,396 @@
+"""Whether providers tell the truth, and what is asked of each."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fused_xent
+from bench import __main__ as bench
+from bench import linear, loss, providers
+from bench.cases import Case, Options
+from bench.check import Check, WrongResult, torch_loss
+from bench.providers import ADAPTERS, Provider, Request, Unsupported, gather
+from bench.timing import Workload
+
+pytestmark = pytest.mark.cpu("runs the benchmark, which has an option for the device")
+FEW = ["--device", "cpu", "--rounds", "2"]
+TWO = ["--provider", "torch eager", "--provider", "fused_xent"]
+SMALL = [*FEW, *TWO, "--rows", "24", "--vocab", "50"]
+SMALL_LINEAR = [*FEW, "--rows", "24", "--features", "16", "--vocab", "50"]
+
+
+def with_gradient(change):
+    """The right loss, whose gradient `change` is given with the target."""
+
+    class Liar(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits, target):
+            leaf = logits.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                value = F.cross_entropy(leaf, target)
+                (gradient,) = torch.autograd.grad(value, leaf)
+            ctx.gradient = change(gradient, target)
+            return value.detach()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return ctx.gradient * upstream, None
+
+    return Liar.apply
+
+
+def times_where(factor, *index, at_targets=True):
+    """Multiplies a part of the gradient, the targets' entries in it or not."""
+
+    def change(gradient, target):
+        targets = target.clamp(min=0).unsqueeze(1)
+        right = gradient.gather(1, targets)
+        gradient[index] *= factor
+        return gradient if at_targets else gradient.scatter(1, targets, right)
+
+    return with_gradient(change)
+
+
+def nothing_at_one_target(gradient, target):
+    gradient[0, target[0]] = 0
+    return gradient
+
+
+def garbage_in_ignored_rows(gradient, target):
+    gradient[target == -100] = 1e-7
+    return gradient
+
+
+def wrong_without_gradient(logits, target):
+    value = F.cross_entropy(logits, target)
+    return value if torch.is_grad_enabled() else 1.1 * value
+
+
+LIARS = {
+    "loss": lambda *arguments: 1.1 * F.cross_entropy(*arguments),
+    "loss without a gradient": wrong_without_gradient,
+    "not a number": lambda *arguments: F.cross_entropy(*arguments) * float("nan"),
+    "shape": lambda *arguments: F.cross_entropy(*arguments).view(1, 1),
+    "rows that are ignored": lambda x, target: F.cross_entropy(x, target.clamp(min=0)),
+    "gradient": times_where(1.1),
+    "no gradient": times_where(0.0),
+    "a class": times_where(0.0, slice(None), 3, at_targets=False),
+    "the last class": times_where(2.0, slice(None), -1),
+    "a row": times_where(0.0, 0, at_targets=False),
+    "the last row": times_where(-1.0, -1),
+    "scale": times_where(1.04, at_targets=False),
+    "the target of a row": with_gradient(nothing_at_one_target),
+    "ignored rows' gradient": with_gradient(garbage_in_ignored_rows),
+}
+
+
+@pytest.mark.parametrize("liar", LIARS)
+@pytest.mark.parametrize(
+    ("dtype", "chunk"),
+    [(torch.float32, 70_000), (torch.bfloat16, 1 << 25), (torch.float16, 250_000)],
+)
+def test_check_catches_liars(liar, dtype, chunk, monkeypatch):
+    monkeypatch.setattr("bench.check.CHUNK", chunk)
+    case = Case("own", (600, 1000), options=Options(ignored=0.2))
+    logits, target = case.tensors(dtype, "cpu")
+    logits *= 0.1  # no class outweighs the others: a row or a class is a small part of all
+    target[0], target[-1] = 7, 8  # those are counted
+    compare_with_float64 = Check(Workload(logits, target), case.options)
+    compare_with_float64(F.cross_entropy)
+    with pytest.raises(WrongResult, match=r"off float64's|has the shape"):
+        compare_with_float64(LIARS[liar])
+
+
+def test_check_by_chunks_is_the_same(monkeypatch):
+    case = Case("own", (24, 50), options=Options(ignored=0.3, label_smoothing=0.1))
+    workload = Workload(*case.tensors(torch.float32, "cpu"))
+    whole = Check(workload, case.options)
+    monkeypatch.setattr("bench.check.CHUNK", 350)
+    chunked = Check(workload, case.options)
+    assert len(chunked.chunks) == 4
+    assert chunked.loss == pytest.approx(whole.loss, rel=1e-14)
+    one = torch_eager_of(case)
+    assert chunked(one) == pytest.approx(whole(one), rel=1e-6)
+
+
+def torch_eager_of(case):
+    return providers.torch_eager(Request(case, "float32", "cpu"))[0].loss
+
+
+def wrong_linear_loss(hidden, linear_weight, target):
+    return fused_xent.linear_cross_entropy(hidden, linear_weight, target) * 1.1
+
+
+def wrong_linear_gradient(hidden, linear_weight, target):
+    half = fused_xent.linear_cross_entropy(hidden, linear_weight.detach(), target)
+    value = fused_xent.linear_cross_entropy(hidden, linear_weight, target)
+    return value + 0.1 * (half - half.detach())
+
+
+def wrong_linear_weight(hidden, linear_weight, target):
+    half = fused_xent.linear_cross_entropy(hidden.detach(), linear_weight, target)
+    value = fused_xent.linear_cross_entropy(hidden, linear_weight, target)
+    return value + 0.1 * (half - half.detach())
+
+
+def breaks(*arguments):
+    raise RuntimeError("no such kernel\nand more")
+
+
+def has_no_memory(*arguments):
+    raise torch.OutOfMemoryError("of 3 GiB")
+
+
+@pytest.mark.parametrize(
+    ("liar", "status"),
+    [
+        (wrong_linear_loss, 1),
+        (wrong_linear_gradient, 1),
+        (wrong_linear_weight, 1),
+        (breaks, 0),
+        (has_no_memory, 0),
+    ],
+)
+def test_linear_providers_that_are_wrong_are_not_timed(liar, status, monkeypatch, capsys):
+    monkeypatch.setitem(linear.ADAPTERS, "liar", lambda device: [("liar", liar)])
+    assert bench.main(["linear", *SMALL_LINEAR, "--dtype", "float32"]) == status
+    check_what_is_said_of(liar, status, capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("liar", "status"), [(LIARS["loss"], 1), (breaks, 0), (has_no_memory, 0)], ids=str
+)
+def test_providers_that_are_wrong_are_not_timed(liar, status, monkeypatch, capsys):
+    monkeypatch.setitem(ADAPTERS, "liar", lambda request: [Provider("liar", liar)])
+    own = [*FEW, "--provider", "liar", "--provider", "fused_xent", "--rows", "24", "--vocab", "50"]
+    assert bench.main([*own, "--dtype", "float32"]) == status
+    check_what_is_said_of(liar, status, capsys.readouterr())
+
+
+def check_what_is_said_of(liar, status, printed):
+    assert ("FAILED" in printed.err) == (status == 1)
+    lines = [line for line in printed.out.splitlines() if "liar" in line]
+    reasons = {breaks: "RuntimeError: no such kernel", has_no_memory: "out of memory"}
+    assert any(reasons.get(liar, "off float64's") in line for line in lines)
+    assert not any(character.isdigit() for line in lines[:-1] for character in line)
+    assert "fused_xent" in printed.out
+
+
+def later(change, calls):
+    """A loss that is right until it has been called so often."""
+    n_calls = 0
+
+    def loss(logits, target):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls > calls:
+            return change(logits, target)
+        return F.cross_entropy(logits, target)
+
+    return loss
+
+
+def remembering():
+    """A loss that computes once."""
+    known = {}
+
+    def loss(logits, target):
+        if logits.requires_grad not in known:
+            known[logits.requires_grad] = F.cross_entropy(logits, target).detach()
+        return F.cross_entropy(logits, target) * 0 + known[logits.requires_grad]
+
+    return loss
+
+
+def empties_target(logits, target):
+    value = with_gradient(lambda gradient, target: gradient)(logits, target)
+    target.zero_()
+    return value
+
+
+def empties_target_and_breaks(logits, target):
+    target.zero_()
+    raise RuntimeError("no such kernel")
+
+
+def has_no_memory_now(logits, target):
+    raise torch.OutOfMemoryError("of 3 GiB")
+
+
+@pytest.mark.parametrize(
+    ("liar", "status", "reason"),
+    [
+        (later(LIARS["loss"], 6), 1, "loss without grad is"),
+        (remembering(), 1, "off float64's"),
+        (empties_target, 1, "target has been written to"),
+        (later(empties_target_and_breaks, 4), 0, "no such kernel"),
+        (later(has_no_memory_now, 5), 0, "out of memory"),
+        (later(breaks, 5), 0, "no such kernel"),
+    ],
+    ids=[
+        "wrong later",
+        "remembers",
+        "writes to its target",
+        "and breaks",
+        "no memory later",
+        "breaks later",
+    ],
+)
+def test_who_is_found_out_later_is_left_out(liar, status, reason, monkeypatch, capsys):
+    """And does no harm to those who come after it."""
+    own = {"liar": lambda request: [Provider("liar", liar)], "fused_xent": providers.ours}
+    monkeypatch.setattr(loss, "ADAPTERS", own)
+    cases = [*FEW, "--rows", "24", "--vocab", "50", "--dtype", "float32"]
+    assert bench.main([*cases]) == status
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.out.splitlines() if "- liar: " in line]
+    assert reason in line
+    assert "fused_xent fused" in printed.out
+    assert ("FAILED" in printed.err) == (status == 1)
+
+
+@pytest.mark.parametrize("wrong", ["float32", "bfloat16"])
+def test_one_failure_of_several_cases_decides_the_status(wrong, monkeypatch, capsys):
+    def only_in(logits, target):
+        factor = 1.1 if str(logits.dtype) == f"torch.{wrong}" else 1.0
+        return factor * F.cross_entropy(logits, target)
+
+    monkeypatch.setitem(ADAPTERS, "liar", lambda request: [Provider("liar", only_in)])
+    own = [*FEW, "--provider", "liar", "--rows", "24", "--vocab", "50"]
+    assert bench.main([*own, "--dtype", "float32", "--dtype", "bfloat16"]) == 1
+    assert capsys.readouterr().err.count("FAILED") == 1
+
+
+def test_what_is_in_brackets_is_printed(monkeypatch, capsys):
+    def breaks_in_brackets(*arguments):
+        raise RuntimeError("kernel [invalid argument] at x[i] [/red]")
+
+    monkeypatch.setitem(ADAPTERS, "[/x]", lambda request: [Provider("[/x]", breaks_in_brackets)])
+    own = [*FEW, "--provider", "[/x]", "--rows", "24", "--vocab", "50"]
+    assert bench.main([*own, "--dtype", "float32"]) == 0
+    assert "[/x]: RuntimeError: kernel [invalid argument] at x[i] [/red]" in capsys.readouterr().out
+
+
+def test_what_this_package_raises_is_a_failure(monkeypatch, capsys):
+    monkeypatch.setitem(ADAPTERS, "fused_xent", lambda request: [Provider("fused_xent", breaks)])
+    assert bench.main([*SMALL, "--dtype", "float32"]) == 1
+    assert "FAILED" in capsys.readouterr().err
+
+
+def module(monkeypatch, name, **contents):
+    """Puts a module there for this test."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(parts[i - 1]))
+    for key, value in contents.items():
+        setattr(sys.modules[name], key, value)
+
+
+class FlashAttentionLoss:
+    """The signature of flash-attention's module."""
+
+    def __init__(
+        self, ignore_index=-100, label_smoothing=0.0, lse_square_scale=0.0, inplace_backward=False
+    ):
+        self.options = Options(label_smoothing, 0.0, lse_square_scale)
+
+    def __call__(self, input, target):
+        return torch_loss(input, target, self.options)
+
+
+class ApexLoss:
+    """The signature of apex's function."""
+
+    @staticmethod
+    def apply(logits, labels, smoothing, padding_idx, half_to_float):
+        assert padding_idx == -100
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+
+
+def liger_cross_entropy(input, target, label_smoothing=0.0, lse_square_scale=0.0, softcap=None):
+    return torch_loss(input, target, Options(label_smoothing, 0.0, lse_square_scale, softcap or 0))
+
+
+def quack_cross_entropy(x, target, ignore_index=-100, reduction="mean", inplace_backward=False):
+    return F.cross_entropy(x, target, ignore_index=ignore_index, reduction=reduction)
+
+
+def parallel_cross_entropy(inp, target, label_smoothing=0.0, reduce_loss=False):
+    assert inp.ndim == 3
+    assert reduce_loss
+    return F.cross_entropy(inp[0], target[0], label_smoothing=label_smoothing)
+
+
+PEERS = {  # the name, a module as the adapter wants it, and what the peer can do
+    "liger-kernel": (
+        "liger_kernel.transformers.functional",
+        {"liger_cross_entropy": liger_cross_entropy},
+        {"ignored", "label_smoothing", "lse_square_scale", "softcap"},
+    ),
+    "quack-kernels": (
+        "quack.cross_entropy",
+        {"cross_entropy": quack_cross_entropy},
+        {"ignored"},
+    ),
+    "flash-attn": (
+        "flash_attn.losses.cross_entropy",
+        {"CrossEntropyLoss": FlashAttentionLoss},
+        {"ignored", "label_smoothing", "lse_square_scale"},
+    ),
+    "apex": (
+        "apex.contrib.xentropy",
+        {"SoftmaxCrossEntropyLoss": ApexLoss},
+        {"label_smoothing"},
+    ),
+    "transformer-engine": (
+        "transformer_engine.pytorch.cross_entropy",
+        {"parallel_cross_entropy": parallel_cross_entropy},
+        {"ignored", "label_smoothing"},
+    ),
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_adapters_of_peers(peer, monkeypatch):
+    """Each asks its peer for what the case wants, of stand-ins that have the peers' signatures."""
+    name, contents, known = PEERS[peer]
+    values = {"ignored": 0.4, "label_smoothing": 0.1, "lse_square_scale": 0.1, "softcap": 2.0}
+    plain = Case("own", (24, 50))
+    with pytest.raises(ModuleNotFoundError):
+        ADAPTERS[peer](Request(plain, "float32", "cuda"))
+    module(monkeypatch, name, **contents)
+    for option, value in values.items():
+        case = Case("own", (24, 50), options=Options(**{option: value}))
+        request = Request(case, "float32", "cuda")
+        if option not in known:
+            with pytest.raises(Unsupported, match=f"has no {option}"):
+                ADAPTERS[peer](request)
+            continue
+        check = Check(Workload(*case.tensors(torch.float32, "cpu")), case.options)
+        for provider in ADAPTERS[peer](request):
+            check(provider.loss)
+    for case, reason in (
+        (Case("own", (24, 50), soft=True), "takes no soft labels"),
+        (Case("own", (2, 24, 5, 5)), "takes logits"),
+    ):
+        with pytest.raises(Unsupported, match=reason):
+            ADAPTERS[peer](Request(case, "float32", "cuda"))
+
+
+def test_who_is_not_there_is_said_and_why(monkeypatch):
+    module(monkeypatch, "liger_kernel.transformers.functional")  # of a version without it
+    request = Request(Case("own", (24, 50)), "float32", "cuda")
+    found, absent = gather(ADAPTERS, request, ["fused_xent", "liger-kernel", "apex"])
+    assert next(one.name for one in found) == "fused_xent"
+    assert absent["apex"] == "not installed: no module apex"
+    assert absent["liger-kernel"].startswith("does not load: ImportError: cannot import name")
+    _, absent = gather(ADAPTERS, Request(Case("own", (24, 50)), "float32", "cpu"), ["apex"])
+    assert absent == {"apex": "needs a GPU"}
+
+
+def test_float16_has_no_fused_mode():
+    found = providers.ours(Request(Case("own", (24, 50)), "float16", "cpu"))
+    assert not any(provider.fused for provider in found)
