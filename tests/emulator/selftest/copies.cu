@@ -86,6 +86,18 @@ __global__ void double_buffer(const float* x, float* y) {
   y[i] = sum;
 }
 
+// Each thread has a place of its own, and asks for its next element before it has read this one.
+__global__ void overwrite_alone(const float* x, float* y) {
+  __shared__ float place[kThreads / 2];
+  const unsigned i = threadIdx.x;
+  copy_async<4>(&place[i], x + i);
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  copy_async<4>(&place[i], x + kThreads / 2 + i);
+  const float first = place[i];
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  y[i] = place[i] - first;
+}
+
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 __global__ void bulk_copy(const float* x, float* y) {  // in and out through the bulk engine
   __shared__ alignas(128) float staged[kThreads];
@@ -147,6 +159,12 @@ bool run_double_buffer(Buffers& b) {
     if (b.y[i] != 4 * b.x[15 - i] + 16 * (0 + 1 + 2 + 3)) return false;
   return true;
 }
+bool run_overwrite_alone(Buffers& b) {
+  overwrite_alone<<<1, kThreads / 2>>>(b.exact, b.y);
+  for (int i = 0; i < kThreads / 2; ++i)
+    if (b.y[i] != b.x[kThreads / 2 + i] - b.x[i]) return false;
+  return true;
+}
 bool run_bulk_copy(Buffers& b) {
   bulk_copy<<<1, kThreads>>>(b.exact, b.y);
   return reversed(b, kThreads);
@@ -161,6 +179,7 @@ constexpr NamedCase kCases[] = {
     {"missing_async_wait", run_stage<kNoWait>},
     {"early_read", run_double_buffer<kEarlyRead>},
     {"early_overwrite", run_double_buffer<kOverwrite>},
+    {"early_overwrite_alone", run_overwrite_alone},
 };
 
 }  // namespace
