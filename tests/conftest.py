@@ -46,8 +46,12 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def emulator_builds(tmp_path_factory):
-    """The folder of builds for the emulator, which share what is the same."""
-    return tmp_path_factory.mktemp("emulator")
+    """The folder of builds for the emulator, which share what is the same.
+
+    FUSED_XENT_TEST_BUILDS names one that is kept, for builds that share with those of earlier runs.
+    """
+    kept = os.environ.get("FUSED_XENT_TEST_BUILDS")
+    return Path(kept) if kept else tmp_path_factory.mktemp("emulator")
 
 
 @pytest.fixture(autouse=True)

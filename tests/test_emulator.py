@@ -23,7 +23,9 @@ NO_KERNEL_IMAGE, NOT_SUPPORTED, INVALID_CLUSTER_SIZE = 209, 801, 912
 GOOD_CASES = ("block", "warp", "shuffle", "vector", "named_barrier", "flag", "atomics", "cluster")
 GOOD_COPIES = ("async_copy", "two_groups", "partial_copy", "double_buffer", "bulk_copy")
 GOOD = [f"good_{name}" for name in (*GOOD_CASES, *GOOD_COPIES)]
+COPIES = ("late", "early")
 DEFAULTS = {"sm_count": 0, "order": "forward", "first_block": 0, "block_count": -1, "ulp_noise": 0}
+DEFAULTS["copies"] = "late"
 
 
 @pytest.fixture(scope="session")
@@ -232,6 +234,16 @@ def test_copies_that_nobody_waits_for_do_not_arrive(library, case):
     assert run_case(library, case) == WRONG_RESULT
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_early_copies(library, order):
+    """They arrive, and overwrite what is still needed; late ones hide that."""
+    good = [f"good_{name}" for name in GOOD_COPIES if name != "two_groups"]  # needs late ones
+    for copies, outcome in (("late", 0), ("early", WRONG_RESULT)):
+        configure(library, copies=copies, order=order)
+        assert [run_case(library, case) for case in good] == [0] * len(good)
+        assert run_case(library, "early_overwrite_alone") == outcome
+
+
 # ---- bugs that sanitizers report, in a native program -----------------------------------------
 @pytest.fixture(scope="session")
 def programs(cache):
@@ -340,11 +352,15 @@ def test_a_changed_header_is_noticed(cache, tmp_path):
     header.parent.mkdir(parents=True)
     source = tmp_path / "source" / "value.cpp"
     source.parent.mkdir()
+    other = tmp_path / "include" / "other.h"  # not included: its changes do not matter
     source.write_text(
         '#include <deep/value.h>\nextern "C" __attribute__((visibility("default"))) int value() '
         "{ return VALUE; }\n"
     )
-    for value in (1, 2):
+    built = []
+    for value in (1, 2, 2):
         header.write_text(f"#define VALUE {value}\n")
-        harness = Harness([], [source], include=[tmp_path / "include"])
-        assert ctypes.CDLL(str(harness.library(cache))).value() == value
+        other.write_text(f"// {len(built)}\n")
+        built.append(Harness([], [source], include=[tmp_path / "include"]).library(cache))
+        assert ctypes.CDLL(str(built[-1])).value() == value
+    assert built[0] != built[1] == built[2]

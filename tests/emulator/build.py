@@ -6,6 +6,7 @@ ctypes.CDLL(library)
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from .ptx2cpp import translate_module
 
 EMULATOR = Path(__file__).resolve().parent
+ROOT = EMULATOR.parents[1]  # of the project: copies of it share their builds
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = str(CUDA / "bin" / "nvcc")
 CXX = os.environ.get("CXX", "g++")
@@ -28,6 +30,7 @@ SANITIZERS = {
     "thread": ("-fsanitize=thread",),
 }
 SOURCE_SUFFIXES = {".h", ".hpp", ".cuh", ".cu", ".cpp"}
+INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.MULTILINE)
 REGISTRATIONS = ("__cudaRegisterFunction", "__cudaRegisterVar")
 processes = threading.Semaphore(os.cpu_count() or 1)
 
@@ -74,9 +77,7 @@ class Harness:
         return [f"-std={self.standard}", *includes, *(f"-D{name}" for name in self.defines)]
 
     def _source_key(self, source):
-        """Any file near the source may be included: to know which takes a compiler run."""
-        folders = {Path(source).resolve().parent, *(Path(path).resolve() for path in self.include)}
-        return digest_of_folders(folders)
+        return digest_of_files(included_files(source, [*self.include, EMULATOR]))
 
     def _cuda(self, cache, source, pool):
         """One nvcc run gives the host object and the very PTX that it embeds."""
@@ -162,16 +163,36 @@ class Cache:
 
 
 def digest_of(key):
-    return hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:24]
+    text = "\0".join(map(str, key)).replace(str(ROOT), "")
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def digest_of_folders(folders, suffixes=frozenset(SOURCE_SUFFIXES)):
     """Of all files below them."""
-    digest = hashlib.sha256()
     paths = {path for folder in folders for path in Path(folder).rglob("*")}
-    for path in sorted(path for path in paths if path.suffix in suffixes):
-        digest.update(f"{path}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+    return digest_of_files(path for path in paths if path.suffix in suffixes)
+
+
+def digest_of_files(paths):
+    contents = ((path, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(paths))
+    return digest_of([part for pair in contents for part in pair])
+
+
+def included_files(source, folders=()):
+    """The source and the project's files that it includes, whatever its #if directives say.
+
+    A file is the project's if it is found beside the one that includes it or in one of the folders.
+    """
+    found, to_read = set(), [Path(source).resolve()]
+    while to_read:
+        path = to_read.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in INCLUDE.findall(path.read_text()):
+            places = [(Path(folder) / name).resolve() for folder in (path.parent, *folders)]
+            to_read += [place for place in places if place.is_file()][:1]
+    return found
 
 
 def cpu_flags():
