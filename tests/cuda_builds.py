@@ -34,11 +34,11 @@ MISSING = next(
 )
 
 
-def program(folder: Path, arch: str, sanitizer: str = "", csrc: Path = CSRC, kernels=KERNELS):
-    """Build tests/native/cuda_check.cpp with these kernels, of this csrc; return its path."""
+def program(folder: Path, arch: str, sanitizer: str = "", kernels=KERNELS, defines=()) -> Path:
+    """Build tests/native/cuda_check.cpp with the kernels of these files; return its path."""
     native = ROOT / "tests" / "native"
     return Harness(
-        [csrc / "cuda" / f"{name}.cu" for name in kernels],
+        [CSRC / "cuda" / f"{name}.cu" for name in kernels],
         host_sources=[
             CSRC / "cuda" / "launch.cpp",
             CSRC / "cuda" / "plan.cpp",
@@ -47,6 +47,7 @@ def program(folder: Path, arch: str, sanitizer: str = "", csrc: Path = CSRC, ker
         ],
         arch=arch,
         sanitizer=sanitizer,
+        defines=list(defines),
         standard="c++20",
         optimize="-O0",
         host_flags=["-Wno-psabi"],

@@ -13,6 +13,9 @@ struct Type {
 
 template <typename Body>
 cudaError_t with_dtype(DType dtype, const Body& body) {
+#if defined(FUSED_XENT_BFLOAT16_ALONE)  // for tests: builds in a fraction of the time
+  return dtype == DType::bfloat16 ? body(Type<__nv_bfloat16>{}) : cudaErrorNotSupported;
+#endif
   switch (dtype) {
     case DType::float32:
       return body(Type<float>{});

@@ -69,12 +69,6 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 }  // namespace
 
-int64_t workspace_bytes(const Params& p, const Plan& plan) {
-  if (is_general(p)) return general_workspace_bytes(p, plan);
-  const int64_t stats = 4 * (p.dtype == DType::float64 ? 8 : 4);
-  return plan.regime == Regime::split ? p.n_rows * plan.parts * stats : 0;
-}
-
 cudaError_t forward_by_rows(const Arguments& a, const Plan& plan, void* workspace,
                             cudaStream_t stream) {
   const cudaError_t error = with_types(a, [&](auto t, auto s) {

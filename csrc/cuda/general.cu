@@ -231,12 +231,6 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 }  // namespace
 
-int64_t general_workspace_bytes(const Params& p, const Plan& plan) {
-  const int64_t size =
-      p.dtype == DType::float64 ? sizeof(FullStats<double>) : sizeof(FullStats<float>);
-  return plan.regime == Regime::split ? p.n_rows * plan.parts * size : 0;
-}
-
 cudaError_t general(const Arguments& a, const Plan& plan, void* workspace, bool has_forward,
                     bool has_backward, cudaStream_t stream) {
   const int team = plan.regime == Regime::columns ? plan.workers : plan.team;

@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include "../xent_math.h"
 #include "regimes.h"
 
 namespace fused_xent::cuda {
@@ -61,6 +62,16 @@ Shape shape_of(const Params& p) {
     add(p.target, p.target_layout, element_size(p.target_dtype));
   }
   return shape;
+}
+
+int64_t workspace_bytes(const Params& p, const Plan& plan) {
+  if (plan.regime != Regime::split) return 0;
+  const auto bytes_for = [&](auto acc) -> int64_t {
+    using Acc = decltype(acc);
+    return is_general(p) ? sizeof(FullStats<Acc>) : sizeof(RowStats<Acc>);
+  };
+  const int64_t bytes = p.dtype == DType::float64 ? bytes_for(0.0) : bytes_for(0.0f);
+  return p.n_rows * plan.parts * bytes;
 }
 
 cudaError_t forward(const Arguments& given, const Plan& plan, void* workspace,

@@ -30,7 +30,7 @@ struct Arguments : Params {
 // The current device.
 cudaError_t describe_device(Device* device);
 
-// Per row RowStats of the accumulation type for each of plan.parts, where there are several.
+// For forward: the statistics of each part of each row, where a row has several parts.
 int64_t workspace_bytes(const Params& p, const Plan& plan);
 
 // The same four as on the CPU, see ../cpu/launch.h. A target that is no class and not ignore_index

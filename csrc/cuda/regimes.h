@@ -19,7 +19,6 @@ cudaError_t general(const Arguments& a, const Plan& plan, void* workspace, bool 
                     bool has_backward, cudaStream_t stream);
 // That of the code which a device of some capability runs: at most the device's own.
 int capability_of_code(int capability);
-int64_t general_workspace_bytes(const Params& p, const Plan& plan);
 cudaError_t scale_by_columns(const Arguments& a, const Plan& plan, cudaStream_t stream);
 
 }  // namespace fused_xent::cuda

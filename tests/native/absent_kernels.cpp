@@ -8,7 +8,6 @@ namespace fused_xent::cuda {
 constexpr cudaError_t kAbsent = cudaErrorNotSupported;
 
 ABSENT int capability_of_code(int capability) { return capability; }
-ABSENT int64_t workspace_bytes(const Params&, const Plan&) { return 0; }
 ABSENT cudaError_t forward_by_rows(const Arguments&, const Plan&, void*, cudaStream_t) {
   return kAbsent;
 }
@@ -23,7 +22,10 @@ ABSENT cudaError_t by_columns(const Arguments&, const Plan&, int64_t, bool, bool
 ABSENT cudaError_t general(const Arguments&, const Plan&, void*, bool, bool, cudaStream_t) {
   return kAbsent;
 }
-ABSENT int64_t general_workspace_bytes(const Params&, const Plan&) { return 0; }
+ABSENT cudaError_t sum_rows(const Arguments&, const Sums&, double*, cudaStream_t) {
+  return kAbsent;
+}
+ABSENT cudaError_t sum_class_weights(const Params&, double*, cudaStream_t) { return kAbsent; }
 ABSENT cudaError_t scale_by_columns(const Arguments&, const Plan&, cudaStream_t) { return kAbsent; }
 
 }  // namespace fused_xent::cuda

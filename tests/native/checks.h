@@ -157,6 +157,7 @@ inline const Labels kLabels[] = {
     {"weighted int32, some ignored", TargetKind::int32, false, true, 0, Ignored::some},
     {"smoothed uint8, some ignored", TargetKind::uint8, false, false, 0.1, Ignored::some},
     {"weighted smoothed int64", TargetKind::int64, false, true, 0.3, Ignored::none},
+    {"int64, others of infinite weight", TargetKind::int64, false, true, 0, Ignored::none, true},
     {"int64, all ignored", TargetKind::int64, false, false, 0, Ignored::all},
     {"probabilities", TargetKind::probabilities, false, false, 0, Ignored::none},
     {"weighted smoothed probabilities", TargetKind::probabilities, false, true, 0.2, Ignored::none},

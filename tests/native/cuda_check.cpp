@@ -1,7 +1,7 @@
 // Runs the CUDA kernels, by their launchers, over a table of cases and compares with the
 // definitions in long double: under the emulator, as a program of its own for the sanitizers.
 //
-//   cuda_check [--small] [--bfloat16] [forward|backward|forward_backward|columns|general]
+//   cuda_check [--small] [--bfloat16] [forward|backward|forward_backward|columns|general|sums]
 //
 // --small: blocks of 64 threads and few cases, for race checks. --bfloat16: no other logits.
 // forward ...: the kernels of that file in csrc/cuda alone, linked without the others.
@@ -16,6 +16,7 @@
 #include "../../csrc/cuda/launch.h"
 #include "checks.h"
 #include "cuda_plans.h"
+#include "cuda_sums.h"
 
 namespace fused_xent::test {
 namespace {
@@ -60,6 +61,10 @@ class Run {
       : problem_(problem), reference_(reference) {
     static_cast<Params&>(a_) = problem.params;
     if (problem.c.labels.has_weight) a_.weight_sum_on_device = &problem.params.weight_sum;
+    if (problem.c.n_rows % 2 == 1) {  // the same scale by another way
+      a_.total_weight = &kTotalWeight;
+      a_.grad_scale *= kTotalWeight;
+    }
     if (only != "forward_backward") forward_and_backward(plans, only);
     if (only != "forward" && only != "backward") {
       both_at_once(plans.forward_backward);
@@ -79,6 +84,7 @@ class Run {
       Memory workspace(cuda::workspace_bytes(a_, plans.forward), 0);
       if (only != "backward") {
         require(cuda::forward(a_, plans.forward, workspace.data(), nullptr), c, "forward");
+        check(workspace.guards_are_intact(), c, "forward wrote beyond its workspace");
         check_rows(problem_, reference_, rows);
       } else {
         fill_rows();
@@ -120,22 +126,28 @@ class Run {
   // By the definitions, for a backward without a forward.
   void fill_rows() {
     for (int64_t row = 0; row < problem_.c.n_rows; ++row) {
-      double max = -INFINITY, mass = 0;
+      if (problem_.is_ignored(row)) continue;
+      double mass = 0;
       for (int64_t j = 0; j < problem_.c.vocab_size; ++j) {
-        if (problem_.is_ignored(row)) break;
-        max = std::fmax(max, problem_.logits.at(row, j));
         mass += static_cast<double>(reference_.label(row, j));
       }
-      write(problem_.acc, a_.row_max, row, max);
-      write(problem_.acc, a_.log_sum, row, static_cast<double>(reference_.exact_lse[row]) - max);
+      write(problem_.acc, a_.row_max, row, static_cast<double>(reference_.max[row]));
+      write(problem_.acc, a_.log_sum, row, static_cast<double>(reference_.log_sum[row]));
       if (a_.label_mass != nullptr) write(problem_.acc, a_.label_mass, row, mass);
+      if (a_.loss_slope != nullptr)
+        write(problem_.acc, a_.loss_slope, row, reference_.loss_slope[row].value);
     }
   }
 
-  // Of the logits as well as of a gradient: any numbers will do.
+  // Of the logits as well as of a gradient: any numbers will do. Those of ignored rows are 0, and
+  // stay 0 whatever they are multiplied by.
   void scale(Plan plan) {
     const Case& c = problem_.c;
-    const Tensor& before = problem_.logits;
+    Tensor before = problem_.logits;
+    for (int64_t row = 0; row < c.n_rows; ++row) {
+      if (!problem_.is_ignored(row)) continue;
+      for (int64_t j = 0; j < c.vocab_size; ++j) before.set(row, j, 0);
+    }
     Tensor gradient = before;
     write_to(a_, gradient);
     plan.held = 0;
@@ -145,8 +157,8 @@ class Run {
     check(gradient.gaps_are_intact(), c, "scale_gradient wrote outside of its elements");
     for (int64_t row = 0; row < c.n_rows; ++row) {
       for (int64_t j = 0; j < c.vocab_size; ++j) {
-        if (problem_.is_ignored(row)) continue;
-        const double value = before.at(row, j) * problem_.upstream(row);
+        const double value =
+            problem_.is_ignored(row) ? 0 : before.at(row, j) * problem_.upstream(row);
         const double allowed =
             ulp(c.dtype, value) / 2 + 4 * unit_roundoff(problem_.acc) * std::fabs(value);
         check_near(gradient.at(row, j), {value, allowed, 0}, c, "scale_gradient", row, j);
@@ -154,12 +166,21 @@ class Run {
     }
   }
 
+  static constexpr double kTotalWeight = -2.5;
+
   const Problem& problem_;
   const Reference& reference_;
   cuda::Arguments a_{};
 };
 
 // ---- the table -------------------------------------------------------------------------------
+
+// Unlike on the CPU, where they are found before a kernel runs.
+const Labels kNoClassLabels[] = {
+    {"int64, some no class", TargetKind::int64, false, false, 0, Ignored::bad},
+    {"weighted smoothed int32, some no class", TargetKind::int32, false, true, 0.1, Ignored::bad},
+    {"uint8, some no class", TargetKind::uint8, false, false, 0, Ignored::bad},
+};
 
 class Table {
  public:
@@ -188,13 +209,17 @@ class Table {
   // Every layout, and rows in vectors where they can be.
   void layouts() {
     each_labels([&](DType dtype, const Labels& labels) {
-      for (int shape = 0; shape < 8; ++shape) {
-        if (small_ && shape != 2) continue;
-        Case c{dtype, labels, shape == 2 ? 32 : 12, shape == 3 ? 21 : 1 + next(70)};
-        c.logits = static_cast<Shape>(shape);
-        c.gradient = next(3) > 0 ? c.logits : static_cast<Shape>(next(8));
-        c.target = next(3) > 0 ? c.logits : static_cast<Shape>(next(8));
-        c.misalignment = shape == 2 ? 0 : next(4);
+      for (int i = 0; i < kShapes; ++i) {
+        const Shape shape = static_cast<Shape>(i);
+        if (small_ && shape != Shape::column && shape != Shape::odd_image) continue;
+        const bool is_adjacent = has_adjacent_rows(shape);
+        // 32: rows are whole vectors of any type, also in two batches. 36: they are not in two.
+        const int64_t n_rows = shape == Shape::padded_image ? 36 : is_adjacent ? 32 : 12;
+        Case c{dtype, labels, n_rows, shape == Shape::image ? 21 : 1 + next(70)};
+        c.logits = shape;
+        c.gradient = next(3) > 0 ? c.logits : static_cast<Shape>(next(kShapes));
+        c.target = next(3) > 0 ? c.logits : static_cast<Shape>(next(kShapes));
+        c.misalignment = is_adjacent && next(4) > 0 ? 0 : next(4);
         const auto plans = all_plans(small_, device_, static_cast<int>(16 / element_size(dtype)));
         run(c, {plans[3], default_plans(c), plans.back()});
       }
@@ -203,7 +228,7 @@ class Table {
 
   void values() {
     each_labels([&](DType dtype, const Labels& labels) {
-      for (int values = 1; values < 8; ++values) {
+      for (int values = 1; values < kValues; ++values) {
         Case c{dtype, labels, 7, 150};
         c.values = static_cast<Values>(values);
         const auto plans = all_plans(small_, device_, 1);
@@ -212,23 +237,34 @@ class Table {
     });
   }
 
-  // Every option beyond torch's, on every kind of labels, in every regime.
+  // Every option beyond torch's, on every kind of labels and of values, in every regime.
   void extras() {
     const int64_t shapes[][2] = {{7, 150}, {40, 7}, {3, 600}, {2, 3000}};
     const auto plans = all_plans(small_, device_, 1);
     each_labels([&](DType dtype, const Labels& labels) {
       for (const Extras& extras : kExtras) {
-        const auto [n_rows, vocab_size] = shapes[next(small_ ? 2 : 4)];
-        Case c{dtype, labels, n_rows, vocab_size};
-        c.extras = extras;
-        c.logits = next(2) == 0 ? Shape::contiguous : static_cast<Shape>(next(8));
-        c.gradient = next(2) == 0 ? c.logits : Shape::contiguous;
-        c.misalignment = next(4);
-        const Problem problem(c);
-        if (only_ == "general" && !shape_of(problem).general) continue;
-        run(c, {plans[next(plans.size())], default_plans(c)});
+        for (const bool is_normal : {true, false}) {
+          const auto [n_rows, vocab_size] = shapes[next(small_ ? 2 : 4)];
+          Case c{dtype, labels, n_rows, vocab_size};
+          c.extras = extras;
+          if (!is_normal) c.values = static_cast<Values>(1 + next(kValues - 1));
+          if (c.values == Values::large) c.values = Values::equal;  // lse^2 is beyond float
+          c.logits = next(2) == 0 ? Shape::contiguous : static_cast<Shape>(next(kShapes));
+          c.gradient = next(2) == 0 ? c.logits : Shape::contiguous;
+          c.misalignment = next(4);
+          const Problem problem(c);
+          if (!only_.empty() && (only_ == "general") != shape_of(problem).general) continue;
+          run(c, {plans[next(plans.size())], default_plans(c)});
+        }
       }
     });
+  }
+
+  void sums() {
+    if (small_) return;  // its blocks are of 512 threads
+    std::vector<Labels> labels(std::begin(kLabels), std::end(kLabels));
+    labels.insert(labels.end(), std::begin(kNoClassLabels), std::end(kNoClassLabels));
+    check_sums(labels, bfloat16_only_);
   }
 
   // As users call it: the plans that are chosen, at lengths around which they change.
@@ -254,6 +290,7 @@ class Table {
       for (const Labels& labels : kLabels) {
         if (!labels.is_float32 || element_size(dtype) == 2) body(dtype, labels);
       }
+      for (const Labels& labels : kNoClassLabels) body(dtype, labels);
     }
   }
 
@@ -322,11 +359,14 @@ int main(int argc, char** argv) {
   using namespace fused_xent::test;
   std::set<std::string> arguments(argv + 1, argv + argc);
   std::string only;
-  for (const char* name : {"forward", "backward", "forward_backward", "columns", "general"}) {
+  for (const char* name :
+       {"forward", "backward", "forward_backward", "columns", "general", "sums"}) {
     if (arguments.count(name) > 0) only = name;
   }
   Table table(arguments.count("--small") > 0, arguments.count("--bfloat16") > 0, only);
-  if (only.empty() || only == "general") table.extras();
+  if (only.empty() || only == "sums") table.sums();
+  if (only == "sums") return finish();
+  table.extras();
   if (only == "general") return finish();
   table.vocabularies();
   table.layouts();

@@ -37,14 +37,17 @@ enum class Values {
   peaked,     // the target's probability near 1
   ascending,  // each block of a row has a new maximum
   equal,
-  large,   // differences near the range of the type
-  masked,  // -inf, but not at the target
-  special  // rows of NaN, inf, -inf
+  large,    // differences near the range of the type
+  masked,   // -inf, but not at the target
+  special,  // rows of NaN, inf, -inf
+  late,     // many that a sum rounds, and after them one that is far above
+  halves    // further apart than an exponential reaches, where 16-bit kernels change their scale
 };
+constexpr int kValues = 10;
 
 inline const char* name_of(Values values) {
-  const char* names[] = {"normal", "offset", "peaked", "ascending",
-                         "equal",  "large",  "masked", "special"};
+  const char* names[kValues] = {"normal", "offset", "peaked",  "ascending", "equal",
+                                "large",  "masked", "special", "late",      "halves"};
   return names[static_cast<int>(values)];
 }
 
@@ -155,13 +158,17 @@ class Problem {
     return Memory(n * element_size(acc), c.misalignment * element_size(acc));
   }
 
+  // Of an ignored row it is infinite, and the row's gradient 0 all the same. The first is often 1
+  // with its scale, which a kernel may take to be the only one.
   void fill_grad_loss() {
     params.grad_loss_stride = c.scalar_upstream ? 0 : 1;
-    params.grad_scale = 0.25 + random_.uniform();
+    params.grad_scale = std::ldexp(1.0, static_cast<int>(random_.below(4)) - 2);
     grad_loss = new_acc(c.scalar_upstream ? 1 : c.n_rows);
     for (int64_t i = 0; i < (c.scalar_upstream ? 1 : c.n_rows); ++i) {
-      write(acc, grad_loss.data(), i,
-            i % 7 == 6 ? 0 : (i % 3 == 1 ? -1 : 1) + random_.normal() / 8);
+      double value = i % 7 == 6 ? 0 : (i % 3 == 1 ? -1 : 1) + random_.normal() / 8;
+      if (i == 0 && random_.below(2) == 0) value = 1 / params.grad_scale;
+      if (!c.scalar_upstream && is_ignored(i)) value = INFINITY;
+      write(acc, grad_loss.data(), i, value);
     }
     params.grad_loss = grad_loss.data();
   }
@@ -221,7 +228,9 @@ class Problem {
       const bool some = c.labels.ignored == Ignored::some && row % 3 == 1;
       const bool is_bad = c.labels.ignored == Ignored::bad && row % 3 == 1;
       if (some || c.labels.ignored == Ignored::all) y = params.ignore_index;
-      if (is_bad || (!some && weight_of_row(row) == 0)) y = is_byte ? 254 : c.vocab_size + row % 2;
+      if (is_bad || (!some && weight_of_row(row) == 0)) {
+        y = is_byte ? 254 : row % 2 == 0 ? c.vocab_size : -1;
+      }
       std::memcpy(static_cast<char*>(indices.data()) + row * size, &y, size);  // little-endian
     }
   }
@@ -254,7 +263,13 @@ class Problem {
       case Values::equal:  // each a bfloat16
         return row % 3 == 0 ? -3 : row % 3 == 1 ? 9984 : -1504;
       case Values::large:
+        if (row % 5 == 4 && (c.dtype == DType::float32 || c.dtype == DType::bfloat16)) return 3e38;
         return large[static_cast<int>(c.dtype)] * random_.normal() / 2;
+      case Values::late:
+        return j == c.vocab_size - 1 ? 20 : random_.uniform();
+      case Values::halves:  // about 2^17, where that is a number
+        if (c.dtype == DType::float16) return 2 * j < c.vocab_size ? 3e4 : 6e4;
+        return 2 * j < c.vocab_size ? 98304 : 139264;
       case Values::masked:
         return j % 3 == 2 && j != index(row) ? -INFINITY : x;
       case Values::special:

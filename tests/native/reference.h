@@ -32,7 +32,7 @@ class Reference {
  public:
   std::vector<Expected> loss, lse, entropy, loss_slope;  // a row
   std::vector<int64_t> argmax;
-  std::vector<Real> exact_lse;
+  std::vector<Real> exact_lse, max, log_sum;
   std::vector<Expected> gradient;  // (n_rows, vocab_size)
 
   explicit Reference(const Problem& problem)
@@ -42,6 +42,8 @@ class Reference {
         loss_slope(problem.c.n_rows),
         argmax(problem.c.n_rows, -1),
         exact_lse(problem.c.n_rows),
+        max(problem.c.n_rows),
+        log_sum(problem.c.n_rows),
         gradient(problem.c.n_rows * problem.c.vocab_size),
         problem_(problem) {
     for (int64_t row = 0; row < problem.c.n_rows; ++row) {
@@ -148,6 +150,8 @@ class Reference {
   void compute(int64_t row) {
     const Params& p = problem_.params;
     const Row r = sweep(row);
+    max[row] = r.max;
+    log_sum[row] = r.log_sum;
     exact_lse[row] = r.max == -INFINITY ? r.max : r.max + r.log_sum;
     const Real square =
         p.lse_square_scale == 0 ? 0 : p.lse_square_scale * exact_lse[row] * exact_lse[row];

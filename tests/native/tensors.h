@@ -132,19 +132,28 @@ inline void write(DType dtype, void* data, int64_t i, double value) {
 
 enum class Shape {
   contiguous,
-  padded,    // class stride 1, rows apart
-  column,    // a transposed matrix
-  image,     // (batch, class, pixel)
-  strided,   // no stride is 1
-  slices,    // rows of two dimensions that do not merge
-  permuted,  // rows of three dimensions, the innermost row not the nearest in memory
-  scattered  // rows of four dimensions, classes in their midst
+  padded,        // class stride 1, rows apart
+  column,        // a transposed matrix
+  image,         // (batch, class, pixel)
+  strided,       // no stride is 1
+  slices,        // rows of two dimensions that do not merge
+  permuted,      // rows of three dimensions, the innermost row not the nearest in memory
+  scattered,     // rows of four dimensions, classes in their midst
+  padded_image,  // an image whose classes are whole vectors apart, though its pixels are none
+  odd_image      // an image whose pixels are whole vectors, though its batches are none apart
 };
+constexpr int kShapes = 10;
 
 inline const char* name_of(Shape shape) {
-  const char* names[] = {"contiguous", "padded", "column",   "image",
-                         "strided",    "slices", "permuted", "scattered"};
+  const char* names[kShapes] = {"contiguous", "padded",   "column",    "image",        "strided",
+                                "slices",     "permuted", "scattered", "padded image", "odd image"};
   return names[static_cast<int>(shape)];
+}
+
+// Whether rows are neighbours in memory, so that several may be read as one vector.
+inline bool has_adjacent_rows(Shape shape) {
+  return shape == Shape::column || shape == Shape::image || shape == Shape::padded_image ||
+         shape == Shape::odd_image;
 }
 
 // Splits n_rows into `count` factors, the last ones small.
@@ -176,7 +185,8 @@ inline Layout arrange(const std::vector<int64_t>& sizes, int64_t vocab_size,
 }
 
 inline Layout layout_of(Shape shape, int64_t n_rows, int64_t vocab_size) {
-  const int64_t batch = n_rows % 2 == 0 ? 2 : 1;
+  const int64_t batch = n_rows % 2 == 0 ? 2 : 1, pixels = n_rows / batch;
+  const int64_t whole = (pixels / 8 + 1) * 8;  // vectors of any type
   switch (shape) {
     case Shape::contiguous:
       return arrange({n_rows}, vocab_size, {kClass, 0}, 1, 0);
@@ -185,7 +195,11 @@ inline Layout layout_of(Shape shape, int64_t n_rows, int64_t vocab_size) {
     case Shape::column:
       return arrange({n_rows}, vocab_size, {0, kClass}, 1, 0);
     case Shape::image:
-      return arrange({batch, n_rows / batch}, vocab_size, {1, kClass, 0}, 1, 0);
+      return arrange({batch, pixels}, vocab_size, {1, kClass, 0}, 1, 0);
+    case Shape::padded_image:
+      return {2, {batch, pixels}, {whole * vocab_size, 1}, whole};
+    case Shape::odd_image:
+      return {2, {batch, pixels}, {pixels * vocab_size + 1, 1}, pixels};
     case Shape::strided:
       return arrange({n_rows}, vocab_size, {kClass, 0}, 2, 1);
     case Shape::slices:
