@@ -13,6 +13,7 @@ from layers import (
     H,
     N,
     by_classes,
+    doubled,
     fused,
     gradients_of,
     in_chunks,
@@ -35,10 +36,6 @@ def layout(request, monkeypatch, device):
         pytest.skip("logits lie class by class on the CPU alone")
     LAYOUTS[request.param](monkeypatch)
     return request.param
-
-
-def doubled(tensors):
-    return [x.detach().double().requires_grad_() for x in tensors]
 
 
 def error(actual, exact):
