@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from modes import MODES
 from torch import Tensor
 
-import fused_xent
 from fused_xent import (
     CrossEntropyStatistics,
     cross_entropy_with_statistics,
