@@ -158,6 +158,13 @@ def test_batched_upstream_gradients(reduction, layout):
     upstream = torch.randn(3, *losses[0].shape, dtype=DOUBLE)
     results = [torch.autograd.grad(x, layer, upstream, is_grads_batched=True) for x in losses]
     torch.testing.assert_close(*results)
+    losses = [fused(layer, target, reduction=reduction)]
+    losses.append(unfused(F.cross_entropy, layer, target, reduction=reduction))
+    batched = {"create_graph": True, "is_grads_batched": True}
+    firsts = [torch.autograd.grad(x, layer, upstream, **batched) for x in losses]
+    torch.testing.assert_close(*firsts)
+    seconds = (gradients_of(sum(x.pow(2).sum() for x in first), layer) for first in firsts)
+    torch.testing.assert_close(*seconds)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -400,8 +407,11 @@ def test_fake_tensors_outside_their_mode(options):
 # ---- tensor subclasses, the module -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", range(4))
-def test_tensor_subclasses_are_asked_first(index):
+TENSORS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight")
+
+
+@pytest.mark.parametrize("name", [*TENSORS, "normalizer"])
+def test_tensor_subclasses_are_asked_first(name):
     asked = []
 
     class Asked(torch.Tensor):
@@ -410,11 +420,13 @@ def test_tensor_subclasses_are_asked_first(index):
             asked.append(called)
             return super().__torch_function__(called, types, args, kwargs)
 
-    tensors = [x.detach() for x in (*make_layer()[:2], make_target(), make_layer()[2])]
-    expected = fused((tensors[0], tensors[1], tensors[3]), tensors[2])
-    tensors[index] = tensors[index].as_subclass(Asked)
+    layer = [x.detach() for x in make_layer()]
+    values = (*layer[:2], make_target(), layer[2], torch.rand(C), torch.rand(N))
+    tensors = dict(zip(TENSORS, values, strict=True)) | {"normalizer": torch.tensor(3.0)}
+    expected = linear_cross_entropy(**tensors, softcap=3.0)
+    tensors[name] = tensors[name].as_subclass(Asked)
     for function in (linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics):
-        results = function(*tensors[:3], linear_bias=tensors[3])
+        results = function(**tensors, softcap=3.0)
         loss = results if isinstance(results, torch.Tensor) else results.loss
         assert asked[0] is function
         torch.testing.assert_close(loss.as_subclass(torch.Tensor), expected)
