@@ -328,3 +328,14 @@ def test_meta_tensors_have_shapes_and_dtypes():
     assert (loss.shape, loss.dtype, loss.device.type) == ((4, 5), torch.bfloat16, "meta")
     loss.sum().backward()
     assert input.grad.shape == input.shape
+
+
+@pytest.mark.parametrize("normalizer", [3, 2.5, torch.tensor(3.0), torch.tensor(3).half()])
+def test_normalizer_goes_to_the_logits_device(normalizer):
+    """Where it is compared with nothing: a number of the host beside logits elsewhere."""
+    input = torch.empty(4, 9, device="meta", requires_grad=True)
+    target = torch.empty(4, device="meta", dtype=torch.int64)
+    loss = fused_xent.cross_entropy(input, target, normalizer=normalizer)
+    assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "meta")
+    loss.backward()
+    assert input.grad.device.type == "meta"

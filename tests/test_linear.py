@@ -343,6 +343,60 @@ def test_logits_never_exist(reduction, dtype, seen, monkeypatch):
     assert [numel for _, numel in seen] == [4 * n_classes] * (n_rows // 4 * passes)
 
 
+HAS_OPTIONS = hasattr(torch.nn, "LinearCrossEntropyOptions")
+CHUNKS = {  # how many rows are asked for, and how many the chunks of 20 then have
+    "chunk_rows": ({"chunk_rows": 8}, [7, 7, 6]),
+    "chunk_rows of all": ({"chunk_rows": 99}, [20]),
+    "chunk_rows beyond the limits": ({"chunk_rows": 20}, [20]),
+    "chunk_rows of one": ({"chunk_rows": 1}, [1] * 20),
+    "torch's option": ({"options": 5}, [5] * 4),
+    "torch's option, without a size": ({"options": None}, [4] * 5),
+    "chunk_rows rather than torch's option": ({"options": 5, "chunk_rows": 10}, [10, 10]),
+    "none": ({}, [4] * 5),
+}
+
+
+@pytest.mark.parametrize("few_bytes", [0, 1 << 30], ids=["few rows", ""])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_rows_of_a_chunk(name, few_bytes, monkeypatch):
+    """As many as asked for, or as are within the limits: 6 rows, or the bytes of 4."""
+    options, expected = CHUNKS[name]
+    if "options" in options:
+        if not HAS_OPTIONS:
+            pytest.skip("torch has LinearCrossEntropyOptions from 2.13 on")
+        size = options["options"]
+        torchs = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size)
+        options = options | {"options": torchs}
+    for device in ("CPU", "GPU"):
+        monkeypatch.setattr(_linear, f"{device}_ROWS", 6)
+        monkeypatch.setattr(_linear, f"{device}_BYTES", 4 * C * 4 + 1)
+    monkeypatch.setattr(_linear, "FEW_BYTES", few_bytes)
+    rows, run = [], _ops.forward_backward_
+    monkeypatch.setattr(
+        _ops, "forward_backward_", lambda x, *others: rows.append(len(x)) or run(x, *others)
+    )
+    layer, target = make_layer(rows=(20,), n_features=8), make_target(n_rows=20)
+    loss = fused(layer, target, **options)
+    assert rows == expected
+    exact = unfused(F.cross_entropy, layer, target)
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(*(gradients_of(x, layer) for x in (loss, exact)))
+
+
+@pytest.mark.cpu("logits lie class by class on the CPU alone")
+@pytest.mark.parametrize("other", ["chunk_rows", "positions", "no gradient of the weight", "none"])
+def test_what_is_not_laid_out_class_by_class(other, seen, monkeypatch):
+    monkeypatch.setattr(_linear, "FEW_BYTES", 0)
+    classes = (1500, 2) if other == "positions" else (3000,)
+    layer = make_layer(rows=(20,), classes=classes, n_features=20, bias=False)
+    target = torch.randint(classes[0], (20, *classes[1:]))
+    if other == "no gradient of the weight":
+        layer[1].requires_grad_(False)
+    fused(layer, target, chunk_rows=20 if other == "chunk_rows" else None).backward()
+    memory = None if layer[1].grad is None else layer[1].grad.untyped_storage().data_ptr()
+    assert (seen[0][0] == memory) == (other == "none")
+
+
 @pytest.mark.cpu("logits lie class by class on the CPU alone")
 @pytest.mark.parametrize(
     ("dtype", "n_features", "beside"),
@@ -456,3 +510,14 @@ def test_gradient_of_the_loss_beside_statistics(layout):
     results = fused_xent.linear_cross_entropy_with_statistics(*layer[:2], target)
     expected = unfused(F.cross_entropy, layer[:2], target)
     torch.testing.assert_close(*(gradients_of(x, layer[:2]) for x in (results.loss, expected)))
+
+
+@pytest.mark.parametrize("statistics", [False, True], ids=["", "statistics"])
+def test_logits_are_made_once_for_a_loss_and_its_gradient(statistics, seen):
+    layer, target = make_layer(bias=False), make_target()
+    function = fused_xent.linear_cross_entropy_with_statistics
+    if not statistics:
+        function = linear_cross_entropy
+    results = function(*layer, target)
+    (results.loss if statistics else results).backward()
+    assert len(seen) == 1
