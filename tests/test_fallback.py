@@ -207,6 +207,20 @@ def test_report_of_a_kernel_that_is_wrong(name, monkeypatch, capsys):
     assert last == f"{n_wrong} lines are WRONG"
 
 
+@pytest.mark.parametrize("index", range(3))
+def test_report_of_one_shape_that_is_wrong(index, monkeypatch):
+    """Whichever it is of those that are tried."""
+    shapes = ((8, 100), (4, 10), (2, 5, 3))
+    monkeypatch.setattr(__main__, "SHAPES", shapes)
+
+    def wrong(input, *arguments, **options):
+        loss = fused_xent.cross_entropy(input, *arguments, **options)
+        return loss * 1.001 if input.shape == shapes[index] else loss
+
+    monkeypatch.setattr(__main__, "cross_entropy", wrong)
+    assert __main__.main([]) == 1
+
+
 def test_report_that_is_not_read_to_its_end(run_python):
     script = "import subprocess as s, sys; p = s.Popen([sys.executable, '-m', 'fused_xent'], "
     script += "stdout=s.PIPE, stderr=s.PIPE); p.stdout.readline(); p.stdout.close(); "

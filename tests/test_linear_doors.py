@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import weakref
 
@@ -27,7 +28,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fused_xent
-from fused_xent import LinearCrossEntropyLoss, linear_cross_entropy, reference
+from fused_xent import LinearCrossEntropyLoss, _linear, _ops, linear_cross_entropy, reference
 
 # Of torch's own forward-mode formulas, of linearize, and of torch.compile.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -106,6 +107,44 @@ def test_transforms_of_torch_func(name):
         for f in (fused, lambda x, t: unfused(F.cross_entropy, x, t))
     ]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])
+def test_second_derivatives_of_some_of_the_layer(needs, layout):
+    layer = small_layer()
+    for leaf, needed in zip(layer, needs, strict=True):
+        leaf.requires_grad_(needed)
+    leaves = [leaf for leaf, needed in zip(layer, needs, strict=True) if needed]
+    results = []
+    for loss in (fused(layer, SMALL_TARGET), unfused(F.cross_entropy, layer, SMALL_TARGET)):
+        firsts = torch.autograd.grad(loss, leaves, create_graph=True)
+        results.append((*firsts, *gradients_of(sum(x.pow(2).sum() for x in firsts), leaves)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_no_gradient_is_made(context, monkeypatch):
+    """Which takes two matrix products more, and memory for it."""
+    in_chunks(monkeypatch)
+    products, product = [], _linear._product
+    monkeypatch.setattr(_linear, "_product", lambda *x: products.append(1) or product(*x))
+    layer, target = make_layer(), make_target()
+    monkeypatch.setattr(_ops, "forward_backward_", None)
+    with context():
+        fused(layer, target)
+    assert products == [1] * 3  # of four rows each
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
+def test_gradients_that_are_not_needed_have_no_elements(needs):
+    layer, target = [x.detach() for x in make_layer()], make_target()
+    inputs = (*layer, target, None, None, None, [C], -100, [0.0, 0.0, 0.0, 0.0, 1.0], 1)
+    for device in ("cpu", "meta"):
+        moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs]
+        results = torch.ops.fused_xent.linear_forward(*moved, torch.float32, False, None, needs)
+        expected = [x.numel() if needed else 0 for x, needed in zip(layer, needs, strict=True)]
+        assert [x.numel() for x in results[4:]] == expected
+        assert [x.numel() for x in results[1:4]] == [0] * 3
 
 
 def test_dual_numbers():

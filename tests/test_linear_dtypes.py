@@ -126,6 +126,19 @@ def test_autocast_of_layers_of_any_dtype(dtype, amp, soft, layout):
         assert (one - other).norm() <= limit * other.norm()
 
 
+@pytest.mark.cpu("autocast of the CPU")
+def test_autocast_of_a_layer_of_several_dtypes(layout):
+    """Hidden states that are cast already, parameters that are not."""
+    hidden, *parameters = make_layer(torch.float32, (N,), (30,))
+    layer, target = [hidden.detach().bfloat16().requires_grad_(), *parameters], torch.arange(N)
+    results = []
+    for function in (fused, lambda *x: unfused(F.cross_entropy, *x)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = function(layer, target)
+        results.append((loss, *gradients_of(loss, layer)))
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("loss_dtype", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -142,6 +142,20 @@ def test_second_backward_is_refused(mode):
 
 
 @by_mode
+@pytest.mark.parametrize("through", ["logits", "their base", "a view"])
+def test_logits_changed_between_forward_and_backward(through, mode):
+    leaf, target = make_problem()
+    memory = leaf * 1
+    logits = memory.view(N_ROWS, N_CLASSES)
+    loss = fused_xent.cross_entropy(logits, target, **MODES[mode])
+    with torch.no_grad():
+        {"logits": logits, "their base": memory, "a view": logits[1:, ::2]}[through].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert leaf.grad is None
+
+
+@by_mode
 def test_gradient_of_gradient_is_refused(mode):
     leaf, target = make_problem()
     loss = fused_xent.cross_entropy(leaf * 1, target, **MODES[mode])

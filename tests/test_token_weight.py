@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_xent import (
     CrossEntropyStatistics,
+    cross_entropy,
     cross_entropy_with_statistics,
     linear_cross_entropy_with_statistics,
 )
@@ -280,3 +281,38 @@ def test_position_of_a_target_that_is_no_class(way):
     p = Problem(torch.randn(*ROWS, C, requires_grad=True), target, weights, "mean")
     with pytest.raises(IndexError, match=rf"got {C} at position \(1, 1\)"):
         WAYS[way](p, p.logits, target)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("way", WAYS)
+def test_probabilities_of_a_row_of_weight_0_may_be_nan(way, reduction):
+    target, weights = torch.randn(*ROWS, C).softmax(-1), THIRDS.float()
+    target[0, 2, 3] = torch.nan
+    p = Problem(torch.randn(*ROWS, C, requires_grad=True), target, weights, reduction)
+    loss = WAYS[way](p, p.logits, target).loss
+    exact = exact_results(p, p.logits.double(), target.double()).loss
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(x.sum(), p.logits)[0] for x in (loss, exact)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_gradients_of_weights_beside_rows_that_are_left_out(reduction, soft):
+    """Of the rows that count alone, though the others hold NaN."""
+    logits, tokens = torch.randn(5, C, dtype=DOUBLE), torch.tensor([1.0, 0, 2, -0.5, 1])
+    logits[1] = torch.nan
+    target = torch.randn(5, C, dtype=DOUBLE).softmax(-1) if soft else torch.arange(5)
+    target[1] = torch.nan if soft else 10**9
+    leaves = [x.double().requires_grad_() for x in (torch.rand(C) + 0.1, tokens)]
+    weight, tokens = leaves
+    loss = cross_entropy(logits, target, weight, token_weight=tokens, reduction=reduction)
+    kept = [0, 2, 3, 4]
+    log_p = logits[kept].log_softmax(1) * weight
+    labels = target[kept] if soft else F.one_hot(target[kept], C)
+    rows = -(labels * log_p).sum(1) * tokens[kept]
+    total = tokens[kept] if soft else tokens[kept] * weight[target[kept]]
+    expected = rows.sum() if reduction == "none" else rows.sum() / total.sum()
+    torch.testing.assert_close(loss.sum(), expected)
+    gradients = [torch.autograd.grad(x, leaves) for x in (loss.sum(), expected)]
+    torch.testing.assert_close(*gradients)
