@@ -454,6 +454,20 @@ def test_rows_of_as_many_dimensions_as_the_kernels_count(mode):
 
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_rows_of_many_dimensions_that_are_one(mode):
+    """However many, where they lie as the rows of a matrix do: all of them, or in two parts."""
+    for order in ((0, 1, 2, 3, 4, 5, 6), (3, 4, 5, 0, 1, 2, 6)):
+        leaf = torch.randn(2, 1, 2, 2, 3, 2, 9).double().requires_grad_()
+        logits = (leaf * 1).permute(order)
+        target = torch.randint(9, logits.shape[:-1])
+        loss = fused_xent.cross_entropy(logits, target, dim=-1, **MODES[mode])
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        flat = leaf.permute(order).flatten(0, -2)
+        exact = torch.nn.functional.cross_entropy(flat, target.flatten())
+        torch.testing.assert_close(gradient, torch.autograd.grad(exact, leaf)[0])
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
 def test_a_dimension_of_size_1_shares_no_memory(mode):
     """Whatever its stride: an expanded one has 0."""
     leaf = torch.randn(4, 9, requires_grad=True)

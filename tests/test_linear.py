@@ -167,8 +167,9 @@ def test_sums_over_many_chunks_are_not_rounded(dtype):
     exact = gradients_of(unfused(F.cross_entropy, exact_layer, target), exact_layer)
     whole = gradients_of(unfused(F.cross_entropy, layer, target), layer)
     chunks = gradients_of(fused(layer, target, chunk_rows=4), layer)
+    least = 1e-6 if dtype != torch.float64 else 1e-14
     for one, other, right in zip(chunks, whole, exact, strict=True):
-        assert error(one, right) <= 1.1 * error(other, right) + 1e-6
+        assert error(one, right) <= 1.1 * error(other, right) + least
 
 
 @by_dtype
