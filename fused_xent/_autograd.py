@@ -87,7 +87,7 @@ def is_under_torch_func() -> bool:
 
 def is_batched(tensor: Tensor | None) -> bool:
     """Whether it is many tensors at once: autograd's own vmap, which is none of torch.func."""
-    return tensor is not None and "Batched" in str(torch._C._dispatch_keys(tensor))
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _forward(tensors: Tensors | list, options: Options) -> tuple:
