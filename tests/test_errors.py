@@ -265,6 +265,80 @@ def test_refused(refused):
         fused_xent.cross_entropy(**{"input": INPUT, "target": TARGET, **arguments})
 
 
+LEAF = torch.randn(4, 9, requires_grad=True)
+SIX_DIMENSIONS = torch.randn(2, 9, 2, 2, 2, 2).permute(5, 1, 4, 3, 2, 0)
+IN_FULL = {  # with the remedy
+    "target must have shape (4,) (class indices) or (4, 9) (probabilities) for logits of shape "
+    "(4, 9) with their classes in dimension 1, got (9,): for classes elsewhere, see dim": {
+        "target": torch.arange(9)
+    },
+    "target must have shape (9,) (class indices) or (4, 9) (probabilities) for logits of shape "
+    "(4, 9) with their classes in dimension 0, got (4,): for classes elsewhere, see dim": {
+        "dim": -2
+    },
+    "target must hold floating-point probabilities where it has input's shape (4, 9), got "
+    "torch.int64": {"target": PROBABILITIES.long()},
+    "ignore_index must be negative (without effect) where target holds probabilities, got 3": {
+        "target": PROBABILITIES,
+        "ignore_index": 3,
+    },
+    "logit_scale / softcap must be in [1e-30, 1e+30], got 1e+20 / 1e-20 = 1e+40": {
+        "softcap": 1e-20,
+        "logit_scale": 1e20,
+    },
+    "normalizer must be a number or a tensor of shape () of real numbers, got torch.float32 of "
+    "shape (4,)": {"normalizer": torch.ones(4)},
+    "normalizer must be None unless reduction is 'mean', got 3 and 'none'": {
+        "normalizer": 3,
+        "reduction": "none",
+    },
+    "loss_dtype must be torch.float32, torch.float64, torch.bfloat16 or torch.float16, got "
+    "torch.int64": {"loss_dtype": torch.int64},
+    "inplace_backward must be False where grad_in_forward is True, got True": {
+        "inplace_backward": True,
+        "grad_in_forward": True,
+    },
+    "inplace_backward must be False where input is a leaf of the graph: its values are the "
+    "caller's, and would be overwritten by their gradient": {
+        "input": LEAF,
+        "inplace_backward": True,
+    },
+    "grad_in_forward must be False where several elements of input share memory, got strides "
+    "(0, 1) of shape (4, 9): clone it": {
+        "input": INPUT[:1].expand(4, 9),
+        "grad_in_forward": True,
+    },
+    "inplace_backward must be False where input has more than 4 row dimensions that cannot be "
+    f"merged, got strides {SIX_DIMENSIONS.stride()} of shape (2, 9, 2, 2, 2, 2): clone it": {
+        "input": SIX_DIMENSIONS,
+        "target": torch.zeros(2, 2, 2, 2, 2, dtype=torch.int64),
+        "inplace_backward": True,
+    },
+    "grad_in_forward must be False where target requires a gradient: the logits that it would be "
+    "computed from are overwritten; use inplace_backward": {
+        "target": PROBABILITIES.clone().requires_grad_(),
+        "grad_in_forward": True,
+    },
+    "grad_in_forward must be False for float16 input: what the forward writes, not yet multiplied "
+    "by a loss scale, falls below float16's range; use inplace_backward": {
+        "input": INPUT.half(),
+        "grad_in_forward": True,
+    },
+    "grad_in_forward must be False where input is a view of a part of another tensor, got shape "
+    "(4, 9) of (5, 9): use inplace_backward, or clone it": {
+        "input": torch.zeros(5, 9)[1:],
+        "grad_in_forward": True,
+    },
+}
+
+
+@pytest.mark.parametrize("message", IN_FULL)
+def test_messages_in_full(message):
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+        fused_xent.cross_entropy(**{"input": INPUT, "target": TARGET, **IN_FULL[message]})
+    assert str(error.value) == message
+
+
 TAKEN = {  # each at the end of what is allowed
     "ignore_index": (-(2**63), 2**63 - 1),
     "dim": (-1, 1),
@@ -451,6 +525,17 @@ def test_rows_of_as_many_dimensions_as_the_kernels_count(mode):
         (gradient,) = torch.autograd.grad(loss, leaf)
         exact = torch.nn.functional.cross_entropy(leaf.permute(order), target)
         torch.testing.assert_close(gradient, torch.autograd.grad(exact, leaf)[0])
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_rows_of_one_dimension_too_many(mode):
+    leaf = torch.randn(2, 9, 2, 2, 2, 2, requires_grad=True)
+    logits = (leaf * 1).permute(5, 1, 4, 3, 2, 0)
+    target = torch.randint(9, logits.select(1, 0).shape)
+    before = logits.detach().clone()
+    with pytest.raises(RuntimeError, match=r"must be False .*more than 4 row dimensions.*strides"):
+        fused_xent.cross_entropy(logits, target, **MODES[mode])
+    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])

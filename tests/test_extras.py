@@ -244,6 +244,17 @@ def test_signature_of_the_statistics_is_that_of_the_loss():
         if defaults[name] is not inspect.Parameter.empty:
             assert defaults[name] == parameter.default
     assert both.return_annotation is fused_xent.CrossEntropyStatistics
+    kinds = [parameter.kind.name for parameter in both.parameters.values()]
+    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 3 + ["KEYWORD_ONLY"] * (len(kinds) - 3)
+    assert [p.default for p in both.parameters.values()] == [
+        p.default for p in loss.parameters.values()
+    ]
+    loss, both = (
+        inspect.signature(f)
+        for f in (fused_xent.linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics)
+    )
+    assert loss.parameters == both.parameters
+    assert both.return_annotation == "CrossEntropyStatistics"
 
 
 # ---- precision ---------------------------------------------------------------------------------

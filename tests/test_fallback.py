@@ -233,3 +233,68 @@ def test_report_of_an_instruction_set_that_does_not_exist(run_python):
     assert report.returncode == 1
     assert "must be avx512_bf16, avx512, avx2 or portable, got 'sse'" in report.stdout
     assert "Traceback" not in report.stderr
+
+
+def test_version(run_python):
+    report = run_python("-m", "fused_xent", "--version")
+    assert (report.returncode, report.stdout) == (0, f"{fused_xent.__version__}\n")
+
+
+GPUS = {  # capability, and what is said of its kernels where they are loaded
+    (7, 5): "no kernels: compute capability 8.0 is the least",
+    (8, 0): "native kernels",
+    (9, 0): "native kernels, clusters of blocks for long rows in fused mode",
+    (12, 0): "native kernels, clusters of blocks for long rows in fused mode",
+}
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Pretends that there are two GPUs of a capability."""
+
+    def pretend(capability):
+        class Properties:
+            name, (major, minor) = "Some GPU", capability
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    return pretend
+
+
+@pytest.mark.parametrize("error", [None, "some reason, and another", "same"])
+@pytest.mark.parametrize("capability", GPUS)
+def test_report_of_gpus(capability, error, two_gpus, monkeypatch, capsys):
+    """Each with the kernels that it gets; checked where it gets some."""
+    two_gpus(capability)
+    monkeypatch.setattr(_ops, "CUDA_LOAD_ERROR", error)
+    monkeypatch.setattr(_ops, "LOAD_ERROR", error if error == "same" else None)
+    checked = []
+    monkeypatch.setattr(__main__, "print_checks", lambda device: checked.append(device) or 0)
+    assert __main__.main([]) == 0
+    report = capsys.readouterr().out.splitlines()
+    said = {
+        None: ("native kernels", GPUS[capability]),
+        "same": ("torch operations, as on the CPU", "torch operations"),
+        "some reason, and another": (
+            "torch operations, because some reason, and another",
+            "torch operations",
+        ),
+    }[error]
+    if capability < (8, 0):
+        said = said[0], GPUS[capability]
+    assert f"CUDA: {said[0]}" in report
+    shown = f"compute capability {capability[0]}.{capability[1]}: {said[1]}"
+    assert [line for line in report if "GPU" in line] == [
+        f"  GPU {index}: Some GPU, {shown}" for index in range(2)
+    ]
+    assert checked == (["cpu", "cuda"] if capability >= (8, 0) else ["cpu"])
+
+
+def test_exit_status_counts_every_device(two_gpus, monkeypatch, capsys):
+    two_gpus((9, 0))
+    monkeypatch.setattr(__main__, "print_checks", lambda device: 2 if device == "cuda" else 1)
+    assert __main__.main([]) == 1
+    assert capsys.readouterr().out.endswith("\n3 lines are WRONG\n")

@@ -12,6 +12,7 @@ from compare import assert_gradient, assert_loss, truth
 from modes import MODES
 
 import fused_xent
+from fused_xent import _ops
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 HALF = (torch.bfloat16, torch.float16)
@@ -331,11 +332,14 @@ def test_meta_tensors_have_shapes_and_dtypes():
 
 
 @pytest.mark.parametrize("normalizer", [3, 2.5, torch.tensor(3.0), torch.tensor(3).half()])
-def test_normalizer_goes_to_the_logits_device(normalizer):
-    """Where it is compared with nothing: a number of the host beside logits elsewhere."""
+def test_normalizer_goes_to_the_logits_device(normalizer, monkeypatch):
+    """A number of the host beside logits elsewhere."""
+    given, forward = [], _ops.forward
+    monkeypatch.setattr(_ops, "forward", lambda *x: given.append(x[4]) or forward(*x))
     input = torch.empty(4, 9, device="meta", requires_grad=True)
     target = torch.empty(4, device="meta", dtype=torch.int64)
     loss = fused_xent.cross_entropy(input, target, normalizer=normalizer)
+    assert [(x.device.type, x.dtype, x.shape) for x in given] == [("meta", torch.float64, ())]
     assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "meta")
     loss.backward()
     assert input.grad.device.type == "meta"

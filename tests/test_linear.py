@@ -384,6 +384,32 @@ def test_rows_of_a_chunk(name, few_bytes, monkeypatch):
     torch.testing.assert_close(*(gradients_of(x, layer) for x in (loss, exact)))
 
 
+def test_limits_are_those_of_the_documentation():
+    limits = (_linear.CPU_ROWS, _linear.CPU_BYTES, _linear.GPU_ROWS, _linear.GPU_BYTES)
+    assert limits == (256, 100 * 2**20, 4096, 2**30)
+    text = " ".join(linear_cross_entropy.__doc__.split())
+    assert "256 rows and 100 MiB on a CPU and 4096 rows and 1 GiB on a GPU at most" in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("supported", ["bf16", "fp16", "none", "both"])
+def test_products_that_torch_is_slow_at(supported, device, monkeypatch):
+    """16-bit ones on a CPU that multiplies no such numbers: each dtype's is asked for."""
+    for name in ("bf16", "fp16"):
+        answer = supported in (name, "both")
+        monkeypatch.setattr(
+            torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda a=answer: a, raising=False
+        )
+    slow = {
+        dtype for dtype in DTYPES if _linear._is_slow(torch.empty(1, 1, dtype=dtype, device=device))
+    }
+    of_cpu = {
+        torch.bfloat16: supported in ("fp16", "none"),
+        torch.float16: supported in ("bf16", "none"),
+    }
+    assert slow == {dtype for dtype, is_slow in of_cpu.items() if is_slow and device == "cpu"}
+
+
 @pytest.mark.cpu("logits lie class by class on the CPU alone")
 @pytest.mark.parametrize("other", ["chunk_rows", "positions", "no gradient of the weight", "none"])
 def test_what_is_not_laid_out_class_by_class(other, seen, monkeypatch):

@@ -84,6 +84,19 @@ def test_gradients_of_all_that_may_have_one(layout):
     assert gradcheck(loss, (*layer, *others))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("of_layer", [False, True], ids=["alone", "and of the layer"])
+def test_gradients_of_probabilities(of_layer, reduction, layout):
+    layer, target = small_layer(), torch.rand(4, 6, dtype=DOUBLE, requires_grad=True)
+    for leaf in layer:
+        leaf.requires_grad_(of_layer)
+    leaves = [target, *layer] if of_layer else [target]
+    losses = fused(layer, target, reduction=reduction)
+    exact = unfused(F.cross_entropy, layer, target, reduction=reduction)
+    torch.testing.assert_close(losses, exact)
+    torch.testing.assert_close(*(gradients_of(x.sum(), leaves) for x in (losses, exact)))
+
+
 func = torch.func
 TRANSFORMS = {
     "grad": lambda f: lambda *x: func.grad(f, (0, 1, 2))(*x),
@@ -135,15 +148,18 @@ def test_without_gradients_no_gradient_is_made(context, monkeypatch):
     assert products == [1] * 3  # of four rows each
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
-def test_gradients_that_are_not_needed_have_no_elements(needs):
-    layer, target = [x.detach() for x in make_layer()], make_target()
+def test_gradients_that_are_not_needed_have_no_elements(needs, dtype):
+    """And those that are have the layer's dtype, of several chunks as well."""
+    layer, target = [x.detach() for x in make_layer(dtype)], make_target()
     inputs = (*layer, target, None, None, None, [C], -100, [0.0, 0.0, 0.0, 0.0, 1.0], 1)
     for device in ("cpu", "meta"):
         moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs]
-        results = torch.ops.fused_xent.linear_forward(*moved, torch.float32, False, None, needs)
+        results = torch.ops.fused_xent.linear_forward(*moved, torch.float32, False, 4, needs)
         expected = [x.numel() if needed else 0 for x, needed in zip(layer, needs, strict=True)]
         assert [x.numel() for x in results[4:]] == expected
+        assert [x.dtype for x in results[4:]] == [dtype] * 3
         assert [x.numel() for x in results[1:4]] == [0] * 3
 
 

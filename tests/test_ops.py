@@ -227,6 +227,34 @@ def test_overlapping_memory_is_not_written_to():
     assert torch.equal(EXPANDED, before)
 
 
+OVERWRITING = {  # each with the name of what it overwrites
+    "forward_backward_": (FORWARD, "logits"),
+    "backward_": (BACKWARD, "logits"),
+    "scale_gradient_": (
+        {
+            **{name: FORWARD[name] for name in ("target", "token_weight", "dim", "ignore_index")},
+            "grad_logits": LOGITS,
+            "grad_loss": 2 * BACKWARD["grad_loss"],
+        },
+        "grad_logits",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_version_of_what_is_overwritten(name):
+    """One more after the call, of no other argument, and none after a refusal."""
+    arguments, overwritten = OVERWRITING[name]
+    arguments = {n: x.clone() if torch.is_tensor(x) else x for n, x in arguments.items()}
+    before = {n: x._version for n, x in arguments.items() if torch.is_tensor(x)}
+    with pytest.raises((ValueError, RuntimeError), match="must"):
+        getattr(ops, name)(**arguments | {"target": TARGET[1:]})
+    assert {n: arguments[n]._version for n in before} == before
+    getattr(ops, name)(**arguments)
+    after = before | {overwritten: before[overwritten] + 1}
+    assert {n: arguments[n]._version for n in before} == after
+
+
 @pytest.mark.parametrize(
     ("gradient", "upstream", "target"),
     [

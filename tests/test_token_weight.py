@@ -246,6 +246,9 @@ def error(p: Problem) -> float:
 def check_values(p: Problem, results, exact) -> None:
     eps = torch.finfo(results.loss.dtype).eps
     expected_dtype = torch.promote_types(p.logits.dtype, torch.float32)
+    soft = p.target.is_floating_point()
+    promoted = torch.promote_types(p.logits.dtype, p.target.dtype) if soft else p.logits.dtype
+    assert results.loss.dtype == promoted
     for name in ("loss", "lse", "z_loss", "entropy"):
         one, other = getattr(results, name), getattr(exact, name)
         limit = max(error(p), 2 * eps) if name == "loss" else error(p)
