@@ -233,6 +233,20 @@ def test_probabilities_of_no_classes(shape, mode):
         assert logits.grad.shape == shape
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+def test_statistics_of_no_classes(soft):
+    """Nothing is added up, and no class is the first or right."""
+    logits = torch.zeros(5, 0)
+    target = torch.zeros(5, 0) if soft else torch.full((5,), -100)
+    results = fused_xent.cross_entropy_with_statistics(
+        logits, target, reduction="none", lse_square_scale=0.5
+    )
+    for one in results[:4]:
+        assert torch.equal(one, torch.zeros(5))
+    assert torch.equal(results.argmax, torch.full((5,), -1))
+    assert not results.correct.any()
+
+
 NARROW = [
     (torch.uint8, 156, -100),  # equal modulo 2^8
     (torch.uint8, 5, 2**8 + 5),

@@ -359,8 +359,8 @@ CHUNKS = {  # how many rows are asked for, and how many the chunks of 20 then ha
 
 @pytest.mark.parametrize("few_bytes", [0, 1 << 30], ids=["few rows", ""])
 @pytest.mark.parametrize("name", CHUNKS)
-def test_rows_of_a_chunk(name, few_bytes, monkeypatch):
-    """As many as asked for, or as are within the limits: 6 rows, or the bytes of 4."""
+def test_rows_of_a_chunk(name, few_bytes, monkeypatch, device):
+    """As many as asked for, or as are within this device's limits: 6 rows, or the bytes of 4."""
     options, expected = CHUNKS[name]
     if "options" in options:
         if not HAS_OPTIONS:
@@ -368,9 +368,10 @@ def test_rows_of_a_chunk(name, few_bytes, monkeypatch):
         size = options["options"]
         torchs = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size)
         options = options | {"options": torchs}
-    for device in ("CPU", "GPU"):
-        monkeypatch.setattr(_linear, f"{device}_ROWS", 6)
-        monkeypatch.setattr(_linear, f"{device}_BYTES", 4 * C * 4 + 1)
+    here, elsewhere = ("CPU", "GPU") if device == "cpu" else ("GPU", "CPU")
+    for limit, value in (("ROWS", 6), ("BYTES", 4 * C * 4 + 1)):
+        monkeypatch.setattr(_linear, f"{here}_{limit}", value)
+        monkeypatch.setattr(_linear, f"{elsewhere}_{limit}", 1)
     monkeypatch.setattr(_linear, "FEW_BYTES", few_bytes)
     rows, run = [], _ops.forward_backward_
     monkeypatch.setattr(

@@ -224,8 +224,9 @@ def test_batched_upstream_gradients(reduction, layout):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["lse", "entropy", "z_loss", "loss"])
-def test_upstream_gradients_that_are_expanded(name, reduction, layout):
-    """As those of a sum are."""
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_upstream_gradients_that_are_expanded(create_graph, name, reduction, layout):
+    """As those of a sum are, of each output alone; for a graph as well."""
     hidden, linear_weight, bias = layer = make_layer(DOUBLE)
     target = make_target()
     options = {"lse_square_scale": 0.1, "reduction": reduction}
@@ -234,7 +235,9 @@ def test_upstream_gradients_that_are_expanded(name, reduction, layout):
     )
     exact = unfused(reference.cross_entropy_with_statistics, layer, target, **options)
     values = (getattr(x, name) for x in (results, exact))
-    torch.testing.assert_close(*(gradients_of(x.sum(), layer) for x in values))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x.sum(), layer, create_graph=create_graph) for x in values)
+    )
 
 
 USES = {
