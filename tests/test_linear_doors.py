@@ -444,7 +444,9 @@ def test_operators(soft, reduction, needs):
         torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"shift": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"shift": 1}, {"drop_ignored": True}], ids=str
+)
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_tensors_without_memory(create_graph, options):
     layer = [x.detach().to("meta").requires_grad_() for x in make_layer()]
@@ -454,7 +456,9 @@ def test_tensors_without_memory(create_graph, options):
     assert [x.shape for x in gradients] == [x.shape for x in layer]
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"shift": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"shift": 1}, {"drop_ignored": True}], ids=str
+)
 def test_fake_tensors_outside_their_mode(options):
     with FakeTensorMode():
         layer, target = make_layer(), make_target()

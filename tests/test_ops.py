@@ -105,6 +105,22 @@ def test_meta_implementations_agree_in_strides(extras, transposed, shape):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("number", range(5))
+def test_meta_implementations_agree_by_each_option_alone(number, soft):
+    """What is returned depends on some of them: the slope, and the mass of probabilities."""
+    numbers = [*PLAIN[:number], ALL_NUMBERS[number], *PLAIN[number + 1 :]]
+    forward = make_arguments(kind="probabilities" if soft else "index") | {"numbers": numbers}
+    both = (ops.forward(**forward), ops.forward(**to_meta(forward)))
+    for one, other in zip(*both, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@pytest.mark.parametrize("name", ["backward_", "scale_gradient_"])
+def test_meta_tensors_are_overwritten_by_nothing(name):
+    assert getattr(ops, name)(**to_meta(OVERWRITING[name][0])) is None
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", _ops.DTYPES, ids=str)
 def test_forward_saves_what_its_documentation_says(dtype, shape):
