@@ -77,8 +77,9 @@ def largest_errors(dtype: torch.dtype, soft: bool, device: str, has_options: boo
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the largest error, relative to what is above 1."""
-    return ((actual.cpu() - exact).abs() / exact.abs().clamp(min=1)).max().item()
+    """Return the largest error, relative above 1; infinity for NaN, which max() loses."""
+    errors = (actual.cpu() - exact).abs() / exact.abs().clamp(min=1)
+    return errors.nan_to_num(nan=torch.inf).max().item()
 
 
 def is_right(errors: Errors, dtype: torch.dtype, device: str) -> bool:

@@ -85,6 +85,11 @@ def is_under_torch_func() -> bool:
     return bool(torch._C._functorch.get_interpreter_stack())
 
 
+def is_batched(tensor: Tensor | None) -> bool:
+    """Whether it is many tensors at once: autograd's own vmap, which is none of torch.func."""
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def _forward(tensors: Tensors | list, options: Options) -> tuple:
     results = _ops.forward(*tensors, *options.for_forward())
     if not options.statistics:
@@ -149,6 +154,10 @@ class CrossEntropy(torch.autograd.Function):
         if needs_logits and ctx.inplace:
             _ops.backward_(*inputs, *ctx.options.for_backward())
             grad_logits = logits.detach()
+        elif needs_logits and torch.is_grad_enabled() and any(map(is_batched, upstream)):
+            # A Function inside autograd's own vmap would return what no graph leads to.
+            variables = [grad for grad in upstream if grad is not None]
+            grad_logits = _gradients(ctx.options, inputs, variables, logits)[0]
         elif needs_logits and torch.is_grad_enabled():
             grad_logits = CrossEntropyBackward.apply(*inputs, ctx.options)
         elif needs_logits:

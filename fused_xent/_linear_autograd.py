@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _autograd, _linear, _ops
-from ._autograd import Options, Tensors
+from ._autograd import Options, Tensors, is_batched
 from ._checks import is_autocast
 
 _NO_GRADIENTS = (None,) * 8  # of the inputs beside hidden, weight and bias
@@ -97,7 +97,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 ctx.saved_tensors[:7], ctx.options, ctx.classes, ctx.chunk_rows, ctx.needs
             )
             gradients = _linear.backward(*upstream, *operands)
-        elif is_compiling or _is_batched(grad_loss):
+        elif is_compiling or is_batched(grad_loss):
             gradients = [(gradient * grad_loss).to(gradient.dtype) for gradient in gradients]
         else:
             for gradient, needed in zip(gradients, ctx.needs, strict=True):
@@ -108,11 +108,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             for gradient, needed in zip(gradients, ctx.needs, strict=True)
         )
         return *wanted, *_NO_GRADIENTS
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether it is many tensors at once: autograd's own vmap, which is none of torch.func."""
-    return "Batched" in str(torch._C._dispatch_keys(tensor))
 
 
 def _scale(gradient: Tensor, grad_loss: Tensor) -> None:

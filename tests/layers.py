@@ -54,3 +54,7 @@ def make_target(soft=False, dtype=torch.float32, n_rows=N, n_classes=C):
     target = torch.randint(n_classes, (n_rows,))
     target[1::4] = -100
     return target
+
+
+def doubled(tensors):
+    return [x.detach().double().requires_grad_() for x in tensors]

@@ -152,6 +152,53 @@ def test_first_derivative_for_a_graph_is_the_kernels():
     assert graph.requires_grad
 
 
+OUTPUTS = {
+    "loss": lambda x, reduction: F.cross_entropy(x, TARGET, reduction=reduction),
+    "lse": lambda x, reduction: x.logsumexp(1) * (TARGET != -100),
+    "entropy": lambda x, reduction: (
+        torch.distributions.Categorical(logits=x).entropy() * (TARGET != -100)
+    ),
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_batches_of_upstream_gradients(name, reduction, dim):
+    """Along any dimension of theirs, sample by sample and no sample for another."""
+    x = small()
+
+    def output(x):
+        return getattr(cross_entropy_with_statistics(x, TARGET, reduction=reduction), name)
+
+    one, pull = func.vjp(output, x)
+    upstream = torch.randn(one.shape, dtype=DOUBLE)
+    upstream = torch.stack([upstream, 2 * upstream, upstream.flip(0) if one.dim() else -upstream])
+    if dim == 1 and one.dim():
+        upstream = upstream.movedim(0, 1).contiguous()
+    in_dim = dim if one.dim() else 0
+    _, exact = func.vjp(lambda x: OUTPUTS[name](x, reduction), x)
+    both = (func.vmap(f, in_dims=in_dim)(upstream)[0] for f in (pull, exact))
+    close(*both)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_batches_of_gradients_for_a_graph(reduction, dtype):
+    """Of autograd's own vmap: each has a second derivative, as the gradient of one has."""
+    x = torch.randn(3, 6, dtype=dtype, requires_grad=True)
+    results = []
+    for function in (cross_entropy, F.cross_entropy):
+        loss = function(x, TARGET, reduction=reduction)
+        upstream = torch.arange(1.0, 13.0, dtype=dtype)[: 4 * loss.numel()].view(4, *loss.shape)
+        (gradient,) = torch.autograd.grad(
+            loss, x, upstream, create_graph=True, is_grads_batched=True
+        )
+        (second,) = torch.autograd.grad(gradient.pow(2).sum(), x)
+        results.append((gradient, second))
+    close(*results)
+
+
 # ---- what is saved, and when it is used --------------------------------------------------------
 
 

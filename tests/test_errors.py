@@ -3,6 +3,7 @@
 import contextlib
 import re
 
+import numpy as np
 import pytest
 import torch
 from cases import make_logits
@@ -183,6 +184,72 @@ REFUSED = {
         for value in values
     },
     "word for a softcap": ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
+    **{
+        f"sparse {name}": (
+            {name: values.to_sparse()},
+            ValueError,
+            f"{name} must be a dense tensor, got layout torch.sparse_coo",
+        )
+        for name, values in {
+            "input": INPUT,
+            "target": TARGET,
+            "weight": torch.ones(9),
+            "token_weight": torch.ones(4),
+        }.items()
+    },
+    **{
+        f"bool for {name}": ({name: True}, TypeError, f"{name} must be an int, got bool")
+        for name in ("ignore_index", "dim")
+    },
+    "ignore_index just beyond int64": (
+        {"ignore_index": 2**63},
+        ValueError,
+        f"ignore_index must fit in 64 bits, got {2**63}",
+    ),
+    "ignore_index just below int64": (
+        {"ignore_index": -(2**63) - 1},
+        ValueError,
+        "ignore_index must fit in 64 bits, got -",
+    ),
+    "class 0 ignored of probabilities": (
+        {"target": PROBABILITIES, "ignore_index": 0},
+        ValueError,
+        "ignore_index must be negative.*got 0",
+    ),
+    "integer weight beside probabilities": (
+        {"target": PROBABILITIES, "weight": torch.ones(9).long()},
+        ValueError,
+        "weight must .*got torch.int64",
+    ),
+    "complex normalizer": (
+        {"normalizer": torch.tensor(1j)},
+        ValueError,
+        r"normalizer must be .* of real numbers, got torch.complex64 of shape \(\)",
+    ),
+    "NaN for a normalizer": (
+        {"normalizer": float("nan")},
+        ValueError,
+        "normalizer must be finite and not 0, got nan",
+    ),
+    "normalizer of minus infinity": (
+        {"normalizer": -float("inf")},
+        ValueError,
+        "normalizer must be finite and not 0, got -inf",
+    ),
+    "scale far below the cap": (
+        {"softcap": 1e20, "logit_scale": 1e-20},
+        ValueError,
+        r"logit_scale / softcap must be in \[1e-30, 1e\+30\], got 1e-20 / 1e\+20 = 1e-40",
+    ),
+    **{
+        f"{name} just outside": ({name: value}, ValueError, rf"{name} must be in \[.*\], got")
+        for name, value in {
+            "softcap": 0.9e-30,
+            "logit_scale": 1.1e30,
+            "focal_gamma": 1.1e30,
+            "lse_square_scale": 1.1e30,
+        }.items()
+    },
     "both overwriting modes": (
         {"inplace_backward": True, "grad_in_forward": True},
         ValueError,
@@ -196,6 +263,104 @@ def test_refused(refused):
     arguments, error, message = REFUSED[refused]
     with pytest.raises(error, match=message):
         fused_xent.cross_entropy(**{"input": INPUT, "target": TARGET, **arguments})
+
+
+LEAF = torch.randn(4, 9, requires_grad=True)
+SIX_DIMENSIONS = torch.randn(2, 9, 2, 2, 2, 2).permute(5, 1, 4, 3, 2, 0)
+IN_FULL = {  # with the remedy
+    "target must have shape (4,) (class indices) or (4, 9) (probabilities) for logits of shape "
+    "(4, 9) with their classes in dimension 1, got (9,): for classes elsewhere, see dim": {
+        "target": torch.arange(9)
+    },
+    "target must have shape (9,) (class indices) or (4, 9) (probabilities) for logits of shape "
+    "(4, 9) with their classes in dimension 0, got (4,): for classes elsewhere, see dim": {
+        "dim": -2
+    },
+    "target must hold floating-point probabilities where it has input's shape (4, 9), got "
+    "torch.int64": {"target": PROBABILITIES.long()},
+    "ignore_index must be negative (without effect) where target holds probabilities, got 3": {
+        "target": PROBABILITIES,
+        "ignore_index": 3,
+    },
+    "logit_scale / softcap must be in [1e-30, 1e+30], got 1e+20 / 1e-20 = 1e+40": {
+        "softcap": 1e-20,
+        "logit_scale": 1e20,
+    },
+    "normalizer must be a number or a tensor of shape () of real numbers, got torch.float32 of "
+    "shape (4,)": {"normalizer": torch.ones(4)},
+    "normalizer must be None unless reduction is 'mean', got 3 and 'none'": {
+        "normalizer": 3,
+        "reduction": "none",
+    },
+    "loss_dtype must be torch.float32, torch.float64, torch.bfloat16 or torch.float16, got "
+    "torch.int64": {"loss_dtype": torch.int64},
+    "inplace_backward must be False where grad_in_forward is True, got True": {
+        "inplace_backward": True,
+        "grad_in_forward": True,
+    },
+    "inplace_backward must be False where input is a leaf of the graph: its values are the "
+    "caller's, and would be overwritten by their gradient": {
+        "input": LEAF,
+        "inplace_backward": True,
+    },
+    "grad_in_forward must be False where several elements of input share memory, got strides "
+    "(0, 1) of shape (4, 9): clone it": {
+        "input": INPUT[:1].expand(4, 9),
+        "grad_in_forward": True,
+    },
+    "inplace_backward must be False where input has more than 4 row dimensions that cannot be "
+    f"merged, got strides {SIX_DIMENSIONS.stride()} of shape (2, 9, 2, 2, 2, 2): clone it": {
+        "input": SIX_DIMENSIONS,
+        "target": torch.zeros(2, 2, 2, 2, 2, dtype=torch.int64),
+        "inplace_backward": True,
+    },
+    "grad_in_forward must be False where target requires a gradient: the logits that it would be "
+    "computed from are overwritten; use inplace_backward": {
+        "target": PROBABILITIES.clone().requires_grad_(),
+        "grad_in_forward": True,
+    },
+    "grad_in_forward must be False for float16 input: what the forward writes, not yet multiplied "
+    "by a loss scale, falls below float16's range; use inplace_backward": {
+        "input": INPUT.half(),
+        "grad_in_forward": True,
+    },
+    "grad_in_forward must be False where input is a view of a part of another tensor, got shape "
+    "(4, 9) of (5, 9): use inplace_backward, or clone it": {
+        "input": torch.zeros(5, 9)[1:],
+        "grad_in_forward": True,
+    },
+}
+
+
+@pytest.mark.parametrize("message", IN_FULL)
+def test_messages_in_full(message):
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+        fused_xent.cross_entropy(**{"input": INPUT, "target": TARGET, **IN_FULL[message]})
+    assert str(error.value) == message
+
+
+TAKEN = {  # each at the end of what is allowed
+    "ignore_index": (-(2**63), 2**63 - 1),
+    "dim": (-1, 1),
+    "label_smoothing": (0, 1, 1.0),
+    "lse_square_scale": (0, 1e30),
+    "softcap": (1e-30, 9e29),
+    "logit_scale": (1e-30, 1e30),
+    "focal_gamma": (0, 1e30),
+    "normalizer": (-3, 1e-300, torch.tensor(3)),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken(name):
+    """No number of another type, as of numpy, is refused either."""
+    for value in TAKEN[name]:
+        loss = fused_xent.cross_entropy(INPUT, TARGET, **{name: value})
+        assert not loss.isnan()
+    value = TAKEN[name][0]
+    number = np.int64(value) if isinstance(value, int) else np.float32(1)
+    plain = fused_xent.cross_entropy(INPUT, TARGET, **{name: number.item()})
+    assert torch.equal(fused_xent.cross_entropy(INPUT, TARGET, **{name: number}), plain)
 
 
 def test_ignore_index_beyond_int64():
@@ -347,6 +512,54 @@ def test_rows_of_more_dimensions_than_the_kernels_count(mode):
     together = (leaf * 1).flatten(2).mT  # of the same elements, in rows of two dimensions
     target = target.flatten().new_zeros(2, 32)
     fused_xent.cross_entropy(together, target, dim=-1, **MODES[mode]).backward()
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_rows_of_as_many_dimensions_as_the_kernels_count(mode):
+    """Four that cannot be merged, beside some of size 1 and of the classes, wherever these lie."""
+    leaf = torch.randn(2, 9, 2, 2, 2, 1).double().requires_grad_()
+    for order in ((4, 1, 3, 0, 2, 5), (5, 1, 4, 3, 2, 0), (2, 1, 0, 5, 4, 3)):
+        target = torch.randint(9, leaf.permute(order).select(1, 0).shape)
+        logits = (leaf * 1).permute(order)
+        loss = fused_xent.cross_entropy(logits, target, **MODES[mode])
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        exact = torch.nn.functional.cross_entropy(leaf.permute(order), target)
+        torch.testing.assert_close(gradient, torch.autograd.grad(exact, leaf)[0])
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_rows_of_one_dimension_too_many(mode):
+    leaf = torch.randn(2, 9, 2, 2, 2, 2, requires_grad=True)
+    logits = (leaf * 1).permute(5, 1, 4, 3, 2, 0)
+    target = torch.randint(9, logits.select(1, 0).shape)
+    before = logits.detach().clone()
+    with pytest.raises(RuntimeError, match=r"must be False .*more than 4 row dimensions.*strides"):
+        fused_xent.cross_entropy(logits, target, **MODES[mode])
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_rows_of_many_dimensions_that_are_one(mode):
+    """However many, where they lie as the rows of a matrix do: all of them, or in two parts."""
+    for order in ((0, 1, 2, 3, 4, 5, 6), (3, 4, 5, 0, 1, 2, 6)):
+        leaf = torch.randn(2, 1, 2, 2, 3, 2, 9).double().requires_grad_()
+        logits = (leaf * 1).permute(order)
+        target = torch.randint(9, logits.shape[:-1])
+        loss = fused_xent.cross_entropy(logits, target, dim=-1, **MODES[mode])
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        flat = leaf.permute(order).flatten(0, -2)
+        exact = torch.nn.functional.cross_entropy(flat, target.flatten())
+        torch.testing.assert_close(gradient, torch.autograd.grad(exact, leaf)[0])
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+def test_a_dimension_of_size_1_shares_no_memory(mode):
+    """Whatever its stride: an expanded one has 0."""
+    leaf = torch.randn(4, 9, requires_grad=True)
+    logits = (leaf * 1).as_strided((4, 9, 1), (9, 1, 0))
+    fused_xent.cross_entropy(logits, TARGET[:, None], **MODES[mode]).backward()
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(leaf, TARGET), leaf)[0]
+    torch.testing.assert_close(leaf.grad, expected)
 
 
 def test_unknown_arguments():

@@ -86,6 +86,52 @@ def test_focal_loss_of_the_paper():
         torch.testing.assert_close(loss.item(), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("function", [cross_entropy, reference.cross_entropy])
+def test_cap_of_scaled_logits(function):
+    logits, target = problem()
+    expected = F.cross_entropy(2.5 * torch.tanh(1.7 * logits / 2.5), target)
+    loss = function(logits, target, softcap=2.5, logit_scale=1.7)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("function", [cross_entropy, reference.cross_entropy])
+def test_focal_loss_of_certain_rows(function, gamma, soft):
+    """0, and so its gradients, though the power of 0 has no derivative."""
+    logits = torch.tensor([[1e4, 0, -1], [0, 2, 1]], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 1])
+    labels = F.one_hot(target, 3).double() if soft else target
+    loss = function(logits, labels, focal_gamma=gamma, reduction="none")
+    torch.testing.assert_close(
+        loss, (1 - (-by_row(logits, target)).exp()) ** gamma * by_row(logits, target)
+    )
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert (gradient[0] == 0).all()
+    rest = by_row(logits[1:], target[1:])
+    (expected,) = torch.autograd.grad(((1 - (-rest).exp()) ** gamma * rest).sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("of_weight", [False, True], ids=["kernels", "torch operations"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entropy_of_masked_classes(dtype, of_weight):
+    """Classes of logit minus infinity add 0, and get the gradient 0."""
+    logits = make_logits((3, 7), dtype)
+    logits[:, [1, 4]] = -torch.inf
+    leaf, weight = logits.requires_grad_(), torch.ones(7, dtype=dtype, requires_grad=of_weight)
+    results = cross_entropy_with_statistics(leaf, torch.tensor([0, 2, -100]), weight)
+    rest = logits.detach().double()[:2, [0, 2, 3, 5, 6]].requires_grad_()
+    expected = torch.distributions.Categorical(logits=rest).entropy()
+    torch.testing.assert_close(results.entropy[:2].double(), expected, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(results.entropy.sum(), leaf)
+    (exact,) = torch.autograd.grad(expected.sum(), rest)
+    assert (gradient[:, [1, 4]] == 0).all()
+    eps = torch.finfo(dtype).eps
+    actual = gradient[:2, [0, 2, 3, 5, 6]].double()
+    torch.testing.assert_close(actual, exact, rtol=max(eps, 1e-5), atol=max(eps, 1e-5))
+
+
 def test_mean_divides_by_class_weight_times_token_weight():
     logits, target = problem()
     weight = torch.rand(7, dtype=torch.float64)
@@ -198,6 +244,17 @@ def test_signature_of_the_statistics_is_that_of_the_loss():
         if defaults[name] is not inspect.Parameter.empty:
             assert defaults[name] == parameter.default
     assert both.return_annotation is fused_xent.CrossEntropyStatistics
+    kinds = [parameter.kind.name for parameter in both.parameters.values()]
+    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 3 + ["KEYWORD_ONLY"] * (len(kinds) - 3)
+    assert [p.default for p in both.parameters.values()] == [
+        p.default for p in loss.parameters.values()
+    ]
+    loss, both = (
+        inspect.signature(f)
+        for f in (fused_xent.linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics)
+    )
+    assert loss.parameters == both.parameters
+    assert both.return_annotation == "CrossEntropyStatistics"
 
 
 # ---- precision ---------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from fused_xent import __main__, _ops
 
 pytestmark = pytest.mark.cpu("without kernels")
 PACKAGE = Path(fused_xent.__file__).parent
+D = torch.float64
 
 
 @pytest.fixture
@@ -133,29 +136,89 @@ def test_report_of_what_runs_here(run_python):
     assert "WRONG" not in report.stdout
 
 
-@pytest.mark.parametrize("part", ["loss", "gradient", "lse", "entropy"])
-def test_report_of_a_kernel_that_is_wrong(part, monkeypatch, capsys):
-    def wrong_loss(input, *arguments, **options):
-        loss = fused_xent.cross_entropy(input, *arguments, **options)
-        if part == "loss":
-            loss = loss + 1e-4
-        return loss * 1.001 - loss.detach() * 0.001 if part == "gradient" else loss
+PARTS = ("loss", "gradient", "lse", "entropy", "z_loss")
 
-    def wrong_statistics(*arguments, **options):
-        results = fused_xent.cross_entropy_with_statistics(*arguments, **options)
-        return results._replace(**{part: getattr(results, part) * 1.001})
 
-    monkeypatch.setattr(__main__, "SHAPES", ((8, 100),))
+class Wrong(NamedTuple):
+    """A fault of some kernel: in a part of its results, and of some calls."""
+
+    part: str
+    change: Callable = lambda x: x * 1.001
+    mode: str | None = None
+    dtype: torch.dtype | None = None
+    soft: bool | None = None
+    all_options: bool | None = None
+
+    def concerns(self, input, target, options) -> bool:
+        """Whether a call is one of those that go wrong."""
+        return (
+            (self.mode is None or options.get(self.mode, False))
+            and self.dtype in (None, input.dtype)
+            and self.soft in (None, target.is_floating_point())
+            and self.all_options in (None, "softcap" in options)
+        )
+
+    def loss(self, input, target, **options):
+        loss = fused_xent.cross_entropy(input, target, **options)
+        if not self.concerns(input, target, options):
+            return loss
+        if self.part == "gradient":
+            return self.change(loss) + (loss - self.change(loss)).detach()
+        return self.change(loss) if self.part == "loss" else loss
+
+    def statistics(self, input, target, **options):
+        results = fused_xent.cross_entropy_with_statistics(input, target, **options)
+        if self.part not in PARTS[2:] or not self.concerns(input, target, options):
+            return results
+        return results._replace(**{self.part: self.change(getattr(results, self.part))})
+
+
+def first_lost(x):
+    return x.index_fill(0, torch.tensor(0), torch.nan)
+
+
+WRONG = {  # and of how many of the 16 lines, in which a gradient of 16 bits has few digits
+    **{part: (Wrong(part), 8) for part in PARTS},
+    **{f"NaN for {part}": (Wrong(part, first_lost), 8) for part in PARTS if part != "gradient"},
+    **{f"float64 {part}": (Wrong(part, lambda x: x * (1 + 1e-10), dtype=D), 2) for part in PARTS},
+    "loss of bfloat16": (Wrong("loss", dtype=torch.bfloat16), 4),
+    "loss of float16": (Wrong("loss", dtype=torch.float16), 4),
+    "loss inplace": (Wrong("loss", mode="inplace_backward"), 16),
+    "loss of the fused mode": (Wrong("loss", mode="grad_in_forward"), 12),
+    "loss of probabilities": (Wrong("loss", soft=True), 8),
+    "loss of all options": (Wrong("loss", all_options=True), 8),
+    "loss of indices, plain": (Wrong("loss", soft=False, all_options=False), 4),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_report_of_a_kernel_that_is_wrong(name, monkeypatch, capsys):
+    """Each kind of result, call and error has a line that says so, and an exit status."""
+    wrong, least = WRONG[name]
+    monkeypatch.setattr(__main__, "SHAPES", ((8, 100), (2, 5, 3)))
     assert __main__.main([]) == 0
     assert "WRONG" not in capsys.readouterr().out
-    monkeypatch.setattr(__main__, "cross_entropy", wrong_loss)
-    if part in ("lse", "entropy"):
-        monkeypatch.setattr(__main__, "cross_entropy_with_statistics", wrong_statistics)
+    monkeypatch.setattr(__main__, "cross_entropy", wrong.loss)
+    monkeypatch.setattr(__main__, "cross_entropy_with_statistics", wrong.statistics)
     assert __main__.main([]) == 1
     *_, last = report = capsys.readouterr().out.splitlines()
     n_wrong = sum(line.endswith("  WRONG") for line in report)
-    assert n_wrong >= 4  # in 16 bits a gradient has few digits
+    assert n_wrong >= least
     assert last == f"{n_wrong} lines are WRONG"
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_report_of_one_shape_that_is_wrong(index, monkeypatch):
+    """Whichever it is of those that are tried."""
+    shapes = ((8, 100), (4, 10), (2, 5, 3))
+    monkeypatch.setattr(__main__, "SHAPES", shapes)
+
+    def wrong(input, *arguments, **options):
+        loss = fused_xent.cross_entropy(input, *arguments, **options)
+        return loss * 1.001 if input.shape == shapes[index] else loss
+
+    monkeypatch.setattr(__main__, "cross_entropy", wrong)
+    assert __main__.main([]) == 1
 
 
 def test_report_that_is_not_read_to_its_end(run_python):
@@ -170,3 +233,68 @@ def test_report_of_an_instruction_set_that_does_not_exist(run_python):
     assert report.returncode == 1
     assert "must be avx512_bf16, avx512, avx2 or portable, got 'sse'" in report.stdout
     assert "Traceback" not in report.stderr
+
+
+def test_version(run_python):
+    report = run_python("-m", "fused_xent", "--version")
+    assert (report.returncode, report.stdout) == (0, f"{fused_xent.__version__}\n")
+
+
+GPUS = {  # capability, and what is said of its kernels where they are loaded
+    (7, 5): "no kernels: compute capability 8.0 is the least",
+    (8, 0): "native kernels",
+    (9, 0): "native kernels, clusters of blocks for long rows in fused mode",
+    (12, 0): "native kernels, clusters of blocks for long rows in fused mode",
+}
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Pretends that there are two GPUs of a capability."""
+
+    def pretend(capability):
+        class Properties:
+            name, (major, minor) = "Some GPU", capability
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    return pretend
+
+
+@pytest.mark.parametrize("error", [None, "some reason, and another", "same"])
+@pytest.mark.parametrize("capability", GPUS)
+def test_report_of_gpus(capability, error, two_gpus, monkeypatch, capsys):
+    """Each with the kernels that it gets; checked where it gets some."""
+    two_gpus(capability)
+    monkeypatch.setattr(_ops, "CUDA_LOAD_ERROR", error)
+    monkeypatch.setattr(_ops, "LOAD_ERROR", error if error == "same" else None)
+    checked = []
+    monkeypatch.setattr(__main__, "print_checks", lambda device: checked.append(device) or 0)
+    assert __main__.main([]) == 0
+    report = capsys.readouterr().out.splitlines()
+    said = {
+        None: ("native kernels", GPUS[capability]),
+        "same": ("torch operations, as on the CPU", "torch operations"),
+        "some reason, and another": (
+            "torch operations, because some reason, and another",
+            "torch operations",
+        ),
+    }[error]
+    if capability < (8, 0):
+        said = said[0], GPUS[capability]
+    assert f"CUDA: {said[0]}" in report
+    shown = f"compute capability {capability[0]}.{capability[1]}: {said[1]}"
+    assert [line for line in report if "GPU" in line] == [
+        f"  GPU {index}: Some GPU, {shown}" for index in range(2)
+    ]
+    assert checked == (["cpu", "cuda"] if capability >= (8, 0) else ["cpu"])
+
+
+def test_exit_status_counts_every_device(two_gpus, monkeypatch, capsys):
+    two_gpus((9, 0))
+    monkeypatch.setattr(__main__, "print_checks", lambda device: 2 if device == "cuda" else 1)
+    assert __main__.main([]) == 1
+    assert capsys.readouterr().out.endswith("\n3 lines are WRONG\n")

@@ -12,6 +12,7 @@ from compare import assert_gradient, assert_loss, truth
 from modes import MODES
 
 import fused_xent
+from fused_xent import _ops
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 HALF = (torch.bfloat16, torch.float16)
@@ -232,6 +233,20 @@ def test_probabilities_of_no_classes(shape, mode):
         assert logits.grad.shape == shape
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+def test_statistics_of_no_classes(soft):
+    """Nothing is added up, and no class is the first or right."""
+    logits = torch.zeros(5, 0)
+    target = torch.zeros(5, 0) if soft else torch.full((5,), -100)
+    results = fused_xent.cross_entropy_with_statistics(
+        logits, target, reduction="none", lse_square_scale=0.5
+    )
+    for one in results[:4]:
+        assert torch.equal(one, torch.zeros(5))
+    assert torch.equal(results.argmax, torch.full((5,), -1))
+    assert not results.correct.any()
+
+
 NARROW = [
     (torch.uint8, 156, -100),  # equal modulo 2^8
     (torch.uint8, 5, 2**8 + 5),
@@ -328,3 +343,17 @@ def test_meta_tensors_have_shapes_and_dtypes():
     assert (loss.shape, loss.dtype, loss.device.type) == ((4, 5), torch.bfloat16, "meta")
     loss.sum().backward()
     assert input.grad.shape == input.shape
+
+
+@pytest.mark.parametrize("normalizer", [3, 2.5, torch.tensor(3.0), torch.tensor(3).half()])
+def test_normalizer_goes_to_the_logits_device(normalizer, monkeypatch):
+    """A number of the host beside logits elsewhere."""
+    given, forward = [], _ops.forward
+    monkeypatch.setattr(_ops, "forward", lambda *x: given.append(x[4]) or forward(*x))
+    input = torch.empty(4, 9, device="meta", requires_grad=True)
+    target = torch.empty(4, device="meta", dtype=torch.int64)
+    loss = fused_xent.cross_entropy(input, target, normalizer=normalizer)
+    assert [(x.device.type, x.dtype, x.shape) for x in given] == [("meta", torch.float64, ())]
+    assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "meta")
+    loss.backward()
+    assert input.grad.device.type == "meta"

@@ -13,6 +13,7 @@ from layers import (
     H,
     N,
     by_classes,
+    doubled,
     fused,
     gradients_of,
     in_chunks,
@@ -35,10 +36,6 @@ def layout(request, monkeypatch, device):
         pytest.skip("logits lie class by class on the CPU alone")
     LAYOUTS[request.param](monkeypatch)
     return request.param
-
-
-def doubled(tensors):
-    return [x.detach().double().requires_grad_() for x in tensors]
 
 
 def error(actual, exact):
@@ -170,8 +167,9 @@ def test_sums_over_many_chunks_are_not_rounded(dtype):
     exact = gradients_of(unfused(F.cross_entropy, exact_layer, target), exact_layer)
     whole = gradients_of(unfused(F.cross_entropy, layer, target), layer)
     chunks = gradients_of(fused(layer, target, chunk_rows=4), layer)
+    least = 1e-6 if dtype != torch.float64 else 1e-14
     for one, other, right in zip(chunks, whole, exact, strict=True):
-        assert error(one, right) <= 1.1 * error(other, right) + 1e-6
+        assert error(one, right) <= 1.1 * error(other, right) + least
 
 
 @by_dtype
@@ -346,6 +344,87 @@ def test_logits_never_exist(reduction, dtype, seen, monkeypatch):
     assert [numel for _, numel in seen] == [4 * n_classes] * (n_rows // 4 * passes)
 
 
+HAS_OPTIONS = hasattr(torch.nn, "LinearCrossEntropyOptions")
+CHUNKS = {  # how many rows are asked for, and how many the chunks of 20 then have
+    "chunk_rows": ({"chunk_rows": 8}, [7, 7, 6]),
+    "chunk_rows of all": ({"chunk_rows": 99}, [20]),
+    "chunk_rows beyond the limits": ({"chunk_rows": 20}, [20]),
+    "chunk_rows of one": ({"chunk_rows": 1}, [1] * 20),
+    "torch's option": ({"options": 5}, [5] * 4),
+    "torch's option, without a size": ({"options": None}, [4] * 5),
+    "chunk_rows rather than torch's option": ({"options": 5, "chunk_rows": 10}, [10, 10]),
+    "none": ({}, [4] * 5),
+}
+
+
+@pytest.mark.parametrize("few_bytes", [0, 1 << 30], ids=["few rows", ""])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_rows_of_a_chunk(name, few_bytes, monkeypatch, device):
+    """As many as asked for, or as are within this device's limits: 6 rows, or the bytes of 4."""
+    options, expected = CHUNKS[name]
+    if "options" in options:
+        if not HAS_OPTIONS:
+            pytest.skip("torch has LinearCrossEntropyOptions from 2.13 on")
+        size = options["options"]
+        torchs = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size)
+        options = options | {"options": torchs}
+    here, elsewhere = ("CPU", "GPU") if device == "cpu" else ("GPU", "CPU")
+    for limit, value in (("ROWS", 6), ("BYTES", 4 * C * 4 + 1)):
+        monkeypatch.setattr(_linear, f"{here}_{limit}", value)
+        monkeypatch.setattr(_linear, f"{elsewhere}_{limit}", 1)
+    monkeypatch.setattr(_linear, "FEW_BYTES", few_bytes)
+    rows, run = [], _ops.forward_backward_
+    monkeypatch.setattr(
+        _ops, "forward_backward_", lambda x, *others: rows.append(len(x)) or run(x, *others)
+    )
+    layer, target = make_layer(rows=(20,), n_features=8), make_target(n_rows=20)
+    loss = fused(layer, target, **options)
+    assert rows == expected
+    exact = unfused(F.cross_entropy, layer, target)
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(*(gradients_of(x, layer) for x in (loss, exact)))
+
+
+def test_limits_are_those_of_the_documentation():
+    limits = (_linear.CPU_ROWS, _linear.CPU_BYTES, _linear.GPU_ROWS, _linear.GPU_BYTES)
+    assert limits == (256, 100 * 2**20, 4096, 2**30)
+    text = " ".join(linear_cross_entropy.__doc__.split())
+    assert "256 rows and 100 MiB on a CPU and 4096 rows and 1 GiB on a GPU at most" in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("supported", ["bf16", "fp16", "none", "both"])
+def test_products_that_torch_is_slow_at(supported, device, monkeypatch):
+    """16-bit ones on a CPU that multiplies no such numbers: each dtype's is asked for."""
+    for name in ("bf16", "fp16"):
+        answer = supported in (name, "both")
+        monkeypatch.setattr(
+            torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda a=answer: a, raising=False
+        )
+    slow = {
+        dtype for dtype in DTYPES if _linear._is_slow(torch.empty(1, 1, dtype=dtype, device=device))
+    }
+    of_cpu = {
+        torch.bfloat16: supported in ("fp16", "none"),
+        torch.float16: supported in ("bf16", "none"),
+    }
+    assert slow == {dtype for dtype, is_slow in of_cpu.items() if is_slow and device == "cpu"}
+
+
+@pytest.mark.cpu("logits lie class by class on the CPU alone")
+@pytest.mark.parametrize("other", ["chunk_rows", "positions", "no gradient of the weight", "none"])
+def test_what_is_not_laid_out_class_by_class(other, seen, monkeypatch):
+    monkeypatch.setattr(_linear, "FEW_BYTES", 0)
+    classes = (1500, 2) if other == "positions" else (3000,)
+    layer = make_layer(rows=(20,), classes=classes, n_features=20, bias=False)
+    target = torch.randint(classes[0], (20, *classes[1:]))
+    if other == "no gradient of the weight":
+        layer[1].requires_grad_(False)
+    fused(layer, target, chunk_rows=20 if other == "chunk_rows" else None).backward()
+    memory = None if layer[1].grad is None else layer[1].grad.untyped_storage().data_ptr()
+    assert (seen[0][0] == memory) == (other == "none")
+
+
 @pytest.mark.cpu("logits lie class by class on the CPU alone")
 @pytest.mark.parametrize(
     ("dtype", "n_features", "beside"),
@@ -459,3 +538,14 @@ def test_gradient_of_the_loss_beside_statistics(layout):
     results = fused_xent.linear_cross_entropy_with_statistics(*layer[:2], target)
     expected = unfused(F.cross_entropy, layer[:2], target)
     torch.testing.assert_close(*(gradients_of(x, layer[:2]) for x in (results.loss, expected)))
+
+
+@pytest.mark.parametrize("statistics", [False, True], ids=["", "statistics"])
+def test_logits_are_made_once_for_a_loss_and_its_gradient(statistics, seen):
+    layer, target = make_layer(bias=False), make_target()
+    function = fused_xent.linear_cross_entropy_with_statistics
+    if not statistics:
+        function = linear_cross_entropy
+    results = function(*layer, target)
+    (results.loss if statistics else results).backward()
+    assert len(seen) == 1

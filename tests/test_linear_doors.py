@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import weakref
 
@@ -27,7 +28,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fused_xent
-from fused_xent import LinearCrossEntropyLoss, linear_cross_entropy, reference
+from fused_xent import LinearCrossEntropyLoss, _linear, _ops, linear_cross_entropy, reference
 
 # Of torch's own forward-mode formulas, of linearize, and of torch.compile.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -83,6 +84,19 @@ def test_gradients_of_all_that_may_have_one(layout):
     assert gradcheck(loss, (*layer, *others))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("of_layer", [False, True], ids=["alone", "and of the layer"])
+def test_gradients_of_probabilities(of_layer, reduction, layout):
+    layer, target = small_layer(), torch.rand(4, 6, dtype=DOUBLE, requires_grad=True)
+    for leaf in layer:
+        leaf.requires_grad_(of_layer)
+    leaves = [target, *layer] if of_layer else [target]
+    losses = fused(layer, target, reduction=reduction)
+    exact = unfused(F.cross_entropy, layer, target, reduction=reduction)
+    torch.testing.assert_close(losses, exact)
+    torch.testing.assert_close(*(gradients_of(x.sum(), leaves) for x in (losses, exact)))
+
+
 func = torch.func
 TRANSFORMS = {
     "grad": lambda f: lambda *x: func.grad(f, (0, 1, 2))(*x),
@@ -106,6 +120,47 @@ def test_transforms_of_torch_func(name):
         for f in (fused, lambda x, t: unfused(F.cross_entropy, x, t))
     ]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])
+def test_second_derivatives_of_some_of_the_layer(needs, layout):
+    layer = small_layer()
+    for leaf, needed in zip(layer, needs, strict=True):
+        leaf.requires_grad_(needed)
+    leaves = [leaf for leaf, needed in zip(layer, needs, strict=True) if needed]
+    results = []
+    for loss in (fused(layer, SMALL_TARGET), unfused(F.cross_entropy, layer, SMALL_TARGET)):
+        firsts = torch.autograd.grad(loss, leaves, create_graph=True)
+        results.append((*firsts, *gradients_of(sum(x.pow(2).sum() for x in firsts), leaves)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_no_gradient_is_made(context, monkeypatch):
+    """Which takes two matrix products more, and memory for it."""
+    in_chunks(monkeypatch)
+    products, product = [], _linear._product
+    monkeypatch.setattr(_linear, "_product", lambda *x: products.append(1) or product(*x))
+    layer, target = make_layer(), make_target()
+    monkeypatch.setattr(_ops, "forward_backward_", None)
+    with context():
+        fused(layer, target)
+    assert products == [1] * 3  # of four rows each
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
+def test_gradients_that_are_not_needed_have_no_elements(needs, dtype):
+    """And those that are have the layer's dtype, of several chunks as well."""
+    layer, target = [x.detach() for x in make_layer(dtype)], make_target()
+    inputs = (*layer, target, None, None, None, [C], -100, [0.0, 0.0, 0.0, 0.0, 1.0], 1)
+    for device in ("cpu", "meta"):
+        moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs]
+        results = torch.ops.fused_xent.linear_forward(*moved, torch.float32, False, 4, needs)
+        expected = [x.numel() if needed else 0 for x, needed in zip(layer, needs, strict=True)]
+        assert [x.numel() for x in results[4:]] == expected
+        assert [x.dtype for x in results[4:]] == [dtype] * 3
+        assert [x.numel() for x in results[1:4]] == [0] * 3
 
 
 def test_dual_numbers():
@@ -158,12 +213,20 @@ def test_batched_upstream_gradients(reduction, layout):
     upstream = torch.randn(3, *losses[0].shape, dtype=DOUBLE)
     results = [torch.autograd.grad(x, layer, upstream, is_grads_batched=True) for x in losses]
     torch.testing.assert_close(*results)
+    losses = [fused(layer, target, reduction=reduction)]
+    losses.append(unfused(F.cross_entropy, layer, target, reduction=reduction))
+    batched = {"create_graph": True, "is_grads_batched": True}
+    firsts = [torch.autograd.grad(x, layer, upstream, **batched) for x in losses]
+    torch.testing.assert_close(*firsts)
+    seconds = (gradients_of(sum(x.pow(2).sum() for x in first), layer) for first in firsts)
+    torch.testing.assert_close(*seconds)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["lse", "entropy", "z_loss", "loss"])
-def test_upstream_gradients_that_are_expanded(name, reduction, layout):
-    """As those of a sum are."""
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_upstream_gradients_that_are_expanded(create_graph, name, reduction, layout):
+    """As those of a sum are, of each output alone; for a graph as well."""
     hidden, linear_weight, bias = layer = make_layer(DOUBLE)
     target = make_target()
     options = {"lse_square_scale": 0.1, "reduction": reduction}
@@ -172,7 +235,9 @@ def test_upstream_gradients_that_are_expanded(name, reduction, layout):
     )
     exact = unfused(reference.cross_entropy_with_statistics, layer, target, **options)
     values = (getattr(x, name) for x in (results, exact))
-    torch.testing.assert_close(*(gradients_of(x.sum(), layer) for x in values))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x.sum(), layer, create_graph=create_graph) for x in values)
+    )
 
 
 USES = {
@@ -379,7 +444,9 @@ def test_operators(soft, reduction, needs):
         torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"shift": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"shift": 1}, {"drop_ignored": True}], ids=str
+)
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_tensors_without_memory(create_graph, options):
     layer = [x.detach().to("meta").requires_grad_() for x in make_layer()]
@@ -389,7 +456,9 @@ def test_tensors_without_memory(create_graph, options):
     assert [x.shape for x in gradients] == [x.shape for x in layer]
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"shift": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"shift": 1}, {"drop_ignored": True}], ids=str
+)
 def test_fake_tensors_outside_their_mode(options):
     with FakeTensorMode():
         layer, target = make_layer(), make_target()
@@ -400,8 +469,11 @@ def test_fake_tensors_outside_their_mode(options):
 # ---- tensor subclasses, the module -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", range(4))
-def test_tensor_subclasses_are_asked_first(index):
+TENSORS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight")
+
+
+@pytest.mark.parametrize("name", [*TENSORS, "normalizer"])
+def test_tensor_subclasses_are_asked_first(name):
     asked = []
 
     class Asked(torch.Tensor):
@@ -410,11 +482,13 @@ def test_tensor_subclasses_are_asked_first(index):
             asked.append(called)
             return super().__torch_function__(called, types, args, kwargs)
 
-    tensors = [x.detach() for x in (*make_layer()[:2], make_target(), make_layer()[2])]
-    expected = fused((tensors[0], tensors[1], tensors[3]), tensors[2])
-    tensors[index] = tensors[index].as_subclass(Asked)
+    layer = [x.detach() for x in make_layer()]
+    values = (*layer[:2], make_target(), layer[2], torch.rand(C), torch.rand(N))
+    tensors = dict(zip(TENSORS, values, strict=True)) | {"normalizer": torch.tensor(3.0)}
+    expected = linear_cross_entropy(**tensors, softcap=3.0)
+    tensors[name] = tensors[name].as_subclass(Asked)
     for function in (linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics):
-        results = function(*tensors[:3], linear_bias=tensors[3])
+        results = function(**tensors, softcap=3.0)
         loss = results if isinstance(results, torch.Tensor) else results.loss
         assert asked[0] is function
         torch.testing.assert_close(loss.as_subclass(torch.Tensor), expected)

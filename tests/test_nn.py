@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import pickle
 import warnings
 
@@ -11,6 +12,7 @@ from cases import DTYPES
 from modes import MODES
 
 import fused_xent
+import fused_xent.nn
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -126,6 +128,85 @@ def test_takes_all_options_and_a_batchs_tensors():
     batch = {"token_weight": torch.rand(2, 4), "normalizer": 3}
     expected = fused_xent.cross_entropy(logits, target, label_smoothing=0.1, **options, **batch)
     assert torch.equal(module(logits, target, **batch), expected)
+
+
+OPTIONS = {  # each unlike its default
+    "ignore_index": 2,
+    "reduction": "sum",
+    "label_smoothing": 0.1,
+    "lse_square_scale": 0.1,
+    "softcap": 3.0,
+    "logit_scale": 0.5,
+    "focal_gamma": 2.0,
+    "loss_dtype": torch.float64,
+    "dim": -1,
+    "inplace_backward": True,
+    "grad_in_forward": True,
+    "options": object(),
+    "shift": 1,
+    "drop_ignored": True,
+    "chunk_rows": 3,
+}
+MODULES = {
+    "cross_entropy": lambda **options: fused_xent.CrossEntropyLoss(**options),
+    "linear_cross_entropy": lambda **options: fused_xent.LinearCrossEntropyLoss(9, 5, **options),
+}
+
+
+@pytest.mark.parametrize("function", MODULES)
+def test_every_option_reaches_the_function(function, monkeypatch):
+    """As it was given, and one at a time: also after a copy, and named by repr."""
+    seen = {}
+    monkeypatch.setattr(fused_xent.nn, function, lambda *_, **options: seen.update(options))
+    parameters = inspect.signature(getattr(fused_xent, function)).parameters
+    names = [name for name in OPTIONS if name in parameters]
+    assert set(names) == set(parameters) - OF_OTHER_TESTS
+    weight, batch = torch.rand(5), {"token_weight": torch.rand(4), "normalizer": 3}
+    for name in names:
+        module = MODULES[function](weight=weight, **{name: OPTIONS[name]})
+        module(torch.rand(4, 9), torch.arange(4), **batch)
+        changed = {n for n in names if seen[n] != parameters[n].default}
+        assert changed == {name}
+        assert seen[name] is OPTIONS[name] or seen[name] == OPTIONS[name]
+        assert torch.equal(seen["weight"], weight)
+        assert seen["token_weight"] is batch["token_weight"]
+        assert seen["normalizer"] == 3
+        assert f"{name}={OPTIONS[name]!r}" in repr(module)
+        MODULES[function]()(torch.rand(4, 9), torch.arange(4))
+        assert all(seen[n] == parameters[n].default for n in names)
+        assert (seen["weight"], seen["token_weight"], seen["normalizer"]) == (None,) * 3
+
+
+OF_OTHER_TESTS = {  # tensors, and what torch's module turns into a reduction
+    *("input", "target", "weight", "token_weight", "normalizer", "size_average", "reduce"),
+    *("linear_weight", "linear_bias"),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_parameters_of_the_linear_module(bias):
+    options = {"out_features": [2, 3], "bias": bias, "dtype": torch.float64, "device": "meta"}
+    module = fused_xent.LinearCrossEntropyLoss(9, 5, weight=torch.rand(5), **options)
+    layer = {"linear.weight": (30, 9)} | ({"linear.bias": (30,)} if bias else {})
+    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == layer
+    assert {(p.dtype, p.device.type) for p in module.parameters()} == {(torch.float64, "meta")}
+    assert set(module.state_dict()) == {*layer, "weight"}
+    assert module.out_features == (2, 3)
+    assert isinstance(module, torch.nn.modules.loss._WeightedLoss)
+
+
+def test_state_of_a_module_of_before_an_option_was_there():
+    module = fused_xent.CrossEntropyLoss()
+    for name in ("dim", "softcap", "loss_dtype", "lse_square_scale", "focal_gamma", "logit_scale"):
+        del module.__dict__[name]
+    del module.__dict__["inplace_backward"], module.__dict__["grad_in_forward"]
+    logits, target = torch.randn(4, 5, requires_grad=True) * 1, torch.arange(4)
+    before = logits.detach().clone()
+    loss = module(logits, target)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(before, target))
+    loss.backward()
+    assert torch.equal(logits, before)
+    assert repr(module) == "CrossEntropyLoss()"
 
 
 def test_moves_its_weight():

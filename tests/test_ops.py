@@ -105,6 +105,22 @@ def test_meta_implementations_agree_in_strides(extras, transposed, shape):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("number", range(5))
+def test_meta_implementations_agree_by_each_option_alone(number, soft):
+    """What is returned depends on some of them: the slope, and the mass of probabilities."""
+    numbers = [*PLAIN[:number], ALL_NUMBERS[number], *PLAIN[number + 1 :]]
+    forward = make_arguments(kind="probabilities" if soft else "index") | {"numbers": numbers}
+    both = (ops.forward(**forward), ops.forward(**to_meta(forward)))
+    for one, other in zip(*both, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@pytest.mark.parametrize("name", ["backward_", "scale_gradient_"])
+def test_meta_tensors_are_overwritten_by_nothing(name):
+    assert getattr(ops, name)(**to_meta(OVERWRITING[name][0])) is None
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", _ops.DTYPES, ids=str)
 def test_forward_saves_what_its_documentation_says(dtype, shape):
@@ -225,6 +241,34 @@ def test_overlapping_memory_is_not_written_to():
     with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
         ops.scale_gradient_(EXPANDED, 2 * BACKWARD["grad_loss"], TARGET, None, 1, -100)
     assert torch.equal(EXPANDED, before)
+
+
+OVERWRITING = {  # each with the name of what it overwrites
+    "forward_backward_": (FORWARD, "logits"),
+    "backward_": (BACKWARD, "logits"),
+    "scale_gradient_": (
+        {
+            **{name: FORWARD[name] for name in ("target", "token_weight", "dim", "ignore_index")},
+            "grad_logits": LOGITS,
+            "grad_loss": 2 * BACKWARD["grad_loss"],
+        },
+        "grad_logits",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_version_of_what_is_overwritten(name):
+    """One more after the call, of no other argument, and none after a refusal."""
+    arguments, overwritten = OVERWRITING[name]
+    arguments = {n: x.clone() if torch.is_tensor(x) else x for n, x in arguments.items()}
+    before = {n: x._version for n, x in arguments.items() if torch.is_tensor(x)}
+    with pytest.raises((ValueError, RuntimeError), match="must"):
+        getattr(ops, name)(**arguments | {"target": TARGET[1:]})
+    assert {n: arguments[n]._version for n in before} == before
+    getattr(ops, name)(**arguments)
+    after = before | {overwritten: before[overwritten] + 1}
+    assert {n: arguments[n]._version for n in before} == after
 
 
 @pytest.mark.parametrize(

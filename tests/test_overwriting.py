@@ -53,6 +53,33 @@ def test_scalar_upstream_is_applied_once(factor, mode):
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
+ONE_A_ROW = {  # upstream gradients of which some are such that a kernel may skip the row
+    "first 1": [1.0, 2, 3, 4, 5, 6],
+    "all 1": [1.0] * 6,
+    "last other": [1.0, 1, 1, 1, 1, -2],
+    "first 0": [0.0, 1, 0, 3, 0, 1],
+    "not finite where no row counts": [1.0, torch.inf, torch.nan, 1, 2, 3],
+}
+
+
+@by_mode
+@pytest.mark.parametrize("n_classes", [7, 150])
+@pytest.mark.parametrize("upstream", ONE_A_ROW)
+def test_upstream_of_each_row_is_its_own(upstream, n_classes, mode):
+    """Rows that are ignored, or of token weight 0, have the gradient 0 at any."""
+    leaf, target = make_problem(n_classes=n_classes)
+    upstream, tokens = torch.tensor(ONE_A_ROW[upstream]), torch.ones(N_ROWS)
+    tokens[2] = 0
+    kept = torch.tensor([0, 3, 4, 5])
+    exact = F.cross_entropy(leaf[kept], target[kept], reduction="none")
+    expected = torch.autograd.grad(exact, leaf, upstream[kept])[0]
+    loss = fused_xent.cross_entropy(
+        leaf * 1, target, token_weight=tokens, reduction="none", **MODES[mode]
+    )
+    loss.backward(upstream)
+    torch.testing.assert_close(leaf.grad, expected)
+
+
 @by_mode
 def test_sum_of_several_losses_of_different_logits(mode):
     leaf, target = make_problem()
@@ -112,6 +139,20 @@ def test_second_backward_is_refused(mode):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     assert torch.equal(leaf.grad, first)
+
+
+@by_mode
+@pytest.mark.parametrize("through", ["logits", "their base", "a view"])
+def test_logits_changed_between_forward_and_backward(through, mode):
+    leaf, target = make_problem()
+    memory = leaf * 1
+    logits = memory.view(N_ROWS, N_CLASSES)
+    loss = fused_xent.cross_entropy(logits, target, **MODES[mode])
+    with torch.no_grad():
+        {"logits": logits, "their base": memory, "a view": logits[1:, ::2]}[through].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert leaf.grad is None
 
 
 @by_mode

@@ -157,3 +157,33 @@ def test_probabilities_that_share_the_logits_memory(mode):
         return fused_xent.cross_entropy(logits, logits.detach(), **MODES[mode])
 
     refused_or_right(model, leaf, expected)
+
+
+def test_the_real_part_of_complex_numbers_has_no_gradient_in_forward():
+    """A part of memory of as many numbers, but of another dtype."""
+    leaf, target = make_problem()
+    logits = torch.complex(leaf, 2 * leaf).real
+    assert logits._base.numel() == logits.numel()
+    with pytest.raises(RuntimeError, match=r"must be False .*part of another tensor"):
+        fused_xent.cross_entropy(logits, target, grad_in_forward=True)
+    expected = gradient_of(lambda: F.cross_entropy(leaf, target), leaf)
+    actual = gradient_of(
+        lambda: fused_xent.cross_entropy(
+            torch.complex(leaf, 2 * leaf).real, target, inplace_backward=True
+        ),
+        leaf,
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@by_mode
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+def test_memory_that_the_target_shares(soft, mode):
+    """Refused before anything is written, whatever else would have noticed."""
+    leaf = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    logits = leaf * 1
+    before = logits.detach().clone()
+    target = logits.detach() if soft else logits.detach().view(torch.int64)[:, 0]
+    with pytest.raises(RuntimeError, match=r"must be False where target shares input's memory"):
+        fused_xent.cross_entropy(logits, target, **MODES[mode])
+    assert torch.equal(logits, before)

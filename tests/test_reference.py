@@ -61,3 +61,17 @@ def test_probability_or_weight_0_of_a_masked_class_adds_0(label_smoothing):
     assert cross_entropy(logits, soft, weight, label_smoothing=label_smoothing).isfinite()
     loss = cross_entropy(logits, torch.zeros(4).long(), weight, label_smoothing=label_smoothing)
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("target", [3, -1, 10**9])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_target_that_is_no_class_is_nan(label_smoothing, target):
+    """As of the kernels that do not wait for the GPU: the row's loss and gradient alone."""
+    logits = make_logits((3, 3), torch.float64).requires_grad_()
+    targets = torch.tensor([0, target, -100])
+    loss = cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    assert loss.isnan().tolist() == [False, True, False]
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient.isnan().all(1).tolist() == [False, True, False]
+    assert gradient.isnan().any(1).tolist() == [False, True, False]
+    assert cross_entropy(logits, targets, reduction="sum").isnan()
