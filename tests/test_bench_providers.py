@@ -2,6 +2,7 @@
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 import fused_xent
 from bench import __main__ as bench
 from bench import linear, loss, providers
-from bench.cases import Case, Options
-from bench.check import Check, WrongResult, torch_loss
+from bench.cases import DTYPES, Case, Options
+from bench.check import Check, WrongResult, relative, torch_loss, worst
 from bench.providers import ADAPTERS, Provider, Request, Unsupported, gather
 from bench.timing import Workload
 
@@ -22,22 +23,22 @@ SMALL = [*FEW, *TWO, "--rows", "24", "--vocab", "50"]
 SMALL_LINEAR = [*FEW, "--rows", "24", "--features", "16", "--vocab", "50"]
 
 
-def with_gradient(change):
-    """The right loss, whose gradient `change` is given with the target."""
+def with_gradient(change, factor=1.0):
+    """The right loss times `factor`; its right gradient is changed by `change`."""
 
     class Liar(torch.autograd.Function):
         @staticmethod
         def forward(ctx, logits, target):
-            leaf = logits.detach().clone().requires_grad_()
+            leaf = logits.detach().float().requires_grad_()  # small gradients stay what they are
             with torch.enable_grad():
                 value = F.cross_entropy(leaf, target)
                 (gradient,) = torch.autograd.grad(value, leaf)
-            ctx.gradient = change(gradient, target)
-            return value.detach()
+            ctx.gradient, ctx.dtype = change(gradient, target), logits.dtype
+            return (value.detach() * factor).to(logits.dtype)
 
         @staticmethod
         def backward(ctx, upstream):
-            return ctx.gradient * upstream, None
+            return (ctx.gradient * upstream).to(ctx.dtype), None
 
     return Liar.apply
 
@@ -54,14 +55,40 @@ def times_where(factor, *index, at_targets=True):
     return with_gradient(change)
 
 
-def nothing_at_one_target(gradient, target):
-    gradient[0, target[0]] = 0
-    return gradient
+def with_loss(factor):
+    """A wrong loss with the right gradient."""
+    return with_gradient(lambda gradient, target: gradient, factor)
 
 
-def garbage_in_ignored_rows(gradient, target):
-    gradient[target == -100] = 1e-7
-    return gradient
+def nothing_at_target_of(row):
+    def change(gradient, target):
+        gradient[row, target[row]] = 0
+        return gradient
+
+    return with_gradient(change)
+
+
+def garbage_in_ignored_rows(*index):
+    """At some classes of the rows that are ignored."""
+
+    def change(gradient, target):
+        row = torch.zeros_like(gradient[0])
+        row[index] = 1e-7
+        gradient[target == -100] = row
+        return gradient
+
+    return with_gradient(change)
+
+
+def alternately(factor):
+    """One entry too large, the next too small: as many of each, so their scale is right."""
+
+    def change(gradient, target):
+        signs = torch.ones(gradient.numel()).view_as(gradient)
+        signs.view(-1)[::2] = -1
+        return gradient * (1 + factor * signs)
+
+    return with_gradient(change)
 
 
 def wrong_without_gradient(logits, target):
@@ -69,9 +96,17 @@ def wrong_without_gradient(logits, target):
     return value if torch.is_grad_enabled() else 1.1 * value
 
 
+def wrong_with_gradient(logits, target):
+    return with_loss(1.1 if torch.is_grad_enabled() else 1.0)(logits, target)
+
+
 LIARS = {
     "loss": lambda *arguments: 1.1 * F.cross_entropy(*arguments),
     "loss without a gradient": wrong_without_gradient,
+    "loss with a gradient": wrong_with_gradient,
+    "too small a loss": with_loss(0.9),
+    "a loss that is not a number": with_loss(float("nan")),
+    "an infinite loss": with_loss(float("inf")),
     "not a number": lambda *arguments: F.cross_entropy(*arguments) * float("nan"),
     "shape": lambda *arguments: F.cross_entropy(*arguments).view(1, 1),
     "rows that are ignored": lambda x, target: F.cross_entropy(x, target.clamp(min=0)),
@@ -80,10 +115,15 @@ LIARS = {
     "a class": times_where(0.0, slice(None), 3, at_targets=False),
     "the last class": times_where(2.0, slice(None), -1),
     "a row": times_where(0.0, 0, at_targets=False),
+    "a class in the first rows": times_where(0.0, slice(300), 3, at_targets=False),
     "the last row": times_where(-1.0, -1),
-    "scale": times_where(1.04, at_targets=False),
-    "the target of a row": with_gradient(nothing_at_one_target),
-    "ignored rows' gradient": with_gradient(garbage_in_ignored_rows),
+    "a row that is not a number": times_where(float("nan"), 0, at_targets=False),
+    "one entry that is not a number": times_where(float("nan"), 0, 3),
+    "the target of the first row": nothing_at_target_of(0),
+    "the target of the last row": nothing_at_target_of(-1),
+    "ignored rows' gradient": garbage_in_ignored_rows(slice(None)),
+    "ignored rows' first class": garbage_in_ignored_rows(0),
+    "ignored rows' last class": garbage_in_ignored_rows(-1),
 }
 
 
@@ -104,16 +144,89 @@ def test_check_catches_liars(liar, dtype, chunk, monkeypatch):
         compare_with_float64(LIARS[liar])
 
 
-def test_check_by_chunks_is_the_same(monkeypatch):
-    case = Case("own", (24, 50), options=Options(ignored=0.3, label_smoothing=0.1))
+# How far off a provider may be that is found nevertheless: a little more than is tolerated.
+LOSS_LIMIT = {torch.float32: 1.5e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+NORM_LIMIT = {torch.float32: 1.5e-4, torch.bfloat16: 7.5e-2, torch.float16: 1.5e-2}
+PART_LIMIT = {torch.float32: 1.5e-2, torch.bfloat16: 3e-1, torch.float16: 1.5e-1}
+SCALE_LIMIT = {torch.float32: 1.5e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+SLIGHT_LIARS = {  # of how far off it is; the shape, such that nothing else is off too far
+    "too large a loss": (lambda limit: with_loss(1 + limit), LOSS_LIMIT, (600, 1000)),
+    "too small a loss": (lambda limit: with_loss(1 - limit), LOSS_LIMIT, (600, 1000)),
+    "each entry": (alternately, NORM_LIMIT, (600, 1000)),
+    "a row": (lambda x: times_where(1 + x, 5, at_targets=False), PART_LIMIT, (30_000, 10)),
+    "a class": (
+        lambda x: times_where(1 + x, slice(None), 5, at_targets=False),
+        *(PART_LIMIT, (10, 30_000)),
+    ),
+    "large scale": (lambda x: times_where(1 + x, at_targets=False), SCALE_LIMIT, (600, 1000)),
+    "small scale": (lambda x: times_where(1 - x, at_targets=False), SCALE_LIMIT, (600, 1000)),
+    "large scale at targets": (
+        lambda x: with_gradient(
+            lambda gradient, _: gradient.where(gradient > 0, gradient * (1 + x))
+        ),
+        *(SCALE_LIMIT, (600, 1000)),
+    ),
+}
+
+
+@pytest.mark.parametrize("liar", SLIGHT_LIARS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_check_catches_who_is_a_little_off(liar, dtype):
+    lie, limits, shape = SLIGHT_LIARS[liar]
+    logits, target = Case("own", shape).tensors(dtype, "cpu")
+    compare_with_float64 = Check(Workload(logits * 0.1, target), Options())
+    compare_with_float64(lie(0.0))
+    with pytest.raises(WrongResult, match="off float64's"):
+        compare_with_float64(lie(limits[dtype]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", [(70_000, 3), (2000, 2000)], ids=str)
+def test_check_of_many_rows_believes_who_is_right(shape, dtype):
+    """Neither does a gradient that is scaled up overflow, nor one that is small vanish."""
+    check = Check(Workload(*Case("own", shape).tensors(dtype, "cpu")), Options())
+    check(fused_xent.cross_entropy)
+
+
+PENALTY = Options(lse_square_scale=0.1, softcap=2.0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("rows", (24, 50), options=Options(ignored=0.3, label_smoothing=0.1)),
+        Case("penalty", (24, 50), options=replace(PENALTY, ignored=0.3)),
+        Case("strided", (24, 50, 3), options=replace(PENALTY, ignored=0.3)),
+        Case("soft", (24, 50), soft=True, options=replace(PENALTY, label_smoothing=0.1)),
+        Case("soft and strided", (24, 50, 3), soft=True, options=PENALTY),
+    ],
+    ids=lambda case: case.name,
+)
+def test_check_by_chunks_is_the_same(case, monkeypatch):
+    """And what it holds for right is what this package computes."""
     workload = Workload(*case.tensors(torch.float32, "cpu"))
     whole = Check(workload, case.options)
-    monkeypatch.setattr("bench.check.CHUNK", 350)
+    monkeypatch.setattr("bench.check.CHUNK", 350 * workload.logits[0, 0].numel())
     chunked = Check(workload, case.options)
     assert len(chunked.chunks) == 4
     assert chunked.loss == pytest.approx(whole.loss, rel=1e-14)
     one = torch_eager_of(case)
     assert chunked(one) == pytest.approx(whole(one), rel=1e-6)
+    ours = providers.ours(Request(case, "float32", "cpu"))[0].loss
+    assert chunked(ours) == pytest.approx(whole(ours), rel=1e-6)
+
+
+def test_of_nothing_nothing_may_be_wrong():
+    nan, inf = float("nan"), float("inf")
+    assert [relative(*pair) for pair in ((0, 0), (1, 0), (1, 4))] == [0, inf, 0.25]
+    for errors, squares, expected in (
+        ([0, 0], [0, 4], 0),
+        ([1, 0], [0, 4], inf),
+        ([nan, 0], [4, 4], inf),
+        ([nan, 0], [0, 4], inf),
+        ([1, 0], [4, 4], 0.5),
+    ):
+        assert worst(torch.tensor(errors), torch.tensor(squares)) == expected
 
 
 def torch_eager_of(case):
