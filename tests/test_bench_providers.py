@@ -60,9 +60,9 @@ def with_loss(factor):
     return with_gradient(lambda gradient, target: gradient, factor)
 
 
-def nothing_at_target_of(row):
+def times_at_target_of(row, factor):
     def change(gradient, target):
-        gradient[row, target[row]] = 0
+        gradient[row, target[row]] *= factor
         return gradient
 
     return with_gradient(change)
@@ -119,8 +119,8 @@ LIARS = {
     "the last row": times_where(-1.0, -1),
     "a row that is not a number": times_where(float("nan"), 0, at_targets=False),
     "one entry that is not a number": times_where(float("nan"), 0, 3),
-    "the target of the first row": nothing_at_target_of(0),
-    "the target of the last row": nothing_at_target_of(-1),
+    "the target of the first row": times_at_target_of(0, 0.0),
+    "the target of the last row": times_at_target_of(-1, 0.0),
     "ignored rows' gradient": garbage_in_ignored_rows(slice(None)),
     "ignored rows' first class": garbage_in_ignored_rows(0),
     "ignored rows' last class": garbage_in_ignored_rows(-1),
@@ -158,6 +158,11 @@ SLIGHT_LIARS = {  # of how far off it is; the shape, such that nothing else is o
         lambda x: times_where(1 + x, slice(None), 5, at_targets=False),
         *(PART_LIMIT, (10, 30_000)),
     ),
+    "a class in the first rows": (
+        lambda x: times_where(1 + 2 * x, slice(3), 5, at_targets=False),
+        *(PART_LIMIT, (10, 30_000)),
+    ),
+    "the target of a row": (lambda x: times_at_target_of(5, 1 + x), PART_LIMIT, (30_000, 10)),
     "large scale": (lambda x: times_where(1 + x, at_targets=False), SCALE_LIMIT, (600, 1000)),
     "small scale": (lambda x: times_where(1 - x, at_targets=False), SCALE_LIMIT, (600, 1000)),
     "large scale at targets": (
@@ -171,7 +176,9 @@ SLIGHT_LIARS = {  # of how far off it is; the shape, such that nothing else is o
 
 @pytest.mark.parametrize("liar", SLIGHT_LIARS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_check_catches_who_is_a_little_off(liar, dtype):
+def test_check_catches_who_is_a_little_off(liar, dtype, monkeypatch):
+    """In one chunk of several too."""
+    monkeypatch.setattr("bench.check.CHUNK", 100_000)
     lie, limits, shape = SLIGHT_LIARS[liar]
     logits, target = Case("own", shape).tensors(dtype, "cpu")
     compare_with_float64 = Check(Workload(logits * 0.1, target), Options())
@@ -231,6 +238,109 @@ def test_of_nothing_nothing_may_be_wrong():
 
 def torch_eager_of(case):
     return providers.torch_eager(Request(case, "float32", "cpu"))[0].loss
+
+
+class LinearLiar(torch.autograd.Function):
+    """Of right results, each times a factor: of the loss, grad_hidden and grad_weight."""
+
+    @staticmethod
+    def forward(ctx, hidden, linear_weight, target, factors):
+        leaves = [x.detach().float().requires_grad_() for x in (hidden, linear_weight)]
+        with torch.enable_grad():
+            value = F.cross_entropy(F.linear(*leaves), target)
+            gradients = torch.autograd.grad(value, leaves)
+        ctx.gradients = [
+            (gradient * factor).to(hidden.dtype)
+            for gradient, factor in zip(gradients, factors[1:], strict=True)
+        ]
+        return (value.detach() * factors[0]).to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return *ctx.gradients, None, None
+
+
+def linear_liar(*factors):
+    return lambda *inputs: LinearLiar.apply(*inputs, factors)
+
+
+NAN = float("nan")
+LINEAR_LIMIT = {torch.float32: 1.5e-4, torch.bfloat16: 4.5e-2, torch.float16: 1.5e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("chunk", [1 << 25, 300], ids=["whole", "chunks"])
+def test_check_of_a_linear_layer(dtype, chunk, monkeypatch):
+    """Whoever is right is believed, whoever is a little off is found, in any of the three."""
+    monkeypatch.setattr(linear, "CHUNK", chunk)
+    workload = linear.Workload((24, 16, 50), dtype, "cpu")
+    errors = workload.check(linear_liar(1, 1, 1))
+    assert set(errors) == {"grad_hidden", "grad_weight"}
+    assert all(0 < error < 1e-2 for error in errors.values())
+    limit = LINEAR_LIMIT[dtype]
+    for i, name in enumerate(("loss", "grad_hidden", "grad_weight")):
+        for factor in (1 + limit, 1 - limit, NAN):
+            factors = [1.0, 1.0, 1.0]
+            factors[i] = factor
+            with pytest.raises(WrongResult, match=f"{name} is"):
+                workload.check(linear_liar(*factors))
+    workload.negate()
+    workload.check(linear_liar(1, 1, 1))
+
+
+def remembering_linear():
+    """A loss of a linear layer that computes once."""
+    known = []
+
+    def loss(*inputs):
+        if not known:
+            known.append(fused_xent.linear_cross_entropy(*inputs).detach())
+        return fused_xent.linear_cross_entropy(*inputs) * 0 + known[0]
+
+    return loss
+
+
+def empties_linear_target(hidden, linear_weight, target):
+    value = fused_xent.linear_cross_entropy(hidden, linear_weight, target)
+    target.zero_()
+    return value
+
+
+def right_so_often(calls, change):
+    """A loss of a linear layer that is right until it has been called so often."""
+    n_calls = 0
+
+    def loss(*inputs):
+        nonlocal n_calls
+        n_calls += 1
+        return (change if n_calls > calls else linear.unfused)(*inputs)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("liar", "status", "reason"),
+    [
+        (remembering_linear(), 1, "off float64's"),
+        (empties_linear_target, 1, "target has been written to"),
+        (right_so_often(4, linear_liar(1.1, 1, 1)), 1, "loss is"),
+        (right_so_often(3, lambda *_: breaks()), 0, "no such kernel"),
+    ],
+    ids=["remembers", "writes to its target", "wrong later", "breaks later"],
+)
+def test_linear_provider_that_is_found_out_later_is_left_out(
+    liar, status, reason, monkeypatch, capsys
+):
+    """And does no harm to those who come after it."""
+    adapters = {"liar": lambda device: [("liar", liar)], "fused_xent": linear.ours}
+    monkeypatch.setattr(linear, "ADAPTERS", adapters)
+    assert bench.main(["linear", *SMALL_LINEAR, "--dtype", "float32"]) == status
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.out.splitlines() if "- liar: " in line]
+    assert reason in line
+    assert ("FAILED" in printed.err) == (status == 1)
+    (line,) = [line for line in printed.out.splitlines() if line.startswith("  fused_xent ")]
+    assert "e-0" in line  # its error: it was measured
 
 
 def wrong_linear_loss(hidden, linear_weight, target):
@@ -387,8 +497,9 @@ def test_what_is_in_brackets_is_printed(monkeypatch, capsys):
     assert "[/x]: RuntimeError: kernel [invalid argument] at x[i] [/red]" in capsys.readouterr().out
 
 
-def test_what_this_package_raises_is_a_failure(monkeypatch, capsys):
-    monkeypatch.setitem(ADAPTERS, "fused_xent", lambda request: [Provider("fused_xent", breaks)])
+@pytest.mark.parametrize("name", ["fused_xent", "fused_xent inplace", "fused_xent fused"])
+def test_what_this_package_raises_is_a_failure(name, monkeypatch, capsys):
+    monkeypatch.setitem(ADAPTERS, "fused_xent", lambda request: [Provider(name, breaks)])
     assert bench.main([*SMALL, "--dtype", "float32"]) == 1
     assert "FAILED" in capsys.readouterr().err
 
@@ -502,6 +613,135 @@ def test_who_is_not_there_is_said_and_why(monkeypatch):
     assert absent["liger-kernel"].startswith("does not load: ImportError: cannot import name")
     _, absent = gather(ADAPTERS, Request(Case("own", (24, 50)), "float32", "cpu"), ["apex"])
     assert absent == {"apex": "needs a GPU"}
+
+
+def recorded(calls, function=F.cross_entropy):
+    """A stand-in for a loss that keeps the options of its calls."""
+
+    def loss(*inputs, **options):
+        calls.append(options)
+        return function(*inputs[:2])
+
+    return loss
+
+
+WANTED = Options(label_smoothing=0.1, ignored=0.4, lse_square_scale=0.2, softcap=3.0)
+
+
+def test_what_is_asked_of_this_package(monkeypatch):
+    """The options of the case, and of each form that is measured the one that makes it so."""
+    calls = []
+    monkeypatch.setattr(fused_xent, "cross_entropy", recorded(calls))
+    found = providers.ours(Request(Case("own", (24, 50), options=WANTED), "float32", "cpu"))
+    for provider in found:
+        provider.loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
+    common = {"label_smoothing": 0.1, "lse_square_scale": 0.2, "softcap": 3.0}
+    forms = {"": {}, " inplace": {"inplace_backward": True}, " fused": {"grad_in_forward": True}}
+    assert [provider.name for provider in found] == [f"fused_xent{form}" for form in forms]
+    assert calls == [common | form for form in forms.values()]
+    assert [one.fused for one in found] == [False, False, True]
+    assert [one.modes for one in found] == [
+        ("forward", "backward", "both"),
+        ("backward", "both"),
+        ("both",),
+    ]
+
+
+def test_torch_compile_compiles_for_each_case(monkeypatch):
+    """What it has for the case before is forgotten, and no size is left open."""
+    done = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda loss, **options: done.append(options) or loss)
+    case = Case("own", (24, 50), options=WANTED)
+    (found,) = providers.torch_compile(Request(case, "float32", "cpu"))
+    assert done == ["reset", {"dynamic": False}]
+    Check(Workload(*case.tensors(torch.float32, "cpu")), WANTED)(found.loss)
+    done.clear()
+    ((_, loss),) = linear.torch_compile("cuda")
+    assert done == ["reset", {"dynamic": False}]
+    assert loss is linear.unfused
+
+
+@pytest.mark.parametrize("peer", ["quack-kernels", "flash-attn"])
+def test_peers_are_measured_in_place_too(peer, monkeypatch):
+    name, contents, _ = PEERS[peer]
+    calls = []
+    ((known, _),) = contents.items()
+
+    def loss_of(**options):  # flash-attention's is a module
+        calls.append(options)
+        return F.cross_entropy
+
+    module(monkeypatch, name, **{known: loss_of if peer == "flash-attn" else recorded(calls)})
+    found = ADAPTERS[peer](Request(Case("own", (24, 50)), "float32", "cuda"))
+    for provider in found:
+        provider.loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
+    assert sorted(calls, key=len) == [{}, {"inplace_backward": True}]
+    assert [one.name for one in found] == [peer, f"{peer} inplace"]
+    assert found[1].modes == ("backward", "both")
+
+
+def test_transformer_engine_has_no_float16():
+    with pytest.raises(Unsupported, match="takes no float16"):
+        ADAPTERS["transformer-engine"](Request(Case("own", (24, 50)), "float16", "cuda"))
+
+
+LINEAR_PEERS = {  # the name, a module as the adapter wants it, its function, the options of calls
+    "liger-kernel": (
+        "liger_kernel.transformers.functional",
+        "liger_fused_linear_cross_entropy",
+        {"liger-kernel": {}},
+    ),
+    "quack-kernels": (
+        "quack.linear_cross_entropy",
+        "chunked_linear_cross_entropy",
+        {"quack-kernels": {}},
+    ),
+    "cut-cross-entropy": (
+        "cut_cross_entropy",
+        "linear_cross_entropy",
+        {"cut-cross-entropy": {}, "cut-cross-entropy, exact": {"filter_eps": None}},
+    ),
+}
+
+
+@pytest.mark.parametrize("peer", LINEAR_PEERS)
+def test_adapters_of_linear_peers(peer, monkeypatch):
+    name, function, expected = LINEAR_PEERS[peer]
+    with pytest.raises(Unsupported, match="needs a GPU"):
+        linear.ADAPTERS[peer]("cpu")
+    calls = []
+    module(monkeypatch, name, **{function: recorded(calls, lambda hidden, weight: weight.sum())})
+    found = dict(linear.ADAPTERS[peer]("cuda"))
+    for loss_function in found.values():
+        loss_function(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2))
+    assert dict(zip(found, calls, strict=True)) == expected
+
+
+def test_linear_providers_of_torch(monkeypatch):
+    """Its own chunks are there from 2.13 on."""
+    with pytest.raises(Unsupported, match="is eager on a CPU"):
+        linear.torch_compile("cpu")
+    monkeypatch.setattr(torch.nn, "LinearCrossEntropyOptions", lambda: "chunks", raising=False)
+    calls = []
+    stand_in = recorded(calls, lambda hidden, weight: weight.sum())
+    monkeypatch.setattr(F, "linear_cross_entropy", stand_in, raising=False)
+    ((name, loss_function),) = linear.torch_chunked("cpu")
+    loss_function(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2))
+    assert (name, calls) == ("torch chunked", [{"options": "chunks"}])
+    monkeypatch.delattr(F, "linear_cross_entropy")
+    with pytest.raises(Unsupported, match=r"needs torch 2\.13"):
+        linear.torch_chunked("cpu")
+
+
+def test_names_choose_among_providers():
+    adapters = {"a": lambda _: ["1", "2"], "b": lambda _: ["3"], "c": lambda _: breaks()}
+    assert gather(adapters, None, None) == (
+        ["1", "2", "3"],
+        {"c": "does not load: RuntimeError: no such kernel\nand more"},
+    )
+    assert gather(adapters, None, ["b", "a"]) == (["1", "2", "3"], {})
+    assert gather(adapters, None, ["b"]) == (["3"], {})
 
 
 def test_float16_has_no_fused_mode():
