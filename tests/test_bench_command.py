@@ -10,7 +10,7 @@ import torch
 import fused_xent
 from bench import __main__ as bench
 from bench import command, linear, loss, roofline
-from bench.cases import SUITES, Options
+from bench.cases import SUITES, Case, Options
 from bench.command import Job, Parser, at_least, between, measure_all
 from bench.results import Result, Run, Timing
 from bench.timing import Workload
