@@ -188,6 +188,15 @@ def test_training_is_the_same_with_each_loss(loss, losses_of_torch):
     assert 0.5 * losses[0] < torch.tensor(40.0).log() < 1.5 * losses[0]
 
 
+def test_gradients_are_of_one_step():
+    """After a step they are gone, and the parameters are others."""
+    training, _ = trained("torch", 0)
+    before = training.model.head.weight.detach().clone()
+    training.step()
+    assert all(parameter.grad is None for parameter in training.model.parameters())
+    assert not torch.equal(before, training.model.head.weight)
+
+
 def test_losses_of_the_demo(monkeypatch):
     assert tuple(demo_training.LOSSES) == demo.LOSSES
     assert demo_training.LOSSES["torch"] is F.cross_entropy
