@@ -241,10 +241,14 @@ def test_a_run_is_a_process(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "VOCAB_SIZE", 40)
     monkeypatch.chdir(demo.Path(demo.__file__).parents[1])
     run = demo.Run("fused_xent", str(tmp_path / "tokens"), 1000, ["--device", "cpu"])
-    run.step()
-    run.step()
-    run.finish()
-    run.process.stdout.close()
+    try:
+        run.step()
+        run.step()
+        run.finish()
+    finally:
+        run.process.kill()
+        run.process.wait()
+        run.process.stdout.close()
     assert run.process.returncode == 0
     _, expected = trained("fused_xent", 2)
     assert run.column("loss") == pytest.approx([one["loss"] for one in expected])
@@ -256,9 +260,11 @@ def test_a_run_is_a_process(tmp_path, monkeypatch):
 def test_a_run_that_fails_ends_the_demo(monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     run = demo.Run("fused_xent", "nowhere", 1000, [])
-    with pytest.raises(SystemExit, match="the run with fused_xent ended early"):
-        run.step()
-    run.process.wait()
-    run.process.stdout.close()
-    with suppress(BrokenPipeError):
-        run.process.stdin.close()
+    try:
+        with pytest.raises(SystemExit, match="the run with fused_xent ended early"):
+            run.step()
+    finally:
+        run.process.wait()
+        run.process.stdout.close()
+        with suppress(BrokenPipeError):
+            run.process.stdin.close()

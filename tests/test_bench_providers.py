@@ -289,13 +289,13 @@ def test_check_of_a_linear_layer(dtype, chunk, monkeypatch):
 
 
 def remembering_linear():
-    """A loss of a linear layer that computes once."""
+    """A loss of a linear layer that is computed once; its gradients each time."""
     known = []
 
     def loss(*inputs):
-        if not known:
-            known.append(fused_xent.linear_cross_entropy(*inputs).detach())
-        return fused_xent.linear_cross_entropy(*inputs) * 0 + known[0]
+        value = fused_xent.linear_cross_entropy(*inputs)
+        known.append(value.detach())
+        return value - value.detach() + known[0]
 
     return loss
 
@@ -306,14 +306,14 @@ def empties_linear_target(hidden, linear_weight, target):
     return value
 
 
-def right_so_often(calls, change):
-    """A loss of a linear layer that is right until it has been called so often."""
+def at_calls(calls, change):
+    """A loss of a linear layer that is wrong when it is called for the n-th time, n of `calls`."""
     n_calls = 0
 
     def loss(*inputs):
         nonlocal n_calls
         n_calls += 1
-        return (change if n_calls > calls else linear.unfused)(*inputs)
+        return (change if n_calls in calls else linear.unfused)(*inputs)
 
     return loss
 
@@ -323,10 +323,11 @@ def right_so_often(calls, change):
     [
         (remembering_linear(), 1, "off float64's"),
         (empties_linear_target, 1, "target has been written to"),
-        (right_so_often(4, linear_liar(1.1, 1, 1)), 1, "loss is"),
-        (right_so_often(3, lambda *_: breaks()), 0, "no such kernel"),
+        (at_calls([5], linear_liar(1.1, 1, 1)), 1, "loss is"),
+        (at_calls([4], lambda *_: breaks()), 0, "no such kernel"),
+        (at_calls([5], lambda *_: breaks()), 0, "no such kernel"),
     ],
-    ids=["remembers", "writes to its target", "wrong later", "breaks later"],
+    ids=["remembers", "writes to its target", "wrong later", "breaks once", "breaks later"],
 )
 def test_linear_provider_that_is_found_out_later_is_left_out(
     liar, status, reason, monkeypatch, capsys
@@ -416,14 +417,25 @@ def later(change, calls):
     return loss
 
 
+def breaks_once(call):
+    """A loss that raises at its n-th call alone."""
+    n_calls = 0
+
+    def loss(logits, target):
+        nonlocal n_calls
+        n_calls += 1
+        return breaks() if n_calls == call else F.cross_entropy(logits, target)
+
+    return loss
+
+
 def remembering():
-    """A loss that computes once."""
+    """A loss that is computed once; its gradient each time."""
     known = {}
 
     def loss(logits, target):
-        if logits.requires_grad not in known:
-            known[logits.requires_grad] = F.cross_entropy(logits, target).detach()
-        return F.cross_entropy(logits, target) * 0 + known[logits.requires_grad]
+        value = F.cross_entropy(logits, target)
+        return value - value.detach() + known.setdefault(logits.requires_grad, value.detach())
 
     return loss
 
@@ -452,6 +464,7 @@ def has_no_memory_now(logits, target):
         (later(empties_target_and_breaks, 4), 0, "no such kernel"),
         (later(has_no_memory_now, 5), 0, "out of memory"),
         (later(breaks, 5), 0, "no such kernel"),
+        (breaks_once(6), 0, "no such kernel"),
     ],
     ids=[
         "wrong later",
@@ -460,6 +473,7 @@ def has_no_memory_now(logits, target):
         "and breaks",
         "no memory later",
         "breaks later",
+        "breaks once",
     ],
 )
 def test_who_is_found_out_later_is_left_out(liar, status, reason, monkeypatch, capsys):
