@@ -1,5 +1,6 @@
 """Whether providers tell the truth, and what is asked of each."""
 
+import gc
 import sys
 import types
 from dataclasses import replace
@@ -13,6 +14,7 @@ from bench import __main__ as bench
 from bench import linear, loss, providers
 from bench.cases import DTYPES, Case, Options
 from bench.check import Check, WrongResult, relative, torch_loss, worst
+from bench.device import HostClock
 from bench.providers import ADAPTERS, Provider, Request, Unsupported, gather
 from bench.timing import Workload
 
@@ -21,6 +23,13 @@ FEW = ["--device", "cpu", "--rounds", "2"]
 TWO = ["--provider", "torch eager", "--provider", "fused_xent"]
 SMALL = [*FEW, *TWO, "--rows", "24", "--vocab", "50"]
 SMALL_LINEAR = [*FEW, "--rows", "24", "--features", "16", "--vocab", "50"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Most of a run's time goes to cold caches and to garbage, on which nothing here depends."""
+    monkeypatch.setattr(HostClock, "start", HostClock.mark)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 def with_gradient(change, factor=1.0):
