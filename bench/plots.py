@@ -25,6 +25,7 @@ from .roofline import points, roofs
 from .tables import MODE_TITLES
 
 FORMATS = ("png", "svg")
+plt.rcParams["svg.hashsalt"] = "bench"  # names within an SVG would be random
 # One colour each, the same in every plot; this package's are shades of one.
 COLOURS = {
     "fused_xent fused": "#0b4f8a",

@@ -120,11 +120,6 @@ def linear_cells(result: Result, timing: Timing) -> tuple[str, ...]:
     )
 
 
-def rate(timing: Timing) -> str:
-    """Of memory."""
-    return f"{timing.bandwidth / 1e9:.1f} GB/s"
-
-
 def percent(share: float | None) -> str:
     """Of one."""
     return DASH if share is None else f"{share:.0%}"

@@ -11,6 +11,7 @@ import torch
 
 from bench import __main__ as bench
 from bench import linear, loss
+from bench.cases import SUITES, Case
 from bench.results import Run
 from bench.timing import Workload
 
@@ -89,7 +90,11 @@ def test_linear(tmp_path, capsys):
         assert result.absent["liger-kernel"] == "needs a GPU"
 
 
-def test_sweep_roofline_and_their_plots(tmp_path, capsys):
+def test_sweep_roofline_and_their_plots(tmp_path, monkeypatch, capsys):
+    """Of small cases: which ones the commands have is in test_bench_command.py."""
+    monkeypatch.setitem(SUITES["cpu"].cases, "llama2", Case("llama2", (24, 3200)))
+    monkeypatch.setitem(linear.QUICK["cpu"], "small", (24, 16, 320))
+    monkeypatch.setattr("bench.cases.SWEPT_LOGITS", 1 << 14)
     swept, roof = tmp_path / "swept.json", tmp_path / "roof.json"
     quick = [*FEW, *TWO, "--dtype", "float32", "--quick"]
     assert bench.main(["sweep", *quick, "--vocab", "100", "300", "--json", str(swept)]) == 0

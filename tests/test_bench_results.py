@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import fused_xent
 from bench import __main__ as bench
 from bench import compare, linear, loss, plots, readme, roofline, tables
-from bench.cases import Case, Options, bytes_moved, operations, sweep
+from bench.cases import DTYPES, SUITES, Case, Options, bytes_moved, operations, sweep
 from bench.device import HostClock, PeakMemory, is_out_of_memory, limited_memory
 from bench.providers import Provider
 from bench.results import Result, Run, Timing, environment
@@ -31,11 +31,20 @@ def test_bytes_and_operations():
     assert bytes_moved(logits, target, "backward") == 2 * n + t
     assert bytes_moved(logits, target, "both") == 3 * n + 2 * t
     assert bytes_moved(logits, target, "both", fused=True) == 2 * n + t
-    assert operations(logits, target, "both") == 7 * 1000
-    assert operations(logits, target, "copy") == 0
     soft = torch.rand(10, 100, dtype=torch.bfloat16)
     assert bytes_moved(logits, soft, "both", fused=True) == 3 * n
-    assert operations(logits, soft, "forward") == 6 * 1000
+    for mode, of_indices, of_soft in (
+        ("copy", 0, 0),
+        ("read", 0, 0),
+        ("forward", 4, 6),
+        ("backward", 3, 5),
+        ("both", 7, 11),
+    ):
+        assert operations(logits, target, mode) == of_indices * 1000
+        assert operations(logits, soft, mode) == of_soft * 1000
+    strided, target = Case("own", (2, 10, 4, 4)).tensors(torch.float32, "cpu")
+    assert bytes_moved(strided, target, "forward") == 4 * 320 + 8 * 32
+    assert operations(strided, target, "forward") == 4 * 320
 
 
 def test_ignored_rows_are_not_read_and_their_gradient_is_written():
@@ -48,13 +57,14 @@ def test_ignored_rows_are_not_read_and_their_gradient_is_written():
 
 
 def test_figures_of_a_timing():
-    timing = Timing("both", "x", bytes=3_000, operations=600, seconds=[2.0, 1.0, 4.0, 3.0, 5.0])
+    timing = Timing("both", "x", bytes=3_000, operations=600, seconds=[2.0, 1.0, 4.0, 3.0, 15.0])
     assert timing.median == 3
     assert timing.quartiles == (2, 4)
     assert timing.noise == pytest.approx(2 / 3)
     assert timing.bandwidth == 1000
     assert timing.rate == 200
     assert timing.intensity == 0.2
+    assert Timing("both", "x", 1, 1, seconds=[1.0, 2.0, 6.0]).quartiles == (1, 6)
     copy = Timing("copy", "torch", bytes=2_000, operations=0, seconds=[1.0])
     eager = Timing("both", "torch eager", bytes=3_000, operations=600, seconds=[12.0])
     result = Result("loss", "x", (10, 100), "float32", timings=[copy, eager, timing])
@@ -65,11 +75,61 @@ def test_figures_of_a_timing():
 
 
 def test_cases_of_a_sweep_have_as_many_logits():
-    sizes = [
-        case.shape[0] * case.shape[1] for case in sweep([1000, 50257], "cpu", False, Options())
-    ]
+    options = Options(softcap=2.0)
+    cases = sweep([1000, 50257], "cpu", True, options)
+    sizes = [case.shape[0] * case.shape[1] for case in cases]
     assert max(sizes) / min(sizes) < 1.01
-    assert {case.shape[0] for case in sweep([1000, 50257], "cuda", False, Options())} == {8192}
+    assert [case.name for case in cases] == ["V=1000", "V=50257"]
+    assert all(case.soft and case.options == options for case in cases)
+    assert {case.dtypes for case in cases} == {("float32",)}
+    cases = sweep([1000, 50257], "cuda", False, Options())
+    assert {case.shape[0] for case in cases} == {8192}
+    assert {case.dtypes for case in cases} == {("bfloat16",)}
+    assert not any(case.soft for case in cases)
+    assert sweep([1 << 26], "cpu", False, Options())[0].shape[0] == 1
+
+
+CLASSES = {
+    "imagenet": 1000,
+    "codec": 4096,
+    "llama2": 32000,
+    "gpt2": 50257,
+    "llama3": 128256,
+    "qwen": 151936,
+    "gpt-oss": 201088,
+    "gemma": 262144,
+    "cifar": 10,
+    "segmentation": 21,
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_have_the_classes_of_what_they_are_named_after(device):
+    suite = SUITES[device]
+    for name, case in suite.cases.items():
+        model = name.removesuffix("-soft").removesuffix("-few")
+        assert (case.name, case.shape[1]) == (name, CLASSES[model])
+        assert case.soft == name.endswith("-soft")
+        assert len(case.shape) == (4 if model == "segmentation" else 2)
+    assert len(set(suite.default)) == len(suite.default)
+    assert {*suite.default, *suite.quick} <= set(suite.cases)
+    assert {"llama3", "gpt2", "imagenet", "segmentation", "llama3-soft"} <= set(suite.default)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_inputs_of_a_case_are_the_same_in_every_run(dtype):
+    case = Case("own", (2000, 5), options=Options(ignored=0.2))
+    (logits, target), again = (case.tensors(dtype, "cpu") for _ in range(2))
+    assert logits.dtype == dtype
+    assert torch.equal(logits, again[0])
+    assert torch.equal(target, again[1])
+    assert set(target.tolist()) == {-100, 0, 1, 2, 3, 4}
+    assert 0.9 < logits.float().std() < 1.1
+    ignored = target == -100
+    assert 0 < ignored[:1000].sum() < 300  # they are not all at one end
+    soft = Case("own", (20, 5, 3), soft=True).tensors(dtype, "cpu")[1]
+    assert soft.dtype == dtype
+    torch.testing.assert_close(soft.float().sum(1), torch.ones(20, 3), atol=1e-2, rtol=0)
 
 
 def test_ignored_share():
@@ -190,6 +250,7 @@ def test_memory_is_limited_only_inside():
 
 
 def run_of(*samples, provider="fused_xent", case="x", copy=(1.0, 1.0, 1.0, 1.0)):
+    """A run of one case, whose copy of 200 bytes and 300 bytes of `both` take so many seconds."""
     timings = [
         Timing("copy", "torch", 200, 0, seconds=list(copy)),
         Timing("both", provider, 300, 70, seconds=list(samples)),
@@ -206,10 +267,17 @@ QUIET, NOISY = (1.0, 1.001, 0.999, 1.0), (1.0, 0.8, 1.2, 1.0)
     [
         (QUIET, 1.0, ""),
         (QUIET, 1.019, ""),
+        (QUIET, 1.021, "slower"),
         (QUIET, 1.03, "slower"),
+        (QUIET, 0.981, ""),  # twice as fast is as far from 1 as twice as slow
+        (QUIET, 0.9802, "faster"),
         (QUIET, 0.97, "faster"),
         (NOISY, 1.15, ""),
+        (NOISY, 1.19, ""),
+        (NOISY, 1.21, "slower"),
         (NOISY, 0.87, ""),
+        (NOISY, 0.84, ""),
+        (NOISY, 0.825, "faster"),
         (NOISY, 1.3, "slower"),
         (NOISY, 0.7, "faster"),
     ],
@@ -223,6 +291,50 @@ def test_compare(before, factor, verdict, tmp_path, capsys):
     counts = {name: f"{int(verdict == name)} {name}" for name in ("slower", "faster")}
     assert all(count in printed for count in counts.values())
     assert f"{factor - 1:+.0%}" in printed
+
+
+def test_table_of_a_comparison(tmp_path, capsys):
+    """Milliseconds of both, in their order; how much longer it took; the verdict."""
+    names = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    run_of(0.010, 0.010, 0.010, 0.010).write_json(Path(names[0]))
+    run_of(0.018, 0.020, 0.020, 0.022).write_json(Path(names[1]))
+    assert compare.main(names) == 1
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if "forward + backward" in line]
+    assert line.split()[-5:] == ["10.00", "20.00", "+100%", "5%", "slower"]
+    assert "x  1x10  float32" in printed
+    assert "1 compared: 1 slower, 0 faster, 0 within noise" in printed
+    assert compare.main(names[::-1]) == 0
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if "forward + backward" in line]
+    assert line.split()[-5:] == ["20.00", "10.00", "-50%", "5%", "faster"]
+
+
+MACHINE = ("cpu", "cores", "threads", "gpu", "driver", "torch instruction set", "torch")
+
+
+@pytest.mark.parametrize("name", MACHINE)
+def test_compare_tells_of_each_difference_of_the_machines(name, tmp_path, capsys):
+    before, after = run_of(*QUIET), run_of(*QUIET)
+    gpu = {"gpu": "H", "driver": "1", "cuda": "13", "copy bytes a second": 1e12}
+    for run in (before, after):
+        run.environment |= gpu
+    after.environment[name] = "other"
+    before.write_json(tmp_path / "a.json")
+    after.write_json(tmp_path / "b.json")
+    assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    printed = capsys.readouterr().out
+    assert f"not the same {name}: {before.environment[name]}, other" in printed
+    assert printed.count("not the same") == 1
+
+
+def test_change_of_the_machines_copy_is_the_median(tmp_path, capsys):
+    runs = [Run(environment("cpu")), Run(environment("cpu"))]
+    for case, seconds in {"x": 1.0, "y": 1.1, "z": 7.0}.items():
+        runs[0].results += run_of(*QUIET, case=case).results
+        runs[1].results += run_of(*QUIET, case=case, copy=[seconds] * 4).results
+    assert compare.baselines(*runs) == pytest.approx(0.1)
+    assert compare.baselines(runs[0], run_of(*QUIET, case="other")) is None
 
 
 @pytest.mark.parametrize("noisy", [0, 1])
@@ -282,6 +394,19 @@ BROKEN = {
     "no options": lambda run: run["results"][0].update(options=None),
     "a shape of one number": lambda run: run["results"][0].update(shape=[10]),
     "a shape in words": lambda run: run["results"][0].update(shape=["a", "b"]),
+    "a linear layer of two sizes": lambda run: run["results"][0].update(benchmark="linear"),
+    "an unknown benchmark": lambda run: run["results"][0].update(benchmark="lose"),
+    "unknown labels": lambda run: run["results"][0].update(labels="hard"),
+    "an unknown dtype": lambda run: run["results"][0].update(dtype="int8"),
+    "errors in words": lambda run: run["results"][0].update(errors={"x": "large"}),
+    "failures in numbers": lambda run: run["results"][0].update(failures={"x": 1}),
+    "absent without a reason": lambda run: run["results"][0].update(absent={"x": None}),
+    "a case of no name": lambda run: run["results"][0].update(case=None),
+    "negative bytes": lambda run: timing_of(run).update(bytes=-1),
+    "negative operations": lambda run: timing_of(run).update(operations=-1),
+    "seconds that are true": lambda run: timing_of(run).update(seconds=[True, 1.0]),
+    "endless seconds": lambda run: timing_of(run).update(seconds=[1e13]),
+    "a version that is a list": lambda run: run["environment"].update(torch=[2, 13]),
 }
 
 
@@ -310,15 +435,21 @@ def test_compare_tells_of_other_machines_and_cases(tmp_path, capsys):
     before, after = run_of(*QUIET), run_of(*QUIET, copy=[2.0] * 4)
     after.environment["cpu"] = "that"
     after.results += run_of(*QUIET, case="y").results
+    before.results += run_of(*QUIET, case="z", provider="other").results
     before.write_json(tmp_path / "a.json")
     after.write_json(tmp_path / "b.json")
-    assert bench.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
-    printed = capsys.readouterr().out
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert bench.main(["compare", *files]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
     assert "not the same cpu: this, that" in printed
     assert "the machine's own copy took +100%" in printed
-    assert f"fused_xent: 1 timings are missing in {tmp_path / 'a.json'}" in " ".join(
-        printed.split()
-    )
+    assert f"fused_xent: 1 timings are missing in {files[0]}" in printed
+    assert f"other: 1 timings are missing in {files[1]}" in printed
+    assert printed.count("missing") == 2
+    assert bench.main(["compare", *files, "--provider", "fused_xent"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "fused_xent: 1 timings are missing" in printed
+    assert "other: 1 timings" not in printed
 
 
 def test_compare_of_nothing_in_common(tmp_path, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES
-from compare import accumulation_dtype, assert_gradient, assert_loss, truth
+from compare import accumulation_dtype, assert_gradient, assert_loss, label_weights, truth
 
 pytestmark = pytest.mark.cpu("torch operations alone")
 N_ROWS, N_CLASSES, IGNORED, CONFIDENT = 6, 3001, 4, 1
@@ -29,6 +29,11 @@ def row(index, values):
     )
 
 
+def least_number(dtype):
+    """The least that is not 0, where numbers that are not normal are not flushed to 0."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
 # Each takes the right gradient in float64, the logits and where the targets are, and returns a
 # wrong gradient before its rounding.
 GRADIENT_MUTANTS = {
@@ -41,6 +46,9 @@ GRADIENT_MUTANTS = {
         right + row(IGNORED, logits.double().softmax(1))
     ),
     "ignored row is not quite 0": lambda right, logits, at: right + row(IGNORED, 1e-6),
+    "ignored row is the least number": lambda right, logits, at: (
+        right + row(IGNORED, least_number(logits.dtype))
+    ),
     "tail not written": lambda right, logits, at: (
         right * (torch.arange(N_CLASSES) < N_CLASSES // 8 * 8)
     ),
@@ -114,6 +122,89 @@ def test_rounding_to_fewer_bits_is_found(dtype):
         return torch.ldexp((mantissa / bits).floor() * bits, exponent)
 
     assert_found(round_coarsely, dtype)
+
+
+@half_dtypes
+def test_truncation_is_found(dtype):
+    """Where one rounding is allowed: it is off by up to two halves of the last place."""
+    logits, target = make_problem(dtype)
+    exact = truth(logits, target, UPSTREAM, reduction="none")
+    mantissa, exponent = torch.frexp(exact.gradient)
+    step = torch.finfo(dtype).eps / 2
+    truncated = torch.ldexp((mantissa / step).trunc() * step, exponent).to(dtype)
+    with pytest.raises(AssertionError, match="wrong, at"):
+        assert_gradient(truncated, exact, dtype)
+
+
+ERROR = {torch.float32: 5e-6, torch.float64: 1e-13 + N_CLASSES * 1e-16}
+
+
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_twice_what_is_tolerated_is_found(dtype, sign):
+    """And half of it passes, of the loss and of the gradient."""
+    exact = truth(*make_problem(dtype), UPSTREAM, reduction="none")
+    for compare, right, terms in (
+        (assert_loss, exact.loss, exact.loss_terms),
+        (assert_gradient, exact.gradient, exact.gradient_terms),
+    ):
+        error = sign * ERROR[dtype] * terms
+        compare((right + error / 2).to(dtype), exact, dtype)
+        with pytest.raises(AssertionError, match="wrong, at"):
+            compare((right + 2 * error).to(dtype), exact, dtype)
+
+
+LABELS = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.3},
+    "weighted": {"weight": torch.linspace(0.5, 2.0, 7)},
+    "weighted and smoothed": {"weight": torch.linspace(0.5, 2.0, 7), "label_smoothing": 0.3},
+    "another ignored index": {"ignore_index": 2},
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "soft"])
+@pytest.mark.parametrize("labels", LABELS)
+def test_terms_are_those_of_loss_and_gradient(labels, soft, reduction):
+    """The gradient is p times the sum of the labels' weights, less these: both are its terms."""
+    options = dict(LABELS[labels])
+    logits, target = torch.randn(12, 7, 3), torch.randint(7, (12, 3))
+    target[target == 5] = options.get("ignore_index", -100)
+    if soft:  # then no row is ignored
+        target = torch.randn(12, 7, 3).softmax(1)
+        options.pop("ignore_index", None)
+    upstream = torch.randn(12, 3) if reduction == "none" else torch.tensor(-3.0)
+    exact = truth(logits, target, upstream, reduction=reduction, **options)
+    q = label_weights(logits, target, **options)
+    losses = -(q * logits.double().log_softmax(1)).sum(1)
+    options = {k: v.double() if k == "weight" else v for k, v in options.items()}
+    expected = torch.nn.functional.cross_entropy(
+        *(logits.double(), target.double() if soft else target), reduction="none", **options
+    )
+    torch.testing.assert_close(losses, expected)
+    sign = upstream.sign().unsqueeze(1) if reduction == "none" else -1.0
+    to_p, to_label = (exact.gradient_terms + sign * one * exact.gradient for one in (1, -1))
+    total = to_p.sum(1, keepdim=True)
+    torch.testing.assert_close(to_p, total * logits.double().softmax(1))
+    torch.testing.assert_close(to_label, total * q / q.sum(1, keepdim=True).clamp(min=1e-30))
+    divisor = total.sum() / (2 * 3 * q.sum()) if reduction != "none" else torch.tensor(1.0)
+    terms, losses = q.sum(1) + expected / 10, exact.loss_terms
+    if reduction != "none":
+        terms = terms.sum() * divisor
+    torch.testing.assert_close(losses, terms.double())
+    if labels == "plain" and reduction == "mean":
+        torch.testing.assert_close(losses, 1 + exact.loss / 10)
+
+
+def test_what_is_right_may_be_no_number():
+    logits, target = make_problem(torch.float32)
+    logits[0, 0] = float("nan")
+    exact = truth(logits, target, reduction="none")
+    assert exact.loss[0].isnan()
+    assert_loss(exact.loss.float(), exact, torch.float32)
+    with pytest.raises(AssertionError, match="loss: 1 of"):
+        assert_loss(exact.loss.float().nan_to_num(), exact, torch.float32)
 
 
 LOSS_MUTANTS = {
