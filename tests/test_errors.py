@@ -244,10 +244,22 @@ def test_target_out_of_range(shape, position, text, bad, mode):
 
 
 @pytest.mark.cpu("elsewhere such rows become NaN: test_cuda.py")
-def test_first_of_several_targets_out_of_range():
-    target = torch.tensor([0, -100, 9, 3, -7])
-    with pytest.raises(IndexError, match=r"got 9 at position \(2,\)"):
-        fused_xent.cross_entropy(torch.zeros(5, 9), target)
+@pytest.mark.parametrize("option", [None, "weight", "token_weight"])
+@pytest.mark.parametrize("later", [6, 17000, 19999])
+@pytest.mark.parametrize("first", [0, 5, 8191, 8192, 19998])
+def test_first_of_several_targets_out_of_range(first, later, option):
+    """Whichever block of rows has it; a row that is left out before it may hold anything."""
+    target = torch.full((20000,), 3)
+    target[max(first, later)] = -7
+    target[first] = 9
+    arguments = {}
+    if option == "weight":
+        arguments["weight"] = torch.rand(9)
+    if option == "token_weight":
+        target[:first] = 10
+        arguments["token_weight"] = (torch.arange(20000) >= first).float()
+    with pytest.raises(IndexError, match=rf"got 9 at position \({first},\)"):
+        fused_xent.cross_entropy(torch.zeros(20000, 9), target, **arguments)
 
 
 def test_target_changed_between_forward_and_backward():

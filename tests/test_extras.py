@@ -86,6 +86,27 @@ def test_focal_loss_of_the_paper():
         torch.testing.assert_close(loss.item(), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("n_classes", [9, 200, 17000])
+def test_focal_loss_of_certain_and_impossible_targets(n_classes, dtype):
+    """Of the cross-entropy c, from 0 to infinity: (1 - e^-c)^gamma c, and its derivative."""
+    logits = make_logits((4, n_classes), dtype, 0.1)
+    logits[torch.arange(4), torch.arange(4)] = torch.tensor([800.0, 30.0, 3.0, -math.inf]).to(dtype)
+    target = torch.arange(4)
+    plain, focal = (logits.clone().requires_grad_() for _ in range(2))
+    c = cross_entropy(plain, target, reduction="none")
+    loss = cross_entropy(focal, target, reduction="none", focal_gamma=2.0)
+    c.sum().backward()
+    loss.sum().backward()
+    assert 0 <= c[0] < 1e-8
+    assert c[3] == math.inf
+    rest = -torch.expm1(-c.detach().double())
+    slope = rest.square() + 2 * rest * (1 - rest) * c.detach().double().clamp(max=1e9)
+    torch.testing.assert_close(loss.double(), rest.square() * c.double(), rtol=1e-6, atol=0)
+    expected = plain.grad.double() * slope[:, None]
+    torch.testing.assert_close(focal.grad.double(), expected, rtol=1e-5, atol=1e-30)
+
+
 def test_mean_divides_by_class_weight_times_token_weight():
     logits, target = problem()
     weight = torch.rand(7, dtype=torch.float64)
@@ -97,6 +118,29 @@ def test_mean_divides_by_class_weight_times_token_weight():
     soft = logits.roll(1, 1).softmax(1)
     expected = (by_row(logits, soft) * tokens).sum() / tokens.sum()
     torch.testing.assert_close(cross_entropy(logits, soft, token_weight=tokens), expected)
+
+
+@pytest.mark.parametrize("function", [cross_entropy, reference.cross_entropy])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("cancelled", ["token weights", "class weights", "normalizer"])
+def test_mean_by_a_sum_of_0_is_nan(cancelled, soft, function):
+    """Also where the losses do not cancel: torch divides the parts of a loss apart."""
+    logits, options = make_logits((4, 7), torch.float64), {}
+    target = torch.tensor([0, 1, 0, 1])
+    if cancelled == "token weights":
+        options["token_weight"] = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    elif cancelled == "class weights":
+        options["weight"] = torch.tensor([1.0, -1.0, 0, 0, 0, 0, 0], dtype=torch.float64)
+    else:
+        options["normalizer"] = torch.tensor(0.0)
+    if soft:
+        target = F.one_hot(target, 7).double()
+    by_class = soft and cancelled == "class weights"  # which do not count there
+    leaf = logits.requires_grad_()
+    loss = function(leaf, target, **options)
+    loss.backward()
+    assert loss.isfinite() if by_class else loss.isnan()
+    assert leaf.grad.isfinite().all() if by_class else not leaf.grad.isfinite().any()
 
 
 @pytest.mark.parametrize("normalizer", [8, 8.0, torch.tensor(8), torch.tensor(8.0).half()])
