@@ -352,10 +352,14 @@ def test_rows_of_more_dimensions_than_the_kernels_count(mode):
     target = torch.randint(9, apart.select(1, 0).shape)
     with pytest.raises(RuntimeError, match=r"must be False .*more than 4 row dimensions.*strides"):
         fused_xent.cross_entropy(apart, target, **MODES[mode])
-    (gradient,) = torch.autograd.grad(fused_xent.cross_entropy(apart, target), leaf)
-    copy = apart.detach().requires_grad_()
-    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(copy, target), copy)[0]
-    torch.testing.assert_close(gradient.permute(6, 1, 4, 2, 0, 5, 3), expected)
+    soft = torch.rand(2, 9, 2, 2, 2, 2, 2).double().permute(3, 1, 6, 0, 5, 2, 4)
+    for labels in (target, soft):
+        loss = fused_xent.cross_entropy(apart, labels)
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        copy = apart.detach().contiguous().requires_grad_()
+        expected = torch.nn.functional.cross_entropy(copy, labels)
+        (expected,) = torch.autograd.grad(expected, copy)
+        torch.testing.assert_close(gradient.permute(6, 1, 4, 2, 0, 5, 3), expected)
     together = (leaf * 1).flatten(2).mT  # of the same elements, in rows of two dimensions
     target = target.flatten().new_zeros(2, 32)
     fused_xent.cross_entropy(together, target, dim=-1, **MODES[mode]).backward()
