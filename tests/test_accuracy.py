@@ -99,6 +99,36 @@ def test_gradient_at_a_confident_target(p, n_classes, mode, dtype):
     assert (error <= torch.finfo(dtype).eps / 2 * right.abs() + torchs_error.clamp(min=1e-6)).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "greatest", "relative", "absolute"),
+    [
+        (torch.float32, 5.0, 5e-7, 2e-7),
+        (torch.float32, 16.0, 1.5e-6, 2e-7),
+        (torch.float64, 16.0, 4e-15, 1e-15),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("n_classes", [2, 9, 200, 3000])
+def test_exponentials_and_logarithms_of_all_sizes(
+    n_classes, statistics, dtype, greatest, relative, absolute
+):
+    """Of two classes among others at -inf: a probability, and a loss, to their last digits."""
+    distances = torch.linspace(0, greatest, 600, dtype=dtype)
+    pair, classes = torch.stack([0 * distances, -distances], 1), [0, n_classes // 2]
+    leaf = torch.full((600, n_classes), -math.inf, dtype=dtype)
+    leaf[:, classes] = pair
+    target = torch.zeros(600, dtype=torch.int64)
+    function = cross_entropy_with_statistics if statistics else cross_entropy
+    loss = function(leaf.requires_grad_(), target, reduction="none")
+    loss = loss.loss if statistics else loss
+    loss.sum().backward()
+    exact = F.cross_entropy(pair.double(), target, reduction="none")
+    torch.testing.assert_close(loss.double(), exact, rtol=0, atol=absolute)
+    p = pair.double().softmax(1)[:, 1]
+    torch.testing.assert_close(leaf.grad[:, classes[1]].double(), p, rtol=relative, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 1e-9])

@@ -196,7 +196,7 @@ def test_dim():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_argmax_is_the_first_of_the_greatest(dtype, n_classes):
     """Ties, NaN above all, infinities, nothing but minus infinity, and rows that are not read."""
-    logits = make_logits((9, n_classes), dtype).round()
+    logits = make_logits((11, n_classes), dtype).round()
     logits[0] = 1
     logits[1, [n_classes // 2, n_classes - 1]] = 100
     logits[2, [3, n_classes - 2]] = torch.nan
@@ -204,12 +204,14 @@ def test_argmax_is_the_first_of_the_greatest(dtype, n_classes):
     logits[4] = -torch.inf
     logits[5], logits[5, -1] = -torch.inf, -5
     logits[6, -1] = 50
-    target = torch.full((9,), 3)
-    target[7], weight = -100, torch.ones(9)
-    weight[8] = 0
+    logits[7, -2] = torch.nan
+    logits[8, 0], logits[8, -1] = -5, torch.inf
+    target = torch.full((11,), 3)
+    target[9], weight = -100, torch.ones(11)
+    weight[10] = 0
     for layout in (logits, logits.t().contiguous().t()):
         argmax = cross_entropy_with_statistics(layout, target, token_weight=weight).argmax
-        assert argmax.tolist() == [*logits[:7].argmax(1).tolist(), -1, -1]
+        assert argmax.tolist() == [*logits[:9].argmax(1).tolist(), -1, -1]
 
 
 def test_statistics_of_a_language_model():

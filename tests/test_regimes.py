@@ -111,7 +111,9 @@ def test_option_in_regime(regime, labels, option, dtype):
     regime, (soft, weighted, smoothing) = REGIMES[regime], LABELS[labels]
     n_rows, n_classes = regime.shape
     logits = make_logits(regime.shape, dtype)
-    logits[:, n_classes // 3] += 4  # beyond the block's first classes, by which it is guessed
+    # Beyond a block's first classes, by which its maximum is guessed, and beyond the others' maxima.
+    logits[1::2, n_classes // 3] += 4
+    logits[::2, n_classes - 2] += 6
     target = make_target(logits, soft)
     options = {"reduction": "none", "label_smoothing": smoothing}
     options |= {
