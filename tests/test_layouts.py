@@ -33,6 +33,7 @@ LAYOUTS = {
     "every other row": strided((5, 200), (400, 1)),
     "every other row, few classes": strided((70, 11), (22, 1)),
     "every other class": strided((5, 200), (400, 2)),
+    "every third class": strided((40, 21), (64, 3)),
     "every third class, few": strided((40, 5), (15, 3)),
     "long rows with a gap": strided((2, 17000), (17003, 1), 3),
     "every other class of long rows": strided((2, 17000), (34000, 2)),

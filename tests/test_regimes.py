@@ -56,7 +56,7 @@ def case(again: bool, *values):
 
 def sign(n: int) -> Tensor:
     """Return weights of rows: ones that are left out, negative ones, and such as are neither."""
-    return torch.tensor([1.5, 0.0, -0.5, 1.0]).repeat(n // 4 + 1)[:n]
+    return torch.tensor([1.5, 0.0, -0.5, 1.0, 0.75]).repeat(n // 5 + 1)[:n]
 
 
 OPTIONS = {
@@ -111,7 +111,7 @@ def test_option_in_regime(regime, labels, option, dtype):
     regime, (soft, weighted, smoothing) = REGIMES[regime], LABELS[labels]
     n_rows, n_classes = regime.shape
     logits = make_logits(regime.shape, dtype)
-    # Beyond a block's first classes, by which its maximum is guessed, and beyond the others' maxima.
+    # Beyond the first classes, by which a block's maximum is guessed, and beyond other blocks'.
     logits[1::2, n_classes // 3] += 4
     logits[::2, n_classes - 2] += 6
     target = make_target(logits, soft)
@@ -120,7 +120,7 @@ def test_option_in_regime(regime, labels, option, dtype):
         name: value(n_rows) if callable(value) else value for name, value in OPTIONS[option].items()
     }
     if weighted:
-        options["weight"] = (torch.arange(n_classes) % 5 / 2).to(dtype)
+        options["weight"] = (torch.arange(n_classes) % 7 / 4).to(dtype)
     logits, target = regime.lay_out(logits), regime.lay_out(target) if soft else target
     for mode in MODES:
         if has_mode(mode, dtype):
@@ -228,6 +228,23 @@ def test_masked_classes_are_as_if_they_were_not(regime, mask, base, soft, dtype)
             torch.testing.assert_close(loss.double(), exact_loss.detach(), **fine)
             torch.testing.assert_close(gradient[:, kept].double(), exact_plain, **tolerance)
             assert (gradient[:, ~kept] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("regime", [name for name in REGIMES if not is_large(name)])
+def test_a_row_of_nothing_but_minus_infinity(regime, dtype):
+    """Its lse is minus infinity, as torch's, and no number is above it."""
+    regime = REGIMES[regime]
+    n_rows = len(logits := make_logits(regime.shape, dtype))
+    logits[1::2] = -math.inf
+    target = torch.zeros(n_rows, dtype=torch.int64)
+    results = cross_entropy_with_statistics(regime.lay_out(logits), target, reduction="none")
+    torch.testing.assert_close(
+        *(results.lse.double(), logits.double().logsumexp(1)), rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(results.argmax, logits.argmax(1))
+    assert results.entropy[::2].isfinite().all()
+    assert results.loss[1::2].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
