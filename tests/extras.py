@@ -107,8 +107,8 @@ def check_problem(problem: Problem) -> None:
     scale = 1 + problem.options.get("softcap", 0) / 10
     assert_near("loss", outputs[0], exact.loss, error * scale * (1 + exact.loss.abs()))
     upstream = [
-        torch.arange(1.0, 1 + output.numel()).remainder(4).sub(1.5).view(output.shape)
-        for output in exact_outputs
+        torch.arange(1.0 + i, 1 + i + output.numel()).remainder(7).sub(2.5).view(output.shape)
+        for i, output in enumerate(exact_outputs)  # of each another
     ]
     total(outputs, upstream).backward()
     total(exact_outputs, upstream).backward()

@@ -10,6 +10,7 @@ from compare import assert_gradient, assert_loss, truth
 from modes import MODES, has_mode, loss_and_gradient, roundings
 
 import fused_xent
+from fused_xent import cross_entropy, cross_entropy_with_statistics
 
 pytestmark = pytest.mark.kernels
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -96,6 +97,60 @@ def test_gradient_at_a_confident_target(p, n_classes, mode, dtype):
     _, gradient = loss_and_gradient(logits, target, mode=mode, reduction="sum")
     error = (at_target(gradient) - right).abs()
     assert (error <= torch.finfo(dtype).eps / 2 * right.abs() + torchs_error.clamp(min=1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "greatest", "relative", "absolute"),
+    [
+        (torch.float32, 5.0, 5e-7, 2e-7),
+        (torch.float32, 16.0, 1.5e-6, 2e-7),
+        (torch.float64, 16.0, 4e-15, 1e-15),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("n_classes", [2, 9, 200, 3000])
+def test_exponentials_and_logarithms_of_all_sizes(
+    n_classes, statistics, dtype, greatest, relative, absolute
+):
+    """Of two classes among others at -inf: a probability, and a loss, to their last digits."""
+    distances = torch.linspace(0, greatest, 600, dtype=dtype)
+    pair, classes = torch.stack([0 * distances, -distances], 1), [0, n_classes // 2]
+    leaf = torch.full((600, n_classes), -math.inf, dtype=dtype)
+    leaf[:, classes] = pair
+    target = torch.zeros(600, dtype=torch.int64)
+    function = cross_entropy_with_statistics if statistics else cross_entropy
+    loss = function(leaf.requires_grad_(), target, reduction="none")
+    loss = loss.loss if statistics else loss
+    loss.sum().backward()
+    exact = F.cross_entropy(pair.double(), target, reduction="none")
+    torch.testing.assert_close(loss.double(), exact, rtol=0, atol=absolute)
+    p = pair.double().softmax(1)[:, 1]
+    torch.testing.assert_close(leaf.grad[:, classes[1]].double(), p, rtol=relative, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 1e-9])
+@pytest.mark.parametrize("n_classes", [2, 15, 16, 17, 33, 100, 128])
+def test_a_loss_near_0_has_all_of_its_digits(n_classes, label_smoothing, statistics, dtype):
+    """Where a row is in one lane: what little the others add to 1, before it and after it."""
+    logits = make_logits((n_classes, n_classes), dtype, 1.0)
+    target = torch.arange(n_classes)
+    for margin in (8.0, 14.0, 20.0):
+        logits[target, target] = margin
+        function = cross_entropy_with_statistics if statistics else cross_entropy
+        options = {"reduction": "none", "label_smoothing": label_smoothing}
+        leaf, exact_leaf = (
+            logits.to(to, copy=True).requires_grad_() for to in (dtype, torch.float64)
+        )
+        loss = function(leaf, target, **options)
+        loss = loss.loss if statistics else loss
+        exact = F.cross_entropy(exact_leaf, target, **options)
+        torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+        pairs = ((loss, leaf), (exact, exact_leaf))
+        gradients = (torch.autograd.grad(loss.sum(), leaf)[0].double() for loss, leaf in pairs)
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=0)
 
 
 @by_dtype
@@ -220,7 +275,11 @@ def test_infinities_nan_and_extremes_are_as_in_torch(special, n_classes, mode, d
 @by_dtype
 @by_mode
 @pytest.mark.parametrize(
-    "shape", [(1, 262144), (3, 40000), (5, 20000), (7, 16390), (50, 1000), (999, 10), (2, 60, 999)]
+    "shape",
+    [
+        *((1, 262144), (3, 40000), (5, 20000), (7, 16390), (50, 1000), (999, 10), (2, 60, 999)),
+        (20011, 3),  # whose losses and weights are added up by several threads
+    ],
 )
 @pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
 def test_bitwise_the_same_for_any_number_of_threads(threads, probabilities, shape, mode, dtype):
@@ -229,10 +288,12 @@ def test_bitwise_the_same_for_any_number_of_threads(threads, probabilities, shap
     logits = make_logits(shape, dtype)
     target = torch.randint(0, shape[1], logits.select(1, 0).shape)
     target = torch.rand(shape).softmax(1).to(dtype) if probabilities else target
+    token_weight = torch.rand(logits.select(1, 0).shape)
     results = []
     for count in (1, 2, 2, 5):
         threads(count)
-        results.append(loss_and_gradient(logits, target, 1.5, mode, label_smoothing=0.1))
+        options = {"label_smoothing": 0.1, "token_weight": token_weight}
+        results.append(loss_and_gradient(logits, target, 1.5, mode, **options))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 

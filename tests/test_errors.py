@@ -387,7 +387,7 @@ OUT_OF_RANGE = {
     [
         ((9,), (), "()"),
         ((6, 9), (4,), "(4,)"),
-        ((2, 9, 3, 4), (1, 2, 3), "(1, 2, 3)"),
+        ((2, 9, 3, 4), (0, 2, 1), "(0, 2, 1)"),
         ((70000, 9), (66000,), "(66000,)"),
     ],
     ids=str,
@@ -409,10 +409,22 @@ def test_target_out_of_range(shape, position, text, bad, mode):
 
 
 @pytest.mark.cpu("elsewhere such rows become NaN: test_cuda.py")
-def test_first_of_several_targets_out_of_range():
-    target = torch.tensor([0, -100, 9, 3, -7])
-    with pytest.raises(IndexError, match=r"got 9 at position \(2,\)"):
-        fused_xent.cross_entropy(torch.zeros(5, 9), target)
+@pytest.mark.parametrize("option", [None, "weight", "token_weight"])
+@pytest.mark.parametrize("later", [6, 17000, 19999])
+@pytest.mark.parametrize("first", [0, 5, 8191, 8192, 19998])
+def test_first_of_several_targets_out_of_range(first, later, option):
+    """Whichever block of rows has it; a row that is left out before it may hold anything."""
+    target = torch.full((20000,), 3)
+    target[max(first, later)] = -7
+    target[first] = 9
+    arguments = {}
+    if option == "weight":
+        arguments["weight"] = torch.rand(9)
+    if option == "token_weight":
+        target[:first] = 10
+        arguments["token_weight"] = (torch.arange(20000) >= first).float()
+    with pytest.raises(IndexError, match=rf"got 9 at position \({first},\)"):
+        fused_xent.cross_entropy(torch.zeros(20000, 9), target, **arguments)
 
 
 def test_target_changed_between_forward_and_backward():
@@ -505,10 +517,14 @@ def test_rows_of_more_dimensions_than_the_kernels_count(mode):
     target = torch.randint(9, apart.select(1, 0).shape)
     with pytest.raises(RuntimeError, match=r"must be False .*more than 4 row dimensions.*strides"):
         fused_xent.cross_entropy(apart, target, **MODES[mode])
-    (gradient,) = torch.autograd.grad(fused_xent.cross_entropy(apart, target), leaf)
-    copy = apart.detach().requires_grad_()
-    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(copy, target), copy)[0]
-    torch.testing.assert_close(gradient.permute(6, 1, 4, 2, 0, 5, 3), expected)
+    soft = torch.rand(2, 9, 2, 2, 2, 2, 2).double().permute(3, 1, 6, 0, 5, 2, 4)
+    for labels in (target, soft):
+        loss = fused_xent.cross_entropy(apart, labels)
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        copy = apart.detach().contiguous().requires_grad_()
+        expected = torch.nn.functional.cross_entropy(copy, labels)
+        (expected,) = torch.autograd.grad(expected, copy)
+        torch.testing.assert_close(gradient.permute(6, 1, 4, 2, 0, 5, 3), expected)
     together = (leaf * 1).flatten(2).mT  # of the same elements, in rows of two dimensions
     target = target.flatten().new_zeros(2, 32)
     fused_xent.cross_entropy(together, target, dim=-1, **MODES[mode]).backward()

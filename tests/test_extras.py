@@ -132,6 +132,27 @@ def test_entropy_of_masked_classes(dtype, of_weight):
     torch.testing.assert_close(actual, exact, rtol=max(eps, 1e-5), atol=max(eps, 1e-5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("n_classes", [9, 200, 17000])
+def test_focal_loss_of_certain_and_impossible_targets(n_classes, dtype):
+    """Of the cross-entropy c, from 0 to infinity: (1 - e^-c)^gamma c, and its derivative."""
+    logits = make_logits((4, n_classes), dtype, 0.1)
+    logits[torch.arange(4), torch.arange(4)] = torch.tensor([800.0, 30.0, 3.0, -math.inf]).to(dtype)
+    target = torch.arange(4)
+    plain, focal = (logits.clone().requires_grad_() for _ in range(2))
+    c = cross_entropy(plain, target, reduction="none")
+    loss = cross_entropy(focal, target, reduction="none", focal_gamma=2.0)
+    c.sum().backward()
+    loss.sum().backward()
+    assert 0 <= c[0] < 1e-8
+    assert c[3] == math.inf
+    rest = -torch.expm1(-c.detach().double())
+    slope = rest.square() + 2 * rest * (1 - rest) * c.detach().double().clamp(max=1e9)
+    torch.testing.assert_close(loss.double(), rest.square() * c.double(), rtol=1e-6, atol=0)
+    expected = plain.grad.double() * slope[:, None]
+    torch.testing.assert_close(focal.grad.double(), expected, rtol=1e-5, atol=1e-30)
+
+
 def test_mean_divides_by_class_weight_times_token_weight():
     logits, target = problem()
     weight = torch.rand(7, dtype=torch.float64)
@@ -143,6 +164,32 @@ def test_mean_divides_by_class_weight_times_token_weight():
     soft = logits.roll(1, 1).softmax(1)
     expected = (by_row(logits, soft) * tokens).sum() / tokens.sum()
     torch.testing.assert_close(cross_entropy(logits, soft, token_weight=tokens), expected)
+
+
+@pytest.mark.parametrize("function", [*MODES, reference.cross_entropy])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("cancelled", ["token weights", "class weights", "normalizer"])
+def test_mean_by_a_sum_of_0_is_nan(cancelled, soft, function):
+    """Also where the losses do not cancel: torch divides the parts of a loss apart."""
+    logits, options = make_logits((4, 7), torch.float64), {}
+    target = torch.tensor([0, 1, 0, 1])
+    if cancelled == "token weights":
+        options["token_weight"] = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    elif cancelled == "class weights":
+        options["weight"] = torch.tensor([1.0, -1.0, 0, 0, 0, 0, 0], dtype=torch.float64)
+    else:
+        options["normalizer"] = torch.tensor(0.0)
+    if soft:
+        target = F.one_hot(target, 7).double()
+    by_class = soft and cancelled == "class weights"  # which do not count there
+    leaf = logits.requires_grad_()
+    if function in MODES:
+        loss = cross_entropy(leaf * 1, target, **options, **MODES[function])
+    else:
+        loss = function(leaf * 1, target, **options)
+    loss.backward()
+    assert loss.isfinite() if by_class else loss.isnan()
+    assert leaf.grad.isfinite().all() if by_class else leaf.grad.isnan().all()
 
 
 @pytest.mark.parametrize("normalizer", [8, 8.0, torch.tensor(8), torch.tensor(8.0).half()])
@@ -195,7 +242,7 @@ def test_dim():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_argmax_is_the_first_of_the_greatest(dtype, n_classes):
     """Ties, NaN above all, infinities, nothing but minus infinity, and rows that are not read."""
-    logits = make_logits((9, n_classes), dtype).round()
+    logits = make_logits((11, n_classes), dtype).round()
     logits[0] = 1
     logits[1, [n_classes // 2, n_classes - 1]] = 100
     logits[2, [3, n_classes - 2]] = torch.nan
@@ -203,12 +250,14 @@ def test_argmax_is_the_first_of_the_greatest(dtype, n_classes):
     logits[4] = -torch.inf
     logits[5], logits[5, -1] = -torch.inf, -5
     logits[6, -1] = 50
-    target = torch.full((9,), 3)
-    target[7], weight = -100, torch.ones(9)
-    weight[8] = 0
+    logits[7, -2] = torch.nan
+    logits[8, 0], logits[8, -1] = -5, torch.inf
+    target = torch.full((11,), 3)
+    target[9], weight = -100, torch.ones(11)
+    weight[10] = 0
     for layout in (logits, logits.t().contiguous().t()):
         argmax = cross_entropy_with_statistics(layout, target, token_weight=weight).argmax
-        assert argmax.tolist() == [*logits[:7].argmax(1).tolist(), -1, -1]
+        assert argmax.tolist() == [*logits[:9].argmax(1).tolist(), -1, -1]
 
 
 def test_statistics_of_a_language_model():

@@ -192,6 +192,35 @@ def test_ignore_index(shape, ignore_index, dtype):
     torch.testing.assert_close(actual, expected)
 
 
+@by_dtype
+@pytest.mark.parametrize("options", ["", "weight", "token_weight", "weight and token_weight"])
+@pytest.mark.parametrize("labels", ["index", "probabilities"])
+@pytest.mark.parametrize("n_rows", [8191, 8193, 16387])
+def test_totals_of_many_rows(n_rows, labels, options, dtype):
+    """They are added up by blocks: the mean of equal losses is one of them, to its last digits."""
+    logits = torch.tensor([[0.1, 1.7, -0.3]]).to(dtype).expand(n_rows, 3)
+    target = torch.full((n_rows,), 2)
+    target[5::7] = -100
+    rows = (target != -100).double()
+    if labels == "probabilities":
+        target, rows = F.one_hot(torch.full_like(target, 2), 3).to(dtype), torch.ones(n_rows)
+    arguments = {"loss_dtype": torch.float64}
+    weighted = options.startswith("weight")
+    if weighted:
+        arguments["weight"] = torch.tensor([0.5, 2.0, 0.75]).to(dtype)
+    if "token_weight" in options:
+        arguments["token_weight"] = torch.arange(n_rows) % 5 + 0.25 * (torch.arange(n_rows) > 8192)
+        rows = rows * arguments["token_weight"]
+    tolerance = {"rtol": 2e-7 if dtype != torch.float64 else 1e-12, "atol": 0.0}
+    one = F.cross_entropy(logits[:1].double(), torch.tensor([2]))
+    weight = 0.75 if weighted else 1.0
+    total = fused_xent.cross_entropy(logits, target, reduction="sum", **arguments)
+    torch.testing.assert_close(total, one * weight * rows.sum().double(), **tolerance)
+    mean = fused_xent.cross_entropy(logits, target, **arguments)
+    divided = 1.0 if labels == "index" else weight
+    torch.testing.assert_close(mean, one * divided, **tolerance)
+
+
 LEGACY = list(itertools.product([None, False, True], [None, False, True]))[1:]
 
 

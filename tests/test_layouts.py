@@ -1,5 +1,7 @@
 """Memory as callers have it: strides, offsets, expanded tensors, and rows that hold anything."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ LAYOUTS = {
     "every other row": strided((5, 200), (400, 1)),
     "every other row, few classes": strided((70, 11), (22, 1)),
     "every other class": strided((5, 200), (400, 2)),
+    "every third class": strided((40, 21), (64, 3)),
     "every third class, few": strided((40, 5), (15, 3)),
     "long rows with a gap": strided((2, 17000), (17003, 1), 3),
     "every other class of long rows": strided((2, 17000), (34000, 2)),
@@ -51,6 +54,9 @@ LAYOUTS = {
     "sequence with classes last": strided((2, 150, 5), (750, 1, 150)),
     "no row dimensions merge": strided((2, 3, 2, 2, 2), (7, 200, 100, 3, 40)),
     "no row dimensions merge, classes last": strided((2, 3, 2, 3, 2, 2), (3, 1, 200, 30, 14, 100)),
+    "windows of a sequence": strided((7, 150), (1, 1)),
+    "windows of a sequence, more of them than classes": strided((200, 150), (1, 1)),
+    "windows of a sequence, few classes": strided((40, 9), (1, 1)),
     "no batch, with a step": strided((9,), (3,)),
     "no batch, stride 0": strided((9,), (0,)),
 }
@@ -145,6 +151,7 @@ UPSTREAMS = {
     "transposed": lambda rows: torch.rand(rows[::-1]).permute(*reversed(range(len(rows)))),
     "every other": lambda rows: torch.rand(*rows[:-1], 2 * rows[-1])[..., ::2],
     "zeros": lambda rows: torch.zeros(rows),
+    "1 in the first row alone": lambda rows: torch.arange(1.0, 1 + math.prod(rows)).view(rows),
 }
 
 
@@ -207,6 +214,29 @@ def test_ignored_rows_may_hold_anything(shape, anything, mode, dtype):
         )
         assert_loss(loss, exact, torch.promote_types(dtype, torch.float32))
         assert_gradient(gradient, exact, dtype, roundings(mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("anything", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("shape", [(6, 7), (6, 200), (3, 17000), (20, 17000)], ids=str)
+def test_upstream_of_rows_left_out_may_be_anything(shape, anything, soft, mode):
+    """A row of token weight 0, or ignored, has gradient 0, whatever flows to its loss."""
+    logits = make_logits(shape, torch.float32)
+    target = make_target(logits, Labels(soft))
+    token_weight = torch.ones(shape[0])
+    token_weight[1::3] = 0
+    left_out = token_weight == 0
+    if not soft:
+        target[0] = -100
+        left_out[0] = True
+    upstream = make_upstream((shape[0],), "none")
+    exact = truth(logits, target, upstream * ~left_out, reduction="none")
+    upstream[left_out] = anything
+    options = {"reduction": "none", "token_weight": token_weight}
+    loss, gradient = loss_and_gradient(logits, target, upstream, mode, **options)
+    assert (loss[left_out] == 0).all()
+    assert_gradient(gradient, exact, torch.float32, roundings(mode))
 
 
 @by_dtype

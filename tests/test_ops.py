@@ -1,5 +1,8 @@
 """The operators: what torch asks of them, and that arguments which do not fit are refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from cases import LABELS, make_logits, make_options, make_target
@@ -139,6 +142,25 @@ def test_forward_saves_what_its_documentation_says(dtype, shape):
     assert all(other.numel() == 0 for other in others)
 
 
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 5000)], ids=str)
+def test_fused_mode_returns_what_forward_does(shape, extras):
+    """For the statistics: the rows' results, in its order."""
+    forward = make_arguments(shape, extras=extras)
+    loss, _, row_max, log_sum, _, _, entropy, argmax = ops.forward(**forward)
+    fused = ops.forward_backward_(**forward | {"logits": forward["logits"].clone()})
+    torch.testing.assert_close(fused, (loss, row_max, log_sum, entropy, argmax))
+
+
+def test_a_normalizer_divides_the_gradient():
+    forward = make_arguments(reduction=1)
+    normalizer = torch.tensor(2.5, dtype=torch.float64)
+    divided, _ = make_backward(forward | {"normalizer": normalizer})
+    summed, _ = make_backward(forward | {"reduction": 2})
+    torch.testing.assert_close(divided["total_weight"], normalizer)
+    torch.testing.assert_close(ops.backward(**divided), ops.backward(**summed) / 2.5)
+
+
 LOGITS, TARGET = torch.randn(4, 9), torch.arange(4)
 SOFT, EXPANDED = LOGITS.softmax(1), torch.randn(9).expand(4, 9)
 ROW_WEIGHT = torch.ones(4)
@@ -170,6 +192,10 @@ WRONG_FORWARD = {
     "probabilities of other shape": {"target": SOFT[:, 1:]},
     "probabilities of more precision": {"target": SOFT.double()},
     "probabilities of less precision": {"target": SOFT.half()},
+    "float32 probabilities under float64": {"logits": LOGITS.double(), "target": SOFT},
+    "probabilities of another 16-bit type": {"logits": LOGITS.half(), "target": SOFT.bfloat16()},
+    "float64 probabilities under 16 bits": {"logits": LOGITS.half(), "target": SOFT.double()},
+    "transposed probabilities": {"target": SOFT.mT},
     "short weight": {"weight": torch.ones(8)},
     "weight of other dtype": {"weight": torch.ones(9).double()},
     "weight with a step": {"weight": torch.ones(18)[::2]},
@@ -180,7 +206,23 @@ WRONG_FORWARD = {
     "normalizer of float32": {"normalizer": torch.tensor(4.0)},
     "normalizer of one dimension": {"normalizer": torch.tensor([4.0]).double()},
     "too few numbers": {"numbers": PLAIN[1:]},
+    "too many numbers": {"numbers": [*PLAIN, 0.0]},
+    "long weight": {"weight": torch.ones(10)},
+    "token_weight of two dimensions": {"token_weight": torch.ones(4, 1)},
+    "unknown reduction": {"reduction": 3},
+    "negative reduction": {"reduction": -1},
+    "loss of integers": {"loss_dtype": torch.int64},
+    "target out of range beside a normalizer": {
+        "target": TARGET + 6,
+        "normalizer": torch.tensor(4.0).double(),
+    },
+    "statistics of 2^31 classes": {
+        "logits": torch.ones(1, 1).expand(0, 2**31),
+        "target": TARGET[:0],
+        "statistics": True,
+    },
 }
+FOCAL = [0.0, 0.0, 2.0, 0.0, 1.0]
 BACKWARD, _ = make_backward(FORWARD)
 ROWS = BACKWARD["row_max"]
 WRONG_BACKWARD = {
@@ -200,8 +242,24 @@ WRONG_BACKWARD = {
     "grad_lse of other dtype": {"grad_lse": ROWS.double()},
     "grad_entropy with a step": {"grad_entropy": torch.ones(8)[::2], "entropy": ROWS},
     "grad_entropy without an entropy": {"grad_entropy": ROWS},
-    "focal loss without its slope": {"numbers": [0.0, 0.0, 2.0, 0.0, 1.0]},
+    "focal loss without its slope": {"numbers": FOCAL},
     "short token_weight": {"token_weight": ROW_WEIGHT[1:]},
+    "log_sum of other dtype": {"log_sum": ROWS.double()},
+    "log_sum with a step": {"log_sum": torch.ones(8)[::2]},
+    "log_sum of two dimensions": {"log_sum": ROWS[:, None]},
+    "label_mass of other dtype": {"target": SOFT, "label_mass": ROWS.double()},
+    "label_mass with a step": {"target": SOFT, "label_mass": torch.ones(8)[::2]},
+    "slope of other dtype": {"numbers": FOCAL, "loss_slope": ROWS.double()},
+    "slope of other shape": {"numbers": FOCAL, "loss_slope": ROWS[1:]},
+    "entropy of other dtype": {"grad_entropy": ROWS, "entropy": ROWS.double()},
+    "short entropy": {"grad_entropy": ROWS, "entropy": ROWS[1:]},
+    "short grad_entropy": {"grad_entropy": ROWS[1:], "entropy": ROWS},
+    "grad_lse with a step": {"grad_lse": torch.ones(8)[::2]},
+    "grad_lse of a batch": {"grad_lse": ROWS[None]},
+    "upstream of one row": {"grad_loss": torch.ones(1)},
+    "unknown reduction": {"reduction": 3},
+    "negative reduction": {"reduction": -1},
+    "too few numbers": {"numbers": PLAIN[1:]},
 }
 
 
@@ -230,6 +288,94 @@ def test_wrong_arguments_of_backward_are_refused(wrong, device):
         with pytest.raises((ValueError, RuntimeError, IndexError), match="must"):
             operator(**arguments)
     assert torch.equal(arguments["logits"], before)
+
+
+STRIDES = {  # of four rows or more, and whether elements share memory
+    "a row after the other": ((4, 6), (6, 1), False),
+    "a row begins where the other ends": ((4, 6), (5, 1), True),
+    "classes and rows of one stride": ((4, 6), (1, 1), True),
+    "columns": ((4, 6), (1, 4), False),
+    "columns that overlap": ((4, 6), (1, 3), True),
+    "three dimensions, one after the other": ((4, 6, 3), (18, 3, 1), False),
+    "the outermost steps over the middle one alone": ((4, 6, 3), (16, 3, 1), True),
+    "the outermost ends within the others": ((4, 6, 3), (17, 3, 1), True),
+    "dimensions of size 1 have any stride": ((4, 6, 1), (6, 1, 0), False),
+    "gaps": ((4, 6, 3), (100, 12, 4), False),
+    "one number": ((4, 6), (0, 0), True),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_memory_of_gradients(strides):
+    """What has a place for every element is written to, all else is refused."""
+    shape, strides, is_shared = STRIDES[strides]
+    logits = torch.randn(400).as_strided(shape, strides)
+    target = torch.randint(6, shape[:1] + shape[2:])
+    forward = FORWARD | {"logits": logits, "target": target}
+    backward, _ = make_backward(forward)
+    scale = (logits, 2 * backward["grad_loss"], target, None, 1, -100)
+    expected = ops.backward(**backward)
+    before = logits.clone()
+    if is_shared:
+        for operator in (lambda: ops.backward_(**backward), lambda: ops.scale_gradient_(*scale)):
+            with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
+                operator()
+        assert torch.equal(logits, before)
+    else:
+        ops.backward_(**backward)
+        assert torch.equal(logits, expected)
+        ops.scale_gradient_(*scale)
+        torch.testing.assert_close(logits, 2 * expected)
+
+
+def test_dimensions_of_size_1_are_no_row_dimensions():
+    """The kernels count four that do not merge; these have none to be walked along."""
+    shape, strides = (2, 9, 1, 3, 1, 2, 1, 2), (1, 300, 77, 7, 1000, 29, 500, 90)
+    logits = torch.randn(4000).as_strided(shape, strides)
+    target = torch.randint(9, shape[:1] + shape[2:])
+    backward, _ = make_backward(FORWARD | {"logits": logits, "target": target})
+    expected = ops.backward(**backward | {"logits": logits.contiguous()})
+    ops.backward_(**backward)
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+def test_rows_of_no_classes(soft):
+    """Their loss is 0, and no class the greatest."""
+    logits = torch.empty(4, 0)
+    target = torch.empty(4, 0) if soft else torch.full((4,), -100)
+    arguments = FORWARD | {"logits": logits, "target": target, "numbers": FOCAL, "reduction": 0}
+    outputs = ops.forward(**arguments | {"statistics": True})
+    loss, _, row_max, log_sum, mass, slope, entropy, argmax = outputs
+    for rows in (loss, row_max, log_sum, slope, entropy, *([mass] if soft else [])):
+        assert torch.equal(rows, torch.zeros(4))
+    assert torch.equal(argmax, torch.full((4,), -1))
+    assert not ops.forward_backward_(**arguments)[0].any()
+    backward, _ = make_backward(arguments)
+    assert ops.backward(**backward).shape == (4, 0)
+    ops.scale_gradient_(logits, torch.tensor(2.0), target, None, 1, -100)
+
+
+@pytest.mark.cpu("its memory alone")
+def test_huge_pages_are_asked_for_within_the_gradient():
+    """Where the system tells; each mapping of /proc/self/smaps ends with its flags."""
+    smaps = Path("/proc/self/smaps")
+    if not (smaps.exists() and Path("/sys/kernel/mm/transparent_hugepage").exists()):
+        pytest.skip("this system has no transparent huge pages")
+    logits, target = torch.randn(2000, 5000), torch.randint(5000, (2000,))
+    backward, _ = make_backward(FORWARD | {"logits": logits, "target": target})
+    gradient = ops.backward(**backward)
+    begin = gradient.data_ptr()
+    end, page = begin + gradient.numel() * 4, 2 << 20
+    asked = []
+    for mapping in re.findall(
+        r"(?m)^([0-9a-f]+-[0-9a-f]+) (?:(?!VmFlags).*\n)*.*VmFlags:.* hg", smaps.read_text()
+    ):
+        first, last = (int(address, 16) for address in mapping.split("-"))
+        if first < end and begin < last:
+            asked.append((first, last))
+    assert all(begin <= first and last <= end for first, last in asked)
+    assert sum(last - first for first, last in asked) > end - begin - 2 * page
 
 
 def test_overlapping_memory_is_not_written_to():
@@ -290,31 +436,22 @@ def test_wrong_arguments_of_scale_gradient_are_refused(gradient, upstream, targe
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("n_classes", [64, 1024], ids=["one row a lane", "one class a lane"])
-@pytest.mark.parametrize("factor", [0.5, 1.5, 1 + 2**-8, 2**-9 * 1.25, 3e4])
+@pytest.mark.parametrize("factor", [0.5, 1.5, 1 + 2**-8, 2**-9 * 1.25, 3e4, "NaN of all bits"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even(dtype, factor, n_classes):
     """Infinities, NaN, numbers below the normal ones, and products halfway between two numbers."""
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, n_classes)
     target = torch.zeros(len(numbers), dtype=torch.int64)
     gradient = numbers.clone()
-    ops.scale_gradient_(gradient, torch.tensor(factor), target, None, 1, -100)
+    if factor == "NaN of all bits":  # which rounding up would make a 0
+        factor = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    ops.scale_gradient_(gradient, torch.as_tensor(factor), target, None, 1, -100)
     expected = (numbers.float() * factor).to(dtype)
     if dtype == torch.bfloat16 and fused_xent.cpu_capability() == "avx512_bf16":
         # The processor's own conversion takes numbers below the normal ones for 0.
         below = (numbers.float() * factor).abs() < torch.finfo(dtype).tiny
         gradient = gradient.where(~below | (gradient != 0), expected)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("reduction", [-1, 3, 100])
-def test_unknown_reduction(reduction):
-    with pytest.raises((ValueError, RuntimeError), match="reduction must"):
-        ops.forward(**make_arguments(reduction=reduction))
-
-
-def test_loss_of_integers():
-    with pytest.raises((ValueError, RuntimeError)):
-        ops.forward(**make_arguments() | {"loss_dtype": torch.int64})
 
 
 def test_capability_is_one_of_those_documented():

@@ -50,7 +50,7 @@ struct Call {
   std::tuple<Tensor, Tensor> forward(const Rows& rows, const Total& total,
                                      ScalarType loss_dtype) const {
     const double total_weight = total_weight_of(total);
-    cpu::forward(params, threads);
+    if (params.vocab_size > 0) cpu::forward(params, threads);
     return {reduce(rows.loss, total.reduction, total_weight, loss_dtype),
             torch::stable::full({}, total_weight, ScalarType::Double)};
   }
@@ -59,7 +59,7 @@ struct Call {
     const double total_weight = total_weight_of(total);
     const Tensor one = problem.set_grad_loss(params, torch::stable::full({}, 1, problem.acc_dtype));
     params.grad_scale = total.reduction == kMean ? mean_of(1, total_weight) : 1;
-    cpu::forward_backward(params, threads);
+    if (params.vocab_size > 0) cpu::forward_backward(params, threads);
     return reduce(rows.loss, total.reduction, total_weight, loss_dtype);
   }
 

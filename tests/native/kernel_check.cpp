@@ -107,14 +107,19 @@ void run(const Case& c, int64_t n_threads) {
   }
   problem.fill_grad_loss();
   check_scale_gradient(problem, results.fused, threads_of(n_threads));
+  // Nothing is left to do where one factor is 1, but where the first of several is.
+  problem.params.grad_scale = 1;
+  write(problem.acc, problem.grad_loss.data(), 0, 1);
+  check_scale_gradient(problem, results.fused, threads_of(n_threads));
 }
 
 // ---- what has no gradient --------------------------------------------------------------------
 
 // scan_rows and sum_rows, which go by blocks of rows.
-void run_scans(int64_t n_threads) {
+void run_scan(const Extras& extras, int64_t n_threads) {
   const Labels labels{"weighted indices", TargetKind::int32, false, true, 0, Ignored::some};
-  const Case c{DType::float32, labels, 70003, 1};
+  Case c{DType::float32, labels, 70003, 1};
+  c.extras = extras;
   Problem problem(c);
   Params& p = problem.params;
   p.vocab_size = 1;
@@ -124,7 +129,8 @@ void run_scans(int64_t n_threads) {
   for (int64_t row = 0; row < p.n_rows; ++row) {
     write(problem.acc, losses.data(), row, static_cast<double>(row % 17));
     sum += static_cast<double>(row % 17);
-    if (!problem.is_ignored(row)) total_weight += problem.class_weight(0);
+    if (problem.is_ignored(row)) continue;
+    total_weight += problem.class_weight(0) * problem.weight_of_row(row);
   }
   const cpu::Threads threads = threads_of(n_threads);
   check(cpu::sum_rows(p, threads) == sum, c, "sum_rows");
@@ -132,10 +138,16 @@ void run_scans(int64_t n_threads) {
   check(good.bad_row == -1, c, "scan_rows sees a bad row");
   check_near(good.total_weight, {total_weight, 1e-9 * total_weight, 1}, c, "total_weight", -1, -1);
   int32_t* indices = static_cast<int32_t*>(problem.indices.data());
-  for (const int64_t row : {69999, 65536, 65535}) {
+  for (const int64_t row : {69999, 65536, 65535, 8192, 3}) {
+    if (problem.weight_of_row(row) == 0) continue;
     indices[row] = row % 2 == 0 ? -1 : 1;
     check(cpu::scan_rows(p, threads).bad_row == row, c, "scan_rows misses the first bad row");
   }
+}
+
+void run_scans(int64_t n_threads) {
+  run_scan(Extras{}, n_threads);
+  run_scan(Extras{.name = "token weights", .token_weight = true}, n_threads);
 }
 
 // ---- the table -------------------------------------------------------------------------------
