@@ -2,12 +2,16 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: setup test demo bench readme-tables gpu cuda-check lint format clean
+.PHONY: setup test mutants demo bench readme-tables gpu cuda-check lint format clean
 
 setup: .venv/ready fused_xent/_C.abi3.so
 
 test: setup
 	$(RUN) -m pytest
+
+# Puts faults into copies of the code, one at a time, and reports what no test sees: an hour or two.
+mutants: setup
+	PYTHONPATH=tests $(RUN) -m mutants $(ARGS)
 
 demo: setup
 	$(RUN) -m bench.demo

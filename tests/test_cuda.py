@@ -19,8 +19,6 @@ from test_kernels import check, make_options
 import fused_xent
 from fused_xent import _ops
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for the build
-
 REGIMES = {"columns": 0, "warp": 1, "block": 2, "split": 3}
 
 

@@ -136,9 +136,12 @@ def test_good_cases(library, case, order):
     assert run_case(library, case) == 0, library.emulator_error()
 
 
-def test_portable_fibers(cache):
-    options = {"machine_flags": ["-DEMULATOR_UCONTEXT"]}
-    portable = load(cache, "bugs.cu", "copies.cu", **options)
+@pytest.fixture(scope="module")
+def portable(cache):
+    return load(cache, "bugs.cu", "copies.cu", machine_flags=["-DEMULATOR_UCONTEXT"])
+
+
+def test_portable_fibers(portable):
     assert [run_case(portable, case) for case in GOOD] == [0] * len(GOOD)
 
 
@@ -301,10 +304,14 @@ def test_races(programs, case, order):
     assert ("copies.cu:" if case == "early_overwrite" else "bugs.cu:") in result.stderr
 
 
+@pytest.fixture(scope="module")
+def sanitized(cache):
+    return Harness(in_selftest("bugs.cu", "copies.cu"), sanitizer="address").library(cache)
+
+
 @pytest.mark.parametrize(("case", "caught"), [("good_block", False), ("global_overrun", True)])
-def test_address_sanitizer_inside_python(cache, case, caught):
-    library = Harness(in_selftest("bugs.cu", "copies.cu"), sanitizer="address").library(cache)
-    script = f"import ctypes; print(ctypes.CDLL({str(library)!r}).run_case({case.encode()!r}))"
+def test_address_sanitizer_inside_python(sanitized, case, caught):
+    script = f"import ctypes; print(ctypes.CDLL({str(sanitized)!r}).run_case({case.encode()!r}))"
     result = run([sys.executable, "-c", script], **preload_environment())
     assert (result.returncode != 0) == caught, result.stderr
     assert ("heap-buffer-overflow" in result.stderr) == caught
@@ -332,8 +339,9 @@ def as_module(path):
     return module
 
 
-def test_python_module_of_twins_for_sm_80(cache):
-    """Two files with static kernels and variables of the same names."""
+@pytest.fixture(scope="module")
+def twins(cache):
+    """A Python module of two files with static kernels and variables of the same names."""
     harness = Harness(
         in_selftest("twin_a.cu", "twin_b.cu"),
         in_selftest("twins.cpp"),
@@ -342,11 +350,15 @@ def test_python_module_of_twins_for_sm_80(cache):
         host_flags=[f"-isystem{sysconfig.get_paths()['include']}"],
         link_flags=["-Wl,-z,undefs"],  # Python's own functions
     )
-    twins = as_module(harness.library(cache, "twins.so"))
+    return as_module(harness.library(cache, "twins.so"))
+
+
+def test_python_module_of_twins_for_sm_80(twins):
     assert [twins.triple(7), twins.quintuple(7), twins.triple(8)] == [22, 36, 25]
     assert twins.launch_in_pairs() == NOT_SUPPORTED  # before sm_90
 
 
+@pytest.mark.timeout(0)  # three builds
 def test_a_changed_header_is_noticed(cache, tmp_path):
     header = tmp_path / "include" / "deep" / "value.h"
     header.parent.mkdir(parents=True)

@@ -8,10 +8,7 @@ OPERATIONS = ("forward", "backward", "forward_backward")
 MEMBERS = (*("regime", "threads", "team", "parts", "held", "workers", "row_vector", "max_groups"),)
 KIB = 1024
 
-pytestmark = [
-    pytest.mark.cpu("in the emulator"),
-    pytest.mark.timeout(900),  # the first test waits for the build
-]
+pytestmark = pytest.mark.cpu("in the emulator")
 
 
 @pytest.fixture(scope="module")

@@ -214,7 +214,8 @@ class Table {
         if (small_ && shape != Shape::column && shape != Shape::odd_image) continue;
         const bool is_adjacent = has_adjacent_rows(shape);
         // 32: rows are whole vectors of any type, also in two batches. 36: they are not in two.
-        const int64_t n_rows = shape == Shape::padded_image ? 36 : is_adjacent ? 32 : 12;
+        // 24: as many as 2 x 2 x 2 x 3.
+        const int64_t n_rows = shape == Shape::padded_image ? 36 : is_adjacent ? 32 : 24;
         Case c{dtype, labels, n_rows, shape == Shape::image ? 21 : 1 + next(70)};
         c.logits = shape;
         c.gradient = next(3) > 0 ? c.logits : static_cast<Shape>(next(kShapes));
@@ -237,18 +238,23 @@ class Table {
     });
   }
 
-  // Every option beyond torch's, on every kind of labels and of values, in every regime.
+  // Every option beyond torch's, on every kind of labels, in every regime; the kinds of values in
+  // turn.
   void extras() {
     const int64_t shapes[][2] = {{7, 150}, {40, 7}, {3, 600}, {2, 3000}};
     const auto plans = all_plans(small_, device_, 1);
+    int turn = 0;
     each_labels([&](DType dtype, const Labels& labels) {
       for (const Extras& extras : kExtras) {
-        for (const bool is_normal : {true, false}) {
-          const auto [n_rows, vocab_size] = shapes[next(small_ ? 2 : 4)];
-          Case c{dtype, labels, n_rows, vocab_size};
+        for (const bool is_normal : {true, false, false, false}) {
+          Case c{dtype, labels, 0, 0};
+          if (!is_normal) c.values = static_cast<Values>(1 + turn++ % (kValues - 1));
+          if (c.values == Values::large) continue;  // lse^2 is beyond float
+          const bool needs_rows = small_ || c.values == Values::special;
+          const auto [n_rows, vocab_size] = shapes[next(needs_rows ? 2 : 4)];
+          c.n_rows = n_rows;
+          c.vocab_size = vocab_size;
           c.extras = extras;
-          if (!is_normal) c.values = static_cast<Values>(1 + next(kValues - 1));
-          if (c.values == Values::large) c.values = Values::equal;  // lse^2 is beyond float
           c.logits = next(2) == 0 ? Shape::contiguous : static_cast<Shape>(next(kShapes));
           c.gradient = next(2) == 0 ? c.logits : Shape::contiguous;
           c.misalignment = next(4);
@@ -272,10 +278,12 @@ class Table {
     for (const int64_t bytes : {96, 128, 512, 4096, 5000, 32768, 40000, 66000, 140000}) {
       for (const DType dtype : kDTypes) {
         if (bfloat16_only_ && dtype != DType::bfloat16) continue;
-        for (const int labels : {0, 1, 3, 6}) {
+        for (const int labels : {0, 1, 3, 7}) {
           if (bytes > 40000 && labels != 0 && dtype != DType::bfloat16) continue;
           Case c{dtype, kLabels[labels], 1 + next(3), bytes / element_size(dtype) + next(3)};
           c.misalignment = next(3);
+          // Beside many classes only such a target's gradient depends on its logit.
+          if (next(2) == 0) c.values = Values::peaked;
           run(c, {default_plans(c)});
         }
       }

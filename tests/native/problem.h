@@ -33,7 +33,7 @@ struct Extras {
 
 enum class Values {
   normal,
-  offset,     // all about 1e4 away from 0
+  offset,     // all about 1e4 or 100 away from 0
   peaked,     // the target's probability near 1
   ascending,  // each block of a row has a new maximum
   equal,
@@ -255,7 +255,7 @@ class Problem {
     const double large[] = {1e30, 1e300, 1e30, 3e4};
     switch (c.values) {
       case Values::offset:
-        return x + (row % 2 == 0 ? 1e4 : -1e4);
+        return x + (row % 2 == 0 ? 1 : -1) * (row % 4 < 2 ? 1e4 : 100);
       case Values::peaked:
         return j == index(row) ? 8 + static_cast<double>(row % 4) * 10 : x;
       case Values::ascending:

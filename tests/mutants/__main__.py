@@ -1,0 +1,43 @@
+"""Puts the faults of the tables into the code, one at a time, and reports what no test sees.
+
+    make mutants                                      all of them; hours
+    make mutants ARGS="--table cuda softcap"          those of one table whose names say softcap
+
+Exit status 1 where a fault survives, or could not be tried.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from emulator.build import ROOT
+
+from . import TABLES
+from .runner import Runner
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__.split("\n")[0])
+    parser.add_argument("words", nargs="*", help="only faults whose names have one of these")
+    parser.add_argument("--table", choices=TABLES, action="append", help="only this one")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutants")
+    arguments = parser.parse_args()
+    chosen = [
+        (table, name)
+        for table in arguments.table or TABLES
+        for name in TABLES[table]
+        if not arguments.words or any(word in name for word in arguments.words)
+    ]
+    runner = Runner(arguments.folder, arguments.jobs, arguments.folder / "builds")
+    broken = runner.unbroken(chosen)
+    if broken:
+        print(f"These tests must pass without a fault, and do not:\n{broken}")
+        return 1
+    return runner.report(runner.run(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

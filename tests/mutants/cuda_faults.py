@@ -1,0 +1,838 @@
+"""Faults of the CUDA kernels, their launchers and their binding, and the tests that see them."""
+
+from .fault import Fault
+
+
+def fault(name: str, part: str, old: str, new: str, unseen: str = "") -> Fault:
+    """Return a fault of a file of csrc/cuda that the check of one part of the kernels sees."""
+    folder = "csrc" if name.startswith("xent_") else "csrc/cuda"
+    tests = (f"tests/test_cuda_native.py::test_part[{part}]",)
+    return Fault(f"{folder}/{name}", old, new, tests, unseen)
+
+
+def emulated(path: str, test: str, old: str, new: str) -> Fault:
+    """Return a fault of a file of csrc that a test of the emulated operators sees."""
+    return Fault(f"csrc/{path}", old, new, (f"tests/{test}",))
+
+
+TEAMS = {
+    "a barrier of a block is missing": fault("team.cuh", "forward", "      __syncthreads();\n", ""),
+    "the barrier of a cluster is missing": fault(
+        "team.cuh", "forward_backward", "    cluster.sync();\n    stats", "    stats"
+    ),
+    "rows share the memory of the exchange": fault(
+        "team.cuh", "forward_backward-thread", "    turn_ ^= 1;\n", ""
+    ),
+    "lanes are merged without a common maximum": fault(
+        "team.cuh", "forward", "  shift_stats(stats, max);\n", "  stats.max = max;\n"
+    ),
+    "lanes are merged in too few steps": fault(
+        "team.cuh",
+        "forward",
+        "  shift_stats(stats, max);\n  for (int lane = size / 2; lane > 0; lane /= 2) {",
+        "  shift_stats(stats, max);\n  for (int lane = size / 2; lane > 1; lane /= 2) {",
+    ),
+    "the maximum of lanes is that of half of them": fault(
+        "team.cuh",
+        "forward",
+        "  Acc max = stats.max;\n  for (int lane = size / 2; lane > 0; lane /= 2) {",
+        "  Acc max = stats.max;\n  for (int lane = size / 4; lane > 0; lane /= 2) {",
+    ),
+    "labels of other lanes are left out": fault(
+        "team.cuh", "forward", "      stats.dot += __shfl_xor_sync(mask, stats.dot, lane);\n", ""
+    ),
+    "the mask of a part of a warp is that of the first part": fault(
+        "team.cuh",
+        "forward",
+        "(in_block_ == kWarp ? ~0u : (1u << in_block_) - 1) << first;",
+        "(in_block_ == kWarp ? ~0u : (1u << in_block_) - 1);",
+    ),
+    "the last warp of a block is left out": fault(
+        "team.cuh",
+        "forward",
+        "stats = lane < n_warps ? exchange",
+        "stats = lane < n_warps - (n_warps > 4) ? exchange",
+    ),
+    "the last block of a cluster is left out": fault(
+        "team.cuh",
+        "forward_backward",
+        "stats = lane < n_blocks_ ? exchange",
+        "stats = lane < n_blocks_ - 1 ? exchange",
+    ),
+    "blocks write to one place of the exchange": fault(
+        "team.cuh",
+        "forward_backward",
+        "&exchange.blocks[turn_][block_]",
+        "&exchange.blocks[turn_][0]",
+    ),
+}
+
+SWEEPS = {
+    "a vector too many is read": fault(
+        "sweep.cuh", "forward", "bits[u] = w < end ? read", "bits[u] = w <= end ? read"
+    ),
+    "single elements are taken one by one": fault(
+        "sweep.cuh",
+        "forward",
+        "i < view.n_edges; i += step) {\n    const int j = view.edge_class(i);\n    Acc",
+        "i < view.n_edges; ++i) {\n    const int j = view.edge_class(i);\n    Acc",
+    ),
+    "sums are not moved to another maximum": fault(
+        "sweep.cuh",
+        "forward",
+        "    this->sum *= ShiftedExp<T>(this->max).to(ShiftedExp<T>(max));\n",
+        "",
+    ),
+    "what a row's exponentials have in common stays in its sum": fault(
+        "sweep.cuh", "forward", "    stats.sum *= ShiftedExp<T>(this->max).to_exact();\n", ""
+    ),
+    "a part of a row has the target of the part after it": fault(
+        "sweep.cuh",
+        "backward",
+        "return first <= v && v < end && in_group",
+        "return first <= v && in_group",
+    ),
+    "a part of a row has the target of the part before it": fault(
+        "sweep.cuh",
+        "backward",
+        "return first <= v && v < end && in_group",
+        "return v < end && in_group",
+    ),
+    "threads have the target of another group": fault(
+        "sweep.cuh", "backward", "in_group < kCount * lanes && (in_group", "(in_group"
+    ),
+    "a part of a row begins where the one before it begins": fault(
+        "sweep.cuh",
+        "forward",
+        "begin = min(part * per_part, n_vectors);",
+        "begin = min((part - (part > 2)) * per_part, n_vectors);",
+    ),
+    "parts of a row all have its single elements": fault(
+        "sweep.cuh", "forward", "edge_step = team.size() * parts;", "edge_step = team.size();"
+    ),
+    "labels' sums are not moved to another maximum": fault(
+        "sweep.cuh",
+        "forward",
+        "if (this->mass != 0) add_labels(0, shift * with_lost(this->mass, this->lost_mass));",
+        "if (this->mass == 0) add_labels(0, shift);",
+    ),
+    "a sum that is infinite is made NaN by what it lost": fault(
+        "sweep.cuh", "general", "return lost - lost == 0 ? sum + lost : sum;", "return sum + lost;"
+    ),
+    "a class of label 0 and logit -inf counts": fault(
+        "sweep.cuh",
+        "forward",
+        "if (t[i] != 0) dot += t[i] * (x[i] - max);",
+        "dot += t[i] * (x[i] - max);",
+    ),
+    "a single class of label 0 and logit -inf counts": fault(
+        "sweep.cuh",
+        "forward",
+        "stats.add_labels(t, t == 0 ? Acc<T>(0) : t * (x - stats.max))",
+        "stats.add_labels(t, t * (x - stats.max))",
+    ),
+    "labels beyond a row's end are read": fault(
+        "sweep.cuh", "forward", "      if (w >= share.end) continue;\n", ""
+    ),
+    "labels are no part of the gradient of single elements": fault(
+        "sweep.cuh",
+        "backward",
+        "    if constexpr (Spread<T, S>::kExists) value -= spread.at(j) * spread_factor;\n",
+        "",
+    ),
+    "a gradient's factor forgets what the exponentials have in common": fault(
+        "sweep.cuh", "backward", "factor(row.factor * exponential.to_exact())", "factor(row.factor)"
+    ),
+    "logits and gradient are taken to be aligned together": fault(
+        "sweep.cuh", "backward", "if (apart % 16 != 0 || !spread", "if (!spread"
+    ),
+    "labels are taken to be aligned with the logits": fault(
+        "sweep.cuh",
+        "backward",
+        "if (apart % 16 != 0 || !spread.has_vectors_at(view.head)) {",
+        "if (apart % 16 != 0) {",
+    ),
+    "single elements of an ignored row are left as they were": fault(
+        "sweep.cuh",
+        "backward",
+        "    out[view.edge_class(i)] = from_acc<T>(value);\n",
+        "    if (i > 2) out[view.edge_class(i)] = from_acc<T>(value);\n",
+    ),
+    "the gradient's last vectors are left out": fault(
+        "sweep.cuh",
+        "backward",
+        "if (v + u * lanes < end) body(u, v + u * lanes);",
+        "if (v + u * lanes < end - (u > 0)) body(u, v + u * lanes);",
+    ),
+}
+
+MEMORY = {
+    "a sum of one scale is moved to another as if scales were one": fault(
+        "memory.cuh",
+        "forward",
+        "return scale == other.scale ? exp2_approximate(other.offset - offset) : 0.0f;",
+        "return exp2_approximate(other.offset - offset);",
+    ),
+    "great 16-bit logits are multiplied beyond float32's range": fault(
+        "memory.cuh", "forward", "scale = fabsf(max) < 0x1p17f ? kLog2E : 1.0f;", "scale = kLog2E;"
+    ),
+    "logits of 64 and more are not multiplied by log2(e)": fault(
+        "memory.cuh",
+        "forward",
+        "scale = fabsf(max) < 0x1p17f ? kLog2E : 1.0f;",
+        "scale = fabsf(max) < 0x1p6f ? kLog2E : 1.0f;",
+    ),
+    "classes that are not there are 0": fault("memory.cuh", "forward", "0xff80ff80u", "0u"),
+    "the maximum of two vectors is that of half their elements": fault(
+        "memory.cuh", "forward", "one(a.z, b.z), one(a.w, b.w))", "one(a.z, b.z), a.w)"
+    ),
+    "a pair's elements change places": fault(
+        "memory.cuh",
+        "backward",
+        "__floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);",
+        "__floats2bfloat162_rn(x[2 * i + 1], x[2 * i]);",
+    ),
+    "single elements are rounded towards zero": fault(
+        "memory.cuh", "backward", "return __float2bfloat16_rn(x);", "return __float2bfloat16_rz(x);"
+    ),
+    "a row's last element is in a vector and alone": fault(
+        "memory.cuh",
+        "forward",
+        "n_edges = vocab_size - n_vectors * kVector<T>;",
+        "n_edges = vocab_size - n_vectors * kVector<T> - (head > 6);",
+    ),
+}
+
+LABELS = {
+    "a row of weight 0 is read": fault(
+        "labels.cuh",
+        "general-address",
+        "  if (has_no_weight(p, row)) return {-1, true, false};\n",
+        "",
+    ),
+    "a negative target is a class": fault(
+        "labels.cuh", "backward", "index < 0 || index >= p.vocab_size;", "index >= p.vocab_size;"
+    ),
+    "the number of classes is a class": fault(
+        "labels.cuh", "forward", "index >= p.vocab_size;", "index > p.vocab_size;"
+    ),
+    "int32 targets are read as int64": fault(
+        "labels.cuh",
+        "forward",
+        "static_cast<const int32_t*>(p.target)[row]",
+        "static_cast<const int64_t*>(p.target)[row / 2]",
+    ),
+    "the target's class weight is left out": fault(
+        "labels.cuh",
+        "forward",
+        "return target < 0 ? A(0) : keep_of<A>(p) * class_weight<A>(p, target);",
+        "return target < 0 ? A(0) : keep_of<A>(p);",
+    ),
+    "smoothing is spread and not taken from the target": fault(
+        "labels.cuh",
+        "forward",
+        "keep_of<A>(p) * class_weight<A>(p, target);",
+        "class_weight<A>(p, target);",
+    ),
+    "probabilities are not smoothed": fault(
+        "labels.cuh", "forward", "A(t == nullptr) : uniform_of<A>(p);", "A(t == nullptr) : A(0);"
+    ),
+    "class weights of probabilities are left out": fault(
+        "labels.cuh",
+        "forward",
+        "return weight == nullptr ? value : value * weight[j];",
+        "return value;",
+    ),
+    "labels of a vector have the class weights of its first half": fault(
+        "labels.cuh",
+        "forward",
+        "values[begin + i] = smooth(read[i], j + begin + i);",
+        "values[begin + i] = smooth(read[i], j + i);",
+    ),
+    "a target that is no class makes a loss of 0": fault(
+        "labels.cuh",
+        "forward",
+        "const A value = is_bad ? kNaN<A> : A(0);\n  write_row",
+        "const A value = 0 * A(is_bad);\n  write_row",
+    ),
+    "the focal loss is the plain one": fault(
+        "labels.cuh", "forward", "    loss = focal.loss;\n", ""
+    ),
+    "the focal loss has the plain one's gradient": fault(
+        "labels.cuh", "forward_backward", "    slope = focal.slope;\n", ""
+    ),
+    "the saved slope of the focal loss is not used": fault(
+        "labels.cuh", "backward", "  if (a.focal_gamma != 0) upstream.g *= r.slope;\n", ""
+    ),
+    "the z-loss is the square of the sum's logarithm": fault(
+        "labels.cuh", "forward", "const A lse = stats.max + log_sum;", "const A lse = log_sum;"
+    ),
+    "the z-loss's gradient is half of it": fault(
+        "labels.cuh",
+        "backward",
+        "upstream.softmax = 2 * upstream.g",
+        "upstream.softmax = upstream.g",
+    ),
+    "the gradient of lse has the other sign": fault(
+        "labels.cuh",
+        "backward",
+        "  if (a.grad_lse != nullptr) upstream.softmax +=",
+        "  if (a.grad_lse != nullptr) upstream.softmax -=",
+    ),
+    "token weights are no part of the gradient": fault(
+        "labels.cuh",
+        "backward",
+        "upstream{upstream_of(a, scale, row) * token_weight<A>(a, row), 0, 0}",
+        "upstream{upstream_of(a, scale, row), 0, 0}",
+    ),
+    "token weights are no part of the loss": fault(
+        "labels.cuh", "forward", "return {token_weight<A>(p, row) * loss,", "return {loss,"
+    ),
+    "a gradient is not divided by the total weight": fault(
+        "labels.cuh", "backward", "scale / divisor * unit;", "scale * unit;"
+    ),
+    "the upstream gradient of a row is the first row's": fault(
+        "labels.cuh", "backward", "[row * p.grad_loss_stride] * scale;", "[0 * row] * scale;"
+    ),
+    "class weights' sum is the number of classes": fault(
+        "labels.cuh",
+        "backward",
+        "return a.weight_sum_on_device == nullptr ? static_cast<A>(a.vocab_size)",
+        "return a.vocab_size > 0 ? static_cast<A>(a.vocab_size)",
+    ),
+    "a target's gradient forgets the softmax's own terms": fault(
+        "labels.cuh",
+        "backward",
+        "return p == 0 ? gradient : gradient + p * (upstream.softmax + upstream.shifted * d);",
+        "return gradient;",
+    ),
+    "a target of probability 0 has a gradient of NaN": fault(
+        "labels.cuh",
+        "general",
+        "return p == 0 ? gradient : gradient + p",
+        "return gradient + p",
+    ),
+    "rows of four dimensions are counted as if they were three": fault(
+        "labels.cuh",
+        "columns",
+        "for (int d = layout.n_dims - 1; d > 0; --d) {\n    const auto size",
+        "for (int d = layout.n_dims - 1; d > (layout.n_dims > 3); --d) {\n    const auto size",
+    ),
+}
+
+ROWS = {
+    "the target's gradient is as the others'": fault(
+        "backward.cu",
+        "backward",
+        "    if (has_target) out[target.index] = from_acc<T>(gradient.at_target);\n",
+        "",
+    ),
+    "an ignored row's gradient of 0 is scaled": Fault(
+        "csrc/cuda/backward.cu",
+        "    if (read_target(a, row).is_ignored) continue;\n",
+        "",
+        ("tests/test_cuda_native.py::test_races",),
+    ),
+    "a gradient stays unscaled if the first row's upstream is 1": Fault(
+        "csrc/cuda/backward.cu",
+        "if (a.grad_loss_stride == 0 && upstream_of(a, scale, 0) == 1) return;",
+        "if (upstream_of(a, scale, 0) == 1) return;",
+        ("tests/test_cuda_native.py::test_races",),
+    ),
+    "the first vectors of a share stand for all": fault(
+        "backward.cu", "backward", "    read(v + share.step);\n", ""
+    ),
+    "a target that is no class has a gradient of 0": fault(
+        "backward.cu", "backward", "target.is_bad ? kNaN<A> : A(0), team", "A(0), team"
+    ),
+    "the last part of a row is not merged": fault(
+        "forward.cu",
+        "forward",
+        "for (int part = 1; part < parts; ++part)",
+        "for (int part = 1; part < parts - 1; ++part)",
+    ),
+    "the target of a row in parts is class 0": fault(
+        "forward.cu",
+        "forward",
+        "target.index < 0 ? A(0) : to_acc(logits[target.index]);\n    write_row",
+        "target.index < 0 ? A(0) : to_acc(logits[0]);\n    write_row",
+    ),
+    "an ignored row of several parts is written by none": fault(
+        "forward.cu",
+        "forward",
+        "if (team.is_leader() && part == 0) write_unread_row",
+        "if (team.is_leader() && part == 3) write_unread_row",
+    ),
+    "the workspace of rows in parts is too small": fault(
+        "launch.cpp",
+        "forward",
+        "return p.n_rows * plan.parts * bytes;",
+        "return p.n_rows * (plan.parts - 1) * bytes;",
+    ),
+    "an ignored row is read": fault(
+        "forward_backward.cu",
+        "forward_backward-address",
+        "    if (!row.is_read) {\n",
+        """
+    const T* logits = row_of<const T>(a.logits, a.logits_layout, row.index);
+    if (to_acc(logits[a.vocab_size / 2]) > A(1e30)) return;
+    if (!row.is_read) {
+""",
+    ),
+    "nobody waits for the copies": fault(
+        "forward_backward.cu", "forward_backward", "    wait_for_copies();\n", ""
+    ),
+    "the next row is said to be there and was not asked for": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "      if (next.is_read) fetch_registers(next, next_share, g);\n",
+        "",
+    ),
+    "the next row's first element is that of this row": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "    if (next.is_read) fetch_edge(next, next_share);\n",
+        "",
+    ),
+    "the next row is asked for before this one is read": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "      if (is_there(share, kHeld + g)) {\n        read(bits, row, share, kHeld + g);\n",
+        "      if (next.is_read) fetch_shared(next, next_share, g);\n"
+        "      if (is_there(share, kHeld + g)) {\n        read(bits, row, share, kHeld + g);\n",
+    ),
+    "the next row is taken to lie in memory as this one does": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "ShareFor<S>(team, next.view.n_vectors, 0, 1));",
+        "ShareFor<S>(team, row.view.n_vectors, 0, 1));",
+    ),
+    "a group that has no room is looked for in shared memory": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "if (g - kHeld < n_shared_) {",
+        "if (g - kHeld <= n_shared_) {",
+    ),
+    "what has no room gets no gradient": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "for (int g = kHeld + n_shared_; is_there(share, g); ++g) {",
+        "for (int g = kHeld + n_shared_ + 1; is_there(share, g); ++g) {",
+    ),
+    "only the leader knows the focal loss's slope": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "team.is_leader() || a.focal_gamma != 0;",
+        "team.is_leader();",
+    ),
+    "the target's logit is read when the gradient is there": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "    if (has_target) row.out[target] = from_acc<T>(gradient.at_target);\n",
+        "    if (has_target) {\n"
+        "      const A x = to_acc(row.view.data[target]);\n"
+        "      row.out[target] = from_acc<T>(\n"
+        "          gradient_of_row(a, scale, row.index, target, results, true, x).at_target);\n"
+        "    }\n",
+    ),
+    "a row's shared memory is not asked for": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "const cudaError_t error = allow_shared(kernel, shared);",
+        "const cudaError_t error = allow_shared(kernel, 0);",
+    ),
+    "a cluster's blocks write to those that have not started": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "  if (gridDim.x > 1) cooperative_groups::this_cluster().sync();\n",
+        "",
+        unseen="the emulator starts all blocks of a cluster before one of them runs",
+    ),
+}
+
+GENERAL = {
+    "the moment is not moved with the maximum": fault(
+        "general.cuh",
+        "general",
+        "    moment = factor == 0 ? A(0) : factor * moment;\n",
+        "",
+    ),
+    "the moment is moved by the maximum and not rescaled": fault(
+        "general.cuh",
+        "general",
+        "moment = with_lost(moment, lost_moment) + shift * with_lost(this->sum, lost_sum);",
+        "moment = with_lost(moment, lost_moment);",
+    ),
+    "what the sum lost is not rescaled": fault(
+        "general.cuh", "general", "    lost_sum *= factor;\n", ""
+    ),
+    "what the moment lost is counted twice": fault(
+        "general.cuh", "general", "    lost_moment = 0;\n", ""
+    ),
+    "the argmax is the last of the greatest in a vector": fault(
+        "general.cuh",
+        "general",
+        "if (!is_above(result(), z[i], j[i])) continue;",
+        "if (z[i] < top) continue;",
+    ),
+    "NaN is not the greatest": fault(
+        "general.cuh", "general", "may_be_top |= !(z[i] < top);", "may_be_top |= z[i] >= top;"
+    ),
+    "an exponential of 0 and a logit of -inf make a moment of NaN": fault(
+        "general.cuh", "general", "if (e != 0) sums[1] += e * d;", "sums[1] += e * d;"
+    ),
+    "an exponential of 0 and a logit of -inf make a gradient of NaN": fault(
+        "general.cuh",
+        "general",
+        "if (e != 0) value += e * d * shifted;",
+        "value += e * d * shifted;",
+    ),
+    "a saturated softcap has no derivative": fault(
+        "general.cuh",
+        "general",
+        "    const A e = exp_nonpositive(-2 * fabs(x * inner)), one_plus_e = 1 + e;\n"
+        "    return 4 * scale * e / (one_plus_e * one_plus_e);\n",
+        "    const A y = tanh(x * inner);\n    return scale * (1 - y * y);\n",
+    ),
+    "the softcap's derivative forgets the scale": fault(
+        "general.cuh", "general", "return 4 * scale * e /", "return 4 * e /"
+    ),
+    "the scale is no part of a capped logit": fault(
+        "general.cuh",
+        "general",
+        "if (softcap != 0) inner = scale / softcap;",
+        "if (softcap != 0) inner = 1 / softcap;",
+    ),
+    "the entropy's gradient forgets the entropy": fault(
+        "general.cuh",
+        "general",
+        "upstream.softmax -= grad_entropy * (entropy - r.log_sum);",
+        "upstream.softmax -= grad_entropy * r.log_sum;",
+    ),
+    "the target's derivative is left out": fault(
+        "general.cu",
+        "general",
+        "from_acc<T>(at_target * view.transform.slope(x))",
+        "from_acc<T>(at_target)",
+    ),
+    "a team does not wait for its statistics": fault(
+        "general.cu",
+        "general",
+        "    wait();\n    if (rank >= n) continue;\n",
+        "    if (rank >= n) continue;\n",
+    ),
+    "the next row's statistics overwrite what is being read": fault(
+        "general.cu",
+        "general-thread",
+        "  wait();  // the next row's statistics go where these are\n",
+        "",
+    ),
+    "with a softcap, a target that is no class has a gradient of 0": fault(
+        "general.cu",
+        "general",
+        "fill_any_row(a, out, target.is_bad ? kNaN<A> : A(0), team, part, parts);",
+        "fill_any_row(a, out, A(0), team, part, parts);",
+    ),
+    "strided rows are filled in part": fault(
+        "general.cu",
+        "general",
+        "j += int64_t{parts} * team.size()) {",
+        "j += int64_t{parts} * team.size() + 1) {",
+    ),
+    "the last part of a row's statistics is not merged": fault(
+        "general.cu",
+        "general",
+        "for (int part = 1; part < parts; ++part)",
+        "for (int part = 1; part < parts - 1; ++part)",
+    ),
+    "the target of a row in parts is not transformed": fault(
+        "general.cu", "general", "Transform<A>(a).logit(x), stats);", "x, stats);"
+    ),
+    "a backward does not know the entropy": fault(
+        "general.cu",
+        "general",
+        "      if (a.grad_entropy != nullptr) entropy = static_cast<const A*>(a.entropy)[row];\n",
+        "",
+    ),
+    "strided logits are read as vectors": fault(
+        "general.cu",
+        "general",
+        "const bool is_adjacent = stride == 1 && (out",
+        "const bool is_adjacent = (out",
+    ),
+    "a strided gradient is written as vectors": fault(
+        "general.cu",
+        "general",
+        "(out == nullptr || a.grad_layout.class_stride == 1) &&",
+        "",
+    ),
+    "classes that are not there may be the greatest": fault(
+        "general.cu",
+        "general",
+        "z[u] = is_there ? logit(j[u]) : -kInfinity<A>;",
+        "z[u] = is_there ? logit(j[u]) : A(0);",
+    ),
+}
+
+COLUMNS = {
+    "a class too many is in a row's gradient": fault(
+        "columns.cu",
+        "columns",
+        "static_cast<int>(min(vocab_size - j, int64_t{kGroup}))",
+        "kGroup",
+    ),
+    "the workers' statistics are not awaited": fault(
+        "columns.cu",
+        "columns",
+        "    }\n    __syncthreads();\n    for (int slot",
+        "    }\n    for (int slot",
+    ),
+    "the rows' gradients are not awaited": fault(
+        "columns.cu",
+        "columns",
+        "    }\n    __syncthreads();\n    if (has_backward && has_rows)",
+        "    }\n    if (has_backward && has_rows)",
+    ),
+    "what a strided row's sum lost is not rescaled": fault(
+        "columns.cu",
+        "columns",
+        "    if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);\n",
+        "",
+    ),
+    "what a strided row's sum lost is forgotten": fault(
+        "columns.cu", "columns", "    stats.sum = with_lost(stats.sum, lost_sum);\n", ""
+    ),
+    "the last worker's classes are left out": fault(
+        "columns.cu",
+        "columns",
+        "for (int i = 1; i < n_workers; ++i) merge_stats",
+        "for (int i = 1; i < n_workers - 1; ++i) merge_stats",
+    ),
+    "each row of a vector has the labels of its first": fault(
+        "columns.cu", "columns", "if (R == 1 || is_shared) {", "if (R == 1 || j >= 0) {"
+    ),
+    "ignored rows of a vector get a gradient": fault(
+        "columns.cu", "columns", "x[u][r] = rows.is_kept[r] ? value : A(0);", "x[u][r] = value;"
+    ),
+    "the targets of other workers are written": fault(
+        "columns.cu",
+        "columns",
+        "return j >= 0 && (j / kGroup & (n_workers - 1)) == worker;",
+        "return j >= 0 && (j & (n_workers - 1)) == worker;",
+    ),
+    "rows beyond the last are finished": fault(
+        "columns.cu", "columns", "      if (first + slot >= a.n_rows) continue;\n", ""
+    ),
+    "a strided target that is no class has a gradient of 0": fault(
+        "columns.cu",
+        "columns",
+        "return {0, target.is_bad ? kNaN<A> : A(0), 0, 0};",
+        "return {0, A(0), 0, 0};",
+    ),
+    "strided ignored rows are scaled": Fault(
+        "csrc/cuda/columns.cu",
+        "    if (!rows.is_kept[0]) continue;\n",
+        "",
+        ("tests/test_cuda_native.py::test_races",),
+    ),
+}
+
+LAUNCHERS = {
+    "float32 probabilities are read as 16-bit ones": fault(
+        "dispatch.cuh",
+        "forward",
+        "if (probabilities && p.target_dtype == p.dtype) return body(type, type);",
+        "if (probabilities) return body(type, type);",
+    ),
+    "smoothed labels run in the kernels of plain ones": fault(
+        "dispatch.cuh",
+        "forward",
+        "p.target_kind == TargetKind::probabilities || p.label_smoothing != 0",
+        "p.target_kind == TargetKind::probabilities",
+    ),
+    "the last rows have no block": fault(
+        "dispatch.cuh",
+        "columns",
+        "const int64_t blocks = (units + per_block - 1) / per_block;",
+        "const int64_t blocks = (units + per_block - 2) / per_block;",
+    ),
+    "scaled logits run in the kernels of plain ones": fault(
+        "xent_params.h",
+        "forward",
+        "return p.softcap != 0 || p.logit_scale != 1;",
+        "return p.softcap != 0;",
+    ),
+    "rows in vectors may end within one": fault(
+        "launch.cpp",
+        "columns",
+        "if (layout.size[inner] % elements != 0 || layout.class_stride % elements != 0)",
+        "if (layout.class_stride % elements != 0)",
+    ),
+    "classes of rows in vectors may begin within one": fault(
+        "launch.cpp",
+        "columns",
+        "if (layout.size[inner] % elements != 0 || layout.class_stride % elements != 0)",
+        "if (layout.size[inner] % elements != 0)",
+    ),
+    "batches of rows in vectors may begin within one": fault(
+        "launch.cpp",
+        "columns",
+        "    if (layout.stride[d] % elements != 0) return false;\n",
+        "    if (d > 0 && layout.stride[d] % elements != 0) return false;\n",
+    ),
+    "rows in vectors may begin anywhere": fault(
+        "launch.cpp",
+        "columns",
+        "reinterpret_cast<uintptr_t>(data) % 16 != 0 || layout.stride[inner] != 1",
+        "layout.stride[inner] != 1",
+    ),
+    "the gradient's layout does not count": fault(
+        "launch.cpp", "backward", "  add(p.grad_logits, p.grad_layout, size);\n", ""
+    ),
+    "the probabilities' layout does not count": fault(
+        "launch.cpp",
+        "columns",
+        "    add(p.target, p.target_layout, element_size(p.target_dtype));\n",
+        "",
+    ),
+    "what smoothing spreads is divided by one class less": fault(
+        "launch.cpp",
+        "forward",
+        "a.label_smoothing / static_cast<double>(a.vocab_size);",
+        "a.label_smoothing / static_cast<double>(a.vocab_size - 1);",
+    ),
+    "a block of forward_backward holds more than it has room for": emulated(
+        "cuda/plan.cpp",
+        "test_plans.py",
+        "(device.shared_bytes - kStaticSharedBytes) / (16 * plan.threads);",
+        "device.shared_bytes / (16 * plan.threads);",
+    ),
+    "rows are split over clusters where there are none": emulated(
+        "cuda/plan.cpp",
+        "test_plans.py",
+        "return device.capability >= 90;",
+        "return device.capability >= 80;",
+    ),
+    "workers are no power of two": emulated(
+        "cuda/plan.cpp",
+        "test_plans.py",
+        "plan.workers = power_of_two(std::min(missing, shape.vocab_size / 16), 1, 8);",
+        "plan.workers = static_cast<int>(std::clamp<int64_t>(missing, 1, 7));",
+    ),
+    "a plan of more threads than the kernel takes is let pass": emulated(
+        "cuda/plan.cpp",
+        "test_plans.py",
+        "plan.threads < 32 || plan.threads > max_threads(shape))",
+        "plan.threads < 32)",
+    ),
+}
+
+SUMS = {
+    "the last block's sum is left out": fault(
+        "sums.cu",
+        "sums",
+        "sum_of_block(i < count ? partials",
+        "sum_of_block(i < count - 1 ? partials",
+    ),
+    "the last warp's sum is left out": fault(
+        "sums.cu",
+        "sums",
+        "if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = mine;",
+        "if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = "
+        "threadIdx.x < kThreads - kWarp ? mine : Pair{0, 0};",
+    ),
+    "ignored rows have a weight": fault(
+        "sums.cu", "sums", "if (!target.is_ignored && !target.is_bad) {", "if (!target.is_bad) {"
+    ),
+    "rows whose target is no class have a weight": fault(
+        "sums.cu",
+        "sums",
+        "if (!target.is_ignored && !target.is_bad) {",
+        "if (!target.is_ignored) {",
+    ),
+    "the total weight forgets class weights": fault(
+        "sums.cu",
+        "sums",
+        "target.index < 0 ? A(1) : class_weight<A>(a, target.index);",
+        "A(1);",
+    ),
+    "the total weight forgets token weights": fault(
+        "sums.cu",
+        "sums",
+        "double{weight} * token_weight<A>(a, row);",
+        "double{weight};",
+    ),
+    "a normalizer is not used": fault(
+        "sums.cu",
+        "sums",
+        "sums.normalizer == nullptr ? sum.weight : *sums.normalizer;",
+        "sum.weight;",
+    ),
+    "a mean is not divided": fault(
+        "sums.cu", "sums", "sums.mean ? mean_of(sum.loss, total_weight) : sum.loss", "sum.loss"
+    ),
+    "a loss in float16 is written as float32": fault(
+        "sums.cu",
+        "sums",
+        "      *static_cast<__half*>(sums.loss) = __float2half_rn(static_cast<float>(loss));\n",
+        "      *static_cast<float*>(sums.loss) = static_cast<float>(loss);\n",
+    ),
+    "rows beyond the largest grid are left out": fault(
+        "sums.cu",
+        "sums",
+        "       row += n_threads) {\n    const Target",
+        "       row += 64 * n_threads) {\n    const Target",
+    ),
+    "class weights after the first of a thread are left out": fault(
+        "sums.cu",
+        "sums",
+        "j < count; j += kThreads)",
+        "j < min(count, int64_t{kThreads}); j += kThreads)",
+    ),
+}
+
+BINDING = {
+    "smoothing does not know the class weights' sum": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_vocabulary[0]",
+        "      params.weight_sum_on_device = scratch_data();\n",
+        "",
+    ),
+    "the fused mode's mean is not divided": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_forced_plans",
+        "      params.total_weight = data_of(total_weight);\n    }",
+        "    }",
+    ),
+    "a backward does not divide by the total weight": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_forced_plans",
+        "if (total_weight != nullptr) params.total_weight = data_of(*total_weight);",
+        "(void)total_weight;",
+    ),
+    "forced plans are not checked": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_plan_that_cannot_serve",
+        "  check(why == nullptr, std::string",
+        "  check(true, std::string",
+    ),
+    "rows beyond 2^31 are counted": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_more_rows_or_classes_than_kernels_count",
+        "check(params.n_rows <= cuda::kMaxRows && params.vocab_size",
+        "check(params.vocab_size",
+    ),
+}
+
+FAULTS = {
+    **TEAMS,
+    **SWEEPS,
+    **MEMORY,
+    **LABELS,
+    **ROWS,
+    **GENERAL,
+    **COLUMNS,
+    **LAUNCHERS,
+    **SUMS,
+    **BINDING,
+}

@@ -1,0 +1,44 @@
+"""Builds fused_xent._C of a copy of the project, quickly: what a fault did not change is cached."""
+
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from emulator.build import CXX, ROOT, Cache, digest_of_files, included_files, run
+from torch.utils.cpp_extension import include_paths
+
+import fused_xent
+
+INSTRUCTION_SETS = {"portable", "avx2", "avx512", "avx512_bf16"}  # each a file of csrc/cpu
+FLAGS = ["-Og", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS += [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+BINDING = ("cpu", "schemas", "tensors")
+
+
+def build_library(project: Path, builds: Path) -> Path:
+    """Build the library of this copy of the project; return its path among the builds.
+
+    Of the instruction sets only that of this processor is the copy's; the others, which do not run
+    here, are those of the project itself.
+    """
+    cache = Cache(builds)
+
+    def compiled(source: Path) -> Path:
+        is_unused = source.stem in INSTRUCTION_SETS - {fused_xent.cpu_capability()}
+        path = (ROOT if is_unused else project) / source
+        contents = digest_of_files(included_files(path)).replace(str(project), "")
+        command = [CXX, *FLAGS, "-c", path, "-o"]
+        return cache.make(
+            "x.o", [*FLAGS, source, contents], lambda out: run([*command, out / "x.o"])
+        )
+
+    sources = sorted(path.relative_to(project) for path in project.glob("csrc/cpu/*.cpp"))
+    sources += [Path("csrc/binding") / f"{name}.cpp" for name in BINDING]
+    with ThreadPoolExecutor(len(sources)) as pool:
+        objects = list(pool.map(compiled, sources))
+    libraries = Path(torch.__file__).parent / "lib"
+    link = [CXX, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+    name = "_C.abi3.so"
+    return cache.make(name, objects, lambda out: run([*link, "-o", out / name]))
