@@ -1,0 +1,1183 @@
+"""Faults of the CPU kernels, and the tests that see them."""
+
+from .fault import Fault
+
+ACCURACY = "tests/test_accuracy.py::"
+EXTRAS = "tests/test_extras.py::"
+LAYOUTS = "tests/test_layouts.py::"
+SHAPE = "tests/test_kernels.py::test_shape"
+OPS = "tests/test_ops.py::"
+INFINITIES = f"{ACCURACY}test_infinities_nan_and_extremes_are_as_in_torch"
+SIZES = f"{ACCURACY}test_exponentials_and_logarithms_of_all_sizes"
+NEAR_0 = f"{ACCURACY}test_a_loss_near_0_has_all_of_its_digits"
+ARGMAX = f"{EXTRAS}test_argmax_is_the_first_of_the_greatest"
+
+
+def option(regime: str, name: str, labels: str, dtype: str = "float32") -> str:
+    """Return the test of an option in a regime."""
+    return f"tests/test_regimes.py::test_option_in_regime[{regime}-{name}-{dtype}-{labels}]"
+
+
+def masked(regime: str, base: str, mask: str, labels: str, dtype: str = "float32") -> str:
+    """Return the test of classes that are -inf in a regime."""
+    test = "test_masked_classes_are_as_if_they_were_not"
+    return f"tests/test_regimes.py::{test}[{regime}-{base}-{dtype}-{mask}-{labels}]"
+
+
+LAUNCH = {
+    "a gradient stays unscaled if the first row's upstream is 1": Fault(
+        "csrc/cpu/launch.cpp",
+        "(p.grad_loss_stride == 0 && grad_loss_of(p, 0) == 1)",
+        "(grad_loss_of(p, 0) == 1)",
+        (f"{LAYOUTS}test_strides_of_upstream_gradient",),
+    ),
+    "the last segment of a row ends before its last class": Fault(
+        "csrc/cpu/launch.cpp",
+        "segment(i / n_segments, i, begin, std::min(begin + kSegmentClasses, p.vocab_size));",
+        "segment(i / n_segments, i, begin, std::min(begin + kSegmentClasses, p.vocab_size - 1));",
+        (option("segments", "none", "index"),),
+    ),
+    "segments of a row are merged without the last": Fault(
+        "csrc/cpu/launch.cpp",
+        "for (int64_t i = 1; i < n_segments; ++i) merge_stats(",
+        "for (int64_t i = 1; i + 1 < n_segments; ++i) merge_stats(",
+        (option("segments", "none", "index"),),
+    ),
+    "the gradient of ignored rows of segments is left as it was": Fault(
+        "csrc/cpu/launch.cpp",
+        "if (is_left_out(p, row)) return zero_gradient(p, row, begin, end);",
+        "if (is_left_out(p, row)) return;",
+        (f"{LAYOUTS}test_upstream_of_rows_left_out_may_be_anything",),
+    ),
+    "rows of segments that are left out keep what memory held": Fault(
+        "csrc/cpu/launch.cpp",
+        "      finish_left_out(p, row);\n      continue;",
+        "      continue;",
+        (option("segments", "none", "index"),),
+    ),
+    "segments of great numbers are written by their first segment alone": Fault(
+        "csrc/cpu/launch.cpp",
+        "if (begin == 0) k.tile_backward(p, row, row + 1);",
+        "if (begin < 0) k.tile_backward(p, row, row + 1);",
+        (f"{INFINITIES}[other +inf-33000-default-float32]",),
+    ),
+    "the last row of a task is left out": Fault(
+        "csrc/cpu/launch.cpp",
+        "const int64_t end = std::min(p.n_rows, (i + 1) * step);",
+        "const int64_t end = std::min(p.n_rows, (i + 1) * step - (step > 1));",
+        (f"{SHAPE}[many rows of many classes-index-float32]",),
+    ),
+    "strided probabilities are read as if they were adjacent": Fault(
+        "csrc/cpu/launch.cpp",
+        "(!has_indices(p) && p.target_layout.class_stride != 1)",
+        "(!has_indices(p) && p.target_layout.class_stride < 1)",
+        (f"{LAYOUTS}test_strides_of_probabilities",),
+    ),
+    "strided classes are read as if they were adjacent": Fault(
+        "csrc/cpu/launch.cpp",
+        "p.vocab_size <= kMaxTileVocab || layout.class_stride != 1 ||",
+        "p.vocab_size <= kMaxTileVocab || layout.class_stride < 1 ||",
+        (option("strided tiles", "none", "index"),),
+    ),
+    "a strided gradient is written as if it were adjacent": Fault(
+        "csrc/cpu/launch.cpp",
+        "needs_tiles(p, p.logits_layout) || p.grad_layout.class_stride != 1",
+        "needs_tiles(p, p.logits_layout)",
+        (f"{LAYOUTS}test_strides_of_logits",),
+    ),
+    "tiles of an image end before its last rows": Fault(
+        "csrc/cpu/launch.cpp",
+        "const int64_t per_inner = ceil_div(inner, kTileRows)",
+        "const int64_t per_inner = std::max<int64_t>(1, inner / kTileRows)",
+        (f"{LAYOUTS}test_strides_of_upstream_gradient",),
+    ),
+    "tiles reach over the end of an image's rows": Fault(
+        "csrc/cpu/launch.cpp",
+        "tile(begin, std::min(begin + kTileRows, first + inner));",
+        "tile(begin, std::min(begin + kTileRows, p.n_rows));",
+        (f"{LAYOUTS}test_strides_of_upstream_gradient",),
+        # Rows are computed twice, in place from what was a gradient already.
+    ),
+    "fused mode forgets the options of rows": Fault(
+        "csrc/cpu/launch.cpp",
+        "  } else if (is_general(p)) {",
+        "  } else if (p.entropy != nullptr) {",
+        (option("rows", "softcap", "index"),),
+    ),
+    "the choice between rows and segments depends on the threads in fused mode": Fault(
+        "csrc/cpu/launch.cpp",
+        "p.n_rows < kFewRows && p.vocab_size > kSegmentClasses",
+        "p.n_rows < 4 * threads.count && p.vocab_size > kSegmentClasses",
+        (f"{ACCURACY}test_bitwise_the_same_for_any_number_of_threads",),
+    ),
+    "general rows take the plain backward": Fault(
+        "csrc/cpu/launch.cpp",
+        "is_general(p) ? backward_by<GeneralRow>(p, threads)",
+        "has_transform(p) ? backward_by<GeneralRow>(p, threads)",
+        (masked("rows", "0", "first half", "index"),),
+    ),
+    "a strided gradient is scaled as if it were adjacent": Fault(
+        "csrc/cpu/launch.cpp",
+        "if (needs_tiles(p, p.grad_layout)) {",
+        "if (p.vocab_size <= kMaxTileVocab) {",
+        (option("strided tiles", "none", "index"),),
+    ),
+}
+
+SCAN = {
+    "the last bad row is named, not the first": Fault(
+        "csrc/cpu/scan.cpp",
+        "if (all.bad_row < 0) all.bad_row = block.bad_row;",
+        "if (block.bad_row >= 0) all.bad_row = block.bad_row;",
+        ("tests/test_errors.py::test_first_of_several_targets_out_of_range",),
+    ),
+    "the last bad row of a block is named": Fault(
+        "csrc/cpu/scan.cpp",
+        "} else if (scan.bad_row < 0) {",
+        "} else {",
+        ("tests/test_errors.py::test_first_of_several_targets_out_of_range",),
+    ),
+    "negative targets pass for classes": Fault(
+        "csrc/cpu/scan.cpp",
+        "static_cast<uint64_t>(y) >= static_cast<uint64_t>(p.vocab_size)",
+        "y >= p.vocab_size",
+        ("tests/test_errors.py::test_target_out_of_range",),
+    ),
+    "the target that is the number of classes passes for a class": Fault(
+        "csrc/cpu/scan.cpp",
+        "if (0 <= y && y < p.vocab_size) {",
+        "if (0 <= y && y <= p.vocab_size) {",
+        ("tests/test_errors.py::test_target_out_of_range",),
+    ),
+    "targets of rows of weight 0 are judged": Fault(
+        "csrc/cpu/scan.cpp",
+        "if (is_left_out(p, row)) continue;",
+        "if (y == p.ignore_index) continue;",
+        ("tests/test_errors.py::test_first_of_several_targets_out_of_range",),
+    ),
+    "the mean forgets token weights of indices": Fault(
+        "csrc/cpu/scan.cpp",
+        "class_weight(p, y) * token_weight(p, row)",
+        "class_weight(p, y)",
+        ("tests/test_functional.py::test_totals_of_many_rows",),
+    ),
+    "the mean forgets token weights where there are no class weights": Fault(
+        "csrc/cpu/scan.cpp",
+        "n_bad == 0 && p.weight == nullptr && p.token_weight == nullptr",
+        "n_bad == 0 && p.weight == nullptr",
+        ("tests/test_functional.py::test_totals_of_many_rows",),
+    ),
+    "token weights of probabilities are counted from the first row in every block": Fault(
+        "csrc/cpu/scan.cpp",
+        "for (int64_t row = begin; row < end; ++row) scan.total_weight += token_weight(p, row);",
+        "for (int64_t i = 0; i < end - begin; ++i) scan.total_weight += token_weight(p, i);",
+        ("tests/test_functional.py::test_totals_of_many_rows",),
+    ),
+    "losses are added up in float": Fault(
+        "csrc/cpu/scan.cpp",
+        "  double sums[4] = {};",
+        "  float sums[4] = {};",
+        ("tests/test_functional.py::test_totals_of_many_rows",),
+    ),
+    "the last losses of a block are left out of the sum": Fault(
+        "csrc/cpu/scan.cpp",
+        "for (; i < count; ++i) sums[0] += values[i];",
+        "",
+        ("tests/test_functional.py::test_totals_of_many_rows",),
+    ),
+    "one of four sums of losses is forgotten": Fault(
+        "csrc/cpu/scan.cpp",
+        "(sums[0] + sums[1]) + (sums[2] + sums[3])",
+        "(sums[0] + sums[1]) + sums[2]",
+        ("tests/test_functional.py::test_totals_of_many_rows",),
+    ),
+    "the blocks of a sum depend on the threads": Fault(
+        "csrc/cpu/scan.cpp",
+        "  double sum = 0;\n  for (double block : blocks) sum += block;\n  return sum;",
+        "  double sum = 0;\n"
+        "  if (threads.count % 2 == 0) std::reverse(blocks.begin(), blocks.end());\n"
+        "  for (double block : blocks) sum += block;\n  return sum;",
+        (f"{ACCURACY}test_bitwise_the_same_for_any_number_of_threads",),
+    ),
+}
+
+ROWS = {
+    "rows left out are those of token weight 0 alone": Fault(
+        "csrc/cpu/rows.h",
+        "(has_indices(p) && target_index(p, row) == p.ignore_index) || token_weight(p, row) == 0",
+        "token_weight(p, row) == 0",
+        (option("rows", "none", "index"),),
+    ),
+    "gradients of the lse are an option of no row": Fault(
+        "csrc/cpu/rows.h",
+        "         p.grad_lse != nullptr || p.grad_entropy != nullptr;\n}",
+        "         p.grad_entropy != nullptr;\n}",
+        (
+            "tests/test_regimes.py::test_statistics_where_the_target_is_impossible[rows-0-1-float32]",
+        ),
+    ),
+    "the z-loss's gradient forgets the factor 2": Fault(
+        "csrc/cpu/rows.h",
+        "upstream.softmax += 2 * upstream.g * p.lse_square_scale * lse;",
+        "upstream.softmax += upstream.g * p.lse_square_scale * lse;",
+        (option("rows", "lse_square_scale", "index"),),
+    ),
+    "the z-loss's gradient is multiplied by the slope of the focal loss": Fault(
+        "csrc/cpu/rows.h",
+        "    upstream.softmax += 2 * upstream.g * p.lse_square_scale * lse;\n",
+        "    const double slope = p.loss_slope == nullptr ? 1 : acc_at(p, p.loss_slope, row);\n"
+        "    upstream.softmax += 2 * upstream.g * slope * p.lse_square_scale * lse;\n",
+        (option("rows", "rows", "index"),),
+    ),
+    "the gradient of the lse is multiplied by the token weight": Fault(
+        "csrc/cpu/rows.h",
+        "upstream.softmax += acc_at(p, p.grad_lse, row);",
+        "upstream.softmax += token_weight(p, row) * acc_at(p, p.grad_lse, row);",
+        (option("rows", "token_weight", "index"),),
+    ),
+    "the gradient of the entropy forgets log_sum": Fault(
+        "csrc/cpu/rows.h",
+        "grad_entropy * (acc_at(p, p.entropy, row) - log_sum)",
+        "grad_entropy * acc_at(p, p.entropy, row)",
+        (option("rows", "none", "index"),),
+    ),
+    "the slope of the focal loss is forgotten": Fault(
+        "csrc/cpu/rows.h",
+        "if (p.loss_slope != nullptr) upstream.g *= acc_at(p, p.loss_slope, row);",
+        "",
+        (option("tile", "focal_gamma", "index"),),
+    ),
+    "uint8 targets are read as int32": Fault(
+        "csrc/cpu/rows.h",
+        "return body(static_cast<const uint8_t*>(p.target));",
+        "return body(static_cast<const int8_t*>(p.target));",
+        ("tests/test_functional.py::test_ignore_index",),
+    ),
+}
+
+ONE_ROW = {
+    "labels are spread without the smoothing": Fault(
+        "csrc/cpu/one_row.h",
+        "return has_indices(p) ? p.label_smoothing / static_cast<double>(p.vocab_size) : 1.0;",
+        "return has_indices(p) ? 1.0 / static_cast<double>(p.vocab_size) : 1.0;",
+        (option("rows", "none", "index, smoothed"),),
+    ),
+    "log_sum may be below 0": Fault(
+        "csrc/cpu/one_row.h",
+        "return 0 < stats.sum && stats.sum < 1 ? 0 : std::log(stats.sum);",
+        "return std::log(stats.sum);",
+        (f"{ACCURACY}test_loss_is_never_below_0",),
+    ),
+    "a target's class weight is that of class 0": Fault(
+        "csrc/cpu/one_row.h",
+        "return (1 - p.label_smoothing) * class_weight(p, target_index(p, row));",
+        "return (1 - p.label_smoothing) * class_weight(p, 0);",
+        (option("rows", "none", "index, weighted"),),
+    ),
+    "the entropy's moment is not divided by the sum": Fault(
+        "csrc/cpu/one_row.h",
+        "log_sum - stats.moment / stats.sum",
+        "log_sum - stats.moment",
+        (option("rows", "none", "index"),),
+    ),
+    "rows left out keep an entropy": Fault(
+        "csrc/cpu/one_row.h",
+        "for (void* values : {p.label_mass, p.loss_slope, p.entropy}) {",
+        "for (void* values : {p.label_mass, p.loss_slope}) {",
+        (option("segments", "token_weight", "probabilities"), option("rows", "none", "index")),
+    ),
+    "rows left out have argmax 0": Fault(
+        "csrc/cpu/one_row.h",
+        "if (p.argmax != nullptr) p.argmax[row] = -1;",
+        "if (p.argmax != nullptr) p.argmax[row] = 0;",
+        (option("rows", "none", "index"),),
+    ),
+    "the focal loss of smoothed labels forgets the spread's part of the mass": Fault(
+        "csrc/cpu/one_row.h",
+        "? label_mass(on_target_of(p, row), spread_of(p), p.weight_sum)",
+        "? label_mass(on_target_of(p, row), 0.0, p.weight_sum)",
+        (option("rows", "focal_gamma", "index, smoothed"),),
+    ),
+    "the z-loss is multiplied by no token weight": Fault(
+        "csrc/cpu/one_row.h",
+        "set_acc(p, p.row_loss, row, token_weight(p, row) * loss);",
+        "set_acc(p, p.row_loss, row, (p.lse_square_scale != 0 ? 1 : token_weight(p, row)) * loss);",
+        (option("rows", "rows", "index"),),
+    ),
+    "the z-loss takes log_sum for the lse": Fault(
+        "csrc/cpu/one_row.h",
+        "const double lse = acc_at(p, p.row_max, row) + acc_at(p, p.log_sum, row);",
+        "const double lse = acc_at(p, p.log_sum, row);",
+        (option("rows", "lse_square_scale", "index"),),
+    ),
+    "options of general rows wait for options of rows": Fault(
+        "csrc/cpu/one_row.h",
+        "if (!has_row_options(p) && !is_general(p)) return;",
+        "if (!has_row_options(p)) return;",
+        (option("tile", "none", "index"),),
+    ),
+    "a row's second segment is left out": Fault(
+        "csrc/cpu/one_row.h",
+        "for (int64_t j = kSegmentClasses; j < p.vocab_size; j += kSegmentClasses) {",
+        "for (int64_t j = kSegmentClasses; j + 16 < p.vocab_size; j += kSegmentClasses) {",
+        (option("rows of several segments", "none", "index"),),
+    ),
+    "the gradient at the target is not transformed": Fault(
+        "csrc/cpu/one_row.h",
+        "      at_target *= target.slope;\n",
+        "",
+        (option("rows", "softcap", "index"),),
+    ),
+    "a statistic's gradient is no part of the target's": Fault(
+        "csrc/cpu/one_row.h",
+        "if (prob != 0) at_target += prob * (upstream.softmax + upstream.shifted * shifted);",
+        "if (prob != 0) at_target += prob * upstream.softmax;",
+        (option("rows", "none", "index"),),
+    ),
+    "0 times infinity at a target of probability 0": Fault(
+        "csrc/cpu/one_row.h",
+        "if (prob != 0) at_target += prob * (",
+        "at_target += prob * (",
+        (
+            "tests/test_regimes.py::test_statistics_where_the_target_is_impossible[rows-2-0-float32]",
+        ),
+    ),
+    "the mass of probabilities is that of class weights": Fault(
+        "csrc/cpu/one_row.h",
+        "      mass = acc_at(p, p.label_mass, row);\n    }\n    const double q",
+        "    }\n    const double q",
+        (option("rows", "none", "probabilities, weighted and smoothed"),),
+    ),
+    "the factor of the entropy's gradient is not divided by the sum": Fault(
+        "csrc/cpu/one_row.h",
+        "upstream.shifted * one_over_sum}",
+        "upstream.shifted}",
+        (option("rows", "none", "index"),),
+    ),
+    "the target at the first class of a segment keeps the gradient of the others": Fault(
+        "csrc/cpu/one_row.h",
+        "if (begin <= y && y < end)",
+        "if (begin < y && y < end)",
+        (option("rows", "none", "index"),),
+    ),
+    "half of an ignored row's gradient is left as it was": Fault(
+        "csrc/cpu/one_row.h",
+        "std::memset(out + begin * size, 0, (end - begin) * size);",
+        "std::memset(out + begin * size, 0, (end - begin) * size / 2);",
+        (f"{LAYOUTS}test_ignored_rows_may_hold_anything[(6, 200)-nan-default-float32]",),
+    ),
+    "ignored rows are scaled": Fault(
+        "csrc/cpu/one_row.h",
+        "if (!is_left_out(p, row)) k.segment_scale(",
+        "k.segment_scale(",
+        (f"{LAYOUTS}test_upstream_of_rows_left_out_may_be_anything",),
+    ),
+    "rows of 16 bits beyond 2^24 are left to the row kernels in fused mode": Fault(
+        "csrc/cpu/one_row.h",
+        "if (PlainRow::is_for_tiles(stats.max) && element_size(p.dtype) == 2) {",
+        "if (PlainRow::is_for_tiles(stats.max) && element_size(p.dtype) == 1) {",
+        (masked("rows", "greatest", "first half", "index", "bfloat16"),),
+    ),
+}
+
+FORMULAS = {
+    "a shift that overflows makes NaN of what is 0": Fault(
+        "csrc/xent_math.h",
+        "if (stats.mass != 0) stats.dot += shift * stats.mass;",
+        "stats.dot += shift * stats.mass;",
+        (masked("rows", "greatest", "first half", "probabilities", "float64"),),
+    ),
+    "the labels' sum of distances is not moved with the maximum": Fault(
+        "csrc/xent_math.h",
+        "if (stats.mass != 0) stats.dot += shift * stats.mass;",
+        "",
+        (option("rows of several blocks", "none", "probabilities"),),
+    ),
+    "a moment of nothing is multiplied by infinity": Fault(
+        "csrc/xent_math.h",
+        "stats.moment = factor == 0 ? Acc(0) : factor * (stats.moment + shift * stats.sum);",
+        "stats.moment = factor * (stats.moment + shift * stats.sum);",
+        (
+            masked("rows of several blocks", "greatest", "first half", "index", "float64"),
+            masked("rows of several blocks", "greatest", "the first blocks", "index", "float64"),
+        ),
+    ),
+    "the moment is not moved with the maximum": Fault(
+        "csrc/xent_math.h",
+        "factor * (stats.moment + shift * stats.sum);",
+        "factor * stats.moment;",
+        (option("rows of several blocks", "none", "index"),),
+    ),
+    "of equal maxima the last segment's is taken": Fault(
+        "csrc/xent_math.h",
+        "if (both_nan || x == stats.top) return j < stats.argmax;",
+        "if (both_nan || x == stats.top) return j > stats.argmax;",
+        (f"{ARGMAX}[torch.float32-40000]",),
+    ),
+    "a later segment's NaN is not above its numbers": Fault(
+        "csrc/xent_math.h",
+        "return x != x || x > stats.top;",
+        "return x > stats.top;",
+        (f"{ARGMAX}[torch.float32-40000]",),
+    ),
+    "a number of a later segment is above NaN": Fault(
+        "csrc/xent_math.h",
+        "return x != x || x > stats.top;",
+        "return x != x || !(x <= stats.top);",
+        (f"{ARGMAX}[torch.float32-40000]",),
+    ),
+    "the mass of merged general segments is lost": Fault(
+        "csrc/xent_math.h",
+        "  stats.mass += other.mass;\n  stats.dot += other.dot;\n  stats.moment += other.moment;",
+        "  stats.dot += other.dot;\n  stats.moment += other.moment;",
+        (option("rows of several blocks", "all", "probabilities"),),
+    ),
+    "a target of weight 0 hides NaN": Fault(
+        "csrc/xent_math.h",
+        "on_target == 0 ? log_sum - log_sum : on_target",
+        "on_target == 0 ? Real{} : on_target",
+        (f"{ACCURACY}test_target_of_weight_0_hides_no_nan",),
+    ),
+    "infinite weights of other classes enter the gradient": Fault(
+        "csrc/xent_math.h",
+        "return spread == 0 ? on_target : on_target + spread * mass;",
+        "return on_target + spread * mass;",
+        (f"{ACCURACY}test_weight_of_a_class_that_no_row_has[inf-3-default-float32]",),
+    ),
+    "the gradient at a confident target cancels": Fault(
+        "csrc/xent_math.h",
+        "const Real gradient = on_target * expm1_log_p;",
+        "const Real gradient = on_target * (p - 1);",
+        (f"{NEAR_0}[100-0.0-False-torch.float32]",),
+    ),
+    "the spread's part of the target's gradient is lost": Fault(
+        "csrc/xent_math.h",
+        "return spread == 0 ? gradient : gradient + spread * (mass * p - t);",
+        "return gradient;",
+        (option("rows", "none", "index, smoothed"),),
+    ),
+    "a focal loss of 0 is NaN": Fault(
+        "csrc/xent_math.h",
+        "  if (cross_entropy == 0) return {0, 0};\n",
+        "",
+        (f"{EXTRAS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
+    ),
+    "the slope of an infinite focal loss is NaN": Fault(
+        "csrc/xent_math.h",
+        "const Real rise = p == 0 ? 0 : gamma * p * minus_log_p / one_minus_p;",
+        "const Real rise = gamma * p * minus_log_p / one_minus_p;",
+        (f"{EXTRAS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
+    ),
+    "the focal loss forgets the mass of its labels": Fault(
+        "csrc/xent_math.h",
+        "const Real minus_log_p = cross_entropy / mass, p = std::exp(-minus_log_p);",
+        "const Real minus_log_p = cross_entropy, p = std::exp(-minus_log_p);",
+        (option("rows", "focal_gamma", "index, weighted"),),
+    ),
+    "the focal loss of a certain target loses its digits": Fault(
+        "csrc/xent_math.h",
+        "const Real one_minus_p = -std::expm1(-minus_log_p);",
+        "const Real one_minus_p = 1 - p;",
+        (f"{EXTRAS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
+    ),
+    "a mean by 0 is infinite": Fault(
+        "csrc/xent_math.h",
+        "return total_weight == 0 ? NAN : sum / total_weight;",
+        "return sum / total_weight;",
+        (f"{EXTRAS}test_mean_by_a_sum_of_0_is_nan",),
+    ),
+}
+
+SWEEPS = {
+    "a block whose maximum was guessed too low is not summed again": Fault(
+        "csrc/cpu/row_kernels.h",
+        "} while (block.max > guessed + kSlack);",
+        "} while (false);",
+        (masked("rows", "0", "first half", "index"),),
+    ),
+    "the maximum of a block is forgotten in those after it": Fault(
+        "csrc/cpu/row_kernels.h",
+        "if (block.max > max) max = block.max;",
+        "max = block.max;",
+        (f"{OPS}test_forward_saves_what_its_documentation_says[torch.float32-(2, 17000)]",),
+    ),
+    "blocks are added around the origin of the last": Fault(
+        "csrc/cpu/row_kernels.h",
+        "if (stats.max != origin) shift_stats(stats, origin);",
+        "stats.max = origin;",
+        (option("rows of several blocks", "none", "index"),),
+    ),
+    "a row's last lanes add exponentials of 0": Fault(
+        "csrc/cpu/row_kernels.h",
+        "const Vec<A> logits = load_first(x + j, n, kLowest);",
+        "const Vec<A> logits = load_first(x + j, n);",
+        (option("rows", "none", "index"),),
+    ),
+    "the maximum of a row's last lanes may be 0": Fault(
+        "csrc/cpu/row_kernels.h",
+        "first = vmax(load_first(x + j, n, -std::numeric_limits<A>::infinity()), first);",
+        "first = vmax(load_first(x + j, n), first);",
+        (
+            masked("rows", "least", "last half", "index", "float64"),
+            f"{ACCURACY}test_offset_of_all_logits",
+        ),
+    ),
+    "the second of a pair of vectors has no part in the maximum": Fault(
+        "csrc/cpu/row_kernels.h",
+        "return {max_lane(vmax(top[0], top[1])), Exp",
+        "return {max_lane(top[0]), Exp",
+        (
+            f"{OPS}test_forward_saves_what_its_documentation_says[torch.float32-(3, 200)]",
+            f"{OPS}test_forward_saves_what_its_documentation_says[torch.float32-(2, 17000)]",
+        ),
+    ),
+    "0 times -inf of a class of probability 0 is NaN in rows": Fault(
+        "csrc/cpu/row_kernels.h",
+        "dot[i] += t == 0 ? Vec<A>{} : t * exponent;",
+        "dot[i] += t * exponent;",
+        (masked("rows", "0", "every other", "probabilities"),),
+    ),
+    "the second vector's probabilities have no part in the loss": Fault(
+        "csrc/cpu/row_kernels.h",
+        "dot.add(sums.dot[0] + sums.dot[1]);",
+        "dot.add(sums.dot[0]);",
+        (option("rows", "none", "probabilities"),),
+    ),
+    "the labels' part of a gradient is added": Fault(
+        "csrc/cpu/row_kernels.h",
+        "if constexpr (Spread::kExists) value -= spread.first(j, n) * scale;\n        store_first",
+        "if constexpr (Spread::kExists) value += spread.first(j, n) * scale;\n        store_first",
+        (option("rows", "none", "index, smoothed"),),
+    ),
+    "the second vector's labels have no part in the gradient": Fault(
+        "csrc/cpu/row_kernels.h",
+        "{value.first - t.first * scale, value.second - t.second * scale}",
+        "{value.first - t.first * scale, value.second - t.first * scale}",
+        (option("rows", "none", "probabilities"),),
+    ),
+    "the origin of an exponential is taken for the row's maximum": Fault(
+        "csrc/cpu/row_kernels.h",
+        "static_cast<A>(gradient.logit_factor * exp.kScale * std::exp(exp.origin() - "
+        "gradient.max));",
+        "static_cast<A>(gradient.logit_factor * exp.kScale);",
+        (f"{ACCURACY}test_offset_of_all_logits",),
+    ),
+    "saved exponentials are relative to the first block's origin": Fault(
+        "csrc/cpu/row_kernels.h",
+        "scratch.origins[begin / kBlock] - gradient.max",
+        "scratch.origins[0] - gradient.max",
+        (option("rows of several blocks", "none", "index"),),
+    ),
+    "the origins of saved exponentials are one block late": Fault(
+        "csrc/cpu/row_kernels.h",
+        "if (origins != nullptr) origins[(j - begin) / kBlock] = origin;",
+        "if (origins != nullptr) origins[(j - begin) / kBlock] = max;",
+        (option("rows of several blocks", "none", "index", "bfloat16"),),
+    ),
+    "a block's maximum is not known to the next, in place": Fault(
+        "csrc/cpu/row_kernels.h",
+        "block_max(x, j, block_end, stats.max)",
+        "block_max(x, j, block_end, std::numeric_limits<A>::lowest())",
+        (f"{OPS}test_fused_mode_returns_what_forward_does[(3, 5000)-plain]",),
+    ),
+    "long sums forget what they lost": Fault(
+        "csrc/cpu/elementary.h",
+        "return lost - lost == 0 ? sum + lost : sum;",
+        "return sum;",
+        (
+            f"{ACCURACY}test_ascending_logits_with_spread_labels",
+            f"{ACCURACY}test_many_small_probabilities_beside_a_large_one",
+        ),
+    ),
+    "an infinite long sum is NaN": Fault(
+        "csrc/cpu/elementary.h",
+        "return lost - lost == 0 ? sum + lost : sum;",
+        "return sum + lost;",
+        (
+            f"{ACCURACY}test_distance_beyond_float32_hides_in_no_number",
+            INFINITIES,
+        ),
+    ),
+}
+
+ARITHMETIC = {
+    "exponentials of tiles lose NaN": Fault(
+        "csrc/cpu/elementary.h",
+        "x = vmax(-88.03f - F32{}, x);",
+        "x = vmax(x, -88.03f - F32{});",
+        (f"{INFINITIES}[other NaN-5-default-float32]",),
+    ),
+    "exponentials of float64 lose NaN": Fault(
+        "csrc/cpu/elementary.h",
+        "x = vmax(-709.0895657128241 - F64{}, x);",
+        "x = vmax(x, -709.0895657128241 - F64{});",
+        (f"{INFINITIES}[other NaN-5-default-float64]",),
+    ),
+    "exponentials of rows lose NaN": Fault(
+        "csrc/cpu/elementary.h",
+        "t = vmax(-127.0f - F32{}, t);",
+        "t = vmax(t, -127.0f - F32{});",
+        (f"{INFINITIES}[other NaN-200-default-float32]",),
+    ),
+    "exponentials of rows wrap around below the least number": Fault(
+        "csrc/cpu/elementary.h",
+        "    t = vmax(-127.0f - F32{}, t);  // 2^n is 0 there\n",
+        "",
+        (masked("rows", "0", "every other", "index"),),
+    ),
+    "the polynomial of tiles has a digit wrong": Fault(
+        "csrc/cpu/elementary.h",
+        "p = p * f + 5.55071086e-2f;",
+        "p = p * f + 5.55271086e-2f;",
+        (f"{SIZES}[2-False-torch.float32-5.0-5e-07-2e-07]",),
+    ),
+    "the polynomial of rows has a digit wrong": Fault(
+        "csrc/cpu/elementary.h",
+        "p = p * f + 181.033264f;",
+        "p = p * f + 181.073264f;",
+        (f"{SIZES}[200-False-torch.float32-5.0-5e-07-2e-07]",),
+    ),
+    "the series of float64's exponential ends early": Fault(
+        "csrc/cpu/elementary.h",
+        "  p = p * r + 1.0 / 39916800;\n",
+        "  p = 0 * p + 1.0 / 39916800;\n",
+        (f"{SIZES}[2-False-torch.float64-16.0-4e-15-1e-15]",),
+    ),
+    "log 2 has one part in float64": Fault(
+        "csrc/cpu/elementary.h",
+        "(x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10",
+        "x - n * 6.93147180369123816490e-01",
+        (option("tile", "none", "index", "float64"),),
+    ),
+    "the logarithm of 0 is a number": Fault(
+        "csrc/cpu/elementary.h",
+        "return x == 0 ? -__builtin_inff() - F32{} : log + (x - x);",
+        "return log + (x - x);",
+        (f"{INFINITIES}[all -inf-5-default-float32]",),
+    ),
+    "the logarithm's series ends early": Fault(
+        "csrc/cpu/elementary.h",
+        "p = p * t2 + 2.0f / 5;",
+        "p = 0 * p + 2.0f / 5;",
+        (f"{SIZES}[2-False-torch.float32-5.0-5e-07-2e-07]",),
+    ),
+    "exp(x) - 1 cancels near 0": Fault(
+        "csrc/cpu/elementary.h",
+        "return x > -0.5f ? (p * x) * x + x : exp_nonpositive(x) - 1;",
+        "return exp_nonpositive(x) - 1;",
+        (f"{NEAR_0}[100-0.0-False-torch.float32]",),
+    ),
+    "exp(x) - 1 is its series where that has ended": Fault(
+        "csrc/cpu/elementary.h",
+        "return x > -0.5f ? (p * x)",
+        "return x > -2.5f ? (p * x)",
+        (f"{SIZES}[2-False-torch.float32-5.0-5e-07-2e-07]",),
+    ),
+    "16-bit probabilities of rows are scaled once more": Fault(
+        "csrc/cpu/spread.h",
+        "t = {t.first * scale + offset, t.second * scale + offset};",
+        "t = {t.first * scale + offset, t.second * scale};",
+        (option("rows", "none", "probabilities, weighted and smoothed"),),
+    ),
+    "class weights of probabilities are forgotten in a row's last lanes": Fault(
+        "csrc/cpu/spread.h",
+        "    if (weight != nullptr) t *= load_first(weight + j, n);\n",
+        "",
+        (option("rows", "none", "probabilities, weighted and smoothed"),),
+    ),
+    "lanes beyond a row's end have smoothing's share": Fault(
+        "csrc/cpu/spread.h",
+        "    for (int i = n; i < kLanes<A>; ++i) t[i] = 0;\n",
+        "",
+        (f"{SHAPE}[many rows of many classes-probabilities, smoothed-float32]",),
+    ),
+    "lanes beyond a row's end have a uniform share": Fault(
+        "csrc/cpu/spread.h",
+        "for (int i = 0; i < n; ++i) t[i] = one;",
+        "for (int i = 0; i < kLanes<A>; ++i) t[i] = n > 0 ? one : 0;",
+        (option("rows", "none", "index, smoothed"),),
+    ),
+    "class weights of smoothed indices are forgotten": Fault(
+        "csrc/cpu/spread.h",
+        "if (p.weight == nullptr) return body(UniformSpread<T>{});",
+        "if (p.weight != nullptr) return body(UniformSpread<T>{});",
+        (option("rows", "none", "index, weighted and smoothed"),),
+    ),
+    "the slope of a capped logit is that of the scaled one": Fault(
+        "csrc/cpu/transform.h",
+        "4 * scale * e / (one_plus_e * one_plus_e)",
+        "scale - 0 * e",
+        (option("rows", "softcap", "index"),),
+    ),
+    "the slope of a scaled logit is 1": Fault(
+        "csrc/cpu/transform.h",
+        "return {x * scale, Vec<A>{} + scale};",
+        "return {x * scale, Vec<A>{} + 1};",
+        (option("rows", "logit_scale", "index"),),
+    ),
+    "a softcap forgets the scale": Fault(
+        "csrc/cpu/transform.h",
+        "static_cast<A>(p.logit_scale / p.softcap)",
+        "static_cast<A>(1 / p.softcap)",
+        (option("rows", "all", "index"),),
+    ),
+    "a capped negative logit is positive": Fault(
+        "csrc/cpu/transform.h",
+        "return {y < 0 ? -capped : capped,",
+        "return {capped,",
+        (option("rows", "softcap", "index"),),
+    ),
+    "the slope of a saturated softcap cancels": Fault(
+        "csrc/cpu/transform.h",
+        "4 * scale * e / (one_plus_e * one_plus_e)",
+        "scale * (1 - tanh * tanh)",
+        (f"{EXTRAS}test_derivative_of_a_saturated_softcap",),
+    ),
+}
+
+GENERAL = {
+    "the slopes of a row's last lanes are forgotten": Fault(
+        "csrc/cpu/general_rows.h",
+        "store_first(out + j, value * lanes.slope, n);",
+        "store_first(out + j, n < kLanes<A> ? value : value * lanes.slope, n);",
+        (option("rows", "softcap", "index"),),
+    ),
+    "0 times -inf is in the moment of rows": Fault(
+        "csrc/cpu/general_rows.h",
+        "sum.add(power == 0 ? Vec<A>{} : power * d);",
+        "sum.add(power * d);",
+        (masked("rows", "0", "every other", "index"),),
+    ),
+    "0 times -inf is in the gradient of the entropy of rows": Fault(
+        "csrc/cpu/general_rows.h",
+        "(e == 0 ? Vec<A>{} : e * d * shifted_factor)",
+        "e * d * shifted_factor",
+        (masked("rows", "0", "every other", "index"),),
+    ),
+    "the gradient of the entropy of rows is forgotten": Fault(
+        "csrc/cpu/general_rows.h",
+        "(e == 0 ? Vec<A>{} : e * d * shifted_factor)",
+        "Vec<A>{}",
+        (option("rows", "none", "index"),),
+    ),
+    "the argmax of a block is counted from its start": Fault(
+        "csrc/cpu/general_rows.h",
+        "      stats.argmax = begin + i;",
+        "      stats.argmax = i;",
+        (f"{ARGMAX}[torch.float32-5000]",),
+    ),
+    "a later block of the same maximum has the argmax": Fault(
+        "csrc/cpu/general_rows.h",
+        "if (stats.argmax < 0 || max > stats.top) take_first",
+        "if (stats.argmax < 0 || max >= stats.top) stats.argmax = -1, take_first",
+        (f"{ARGMAX}[torch.float32-5000]",),
+    ),
+    "NaN is no argmax of rows": Fault(
+        "csrc/cpu/general_rows.h",
+        "  if (sum != sum) take_first([](A value) { return value != value; });\n",
+        "  (void)sum;\n",
+        (f"{ARGMAX}[torch.float32-300]",),
+    ),
+    "the softmax of a block of -inf alone is NaN": Fault(
+        "csrc/cpu/general_rows.h",
+        "const Exp exp(max > kLowest ? max : kLowest);",
+        "const Exp exp(max);",
+        (masked("rows of several blocks", "0", "the first blocks", "index"),),
+    ),
+    "the labels of every block are those of the first": Fault(
+        "csrc/cpu/general_rows.h",
+        "of_block{spread, j};",
+        "of_block{spread, begin};",
+        (option("rows of several blocks", "softcap", "probabilities"),),
+    ),
+    "the labels' part of a general gradient is not transformed": Fault(
+        "csrc/cpu/general_rows.h",
+        "if constexpr (Spread::kExists) value -= spread.first(j, n) * scale;\n"
+        "      store_first(out + j, value * lanes.slope, n);",
+        "value *= lanes.slope;\n"
+        "      if constexpr (Spread::kExists) value -= spread.first(j, n) * scale;\n"
+        "      store_first(out + j, value, n);",
+        (option("rows", "softcap", "probabilities"),),
+    ),
+    "the moment is scaled by nothing": Fault(
+        "csrc/cpu/general_rows.h",
+        "Exp::kScale * block_moment(",
+        "block_moment(",
+        (option("rows", "none", "index"),),
+    ),
+}
+
+LANES = {
+    "what a lane's sum lost is not rescaled": Fault(
+        "csrc/cpu/lane_stats.h",
+        "    lost_ *= factor;\n",
+        "",
+        (f"{NEAR_0}[100-0.0-False-torch.float32]",),
+    ),
+    "a lane's shift that overflows makes NaN of no mass": Fault(
+        "csrc/cpu/lane_stats.h",
+        "this->dot.add(mass == 0 ? Vec<A>{} : shift * mass);",
+        "this->dot.add(shift * mass);",
+        (masked("strided tiles", "greatest", "first half", "probabilities"),),
+    ),
+    "a lane's sum is not rescaled": Fault(
+        "csrc/cpu/lane_stats.h",
+        "const Vec<A> sum = (above_one_ - 1) * factor;",
+        "const Vec<A> sum = above_one_ - 1;",
+        (option("tiles", "none", "index"),),
+    ),
+    "a lane's labels are not moved with the maximum": Fault(
+        "csrc/cpu/lane_stats.h",
+        "this->dot.add(mass == 0 ? Vec<A>{} : shift * mass);",
+        "",
+        (option("tiles", "none", "probabilities"),),
+    ),
+    "what adding to a lane's sum loses is forgotten": Fault(
+        "csrc/cpu/lane_stats.h",
+        "    lost_ += term + (above_one_ - total);\n",
+        "",
+        (f"{NEAR_0}[100-0.0-False-torch.float32]",),
+    ),
+    "the logarithm of a lane's sum forgets what was lost": Fault(
+        "csrc/cpu/lane_stats.h",
+        "return sum == 0 ? log : log + lost_ / sum;",
+        "return log;",
+        (f"{NEAR_0}[100-0.0-False-torch.float32]",),
+    ),
+    "the logarithm of a lane of no sum is NaN": Fault(
+        "csrc/cpu/lane_stats.h",
+        "return sum == 0 ? log : log + lost_ / sum;",
+        "return log + lost_ / sum;",
+        ("tests/test_regimes.py::test_a_row_of_nothing_but_minus_infinity[tile-float32]",),
+    ),
+    "a lane starts at minus infinity": Fault(
+        "csrc/cpu/lane_stats.h",
+        "Vec<A> max = Vec<A>{} + std::numeric_limits<A>::lowest();",
+        "Vec<A> max = Vec<A>{} - std::numeric_limits<A>::infinity();",
+        (masked("strided tiles", "0", "first half", "index"),),
+    ),
+    "a lane's first group is not told from the others": Fault(
+        "csrc/cpu/lane_stats.h",
+        "if (j != 0) rescale(top);",
+        "if (j == 0) rescale(top);",
+        (option("tiles", "none", "index"),),
+    ),
+    "0 times -inf of a class of probability 0 is NaN in tiles": Fault(
+        "csrc/cpu/lane_stats.h",
+        "dots += weight == 0 ? Vec<A>{} : weight * d;",
+        "dots += weight * d;",
+        (masked("tile", "0", "every other", "probabilities"),),
+    ),
+    "a lane's moment of nothing is multiplied by infinity": Fault(
+        "csrc/cpu/lane_stats.h",
+        "factor == 0 ? Vec<A>{} : factor * (moment_.value() + shift * sum);",
+        "factor * (moment_.value() + shift * sum);",
+        (masked("tiles", "greatest", "first half", "index"),),
+    ),
+    "a lane's moment is not moved with the maximum": Fault(
+        "csrc/cpu/lane_stats.h",
+        "factor * (moment_.value() + shift * sum);",
+        "factor * moment_.value();",
+        (option("tiles", "none", "index"),),
+    ),
+    "0 times -inf is in the moment of tiles": Fault(
+        "csrc/cpu/lane_stats.h",
+        "moment += e == 0 ? Vec<A>{} : e * d;",
+        "moment += e * d;",
+        (masked("tile", "0", "every other", "index"),),
+    ),
+    "of equal logits a lane's argmax is the last": Fault(
+        "csrc/cpu/lane_stats.h",
+        "~(Index)(logits <= top_) & (Index)(top_ == top_)",
+        "~(Index)(logits < top_) & (Index)(top_ == top_)",
+        (f"{ARGMAX}[torch.float32-7]",),
+    ),
+    "a number is above NaN in a lane": Fault(
+        "csrc/cpu/lane_stats.h",
+        "~(Index)(logits <= top_) & (Index)(top_ == top_)",
+        "~(Index)(logits <= top_)",
+        (f"{ARGMAX}[torch.float32-7]",),
+    ),
+    "a lane's argmax is counted from its group": Fault(
+        "csrc/cpu/lane_stats.h",
+        "static_cast<Bits>(j + u) - Index{}",
+        "static_cast<Bits>(u) - Index{}",
+        (f"{ARGMAX}[torch.float32-300]",),
+    ),
+}
+
+TILES = {
+    "a row that is left out keeps its loss in a tile": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "store_rows<A>(p.row_loss, begin, lane, n, is_left_out ? Vec<A>{} : loss);",
+        "store_rows<A>(p.row_loss, begin, lane, n, loss);",
+        (f"{LAYOUTS}test_ignored_rows_may_hold_anything[(6, 7)-nan-default-float32]",),
+    ),
+    "a tile's last rows have the losses of others": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "store_first(rows, value, n_rows - lane);",
+        "store_first(rows, value, n_rows - lane - 1);",
+        (option("tile", "none", "index"),),
+    ),
+    "a tile writes results beyond its last row": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "if (n_rows - lane >= kLanes<A>) {",
+        "if (n_rows - lane >= kLanes<A> - 1) {",
+        (option("tile", "none", "index"),),
+        unseen="Python sees no memory behind a tensor. The guards of kernel_check do.",
+    ),
+    "the last group of classes is a class short": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "vocab_size - j < size ? vocab_size - j : size",
+        "vocab_size - j < size ? vocab_size - j - 1 : size",
+        (option("tiles", "none", "index"),),
+    ),
+    "the logits of a tile's last rows are not transformed": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "for (int lane = 0; lane < n_rows; lane += kLanes<A>) {\n      A* at = lanes",
+        "for (int lane = 0; lane + kLanes<A> <= n_rows; lane += kLanes<A>) {\n      A* at = lanes",
+        (option("tile", "softcap", "index"),),
+    ),
+    "a tile forgets the transformation in its forward": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "if (kGeneral && has_transform(p)) transform_lanes(",
+        "if (kGeneral && p.softcap != 0) transform_lanes(",
+        (option("tile", "logit_scale", "index"),),
+    ),
+    "smoothed tiles take the kernels of others": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "  } else if (std::is_void_v<Target> && p.label_smoothing == 0) {\n"
+        "    forward_tile<T, Target, false, false>(p, begin, end);",
+        "  } else if (std::is_void_v<Target> && p.weight == nullptr) {\n"
+        "    forward_tile<T, Target, false, false>(p, begin, end);",
+        (option("tile", "none", "index, smoothed"),),
+    ),
+    "the gradient of smoothed tiles is that of others": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "  } else if (std::is_void_v<Target> && p.label_smoothing == 0) {\n"
+        "    backward_tile<T, Target, false, false>(p, begin, end);",
+        "  } else if (std::is_void_v<Target> && p.weight == nullptr) {\n"
+        "    backward_tile<T, Target, false, false>(p, begin, end);",
+        (option("tile", "none", "index, smoothed"),),
+    ),
+    "the labels of a general tile's gradient are not transformed": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "value -= spread.at(j + u, u, lane) * load(gradient.spread + lane);\n"
+        "          value *= seen.slope;",
+        "          value *= seen.slope;\n"
+        "          if (has_spread) value -= spread.at(j + u, u, lane) * load(gradient.spread "
+        "+ lane);",
+        (option("tile", "softcap", "probabilities"),),
+    ),
+    "the labels of a group are those of the one before": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "    if (kHasSpread) spread.read(j, count);\n"
+        "    for (int lane = 0; lane < n; lane += kWidth) {\n"
+        "      TargetPick",
+        "    if (kHasSpread && j == 0) spread.read(j, count);\n"
+        "    for (int lane = 0; lane < n; lane += kWidth) {\n"
+        "      TargetPick",
+        (option("tiles", "none", "probabilities"),),
+    ),
+    "the gradient of a row that is left out is not 0": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "store_bits(at, (decltype(kept))value & kept);",
+        "store(at, value);",
+        (f"{LAYOUTS}test_ignored_rows_may_hold_anything[(6, 7)-nan-default-float32]",),
+    ),
+    "the gradient at the target is not transformed in tiles": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "value = gradient.at_target(labels, lane, seen.logit) * seen.slope;",
+        "value = gradient.at_target(labels, lane, seen.logit);",
+        (option("tile", "softcap", "index"),),
+    ),
+    "the target of a tile's row keeps the gradient of the others": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "if (labels.index[i] >= 0) store_one(",
+        "if (labels.index[i] > 0) store_one(",
+        (option("tile", "none", "index"),),
+    ),
+    "ignored rows are scaled in tiles": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "is_left_out(p, begin + i) ? A(0) : grad_loss",
+        "false ? A(0) : grad_loss",
+        (f"{LAYOUTS}test_upstream_of_rows_left_out_may_be_anything",),
+    ),
+    "the first row's upstream scales all rows of a tile": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "[(begin + i) * p.grad_loss_stride]",
+        "[begin * p.grad_loss_stride]",
+        (f"{LAYOUTS}test_strides_of_upstream_gradient",),
+    ),
+    "rows of token weight 0 are kept in tiles": Fault(
+        "csrc/cpu/tile_labels.h",
+        "if (static_cast<const A*>(p.token_weight)[begin + i] == 0) index[i] = -1;",
+        "if (static_cast<const A*>(p.token_weight)[i] == 0) index[i] = -1;",
+        (option("tiles", "token_weight", "index"),),
+    ),
+    "the smoothed target has all of its weight in tiles": Fault(
+        "csrc/cpu/tile_labels.h",
+        "    share = static_cast<A>(1 - p.label_smoothing);\n",
+        "    share = 1;\n",
+        (option("tile", "none", "index, smoothed"),),
+    ),
+    "the target's class weight is forgotten in tiles": Fault(
+        "csrc/cpu/tile_labels.h",
+        "if (index[i] >= 0) target_weight[i] = weight[index[i]];",
+        "if (index[i] > 0) target_weight[i] = weight[index[i]];",
+        (option("tile", "none", "index, weighted"),),
+    ),
+    "a target of the next group is picked in this": Fault(
+        "csrc/cpu/tile_labels.h",
+        "target[i] = static_cast<Bits>(u < kGroup ? u : 255);",
+        "target[i] = static_cast<Bits>(u % kGroup);",
+        (option("tiles", "none", "index"),),
+    ),
+    "probabilities of tiles are not smoothed": Fault(
+        "csrc/cpu/tile_labels.h",
+        "load(scratch.lanes + u * kTileRows + lane) * scale + offset;",
+        "load(scratch.lanes + u * kTileRows + lane);",
+        (option("tile", "none", "probabilities, weighted and smoothed"),),
+    ),
+    "class weights of probabilities are counted from the group in tiles": Fault(
+        "csrc/cpu/tile_labels.h",
+        "return weight == nullptr ? t : t * weight[j];",
+        "return weight == nullptr ? t : t * weight[u];",
+        (option("tiles", "none", "probabilities, weighted and smoothed"),),
+    ),
+    "class weights of smoothed indices are forgotten in tiles": Fault(
+        "csrc/cpu/tile_labels.h",
+        "weight == nullptr ? Acc<T>(1) : weight[j]",
+        "weight == nullptr || j < 0 ? Acc<T>(1) : weight[0]",
+        (option("tile", "none", "index, weighted and smoothed"),),
+    ),
+    "the mass of probabilities is that of the first rows in every tile": Fault(
+        "csrc/cpu/tile_labels.h",
+        "__builtin_memcpy(mass, static_cast<const A*>(p.label_mass) + begin, bytes);",
+        "__builtin_memcpy(mass, static_cast<const A*>(p.label_mass), bytes);",
+        (option("tiles", "none", "probabilities, weighted and smoothed"),),
+    ),
+    "the softmax of statistics' gradients is forgotten in tiles": Fault(
+        "csrc/cpu/tile_labels.h",
+        "(g * q + load(softmax + lane)) * one_over_sum",
+        "g * q * one_over_sum",
+        (option("tile", "lse_square_scale", "index"),),
+    ),
+    "the factor of the entropy's gradient is not divided by the sum in tiles": Fault(
+        "csrc/cpu/tile_labels.h",
+        "load(shifted + lane) * one_over_sum",
+        "load(shifted + lane)",
+        (option("tile", "none", "index"),),
+    ),
+    "0 times -inf is in the gradient of the entropy of tiles": Fault(
+        "csrc/cpu/tile_labels.h",
+        "(e == 0 ? Vec<A>{} : e * d * load(shifted_factor + lane))",
+        "e * d * load(shifted_factor + lane)",
+        (masked("tile", "0", "every other", "index"),),
+    ),
+    "0 times infinity at a target of probability 0 in tiles": Fault(
+        "csrc/cpu/tile_labels.h",
+        "return prob == 0 ? gradient : gradient + rest;",
+        "return gradient + rest;",
+        (
+            "tests/test_regimes.py::test_statistics_where_the_target_is_impossible[tile-2-0-float32]",
+        ),
+    ),
+    "the upstream gradient of a tile begins with the first row's": Fault(
+        "csrc/cpu/tile_labels.h",
+        "static_cast<const A*>(p.grad_loss) + begin * p.grad_loss_stride;",
+        "static_cast<const A*>(p.grad_loss);",
+        (option("tiles", "none", "index"),),
+    ),
+    "options of rows take the first rows' in every tile": Fault(
+        "csrc/cpu/tile_labels.h",
+        "const auto row = upstream_of(p, begin + i);",
+        "const auto row = upstream_of(p, i);",
+        (option("tiles", "all", "index"),),
+    ),
+    "rows beyond the innermost dimension are read as neighbours": Fault(
+        "csrc/cpu/tile_memory.h",
+        "const bool is_regular = inner == 0 || n_rows <= until_end;",
+        "const bool is_regular = true;",
+        (f"{LAYOUTS}test_strides_of_logits[sliced image-index-float32]",),
+    ),
+    "the last square of classes is a class off": Fault(
+        "csrc/cpu/tile_memory.h",
+        "if (count % 8 != 0) square(i, count - 8);",
+        "if (count % 8 > 1) square(i, count - 8);",
+        (option("tiles", "none", "index"),),
+    ),
+    "squares are taken of strided classes": Fault(
+        "csrc/cpu/tile_memory.h",
+        "if (class_stride_ != 1 || count < 8) return 0;",
+        "if (count < 8) return 0;",
+        (f"{LAYOUTS}test_strides_of_logits[every third class-index-float32]",),
+    ),
+    "two columns of a square are swapped": Fault(
+        "csrc/cpu/tile_memory.h",
+        "b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);\n"
+        "    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);",
+        "b[i + 2] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);\n"
+        "    b[i + 1] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);",
+        (option("tiles", "none", "index"),),
+    ),
+    "a tile's row is written beyond its end": Fault(
+        "csrc/cpu/tile_memory.h",
+        "if (i < n_rows) store_first(to + i, load(lanes + i), n_rows - i);",
+        "if (i < n_rows) store(to + i, load(lanes + i));",
+        (option("strided tiles", "none", "index"),),
+    ),
+    "a tile's last rows are not written": Fault(
+        "csrc/cpu/tile_memory.h",
+        "if (i < n_rows) store_first(to + i, load(lanes + i), n_rows - i);",
+        "",
+        (option("strided tiles", "none", "index"),),
+    ),
+}
+
+NUMBERS = {
+    "float16 is rounded towards 0 in columns": Fault(
+        "csrc/cpu/simd.h",
+        "store_bits(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT |",
+        "store_bits(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_ZERO |",
+        (f"{OPS}test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even",),
+    ),
+    "bfloat16 halves are rounded up": Fault(
+        "csrc/cpu/simd.h",
+        "const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);",
+        "const Bits rounded = bits + 0x8000;",
+        (f"{OPS}test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even",),
+    ),
+    "NaN is rounded to infinity in bfloat16": Fault(
+        "csrc/cpu/simd.h",
+        "return kMayBeNan ? rounded | (Bits)(value != value) : rounded;",
+        "return rounded;",
+        (f"{OPS}test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even",),
+    ),
+    "the greatest lane is that of one half": Fault(
+        "csrc/cpu/simd.h",
+        "return combine_lanes(v, [](auto a, auto b) { return a > b ? a : b; });",
+        "return combine_lanes(v, [](auto a, auto b) { return a > b ? a : a; });",
+        (option("rows", "none", "index"),),
+    ),
+    "lanes are added up in float": Fault(
+        "csrc/cpu/simd.h",
+        "using Double = typename VectorOf<double, kCount>::type;",
+        "using Double = typename VectorOf<float, kCount>::type;",
+        (option("rows", "none", "index", "float64"),),
+    ),
+}
+
+FAULTS = {
+    **LAUNCH,
+    **SCAN,
+    **ROWS,
+    **ONE_ROW,
+    **FORMULAS,
+    **SWEEPS,
+    **ARITHMETIC,
+    **GENERAL,
+    **LANES,
+    **TILES,
+    **NUMBERS,
+}
