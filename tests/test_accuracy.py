@@ -113,20 +113,23 @@ def test_gradient_at_a_confident_target(p, n_classes, mode, dtype):
 def test_exponentials_and_logarithms_of_all_sizes(
     n_classes, statistics, dtype, greatest, relative, absolute
 ):
-    """Of two classes among others at -inf: a probability, and a loss, to their last digits."""
+    """Of two classes among others at -inf, each of them the target, to the last digits."""
     distances = torch.linspace(0, greatest, 600, dtype=dtype)
     pair, classes = torch.stack([0 * distances, -distances], 1), [0, n_classes // 2]
-    leaf = torch.full((600, n_classes), -math.inf, dtype=dtype)
-    leaf[:, classes] = pair
-    target = torch.zeros(600, dtype=torch.int64)
+    logits = torch.full((600, n_classes), -math.inf, dtype=dtype)
+    logits[:, classes] = pair
+    p = pair.double().softmax(1)
     function = cross_entropy_with_statistics if statistics else cross_entropy
-    loss = function(leaf.requires_grad_(), target, reduction="none")
-    loss = loss.loss if statistics else loss
-    loss.sum().backward()
-    exact = F.cross_entropy(pair.double(), target, reduction="none")
-    torch.testing.assert_close(loss.double(), exact, rtol=0, atol=absolute)
-    p = pair.double().softmax(1)[:, 1]
-    torch.testing.assert_close(leaf.grad[:, classes[1]].double(), p, rtol=relative, atol=0)
+    for at, other in ((0, 1), (1, 0)):
+        leaf = logits.clone().requires_grad_()
+        loss = function(leaf, torch.full((600,), classes[at]), reduction="none")
+        loss = loss.loss if statistics else loss
+        loss.sum().backward()
+        exact = -pair.double().log_softmax(1)[:, at]
+        torch.testing.assert_close(loss.double(), exact, rtol=absolute, atol=absolute)
+        gradient = leaf.grad[:, classes].double()
+        torch.testing.assert_close(gradient[:, other], p[:, other], rtol=relative, atol=0)
+        torch.testing.assert_close(gradient[:, at], -p[:, other], rtol=0, atol=absolute)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

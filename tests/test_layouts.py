@@ -113,7 +113,8 @@ def test_misaligned_storage(offset, shape, dtype):
 @by_dtype
 @pytest.mark.parametrize("offset", [1, 3, 17])
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
-def test_nothing_is_written_outside_the_logits(mode, offset, dtype):
+@pytest.mark.parametrize("strided", [False, True], ids=["rows", "columns"])
+def test_nothing_is_written_outside_the_logits(strided, mode, offset, dtype):
     if not has_mode(mode, dtype):
         pytest.skip("float16 has no fused mode")
     for n_classes in (5, 31, 130, 201, 2049):
@@ -121,7 +122,8 @@ def test_nothing_is_written_outside_the_logits(mode, offset, dtype):
         rows = slice(offset, offset + 3 * n_classes)
         memory[rows] = make_logits((3 * n_classes,), dtype)
         before = memory.clone()
-        logits = (memory.detach()[rows].view(3, n_classes)).detach().requires_grad_()
+        logits = memory[rows].view(n_classes, 3).mT if strided else memory[rows].view(3, n_classes)
+        logits = logits.detach().requires_grad_()
         target = make_target(logits, Labels())
         computed = _Alias.apply(logits)
         fused_xent.cross_entropy(computed, target, **MODES[mode]).backward()

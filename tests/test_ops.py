@@ -241,7 +241,6 @@ WRONG_BACKWARD = {
     "short grad_lse": {"grad_lse": ROWS[1:]},
     "grad_lse of other dtype": {"grad_lse": ROWS.double()},
     "grad_entropy with a step": {"grad_entropy": torch.ones(8)[::2], "entropy": ROWS},
-    "grad_entropy without an entropy": {"grad_entropy": ROWS},
     "focal loss without its slope": {"numbers": FOCAL},
     "short token_weight": {"token_weight": ROW_WEIGHT[1:]},
     "log_sum of other dtype": {"log_sum": ROWS.double()},
@@ -260,6 +259,7 @@ WRONG_BACKWARD = {
     "unknown reduction": {"reduction": 3},
     "negative reduction": {"reduction": -1},
     "too few numbers": {"numbers": PLAIN[1:]},
+    "grad_entropy without an entropy": {"grad_entropy": ROWS},
 }
 
 

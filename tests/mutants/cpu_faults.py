@@ -1124,7 +1124,7 @@ TILES = {
         "csrc/cpu/tile_memory.h",
         "if (i < n_rows) store_first(to + i, load(lanes + i), n_rows - i);",
         "if (i < n_rows) store(to + i, load(lanes + i));",
-        (option("strided tiles", "none", "index"),),
+        (f"{LAYOUTS}test_nothing_is_written_outside_the_logits",),
     ),
     "a tile's last rows are not written": Fault(
         "csrc/cpu/tile_memory.h",
