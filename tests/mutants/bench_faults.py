@@ -818,6 +818,12 @@ LINEAR_FAULTS = {
         "for name, error in {}.items():",
         of_providers("linear_provider_that_is_found_out_later_is_left_out"),
     ),
+    "a linear layer that fails later is timed": Fault(
+        "bench/linear.py",
+        "{**result.failures, **result.absent}",
+        "{**result.absent}",
+        of_providers("linear_provider_that_is_found_out_later_is_left_out"),
+    ),
     "memory of a linear layer has its outputs in it": Fault(
         "bench/linear.py",
         "max(0, memory.bytes - sum(output.nbytes for output in outputs))",
