@@ -220,8 +220,8 @@ def test_ignored_rows_may_hold_anything(shape, anything, mode, dtype):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
-@pytest.mark.parametrize("anything", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("shape", [(6, 7), (6, 200), (3, 17000), (20, 17000)], ids=str)
+@pytest.mark.parametrize("anything", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(6, 7), (6, 200), (3, 17000)], ids=str)
 def test_upstream_of_rows_left_out_may_be_anything(shape, anything, soft, mode):
     """A row of token weight 0, or ignored, has gradient 0, whatever flows to its loss."""
     logits = make_logits(shape, torch.float32)

@@ -480,7 +480,7 @@ FORMULAS = {
         "const Real one_minus_p = 1 - p;",
         (f"{EXTRAS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
     ),
-    "a mean by 0 is infinite": Fault(
+    "the quotient of a mean by 0 is infinite": Fault(
         "csrc/xent_math.h",
         "return total_weight == 0 ? NAN : sum / total_weight;",
         "return sum / total_weight;",
