@@ -312,9 +312,11 @@ def test_weight_of_a_class_that_no_row_has(other, n_classes, mode, dtype):
     logits, target = make_logits((4, n_classes), dtype), torch.tensor([0, 1, 0, 1])
     weight = torch.full((n_classes,), other).to(dtype)
     weight[0] = weight[1] = 1
-    _, plain = loss_and_gradient(logits, target, 1.0, mode, reduction="sum")
-    _, gradient = loss_and_gradient(logits, target, 1.0, mode, reduction="sum", weight=weight)
-    assert torch.equal(gradient, plain)
+    for scale in (1.0, 0.5):  # by plain and by general kernels
+        options = {"reduction": "sum", "logit_scale": scale}
+        _, plain = loss_and_gradient(logits, target, 1.0, mode, **options)
+        _, gradient = loss_and_gradient(logits, target, 1.0, mode, **options, weight=weight)
+        assert torch.equal(gradient, plain)
 
 
 @by_dtype

@@ -65,6 +65,22 @@ def test_second_derivative_of_other_dtypes(probabilities, dtype):
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance * 1e-1)
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_second_derivative_under_a_normalizer(probabilities):
+    """And class weights, whose sum would divide without it."""
+    logits, weight = torch.randn(4, 9).double().requires_grad_(), torch.rand(9).double()
+    target = torch.rand(4, 9).double() if probabilities else torch.arange(4)
+    losses = (
+        fused_xent.cross_entropy(logits, target, weight, normalizer=2.5),
+        F.cross_entropy(logits, target, weight, reduction="sum") / 2.5,
+    )
+    results = []
+    for loss in losses:
+        (first,) = torch.autograd.grad(loss, logits, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), logits)[0])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=2)), ids=str)
 def test_only_the_gradients_that_are_needed(needs):
     logits, soft = torch.randn(4, 9), torch.rand(4, 9)

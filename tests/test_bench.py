@@ -142,6 +142,7 @@ def test_markdown(capsys):
         (["--csv", "/"], "--csv must be a file that can be written"),
         (["--json", "x" * 300], "--json must be a file that can be written"),
         (["--json", "/tmp/a", "--csv", "/tmp/a"], "--json and --csv must be two files"),
+        (["--json", "/tmp/a", "--csv", "/tmp/../tmp/a"], "--json and --csv must be two files"),
         (["--rows", "100000000", "--vocab", "1000000"], "must fit memory: it needs "),
         (["linear", "gpt9"], "case must be one of llama2, llama3, got 'gpt9'"),
         (["linear", "--rows", "3"], "--rows, --features and --vocab must be given together"),

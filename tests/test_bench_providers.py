@@ -232,6 +232,12 @@ def test_check_by_chunks_is_the_same(case, monkeypatch):
     assert chunked(ours) == pytest.approx(whole(ours), rel=1e-6)
 
 
+def test_a_row_longer_than_a_chunk_is_a_chunk(monkeypatch):
+    workload = Workload(*Case("own", (3, 50)).tensors(torch.float32, "cpu"))
+    monkeypatch.setattr("bench.check.CHUNK", 49)
+    assert len(Check(workload, Options()).chunks) == 3
+
+
 def test_of_nothing_nothing_may_be_wrong():
     nan, inf = float("nan"), float("inf")
     assert [relative(*pair) for pair in ((0, 0), (1, 0), (1, 4))] == [0, inf, 0.25]

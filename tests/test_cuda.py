@@ -149,6 +149,24 @@ def test_small_exponentials_beside_a_great_one(first, force):
     torch.testing.assert_close(loss.double(), exact, rtol=0, atol=5e-7)
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_what_sums_lose_is_rescaled(strided, force):
+    """Four thousand classes that a sum rounds, and after them one that leaves nothing of it."""
+    regime = {"regime": "columns"} if strided else {"regime": "block"}
+    force("forward", threads=64, **regime)
+    logits = torch.zeros(1, 4000, 40)
+    logits[:, 0], logits[:, -1] = 0.3, 20
+    if not strided:
+        logits = logits[:, :, :2].mT.contiguous().mT
+    target = torch.full((1, logits.shape[2]), 3999)
+    exact = torch.distributions.Categorical(logits=logits.double().mT).entropy()
+    results = fused_xent.cross_entropy_with_statistics(logits, target, reduction="none")
+    torch.testing.assert_close(results.entropy.double(), exact, rtol=1e-5, atol=0)
+    for loss in (results.loss, fused_xent.cross_entropy(logits, target, reduction="none")):
+        exact = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+        torch.testing.assert_close(loss.double(), exact, rtol=0, atol=5e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_exponentials_of_a_long_row(dtype, force):
     """Of which a thread of one block adds up a thousand, beside the great one."""

@@ -150,6 +150,15 @@ REFUSED = {
         ValueError,
         r"token_weight must have the unreduced loss's shape \(4,\), got \(9,\)",
     ),
+    "token weights the other way round": (
+        {
+            "input": torch.randn(2, 9, 3),
+            "target": TARGET.new_zeros(2, 3),
+            "token_weight": torch.ones(3, 2),
+        },
+        ValueError,
+        r"token_weight must have the unreduced loss's shape \(2, 3\), got \(3, 2\)",
+    ),
     "complex token weights": (
         {"token_weight": torch.ones(4) * 1j},
         ValueError,
@@ -361,6 +370,17 @@ def test_taken(name):
     number = np.int64(value) if isinstance(value, int) else np.float32(1)
     plain = fused_xent.cross_entropy(INPUT, TARGET, **{name: number.item()})
     assert torch.equal(fused_xent.cross_entropy(INPUT, TARGET, **{name: number}), plain)
+
+
+def test_what_says_which_index_it_is():
+    """By Python's protocol, which asks for nothing else that a number has."""
+
+    class Last:
+        def __index__(self):
+            return -1
+
+    loss = fused_xent.cross_entropy(INPUT, TARGET, dim=Last(), ignore_index=Last())
+    assert torch.equal(loss, fused_xent.cross_entropy(INPUT, TARGET, dim=-1, ignore_index=-1))
 
 
 def test_ignore_index_beyond_int64():

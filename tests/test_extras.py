@@ -248,7 +248,7 @@ def test_argmax_is_the_first_of_the_greatest(dtype, n_classes):
     logits[2, [3, n_classes - 2]] = torch.nan
     logits[3, 0] = torch.inf
     logits[4] = -torch.inf
-    logits[5], logits[5, -1] = -torch.inf, -5
+    logits[5], logits[5, -1] = -torch.inf, torch.finfo(dtype).min
     logits[6, -1] = 50
     logits[7, -2] = torch.nan
     logits[8, 0], logits[8, -1] = -5, torch.inf

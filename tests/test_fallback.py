@@ -56,6 +56,12 @@ def test_target_out_of_range(bad):
         fused_xent.cross_entropy(torch.zeros(2, 9, 2), target)
 
 
+def test_no_cuda_kernels_without_the_library_of_the_schemas(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_ops, "LOAD_ERROR", "it is not there")
+    assert _ops._load_cuda() == "it is not there"
+
+
 WITHOUT_LIBRARY = """
 import torch, fused_xent
 assert fused_xent.cpu_capability() is None

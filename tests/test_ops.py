@@ -328,6 +328,17 @@ def test_memory_of_gradients(strides):
         torch.testing.assert_close(logits, 2 * expected)
 
 
+def test_more_row_dimensions_than_are_counted_are_not_overwritten():
+    """A copy would do for reading."""
+    logits = torch.randn((9, *[4] * 6))[:, ::2, ::2, ::2, ::2, ::2].movedim(0, 1)
+    target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
+    forward = FORWARD | {"logits": logits, "target": target}
+    before = logits.clone()
+    with pytest.raises((ValueError, RuntimeError), match="at most 4 row dimensions"):
+        ops.forward_backward_(**forward)
+    assert torch.equal(logits, before)
+
+
 def test_dimensions_of_size_1_are_no_row_dimensions():
     """The kernels count four that do not merge; these have none to be walked along."""
     shape, strides = (2, 9, 1, 3, 1, 2, 1, 2), (1, 300, 77, 7, 1000, 29, 500, 90)

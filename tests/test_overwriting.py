@@ -237,3 +237,25 @@ def test_gradient_of_statistics_in_fused_mode(name):
     with pytest.raises(RuntimeError, match=r"grad_in_forward must be False where lse, z_loss or"):
         (results.loss - getattr(results, name).mean()).backward()
     assert leaf.grad is None
+
+
+@pytest.mark.parametrize("mode", OVERWRITING_MODES)
+def test_gradients_have_no_graph(mode):
+    """Though the memory is that of logits which have one."""
+    leaf, target = make_problem()
+    logits, seen = leaf * 1, []
+    logits.register_hook(seen.append)
+    fused_xent.cross_entropy(logits, target, **MODES[mode]).backward()
+    assert [gradient.requires_grad for gradient in seen] == [False]
+
+
+@pytest.mark.parametrize("mode", OVERWRITING_MODES)
+def test_a_leaf_that_is_promoted_is_not_overwritten(mode):
+    """Beside float64 probabilities the logits are a copy, which may be."""
+    leaf, _ = make_problem()
+    before, soft = leaf.detach().clone(), torch.rand(leaf.shape, dtype=torch.float64)
+    fused_xent.cross_entropy(leaf, soft, **MODES[mode]).backward()
+    double = before.double().requires_grad_()
+    F.cross_entropy(double, soft).backward()
+    assert torch.equal(leaf, before)
+    torch.testing.assert_close(leaf.grad.double(), double.grad)

@@ -75,3 +75,9 @@ def test_a_target_that_is_no_class_is_nan(label_smoothing, target):
     assert gradient.isnan().all(1).tolist() == [False, True, False]
     assert gradient.isnan().any(1).tolist() == [False, True, False]
     assert cross_entropy(logits, targets, reduction="sum").isnan()
+
+
+def test_the_square_of_a_great_lse_is_no_part_of_a_loss_without_it():
+    """In float32 it is infinite."""
+    logits = torch.tensor([[1e30, 2e30, 0.0]])
+    assert cross_entropy(logits, torch.tensor([0])).item() == pytest.approx(1e30)
