@@ -346,6 +346,15 @@ def test_a_roofline_is_of_a_loss_and_a_linear_layer(arguments, linear_case, dtyp
     assert [job.result.dtype for job in jobs] == [dtype for dtype in dtypes for _ in range(2)]
 
 
+@pytest.mark.parametrize(("arguments", "is_shown"), [([], True), (["--markdown"], False)])
+def test_a_rooflines_table_is_not_in_markdown(arguments, is_shown, monkeypatch):
+    run, shown = Run({}, []), []
+    monkeypatch.setattr(roofline, "measure_all", lambda *_: (run, 1))
+    monkeypatch.setattr(roofline, "show", shown.append)
+    assert roofline.main(["--device", "cpu", *arguments]) == 1
+    assert shown == [run] * is_shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "limits"),
     [([], (10, 3.0)), (["--quick"], (5, 1.0)), (["--rounds", "3"], (3, 0.0))],
