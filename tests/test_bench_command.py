@@ -346,6 +346,15 @@ def test_a_roofline_is_of_a_loss_and_a_linear_layer(arguments, linear_case, dtyp
     assert [job.result.dtype for job in jobs] == [dtype for dtype in dtypes for _ in range(2)]
 
 
+@pytest.mark.parametrize(("arguments", "is_shown"), [([], True), (["--markdown"], False)])
+def test_a_rooflines_table_is_not_in_markdown(arguments, is_shown, monkeypatch):
+    run, shown = Run({}, []), []
+    monkeypatch.setattr(roofline, "measure_all", lambda *_: (run, 1))
+    monkeypatch.setattr(roofline, "show", shown.append)
+    assert roofline.main(["--device", "cpu", *arguments]) == 1
+    assert shown == [run] * is_shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "limits"),
     [([], (10, 3.0)), (["--quick"], (5, 1.0)), (["--rounds", "3"], (3, 0.0))],
@@ -395,6 +404,45 @@ def test_memory_work_and_modes_of_each_timing(tmp_path, monkeypatch):
         ("backward", "fused_xent inplace", 2, 3 * 20),
     ]
     assert set(result.errors) == {"fused_xent", "fused_xent inplace"}
+
+
+def test_who_is_asked_and_why_others_are_not_there(tmp_path):
+    """Providers are asked for the case as it is: float16 has no fused form, a CPU no apex."""
+    path = tmp_path / "x.json"
+    common = ["--device", "cpu", "--rounds", "1", "--json", str(path), "--provider", "fused_xent"]
+    small = ["--rows", "4", "--vocab", "5", "--dtype", "float16", "--provider", "apex"]
+    assert bench.main([*common, *small, "--mode", "both"]) == 0
+    (result,) = Run.read_json(path).results
+    found = [one.provider for one in result.timings if one.mode == "both"]
+    assert found == ["fused_xent", "fused_xent inplace"]
+    assert result.absent == {"apex": "needs a GPU"}
+
+
+def test_memory_of_each_linear_layer(tmp_path, monkeypatch):
+    """The bare products' is not measured."""
+    monkeypatch.setattr(linear.Workload, "peak_bytes", lambda workload, loss: 77)
+    path = tmp_path / "x.json"
+    common = ["--device", "cpu", "--rounds", "1", "--json", str(path), "--provider", "fused_xent"]
+    small = ["--rows", "4", "--features", "3", "--vocab", "5", "--dtype", "bfloat16"]
+    assert bench.main(["linear", *common, *small, "--provider", "liger-kernel"]) == 0
+    (result,) = Run.read_json(path).results
+    assert [(one.provider, one.peak_bytes) for one in result.timings] == [
+        (linear.BARE, None),
+        ("fused_xent", 77),
+    ]
+    assert {one.bytes for one in result.timings} == {2 * 2 * 3 * (4 + 5) + 4 * 8}
+    assert result.absent == {"liger-kernel": "needs a GPU"}
+    assert result.errors["fused_xent"]["grad_weight"] > 1e-5  # as bfloat16's
+
+
+@pytest.mark.parametrize("quick", [[], ["--quick"]], ids=["", "quick"])
+def test_a_device_that_is_not_there_is_refused(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "why_not", lambda device: f"no {device} here")
+    with pytest.raises(SystemExit) as error:
+        measured(tmp_path, fine, arguments=quick)
+    assert error.value.code == 2
+    message = "--device cpu has nothing to measure: no cpu here"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

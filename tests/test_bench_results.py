@@ -71,6 +71,10 @@ def test_figures_of_a_timing():
     assert result.share(timing, "copy") == 0.5
     assert result.ratio(timing, "torch eager") == 4
     assert result.ratio(timing, "torch.compile") is None
+    assert result.share(timing, "read") is None
+    assert result.share(Timing("step", "x", 0, 600, seconds=[1.0]), "copy") is None
+    assert result.n_classes == 100
+    assert Result("linear", "x", (10, 20, 30), "float32").n_classes == 30
     assert tables.loss_cells(result, timing)[:6] == ("3000.00", "33%", "0.0", "0.0", "50%", "4.0x")
 
 
@@ -130,6 +134,17 @@ def test_inputs_of_a_case_are_the_same_in_every_run(dtype):
     soft = Case("own", (20, 5, 3), soft=True).tensors(dtype, "cpu")[1]
     assert soft.dtype == dtype
     torch.testing.assert_close(soft.float().sum(1), torch.ones(20, 3), atol=1e-2, rtol=0)
+
+
+def test_inputs_of_a_linear_layer_are_the_same_in_every_run():
+    """Their logits are as large as those of a loss, whatever the features."""
+    one, again = (linear.Workload((400, 300, 200), torch.bfloat16, "cpu") for _ in range(2))
+    for name in ("hidden", "weight", "target"):
+        assert torch.equal(getattr(one, name), getattr(again, name))
+    assert one.hidden.dtype == one.weight.dtype == torch.bfloat16
+    assert 0.9 < (one.hidden @ one.weight.t()).float().std() < 1.1
+    assert 0 <= one.target.min() < 10
+    assert 190 <= one.target.max() < 200
 
 
 def test_ignored_share():

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from bench import linear, plots, readme, roofline, tables
+from bench import linear, plots, readme, results, roofline, tables
 from bench.results import Result, Run, Timing, cpu_name, environment
 
 pytestmark = pytest.mark.cpu("runs the benchmark, which has an option for the device")
@@ -194,6 +194,16 @@ def test_environment(monkeypatch):
     assert env["cpu"] == cpu_name() != ""
 
 
+def test_name_of_the_processor(tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    info.write_text("cpu family\t: 6\nmodel\t\t: 1\nmodel name\t: Maker: 9\nmodel name\t: x\n")
+    monkeypatch.setattr(results, "Path", lambda path: info)
+    assert cpu_name() == "Maker: 9"
+    info.unlink()
+    monkeypatch.setattr(results.platform, "processor", lambda: "of Python")
+    assert cpu_name() == "of Python"
+
+
 def test_summary_of_a_gpu():
     env = environment("cpu") | {"gpu": "H", "driver": "580.1", "cuda": "13.0"}
     env["copy bytes a second"] = 3.25e12
@@ -367,7 +377,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     (tmp_path / "bench/results").mkdir(parents=True)
     Run(environment("cpu"), [loss_result()]).write_json(tmp_path / "bench/results/x.json")
-    text = "# Name\n<!-- bench/results/x.json both -->\nold\n<!-- end -->\nbetween\n"
+    text = "# Name\n<!-- bench/results/x.json forward -->\nold\n<!-- end -->\nbetween\n"
     text += "<!-- bench/results/x.json -->\n<!-- end -->\nlast\n"
     (tmp_path / "README.md").write_text(text)
     return tmp_path
@@ -378,8 +388,8 @@ def test_tables_of_a_readme(project, capsys):
     assert capsys.readouterr().out == "2 tables, changed\n"
     results = [loss_result()]
     assert (project / "README.md").read_text().splitlines() == [
-        *("# Name", "<!-- bench/results/x.json both -->", ""),
-        *(*tables.markdown(results, "both"), "", "<!-- end -->"),
+        *("# Name", "<!-- bench/results/x.json forward -->", ""),
+        *(*tables.markdown(results, "forward"), "", "<!-- end -->"),
         *("between", "<!-- bench/results/x.json -->", ""),
         *(*tables.markdown(results), "", "<!-- end -->", "last"),
     ]

@@ -533,6 +533,18 @@ CASE_FAULTS = {
 }
 
 COMMAND_FAULTS = {
+    "a device that is not there is measured": Fault(
+        "bench/command.py",
+        "if reason := why_not(options.device):",
+        "if (reason := why_not(options.device)) and not options.quick:",
+        of_commands("a_device_that_is_not_there_is_refused"),
+    ),
+    "a failure is told on stdout": Fault(
+        "bench/command.py",
+        '{provider}: {reason}", file=sys.stderr)',
+        '{provider}: {reason}")',
+        of_commands("status_and_what_is_written"),
+    ),
     "a wrong provider is no failure": Fault(
         "bench/command.py",
         "                status = status or 1\n",
@@ -659,6 +671,18 @@ COMMAND_FAULTS = {
 }
 
 LOSS_FAULTS = {
+    "who is absent is not told": Fault(
+        "bench/loss.py",
+        "candidates, result.absent = gather(",
+        "candidates, _ = gather(",
+        of_commands("who_is_asked_and_why_others_are_not_there"),
+    ),
+    "providers are asked for float32": Fault(
+        "bench/loss.py",
+        "Request(case, result.dtype, options.device)",
+        'Request(case, "float32", options.device)',
+        of_commands("who_is_asked_and_why_others_are_not_there"),
+    ),
     "--quick has no effect on the rounds": Fault(
         "bench/loss.py",
         'if options.quick or options.device == "cuda" else LIMITS',
@@ -764,6 +788,24 @@ LOSS_FAULTS = {
 }
 
 LINEAR_FAULTS = {
+    "the memory of a linear layer is lost": Fault(
+        "bench/linear.py",
+        "*work, peaks.get(name), seconds",
+        "*work, None, seconds",
+        of_commands("memory_of_each_linear_layer"),
+    ),
+    "every linear layer is of float32": Fault(
+        "bench/linear.py",
+        "Workload(result.shape, DTYPES[result.dtype]",
+        'Workload(result.shape, DTYPES["float32"]',
+        of_commands("memory_of_each_linear_layer"),
+    ),
+    "the logits of a linear layer grow with its features": Fault(
+        "bench/linear.py",
+        " * n_features**-0.5",
+        "",
+        of_results("inputs_of_a_linear_layer_are_the_same_in_every_run"),
+    ),
     "a linear layer's gradient that is not a number passes": Fault(
         "bench/linear.py",
         "if not error <= tolerance:",
@@ -944,6 +986,12 @@ PROVIDER_FAULTS = {
 }
 
 RESULT_FAULTS = {
+    "the processor is its family": Fault(
+        "bench/results.py",
+        'line.startswith("model name")',
+        'line.startswith("cpu")',
+        of_tables("name_of_the_processor"),
+    ),
     "the median is a mean": Fault(
         "bench/results.py",
         "return statistics.median(self.seconds)",
@@ -1026,6 +1074,18 @@ RESULT_FAULTS = {
 }
 
 SHOWN_FAULTS = {
+    "the README knows one mode": Fault(
+        "bench/readme.py",
+        r"(?: (\w+))?",
+        r"(?: (both))?",
+        of_tables("tables_of_a_readme"),
+    ),
+    "a roofline's table is in Markdown alone": Fault(
+        "bench/roofline.py",
+        "    if not options.markdown:\n        show(run)",
+        "    if options.markdown:\n        show(run)",
+        of_commands("a_rooflines_table_is_not_in_markdown"),
+    ),
     "megabytes are of 2 to the 20": Fault(
         "bench/tables.py",
         'f"{size / 1e6:.1f}"',
