@@ -320,6 +320,22 @@ def test_weight_of_a_class_that_no_row_has(other, n_classes, mode, dtype):
 
 
 @by_dtype
+@pytest.mark.parametrize("rise", [7.5, 50, 95, 400])
+def test_a_class_far_above_those_before_it(rise, dtype):
+    """From which a block's maximum is guessed: exponentials beside the guess may be infinite."""
+    logits = make_logits((3, 2100), dtype, 0.1)
+    for row, at in enumerate((70, 1999, 2099)):
+        logits[row, at] = rise
+    target = torch.tensor([70, 3, 2099])
+    exact = truth(logits, target, reduction="none")
+    for mode in MODES:
+        if has_mode(mode, dtype):
+            loss, gradient = loss_and_gradient(logits, target, 1.0, mode, reduction="none")
+            assert_loss(loss, exact, torch.promote_types(dtype, torch.float32))
+            assert_gradient(gradient, exact, dtype)
+
+
+@by_dtype
 @pytest.mark.parametrize("n_classes", [20, 129, 5000])
 def test_loss_is_never_below_0(n_classes, dtype):
     """Where one class has all of the probability, whatever its logit."""

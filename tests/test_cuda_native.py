@@ -37,6 +37,7 @@ PARTS = [
     *((kernels, "") for kernels in KERNELS),
     ("forward_backward", "address"),
     ("forward_backward", "thread"),
+    ("columns", "address"),
     ("general", "address"),
     ("general", "thread"),
 ]

@@ -1168,6 +1168,18 @@ NUMBERS = {
 }
 
 CHOICE = {
+    "the target's logit of a row that is left out is read": Fault(
+        "csrc/cpu/launch.cpp",
+        "rows.push_back(is_left_out(p, row) ? RowBackward()",
+        "rows.push_back(row < 0 ? RowBackward()",
+        ("tests/test_guards.py",),
+    ),
+    "a block's maximum may be far above what it is guessed to be": Fault(
+        "csrc/cpu/row_kernels.h",
+        "constexpr double kSlack = 8;",
+        "constexpr double kSlack = 100;",
+        ("tests/test_accuracy.py::test_a_class_far_above_those_before_it",),
+    ),
     "the least instruction set that is allowed is chosen": Fault(
         "csrc/cpu/capability.cpp",
         "if (allowed && capability.is_supported()) return capability;",

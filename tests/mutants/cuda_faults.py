@@ -490,6 +490,9 @@ GENERAL = {
         "if (e != 0) value += e * d * shifted;",
         "value += e * d * shifted;",
     ),
+    "threads without classes have the argmax of what is -inf": fault(
+        "xent_math.h", "general", "other.argmax >= 0 && is_above", "is_above"
+    ),
     "a saturated softcap has no derivative": fault(
         "general.cuh",
         "general",
@@ -641,6 +644,12 @@ COLUMNS = {
 }
 
 LAUNCHERS = {
+    "the shared memory of rows in vectors is that of one row": fault(
+        "plan.cpp",
+        "columns-address",
+        "return 4 * acc * plan.threads * plan.row_vector;",
+        "return 4 * acc * plan.threads;",
+    ),
     "float32 probabilities are read as 16-bit ones": fault(
         "dispatch.cuh",
         "forward",

@@ -263,6 +263,7 @@ class Table {
           run(c, {plans[next(plans.size())], default_plans(c)});
         }
       }
+      ++turn;  // or each option would have the same values with all labels
     });
   }
 

@@ -47,6 +47,9 @@ inline std::vector<Plans> all_plans(bool small, const cuda::Device& device, int 
       {by_rows(64, 64), by_rows(64, 64, 3), by_rows(64, 64, 1, 4, 1)},
       {by_rows(64, 64, 2), by_rows(64, 32), by_rows(64, 64, cluster ? 4 : 1, 4, 1)},
       {by_columns(64, 1, vector), by_columns(64, 2, 1), by_columns(64, 2, vector)},
+      // One group of threads takes all rows, one after the other.
+      {by_rows(64, 64, 1, 0, 1), by_rows(64, 64, 1, 0, 1), by_rows(64, 64, 1, 0, 1)},
+      {by_rows(64, 8, 1, 0, 1), by_rows(64, 8, 1, 0, 1), by_rows(64, 8, 1, 0, 1)},
   };
   if (small) return plans;
   plans.push_back({by_rows(128, 32), by_rows(128, 16), by_rows(64, 2, 1, 0, 1)});
