@@ -250,7 +250,8 @@ def _target_gradient(options: Options, inputs: tuple) -> Tensor:
     total_weight, row_max, log_sum, *_ = inputs[7:]
     dim = options.dim
     scale = grad_loss.to(row_max.dtype) * (1 - options.label_smoothing)
-    scale = scale / total_weight if options.reduction == "mean" else scale
+    if options.reduction == "mean":  # by 0 it is NaN, as the loss is
+        scale = scale / total_weight.masked_fill(total_weight == 0, torch.nan)
     if token_weight is not None:
         scale = scale * token_weight
     scale = scale if scale.dim() == 0 else scale.unsqueeze(dim)

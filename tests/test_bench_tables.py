@@ -419,3 +419,7 @@ def test_width_of_what_is_no_terminal(monkeypatch):
 def test_a_reader_who_leaves_ends_the_output():
     with pytest.raises(BrokenPipeError):
         tables.Output().on_broken_pipe()
+
+
+def test_no_memory_is_not_unknown_memory():
+    assert (tables.megabytes(0), tables.megabytes(None)) == ("0.0", "-")

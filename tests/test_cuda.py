@@ -268,6 +268,59 @@ def test_offsets_beyond_32_bits(device):
         assert_loss(loss, exact, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides", "dim"),
+    [((2, 2, 20), (64, 2**31 + 2**29, 1), -1), ((3, 2), (1, 2**32), 1)],
+    ids=["rows", "classes"],
+)
+def test_strides_beyond_32_bits(emulated, shape, strides, dim):
+    far = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (far + 1)), dtype=torch.bfloat16)
+    logits = memory.as_strided(shape, strides)
+    logits.copy_(make_logits(shape, torch.bfloat16))
+    target = torch.randint(shape[dim], logits.select(dim, 0).shape)
+    loss = fused_xent.cross_entropy(logits, target, dim=dim, loss_dtype=torch.float32)
+    exact = truth(logits.reshape(-1, shape[dim]), target.flatten())
+    assert_loss(loss, exact, torch.float32)
+
+
+def test_sums_of_several_blocks_beside_class_weights():
+    """They share memory: of rows, and what class weights add up to."""
+    logits, target = make_logits((16400, 5), torch.float32), torch.randint(5, (16400,))
+    check(logits, target, "mean", weight=torch.rand(5) + 0.1, label_smoothing=0.3)
+
+
+@pytest.mark.parametrize("mode", ["default", "fused"])
+def test_mean_by_weights_that_cancel(mode):
+    options = {"reduction": "mean", "token_weight": torch.tensor([1.0, -1.0])}
+    logits, target = make_logits((2, 20), torch.float32), torch.tensor([1, 2])
+    loss, gradient = loss_and_gradient(logits, target, 1.0, mode, **options)
+    assert loss.isnan()
+    assert gradient.isnan().all()
+
+
+def test_more_rows_than_a_grid_has_blocks(force):
+    force("forward_backward", "block", threads=32, groups=70000)
+    logits = make_logits((65540, 65), torch.float32)
+    target = torch.full((65540,), -100)
+    target[-1] = 5
+    exact = truth(logits[-1:], target[-1:])
+    loss, gradient = loss_and_gradient(logits, target, 1.0, "fused")
+    assert_loss(loss, exact, torch.float32)
+    assert_gradient(gradient[-1:], exact, torch.float32)
+
+
+def test_focal_loss_of_certain_targets():
+    """Whose cross-entropy may not come out below 0: its power would be NaN."""
+    values = torch.linspace(0.25, 60, 400).bfloat16().unique()
+    logits = torch.full((len(values), 300), -300.0).bfloat16()
+    logits[:, 7] = values
+    target = torch.full((len(values),), 7)
+    options = {"reduction": "none", "loss_dtype": torch.float32}
+    assert (fused_xent.cross_entropy(logits, target, **options) >= 0).all()
+    assert not fused_xent.cross_entropy(logits, target, focal_gamma=2.0, **options).isnan().any()
+
+
 def test_gradient_beyond_32_bits(emulated):
     n_classes = 2**15 + 8
     memory = mmap.mmap(-1, (2**16 + 3) * n_classes * 2)
@@ -293,3 +346,6 @@ def test_more_rows_or_classes_than_kernels_count():
     target = torch.zeros(1, dtype=torch.uint8).expand(2**31)
     with pytest.raises(ValueError, match=re.escape("less than 2^31 rows")):
         _ops.scale_gradient_(logits, torch.ones(()), target, None, 1, -100)
+    logits = torch.empty(1, 1).expand(1, 2**30 + 1)
+    with pytest.raises(ValueError, match=re.escape("at most 2^30 classes")):
+        _ops.scale_gradient_(logits, torch.ones(()), torch.tensor([-100]), None, 1, -100)

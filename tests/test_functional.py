@@ -386,3 +386,12 @@ def test_normalizer_goes_to_the_logits_device(normalizer, monkeypatch):
     assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "meta")
     loss.backward()
     assert input.grad.device.type == "meta"
+
+
+def test_float64_class_weights_promote_the_sums():
+    """As in torch: weights beyond float32 are numbers."""
+    logits, target = torch.randn(4, 9), torch.rand(4, 9).softmax(1)
+    weight = torch.full((9,), 1e300, dtype=torch.float64)
+    expected = F.cross_entropy(logits.double(), target.double(), weight)
+    loss = fused_xent.cross_entropy(logits, target, weight)
+    torch.testing.assert_close(loss, expected)

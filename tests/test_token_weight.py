@@ -319,3 +319,17 @@ def test_gradients_of_weights_beside_rows_that_are_left_out(reduction, soft):
     torch.testing.assert_close(loss.sum(), expected)
     gradients = [torch.autograd.grad(x, leaves) for x in (loss.sum(), expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("way", ["kernels", "inplace", "gradient of class weights"])
+def test_gradients_of_a_mean_by_weights_that_cancel(way):
+    """NaN, to logits and to probabilities."""
+    weights = torch.tensor([[1.0, -1.0, 2.0, -2.0]] * 2)
+    leaves = [torch.randn(*ROWS, C), torch.randn(*ROWS, C).softmax(-1)]
+    if way == "inplace":  # which takes the logits' memory
+        leaves = [leaves[0], leaves[1].detach()]
+    logits, target = leaves[0].requires_grad_(), leaves[1]
+    wanted = [logits] if way == "inplace" else [logits, target.requires_grad_()]
+    p = Problem(logits, target, weights, "mean")
+    for gradient in torch.autograd.grad(WAYS[way](p, logits, target).loss, wanted):
+        assert gradient.isnan().all()

@@ -1444,6 +1444,33 @@ TOLERANCE_FAULTS = {
     ),
 }
 
+FROM_OUTSIDE = {
+    "--json and --csv are compared as they are written": Fault(
+        "bench/command.py",
+        "options.json.resolve() == options.csv.resolve()",
+        "options.json == options.csv",
+        ("tests/test_bench.py::test_errors",),
+    ),
+    "a mode that is named twice is measured twice": Fault(
+        "bench/loss.py",
+        "modes = list(dict.fromkeys(options.mode or MODES))",
+        "modes = list(options.mode or MODES)",
+        ("tests/test_bench_command.py::test_memory_work_and_modes_of_each_timing",),
+    ),
+    "no memory is unknown memory": Fault(
+        "bench/tables.py",
+        'return DASH if size is None else f"{size / 1e6:.1f}"',
+        'return f"{size / 1e6:.1f}" if size else DASH',
+        ("tests/test_bench_tables.py::test_no_memory_is_not_unknown_memory",),
+    ),
+    "a row longer than a chunk makes chunks of none": Fault(
+        "bench/check.py",
+        "step = max(1, CHUNK * len(logits) // logits.numel())",
+        "step = CHUNK * len(logits) // logits.numel()",
+        ("tests/test_bench_providers.py::test_a_row_longer_than_a_chunk_is_a_chunk",),
+    ),
+}
+
 FAULTS = {
     **CHECK_FAULTS,
     **COMPARE_FAULTS,
@@ -1458,4 +1485,5 @@ FAULTS = {
     **SHOWN_FAULTS,
     **DEMO_FAULTS,
     **TOLERANCE_FAULTS,
+    **FROM_OUTSIDE,
 }

@@ -1219,6 +1219,21 @@ CHOICE = {
     ),
 }
 
+FROM_OUTSIDE = {
+    "class weights of other classes are multiplied by no smoothing": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "const bool has_spread = kHasSpread && labels.spread != 0;",
+        "const bool has_spread = kHasSpread;",
+        ("tests/test_accuracy.py::test_weight_of_a_class_that_no_row_has",),
+    ),
+    "the argmax of lanes begins above the lowest number": Fault(
+        "csrc/cpu/lane_stats.h",
+        "Vec<A> top_ = -std::numeric_limits<A>::infinity() - Vec<A>{};",
+        "Vec<A> top_ = std::numeric_limits<A>::lowest() - Vec<A>{};",
+        ("tests/test_extras.py::test_argmax_is_the_first_of_the_greatest",),
+    ),
+}
+
 FAULTS = {
     **LAUNCH,
     **SCAN,
@@ -1232,4 +1247,5 @@ FAULTS = {
     **TILES,
     **NUMBERS,
     **CHOICE,
+    **FROM_OUTSIDE,
 }

@@ -1206,7 +1206,7 @@ AUTOGRAD_FAULTS = {
     ),
     "gradient of probabilities without the mean": Fault(
         AUTOGRAD,
-        'scale = scale / total_weight if options.reduction == "mean" else scale',
+        "scale = scale / total_weight.masked_fill(total_weight == 0, torch.nan)",
         "pass",
         TOKENS,
     ),
@@ -1817,6 +1817,73 @@ MAIN_FAULTS = {
     ),
 }
 
+WITH_LOGITS = "    tensors = with_logits(tensors, tensors.logits)\n"
+CHECK_OVERWRITABLE = """\
+    if inplace_backward or grad_in_forward:
+        _checks.check_overwritable(
+            tensors.logits, tensors.target, options.dim, inplace_backward, grad_in_forward
+        )
+"""
+FROM_OUTSIDE = {
+    "the second derivative forgets the normalizer": Fault(
+        "fused_xent/_autograd.py",
+        "Tensors(logits, target, weight, token_weight, total_weight), options)",
+        "Tensors(logits, target, weight, token_weight, None), options)",
+        ("tests/test_autograd.py::test_second_derivative_under_a_normalizer",),
+    ),
+    "a gradient in the logits' memory has their graph": Fault(
+        "fused_xent/_autograd.py",
+        "            grad_logits = logits.detach()\n",
+        "            grad_logits = logits\n",
+        ("tests/test_overwriting.py::test_gradients_have_no_graph",),
+    ),
+    "float64 class weights alone do not promote the sums": Fault(
+        "fused_xent/functional.py",
+        "        if dtype == torch.float64:\n            target = target.to(dtype)",
+        "        if torch.float64 in (input.dtype, target.dtype):\n"
+        "            target = target.to(torch.float64)",
+        ("tests/test_functional.py::test_float64_class_weights_promote_the_sums",),
+    ),
+    "token weights of any shape of as many numbers": Fault(
+        "fused_xent/_checks.py",
+        "    if token_weight.shape != row_shape:",
+        "    if token_weight.numel() != row_shape.numel():",
+        ("tests/test_errors.py::test_refused",),
+    ),
+    "a z-loss of scale 0 is added": Fault(
+        "fused_xent/reference.py",
+        "    if lse_square_scale != 0:\n        row_loss = row_loss + z_loss\n",
+        "    row_loss = row_loss + z_loss\n",
+        (
+            "tests/test_reference.py::test_the_square_of_a_great_lse_is_no_part_of_a_loss_without_it",
+        ),
+    ),
+    "the CUDA library is loaded without the schemas": Fault(
+        "fused_xent/_ops.py",
+        "    if LOAD_ERROR is not None:  # without",
+        "    if False:  # without",
+        ("tests/test_fallback.py::test_no_cuda_kernels_without_the_library_of_the_schemas",),
+    ),
+    "a mean by 0 makes infinite gradients of probabilities": Fault(
+        "fused_xent/_autograd.py",
+        "total_weight.masked_fill(total_weight == 0, torch.nan)",
+        "total_weight",
+        ("tests/test_token_weight.py::test_gradients_of_a_mean_by_weights_that_cancel",),
+    ),
+    "an index stays the object it was": Fault(
+        "fused_xent/_checks.py",
+        "    value = operator.index(value)\n    if not -(2**63)",
+        "    if not -(2**63)",
+        ("tests/test_errors.py::test_what_says_which_index_it_is",),
+    ),
+    "logits are checked before they are promoted": Fault(
+        "fused_xent/functional.py",
+        WITH_LOGITS + CHECK_OVERWRITABLE,
+        CHECK_OVERWRITABLE + WITH_LOGITS,
+        ("tests/test_overwriting.py::test_a_leaf_that_is_promoted_is_not_overwritten",),
+    ),
+}
+
 MORE_FAULTS = {
     "versions of fused mode's memory stay": Fault(
         OPS,
@@ -2018,4 +2085,5 @@ FAULTS = (
     | NN_FAULTS
     | MAIN_FAULTS
     | MORE_FAULTS
+    | FROM_OUTSIDE
 )

@@ -12,9 +12,7 @@ from emulator.build import ROOT
 from .fault import Fault
 from .library import build_library
 
-IGNORED = shutil.ignore_patterns(
-    *(".*", "build", "dist", "__pycache__", "*.egg-info", "results", "*.png")
-)
+IGNORED = shutil.ignore_patterns(*(".*", "build", "dist", "__pycache__", "*.egg-info"))
 LONGEST = 1800  # seconds that the tests of one fault may take: it may be an endless loop
 LIBRARY = "fused_xent/_C.abi3.so"
 

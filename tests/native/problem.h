@@ -229,7 +229,10 @@ class Problem {
       const bool is_bad = c.labels.ignored == Ignored::bad && row % 3 == 1;
       if (some || c.labels.ignored == Ignored::all) y = params.ignore_index;
       if (is_bad || (!some && weight_of_row(row) == 0)) {
-        y = is_byte ? 254 : row % 2 == 0 ? c.vocab_size : -1;
+        // The last is a class in 32 bits.
+        const int64_t bad[] = {c.vocab_size, -1,
+                               c.labels.kind == TargetKind::int64 ? 1LL << 32 : -2};
+        y = is_byte ? 254 : bad[row / 3 % 3];
       }
       std::memcpy(static_cast<char*>(indices.data()) + row * size, &y, size);  // little-endian
     }
