@@ -310,6 +310,13 @@ def test_more_rows_than_a_grid_has_blocks(force):
     assert_gradient(gradient[-1:], exact, torch.float32)
 
 
+def test_argmax_beside_threads_that_have_no_classes(force):
+    force("forward", "block", threads=64)
+    logits, target = torch.full((2, 20), -torch.inf), torch.tensor([0, 1])
+    results = fused_xent.cross_entropy_with_statistics(logits, target, reduction="none")
+    assert results.argmax.tolist() == [0, 0]
+
+
 def test_focal_loss_of_certain_targets():
     """Whose cross-entropy may not come out below 0: its power would be NaN."""
     values = torch.linspace(0.25, 60, 400).bfloat16().unique()
