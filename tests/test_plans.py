@@ -169,3 +169,32 @@ def test_every_choice_can_serve(
                 )
                 chosen = emulated.plan_for(operation, shape, devices[device])
                 assert emulated.why_not(chosen, shape, devices[device]) is None, chosen
+
+
+ROWS = {"regime": BLOCK, "threads": 64, "team": 64, "parts": 1, "held": 0}
+ROWS |= {"workers": 1, "row_vector": 1, "max_groups": 0}
+REFUSED = {
+    "threads of no power of two": ({"threads": 96, "team": 96}, "threads must be a power of two"),
+    "threads of half a warp": ({"threads": 16, "team": 16}, "threads must be a power of two"),
+    "more threads than the launch bounds": ({"threads": 1024, "team": 1024}, "threads must be"),
+    "more shared memory than there is": ({"threads": 512, "team": 512, "held": 32}, "less shared"),
+    "a team of two warps in a block of four": ({"threads": 128}, "team must be threads"),
+    "parts of a block": ({"threads": 128, "team": 32, "parts": 2}, "parts must be of whole"),
+    "no parts": ({"parts": 0}, "parts must be of whole"),
+    "parts of a row that is not split": ({"parts": 2}, "parts must be those of a split"),
+    "held vectors of no whole group": ({"held": 6}, "held must be a multiple of 4"),
+    "fewer than no vectors": ({"held": -4}, "must not be negative"),
+    "workers of no power of two": ({"regime": COLUMNS, "workers": 3}, "workers must be a power"),
+    "more workers than warps": ({"regime": COLUMNS, "workers": 4}, "workers must be a power"),
+    "parts by columns": ({"regime": COLUMNS, "parts": 2}, "parts must be 1 by columns"),
+    "rows in vectors that are apart": ({"regime": COLUMNS, "row_vector": 4}, "row_vector must be"),
+}
+
+
+@pytest.mark.parametrize("plan", REFUSED)
+def test_plans_that_no_kernel_can_run(emulated, devices, plan):
+    changes, message = REFUSED[plan]
+    shape = emulated.Shape(9, 5000, 4, True, False, False, False)
+    assert emulated.why_not(list(ROWS.values()), shape, devices["sm_90"]) is None
+    why = emulated.why_not(list((ROWS | changes).values()), shape, devices["sm_90"])
+    assert message in str(why)

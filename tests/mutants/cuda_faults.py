@@ -608,8 +608,11 @@ COLUMNS = {
         "    if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);\n",
         "",
     ),
-    "what a strided row's sum lost is forgotten": fault(
-        "columns.cu", "columns", "    stats.sum = with_lost(stats.sum, lost_sum);\n", ""
+    "what a strided row's sum lost is forgotten": emulated(
+        "cuda/columns.cu",
+        "test_cuda.py::test_small_exponentials_beside_a_great_one",
+        "    stats.sum = with_lost(stats.sum, lost_sum);\n",
+        "",
     ),
     "the last worker's classes are left out": fault(
         "columns.cu",
@@ -715,12 +718,6 @@ LAUNCHERS = {
         "forward",
         "a.label_smoothing / static_cast<double>(a.vocab_size);",
         "a.label_smoothing / static_cast<double>(a.vocab_size - 1);",
-    ),
-    "a block of forward_backward holds more than it has room for": emulated(
-        "cuda/plan.cpp",
-        "test_plans.py",
-        "(device.shared_bytes - kStaticSharedBytes) / (16 * plan.threads);",
-        "device.shared_bytes / (16 * plan.threads);",
     ),
     "rows are split over clusters where there are none": emulated(
         "cuda/plan.cpp",
