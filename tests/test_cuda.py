@@ -236,6 +236,13 @@ def test_plan_that_cannot_serve(force):
         fused_xent.cross_entropy(make_logits((2, 5000), torch.float32), torch.tensor([0, 1]))
 
 
+def test_rows_in_vectors_whose_classes_begin_within_one(force):
+    force("forward", "columns", threads=64, vector=4)
+    logits, target = make_logits((40, 33), torch.float32)[:, :32].t(), torch.arange(32)
+    with pytest.raises(ValueError, match="row_vector must be 1, or of adjacent rows"):
+        fused_xent.cross_entropy(logits, target)
+
+
 @pytest.mark.parametrize("shape", [(9, 300), (3, 40000), (2, 30, 70)])
 def test_results_do_not_depend_on_the_schedule(emulated, shape):
     logits = make_logits(shape, torch.bfloat16)

@@ -686,9 +686,9 @@ LAUNCHERS = {
         "if (layout.size[inner] % elements != 0 || layout.class_stride % elements != 0)",
         "if (layout.class_stride % elements != 0)",
     ),
-    "classes of rows in vectors may begin within one": fault(
-        "launch.cpp",
-        "columns",
+    "classes of rows in vectors may begin within one": emulated(
+        "cuda/launch.cpp",
+        "test_cuda.py::test_rows_in_vectors_whose_classes_begin_within_one",
         "if (layout.size[inner] % elements != 0 || layout.class_stride % elements != 0)",
         "if (layout.size[inner] % elements != 0)",
     ),
@@ -806,7 +806,7 @@ SUMS = {
 BINDING = {
     "smoothing does not know the class weights' sum": emulated(
         "binding/cuda.cpp",
-        "test_cuda.py::test_vocabulary[0]",
+        "test_cuda.py::test_sums_of_several_blocks_beside_class_weights",
         "      params.weight_sum_on_device = scratch_data();\n",
         "",
     ),
