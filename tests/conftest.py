@@ -79,7 +79,7 @@ def run_python():
             env={**os.environ, "PYTHONPATH": path, **environment},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=880,
         )
 
     return run

@@ -129,6 +129,7 @@ def lower_capabilities():
     return CAPABILITIES[CAPABILITIES.index(fused_xent.cpu_capability()) + 1 :]
 
 
+@pytest.mark.timeout(900)  # thousands of tests, which a busy machine may take minutes for
 @pytest.mark.parametrize("capability", lower_capabilities())
 def test_kernels_of_other_instruction_sets(capability, run_python):
     """The numeric tests once more, in a process that may use less of the processor."""
