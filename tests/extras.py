@@ -16,7 +16,7 @@ STATISTICS = ("lse", "z_loss", "entropy")
 
 
 class Problem(NamedTuple):
-    """Tensors, options by name, the mode, and whether the statistics are asked for."""
+    """Tensors, options by name, the mode, and whether statistics are computed."""
 
     logits: Tensor
     target: Tensor

@@ -407,7 +407,7 @@ def test_memory_work_and_modes_of_each_timing(tmp_path, monkeypatch):
 
 
 def test_who_is_asked_and_why_others_are_not_there(tmp_path):
-    """Providers are asked for the case as it is: float16 has no fused form, a CPU no apex."""
+    """Providers get the case unchanged: float16 has no fused form, a CPU no apex."""
     path = tmp_path / "x.json"
     common = ["--device", "cpu", "--rounds", "1", "--json", str(path), "--provider", "fused_xent"]
     small = ["--rows", "4", "--vocab", "5", "--dtype", "float16", "--provider", "apex"]

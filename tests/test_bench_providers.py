@@ -1,4 +1,4 @@
-"""Whether providers tell the truth, and what is asked of each."""
+"""Checks of the providers, and the arguments that each one passes on."""
 
 import gc
 import sys
@@ -286,7 +286,7 @@ LINEAR_LIMIT = {torch.float32: 1.5e-4, torch.bfloat16: 4.5e-2, torch.float16: 1.
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("chunk", [1 << 25, 300], ids=["whole", "chunks"])
 def test_check_of_a_linear_layer(dtype, chunk, monkeypatch):
-    """Whoever is right is believed, whoever is a little off is found, in any of the three."""
+    """A right provider passes; one that is slightly off in loss or gradient fails."""
     monkeypatch.setattr(linear, "CHUNK", chunk)
     workload = linear.Workload((24, 16, 50), dtype, "cpu")
     errors = workload.check(linear_liar(1, 1, 1))

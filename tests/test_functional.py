@@ -1,6 +1,7 @@
 """The loss as a drop-in: torch's own samples, and torch's rules of dtype, shape and reduction."""
 
 import functools
+import inspect
 import itertools
 import warnings
 
@@ -395,3 +396,21 @@ def test_float64_class_weights_promote_the_sums():
     expected = F.cross_entropy(logits.double(), target.double(), weight)
     loss = fused_xent.cross_entropy(logits, target, weight)
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs"),
+    [
+        (fused_xent.cross_entropy, F.cross_entropy),
+        (fused_xent.CrossEntropyLoss, torch.nn.CrossEntropyLoss),
+        (fused_xent.linear_cross_entropy, getattr(F, "linear_cross_entropy", None)),
+        (fused_xent.LinearCrossEntropyLoss, getattr(torch.nn, "LinearCrossEntropyLoss", None)),
+    ],
+    ids=lambda function: function.__name__ if function else "not in this torch",
+)
+def test_torchs_arguments_come_first_with_torchs_defaults(ours, torchs):
+    if torchs is None:
+        pytest.skip("torch before 2.13 has no loss of a linear layer")
+    ours, torchs = (inspect.signature(function).parameters for function in (ours, torchs))
+    given = [(p.name, p.default, p.kind) for p in torchs.values()]
+    assert [(p.name, p.default, p.kind) for p in ours.values()][: len(given)] == given

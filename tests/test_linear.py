@@ -345,7 +345,7 @@ def test_logits_never_exist(reduction, dtype, seen, monkeypatch):
 
 
 HAS_OPTIONS = hasattr(torch.nn, "LinearCrossEntropyOptions")
-CHUNKS = {  # how many rows are asked for, and how many the chunks of 20 then have
+CHUNKS = {  # the arguments, and the sizes of the chunks of 20 rows
     "chunk_rows": ({"chunk_rows": 8}, [7, 7, 6]),
     "chunk_rows of all": ({"chunk_rows": 99}, [20]),
     "chunk_rows beyond the limits": ({"chunk_rows": 20}, [20]),
@@ -360,7 +360,7 @@ CHUNKS = {  # how many rows are asked for, and how many the chunks of 20 then ha
 @pytest.mark.parametrize("few_bytes", [0, 1 << 30], ids=["few rows", ""])
 @pytest.mark.parametrize("name", CHUNKS)
 def test_rows_of_a_chunk(name, few_bytes, monkeypatch, device):
-    """As many as asked for, or as are within this device's limits: 6 rows, or the bytes of 4."""
+    """chunk_rows, or the most that this device's limits allow: 6 rows, or the bytes of 4."""
     options, expected = CHUNKS[name]
     if "options" in options:
         if not HAS_OPTIONS:
@@ -395,7 +395,7 @@ def test_limits_are_those_of_the_documentation():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("supported", ["bf16", "fp16", "none", "both"])
 def test_products_that_torch_is_slow_at(supported, device, monkeypatch):
-    """16-bit ones on a CPU that multiplies no such numbers: each dtype's is asked for."""
+    """16-bit matrices on a CPU without instructions for them, for each dtype."""
     for name in ("bf16", "fp16"):
         answer = supported in (name, "both")
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The module: torch's own samples of torch.nn.CrossEntropyLoss, and what a module is asked for."""
+"""The module: torch's own samples of torch.nn.CrossEntropyLoss, and what users expect of any module."""
 
 import copy
 import functools

@@ -677,7 +677,7 @@ LOSS_FAULTS = {
         "candidates, _ = gather(",
         of_commands("who_is_asked_and_why_others_are_not_there"),
     ),
-    "providers are asked for float32": Fault(
+    "providers get float32 instead of the case's dtype": Fault(
         "bench/loss.py",
         "Request(case, result.dtype, options.device)",
         'Request(case, "float32", options.device)',

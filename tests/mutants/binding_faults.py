@@ -103,25 +103,25 @@ CALL = {
         "cpu::forward(params, threads);",
         NO_CLASSES,
     ),
-    "huge pages are asked for nothing": Fault(
+    "no huge pages for the gradient": Fault(
         "csrc/binding/cpu.cpp",
         "advise_huge_pages(gradient.mutable_data_ptr(), ",
         "advise_huge_pages(gradient.mutable_data_ptr(), 0 * ",
         HUGE_PAGES,
     ),
-    "huge pages are asked for half of the gradient": Fault(
+    "huge pages for half of the gradient": Fault(
         "csrc/binding/cpu.cpp",
         "gradient.numel() * gradient.element_size()",
         "gradient.numel()",
         HUGE_PAGES,
     ),
-    "huge pages are asked for beyond the gradient's begin": Fault(
+    "huge pages before the gradient's begin": Fault(
         "csrc/binding/huge_pages.h",
         "(reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;",
         "reinterpret_cast<uintptr_t>(data) / kPage * kPage;",
         HUGE_PAGES,
     ),
-    "huge pages are asked for beyond the gradient's end": Fault(
+    "huge pages after the gradient's end": Fault(
         "csrc/binding/huge_pages.h",
         "(reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;",
         "(reinterpret_cast<uintptr_t>(data) + bytes + kPage - 1) / kPage * kPage;",

@@ -382,7 +382,7 @@ ROWS = {
     "nobody waits for the copies": fault(
         "forward_backward.cu", "forward_backward", "    wait_for_copies();\n", ""
     ),
-    "the next row is said to be there and was not asked for": fault(
+    "no copy of the next row into shared memory": fault(
         "forward_backward.cu",
         "forward_backward",
         "      if (next.is_read) fetch_registers(next, next_share, g);\n",
@@ -394,7 +394,7 @@ ROWS = {
         "    if (next.is_read) fetch_edge(next, next_share);\n",
         "",
     ),
-    "the next row is asked for before this one is read": fault(
+    "the next row is copied over this one before it is read": fault(
         "forward_backward.cu",
         "forward_backward",
         "      if (is_there(share, kHeld + g)) {\n        read(bits, row, share, kHeld + g);\n",
@@ -435,7 +435,7 @@ ROWS = {
         "          gradient_of_row(a, scale, row.index, target, results, true, x).at_target);\n"
         "    }\n",
     ),
-    "a row's shared memory is not asked for": fault(
+    "no request for more than 48 KiB of shared memory": fault(
         "forward_backward.cu",
         "forward_backward",
         "const cudaError_t error = allow_shared(kernel, shared);",

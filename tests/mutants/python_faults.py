@@ -350,7 +350,7 @@ FUNCTIONAL_FAULTS = {
         "    size_average: bool | None = None,\n    ignore_index: int = -1,\n"
         '    reduce: bool | None = None,\n    reduction: str = "mean",\n'
         "    label_smoothing: float = 0.0,\n    *,",
-        ("tests/test_errors.py::test_first_of_several_targets_out_of_range",),
+        ("tests/test_functional.py::test_torchs_arguments_come_first_with_torchs_defaults",),
     ),
     "signature of the statistics is the loss's": Fault(
         FUNCTIONAL,
@@ -361,7 +361,7 @@ FUNCTIONAL_FAULTS = {
 }
 
 CHECKS_FAULTS = {
-    "autocast is asked of any device": Fault(
+    "autocast of a device that has none": Fault(
         CHECKS,
         "return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)",
         "return torch.is_autocast_enabled(device.type)",
