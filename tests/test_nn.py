@@ -1,4 +1,4 @@
-"""The module: torch's own samples of torch.nn.CrossEntropyLoss, and what users expect of any module."""
+"""The module: torch's own samples of torch.nn.CrossEntropyLoss, and what any module should do."""
 
 import copy
 import functools

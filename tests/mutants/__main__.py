@@ -1,6 +1,6 @@
 """Puts the faults of the tables into the code, one at a time, and reports what no test sees.
 
-    make mutants                                      all of them; hours
+    make mutants                                      all of them: about an hour on two cores
     make mutants ARGS="--table cuda softcap"          those of one table whose names say softcap
 
 Exit status 1 where a fault survives, or could not be tried.
