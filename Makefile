@@ -9,7 +9,8 @@ setup: .venv/ready fused_xent/_C.abi3.so
 test: setup
 	$(RUN) -m pytest
 
-# Puts faults into copies of the code, one at a time, and reports what no test sees: about an hour on two cores.
+# Puts faults into copies of the code, one at a time, and reports what no test sees: about an hour on
+# two cores.
 mutants: setup
 	PYTHONPATH=tests $(RUN) -m mutants $(ARGS)
 

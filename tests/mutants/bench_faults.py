@@ -2,43 +2,20 @@
 
 from .fault import Fault
 
-CHECK = "tests/test_bench_providers.py::test_check_"
-LIARS, SLIGHT_LIARS = (f"{CHECK}catches_liars",), (f"{CHECK}catches_who_is_a_little_off",)
-CHUNKS, MANY_ROWS = (
-    (f"{CHECK}by_chunks_is_the_same",),
-    (f"{CHECK}of_many_rows_believes_who_is_right",),
-)
+
+def tests_of(module):
+    """Return what makes tests of tests/test_bench_<module>.py from their names."""
+    return lambda *names: tuple(f"tests/test_bench_{module}.py::test_{name}" for name in names)
 
 
-def of_providers(*names):
-    """Tests of tests/test_bench_providers.py."""
-    return tuple(f"tests/test_bench_providers.py::test_{name}" for name in names)
+of_providers, of_adapters, of_results = map(tests_of, ("providers", "adapters", "results"))
+of_timing, of_commands, of_tables = map(tests_of, ("timing", "command", "tables"))
+of_demo = tests_of("demo")
 
-
-def of_results(*names):
-    """Tests of tests/test_bench_results.py."""
-    return tuple(f"tests/test_bench_results.py::test_{name}" for name in names)
-
-
-def of_timing(*names):
-    """Tests of tests/test_bench_timing.py."""
-    return tuple(f"tests/test_bench_timing.py::test_{name}" for name in names)
-
-
-def of_commands(*names):
-    """Tests of tests/test_bench_command.py."""
-    return tuple(f"tests/test_bench_command.py::test_{name}" for name in names)
-
-
-def of_tables(*names):
-    """Tests of tests/test_bench_tables.py."""
-    return tuple(f"tests/test_bench_tables.py::test_{name}" for name in names)
-
-
-def of_demo(*names):
-    """Tests of tests/test_bench_demo.py."""
-    return tuple(f"tests/test_bench_demo.py::test_{name}" for name in names)
-
+LIARS = of_providers("check_catches_liars")
+SLIGHT_LIARS = of_providers("check_catches_who_is_a_little_off")
+CHUNKS = of_providers("check_by_chunks_is_the_same")
+MANY_ROWS = of_providers("check_of_many_rows_believes_who_is_right")
 
 CHECK_FAULTS = {
     "a loss that is not a number passes": Fault(
@@ -900,13 +877,13 @@ LINEAR_FAULTS = {
         "bench/linear.py",
         "partial(linear_cross_entropy, filter_eps=None)",
         "linear_cross_entropy",
-        of_providers("adapters_of_linear_peers"),
+        of_adapters("adapters_of_linear_peers"),
     ),
     "what was compiled for the case before is kept": Fault(
         "bench/linear.py",
         "    torch.compiler.reset()\n",
         "",
-        of_providers("torch_compile_compiles_for_each_case"),
+        of_adapters("torch_compile_compiles_for_each_case"),
     ),
     "memory of a linear layer is for all logits": Fault(
         "bench/linear.py",
@@ -921,37 +898,37 @@ PROVIDER_FAULTS = {
         "bench/providers.py",
         "inplace = partial(loss, inplace_backward=True)",
         "inplace = partial(loss)",
-        of_providers("what_is_asked_of_this_package"),
+        of_adapters("what_is_asked_of_this_package"),
     ),
     "the fused form is not fused": Fault(
         "bench/providers.py",
         "fused = partial(loss, grad_in_forward=True)",
         "fused = partial(loss)",
-        of_providers("what_is_asked_of_this_package"),
+        of_adapters("what_is_asked_of_this_package"),
     ),
     "this package is not given the options": Fault(
         "bench/providers.py",
         "loss = partial(fused_xent.cross_entropy, **wanted)",
         "loss = partial(fused_xent.cross_entropy)",
-        of_providers("what_is_asked_of_this_package"),
+        of_adapters("what_is_asked_of_this_package"),
     ),
     "flash-attention is not given the options": Fault(
         "bench/providers.py",
         'Provider("flash-attn", CrossEntropyLoss(**wanted))',
         'Provider("flash-attn", CrossEntropyLoss())',
-        of_providers("adapters_of_peers"),
+        of_adapters("adapters_of_peers"),
     ),
     "QuACK's form in place is not in place": Fault(
         "bench/providers.py",
         "partial(cross_entropy, inplace_backward=True)",
         "partial(cross_entropy)",
-        of_providers("peers_are_measured_in_place_too"),
+        of_adapters("peers_are_measured_in_place_too"),
     ),
     "Transformer Engine is given float16": Fault(
         "bench/providers.py",
         'if request.dtype == "float16":\n        raise',
         'if request.dtype == "half":\n        raise',
-        of_providers("transformer_engine_has_no_float16"),
+        of_adapters("transformer_engine_has_no_float16"),
     ),
     "forward and backward is the backward alone": Fault(
         "bench/providers.py",
@@ -969,19 +946,19 @@ PROVIDER_FAULTS = {
         "bench/providers.py",
         "torch.compile(loss, dynamic=False)",
         "torch.compile(loss)",
-        of_providers("torch_compile_compiles_for_each_case"),
+        of_adapters("torch_compile_compiles_for_each_case"),
     ),
     "--provider has no effect": Fault(
         "bench/providers.py",
         "if names and name not in names:",
         "if names and not name:",
-        of_providers("names_choose_among_providers"),
+        of_adapters("names_choose_among_providers"),
     ),
     "a package that does not load ends the run": Fault(
         "bench/providers.py",
         "except Exception as error:  # a package",
         "except ImportError as error:  # a package",
-        of_providers("names_choose_among_providers"),
+        of_adapters("names_choose_among_providers"),
     ),
 }
 
@@ -1467,7 +1444,7 @@ FROM_OUTSIDE = {
         "bench/check.py",
         "step = max(1, CHUNK * len(logits) // logits.numel())",
         "step = CHUNK * len(logits) // logits.numel()",
-        ("tests/test_bench_providers.py::test_a_row_longer_than_a_chunk_is_a_chunk",),
+        of_providers("a_row_longer_than_a_chunk_is_a_chunk"),
     ),
 }
 
