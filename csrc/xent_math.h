@@ -1,38 +1,44 @@
 // The formulas of softmax cross-entropy for one row, for host and device. No torch.
 //
-// Logits z_j = softcap * tanh(logit_scale * x_j / softcap), or logit_scale * x_j without a softcap,
-// are x_j itself as a rule, and called x below.
+// x_j are the input logits of a row, z_j the logits that the softmax sees:
 //
-// A row of logits x has maximum m, sum s = sum_j exp(x_j - m), log-sum-exp lse = m + log(s) and
-// probabilities p_j = exp(x_j - m) / s. Every kind of label is one weight vector over the classes,
+//     z_j = softcap * tanh(logit_scale * x_j / softcap),  or logit_scale * x_j without a softcap
+//
+// Without a softcap and with a scale of 1, z_j is x_j. A row has the maximum m = max_j z_j, the sum
+// s = sum_j exp(z_j - m), the log-sum-exp lse = m + log(s) and the probabilities
+// p_j = exp(z_j - m) / s. Every kind of label is one vector of weights over the classes,
 //
 //     q_j = on_target * [j == target] + spread * t_j
 //
 //   class index    on_target = (1 - smoothing) * w_target, spread = smoothing / V, t_j = w_j
-//   probabilities  on_target = 0, spread = 1, t_j = w_j * ((1 - smoothing) * target_j + smoothing /
-//   V)
+//   probabilities  on_target = 0, spread = 1,
+//                  t_j = w_j * ((1 - smoothing) * target_j + smoothing / V)
 //
-// where w are the class weights, 1 without them. Then, with Q = sum_j q_j,
+// where w are the class weights, 1 if there are none. Then, with Q = sum_j q_j,
 //
-//     cross_entropy = sum_j q_j * (lse - x_j)
-//     grad_j        = Q * p_j - q_j
+//     cross_entropy = sum_j q_j * (lse - z_j)
+//     d cross_entropy / d z_j = Q * p_j - q_j
 //
 // A row's loss is token_weight * (focal(cross_entropy) + lse_square_scale * lse^2). The focal loss
-// (Lin et al., https://arxiv.org/abs/1708.02002) of labels on any number of classes takes for the
-// label's probability P their geometric mean, weighted by q: that is p_target for a class index.
+// (Lin et al., https://arxiv.org/abs/1708.02002) of a row is
 //
 //     focal(c) = (1 - P)^gamma * c,  P = exp(-c / Q)
 //
-// Upstream gradients of a row's loss, lse and entropy, g_loss, g_lse and g_entropy, make, with g =
-// g_loss * token_weight * focal'(cross_entropy), the gradient
+// where P is p_target for a class index, and for other labels the geometric mean of the p_j,
+// weighted by q_j.
 //
-//     g * (Q p_j - q_j) + p_j * (softmax + shifted * (x_j - m))
+// Let g_loss, g_lse and g_entropy be the upstream gradients of a row's loss, lse and entropy, and
+// g = g_loss * token_weight * focal'(cross_entropy). The gradient by z_j is
+//
+//     g * (Q p_j - q_j) + p_j * (softmax + shifted * (z_j - m))
 //     softmax = 2 g_loss token_weight lse_square_scale lse + g_lse - g_entropy (entropy - log(s))
 //     shifted = -g_entropy
 //
-// Everything is written in x_j - m and log(s), never in lse: at an offset of 1e4, lse - x_j has
-// lost its digits. A class of weight or probability 0 adds nothing, even where its logit is -inf: 0
-// * (-inf) is 0 here. The smoothed loss is that of Szegedy et al.,
+// and the gradient by x_j is that times d z_j / d x_j, the slope.
+//
+// Everything is computed from z_j - m and log(s), never from lse: where all logits are near 1e4,
+// lse - z_j has few correct digits. A class of weight or probability 0 adds 0, even if its logit is
+// -inf: 0 * (-inf) is 0 here. Label smoothing is that of Szegedy et al.,
 // https://arxiv.org/abs/1512.00567.
 #pragma once
 
@@ -43,16 +49,35 @@
 
 namespace fused_xent {
 
-// What one sweep over some classes of a row leaves behind.
+XENT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- sums -------------------------------------------------------------------------------------
+
+// Adds value to sum, and the rounding error of that addition to lost (Knuth's two-sum). Real is a
+// scalar or a vector of lanes.
+template <typename Real>
+XENT_INLINE void add_to(Real& sum, Real& lost, Real value) {
+  const Real total = sum + value, added = total - sum;
+  lost += (sum - (total - added)) + (value - added);
+  sum = total;
+}
+
+// The sum with its rounding errors. Where the sum is not finite, lost is NaN and does not count.
+template <typename Real>
+XENT_INLINE Real with_lost(Real sum, Real lost) {
+  return lost - lost == 0 ? sum + lost : sum;
+}
+
+// The statistics of some or all classes of a row.
 template <typename Acc>
 struct RowStats {
-  Acc max;   // m: of these classes; the lowest finite number where all are -inf
-  Acc sum;   // of exp(x_j - m)
+  Acc max;   // m of these classes; the lowest finite number where all are -inf
+  Acc sum;   // of exp(z_j - m)
   Acc mass;  // of t_j; 0 where no t is given
-  Acc dot;   // of t_j * (x_j - m)
+  Acc dot;   // of t_j * (z_j - m)
 };
 
-// Moves stats to another maximum, however far: what is 0 stays 0.
+// Expresses stats by another maximum. A sum that is 0 stays 0, however far the maximum moves.
 template <typename Acc>
 XENT_INLINE void shift_stats(RowStats<Acc>& stats, Acc max) {
   const Acc shift = stats.max - max;
@@ -61,23 +86,29 @@ XENT_INLINE void shift_stats(RowStats<Acc>& stats, Acc max) {
   stats.max = max;
 }
 
+// Adds the sums of other classes of the same row, which have the same maximum.
+template <typename Acc>
+XENT_INLINE void add_sums(RowStats<Acc>& stats, const RowStats<Acc>& other) {
+  stats.sum += other.sum;
+  stats.mass += other.mass;
+  stats.dot += other.dot;
+}
+
 // Adds the stats of later classes of the same row.
 template <typename Acc>
 XENT_INLINE void merge_stats(RowStats<Acc>& stats, RowStats<Acc> other) {
   const Acc max = other.max > stats.max ? other.max : stats.max;
   shift_stats(stats, max);
   shift_stats(other, max);
-  stats.sum += other.sum;
-  stats.mass += other.mass;
-  stats.dot += other.dot;
+  add_sums(stats, other);
 }
 
-// What the statistics need besides. The entropy is log(sum) - moment / sum.
+// With what entropy and argmax need.
 template <typename Acc>
 struct FullStats : RowStats<Acc> {
-  Acc moment;      // of exp(x_j - m) * (x_j - m), 0 where x_j is -inf
-  Acc top;         // the greatest x_j, NaN above all
-  int64_t argmax;  // the first class that has it; -1 of no classes
+  Acc moment;      // of exp(z_j - m) * (z_j - m), 0 where z_j is -inf
+  Acc top;         // the greatest z_j; NaN is above all numbers
+  int64_t argmax;  // the first class whose z_j is top; -1 where there are no classes
 };
 
 template <typename Acc>
@@ -87,13 +118,13 @@ XENT_INLINE void shift_stats(FullStats<Acc>& stats, Acc max) {
   shift_stats<Acc>(static_cast<RowStats<Acc>&>(stats), max);
 }
 
-// Whether x at class j is rather the argmax than what there is.
+// True if class j, of logit z, is the argmax of stats and class j.
 template <typename Acc>
-XENT_INLINE bool is_above(const FullStats<Acc>& stats, Acc x, int64_t j) {
+XENT_INLINE bool is_above(const FullStats<Acc>& stats, Acc z, int64_t j) {
   if (stats.argmax < 0) return true;
-  const bool both_nan = x != x && stats.top != stats.top;
-  if (both_nan || x == stats.top) return j < stats.argmax;
-  return x != x || x > stats.top;
+  const bool both_nan = z != z && stats.top != stats.top;
+  if (both_nan || z == stats.top) return j < stats.argmax;
+  return z != z || z > stats.top;
 }
 
 template <typename Acc>
@@ -101,9 +132,7 @@ XENT_INLINE void merge_stats(FullStats<Acc>& stats, FullStats<Acc> other) {
   const Acc max = other.max > stats.max ? other.max : stats.max;
   shift_stats(stats, max);
   shift_stats(other, max);
-  stats.sum += other.sum;
-  stats.mass += other.mass;
-  stats.dot += other.dot;
+  add_sums<Acc>(stats, other);
   stats.moment += other.moment;
   if (other.argmax >= 0 && is_above(stats, other.top, other.argmax)) {
     stats.top = other.top;
@@ -111,17 +140,30 @@ XENT_INLINE void merge_stats(FullStats<Acc>& stats, FullStats<Acc> other) {
   }
 }
 
-// Below, Real is a scalar or a vector of lanes, one row a lane; spread is a scalar of the same
-// type. shifted_target is x_target - m; mass and dot are those of RowStats.
+// The sum is at least 1, the maximum's own term, but rounding may leave it a little below.
+template <typename Acc>
+XENT_INLINE Acc log_sum_of(const RowStats<Acc>& stats) {
+  return 0 < stats.sum && stats.sum < 1 ? Acc(0) : std::log(stats.sum);
+}
+
+template <typename Acc>
+XENT_INLINE Acc entropy_of(const FullStats<Acc>& stats, Acc log_sum) {
+  return log_sum - stats.moment / stats.sum;
+}
+
+// ---- losses -----------------------------------------------------------------------------------
+
+// In the functions below, Real is a scalar, or a vector with one row in each lane; spread is a
+// scalar of the same type. shifted_target is z_target - m; mass and dot are those of RowStats.
 template <typename Real, typename Acc>
 XENT_INLINE Real index_loss(Real on_target, Acc spread, Real shifted_target, Real log_sum,
                             Real mass, Real dot) {
-  // The row itself counts: where log_sum is not finite, neither is the loss.
+  // A target of weight 0 does not hide a row that is not finite: the loss is NaN then.
   const Real loss = on_target == 0 ? log_sum - log_sum : on_target * (log_sum - shifted_target);
   return spread == 0 ? loss : loss + spread * (mass * log_sum - dot);
 }
 
-// Q, of which class weights of no row's target, even infinite ones, are no part without smoothing.
+// Q. Without smoothing the class weights of other classes do not count, even infinite ones.
 template <typename Real, typename Acc>
 XENT_INLINE Real label_mass(Real on_target, Acc spread, Real mass) {
   return spread == 0 ? on_target : on_target + spread * mass;
@@ -132,22 +174,13 @@ XENT_INLINE Real probability_loss(Real log_sum, Real mass, Real dot) {
   return mass * log_sum - dot;
 }
 
-// Q p - q at the target. As p nears 1 it cancels, and as p nears 0 p is more than 1 + expm1(log p)
-// keeps: hence both. mass is the sum of t_j, t is t_target.
-template <typename Real, typename Acc>
-XENT_INLINE Real target_gradient(Real on_target, Acc spread, Real p, Real expm1_log_p, Real mass,
-                                 Real t) {
-  const Real gradient = on_target * expm1_log_p;
-  return spread == 0 ? gradient : gradient + spread * (mass * p - t);
-}
-
 // A loss, and its derivative by the cross-entropy.
 template <typename Real>
 struct FocalLoss {
   Real loss, slope;
 };
 
-// mass is Q, gamma > 0. Of a cross-entropy that is negative, as labels below 0 may make it, NaN.
+// mass is Q, gamma > 0. NaN for a negative cross-entropy, which labels below 0 may give.
 template <typename Real>
 XENT_INLINE FocalLoss<Real> focal_loss(Real cross_entropy, Real mass, Real gamma) {
   if (cross_entropy == 0) return {0, 0};
@@ -158,16 +191,57 @@ XENT_INLINE FocalLoss<Real> focal_loss(Real cross_entropy, Real mass, Real gamma
   return {factor * cross_entropy, factor * (1 + rise)};
 }
 
-// What a row's gradient is made of besides its labels and probabilities: see above.
+// The mean of losses by the sum of the targets' weights. It is NaN where that sum is 0, as in
+// torch, which divides the target's part of the loss (0 then) and smoothing's part separately.
+XENT_INLINE double mean_of(double sum, double total_weight) {
+  return total_weight == 0 ? NAN : sum / total_weight;
+}
+
+// ---- gradients --------------------------------------------------------------------------------
+
+// The upstream gradients of a row: see the top of this file.
 template <typename Real>
 struct Upstream {
   Real g, softmax, shifted;
 };
 
-// The mean by the sum of the targets' weights. Of a sum of 0 it is NaN: torch divides the target's
-// part and smoothing's part of the loss apart, and the former is 0 then.
-XENT_INLINE double mean_of(double sum, double total_weight) {
-  return total_weight == 0 ? NAN : sum / total_weight;
+// The gradient by z_j of all classes but the target is factor * exp(z_j - max) - spread * t_j.
+template <typename Real>
+struct RowGradient {
+  Real max, factor, spread;
+};
+
+// The same where the entropy has an upstream gradient: shifted_factor * (z_j - max) is added to
+// factor.
+template <typename Real>
+struct FullGradient : RowGradient<Real> {
+  Real shifted_factor;
+};
+
+// mass is Q.
+template <typename Real>
+XENT_INLINE FullGradient<Real> row_gradient(const Upstream<Real>& upstream, Real mass, Real spread,
+                                            Real max, Real log_sum) {
+  const Real one_over_sum = std::exp(-log_sum);
+  return {{max, (upstream.g * mass + upstream.softmax) * one_over_sum, upstream.g * spread},
+          upstream.shifted * one_over_sum};
+}
+
+// Q p - q at the target. Near p = 1 the difference cancels, and expm1(log p) is exact; near p = 0
+// p is exact and 1 + expm1(log p) is not: so both are needed. mass is the sum of t_j, t is
+// t_target.
+template <typename Real, typename Acc>
+XENT_INLINE Real target_gradient(Real on_target, Acc spread, Real p, Real expm1_log_p, Real mass,
+                                 Real t) {
+  const Real gradient = on_target * expm1_log_p;
+  return spread == 0 ? gradient : gradient + spread * (mass * p - t);
+}
+
+// Adds the part of softmax and shifted to a gradient at the target. d is z_target - m.
+template <typename Real>
+XENT_INLINE Real add_softmax_part(Real gradient, Real softmax, Real shifted, Real p, Real d) {
+  const Real part = p * (softmax + shifted * d);
+  return p == 0 ? gradient : gradient + part;
 }
 
 }  // namespace fused_xent

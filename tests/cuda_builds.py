@@ -18,7 +18,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
-KERNELS = ("forward", "backward", "forward_backward", "columns", "general", "sums")
+KERNELS = ("forward", "backward", "forward_backward", "columns", "per_class_options", "sums")
 OPERATORS = ("forward", "backward", "backward_", "forward_backward_", "scale_gradient_")
 MISSING = next(
     (

@@ -38,8 +38,8 @@ PARTS = [
     ("forward_backward", "address"),
     ("forward_backward", "thread"),
     ("columns", "address"),
-    ("general", "address"),
-    ("general", "thread"),
+    ("per_class_options", "address"),
+    ("per_class_options", "thread"),
 ]
 
 

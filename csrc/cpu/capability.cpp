@@ -1,5 +1,5 @@
-// Which instruction set's kernels run: the best that the processor has and
-// FUSED_XENT_CPU_CAPABILITY, if set, does not exclude.
+// Chooses the instruction set: the best that the processor has and that FUSED_XENT_CPU_CAPABILITY,
+// if set, allows.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -16,25 +16,24 @@ struct Capability {
   bool (*is_supported)();
 };
 
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 // Best first.
 const Capability kCapabilities[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16", avx512_bf16_kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512bf16");
-     }},
-    {"avx512", avx512_kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
-    {"avx2", avx2_kernels,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
-     }},
+    {"avx512_bf16", avx512_bf16_kernels, has_avx512_bf16},
+    {"avx512", avx512_kernels, has_avx512},
+    {"avx2", avx2_kernels, has_avx2},
 #endif
     {"portable", portable_kernels, [] { return true; }},
 };

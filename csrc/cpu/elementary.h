@@ -1,11 +1,12 @@
 // Exponentials, logarithms and long sums of vectors. Included like simd.h.
 
-// exp(x) for x <= 0, and a few above, and NaN for NaN. Below the smallest normal number the result
-// is 0.
+// exp(x) for x up to a little above 0. NaN stays NaN; results below the smallest normal number are
+// 0.
 //
 // x = (n + f) log 2 with integer n and |f| <= 1/2. Adding 1.5 * 2^23 + 127 leaves n + 127 in the
-// low bits, which, shifted by 23, are the number 2^n. 2^f is the polynomial of degree 5 with p(0) =
-// 1 and the least relative error, 9.3e-8; all in all 2.2e-7 for x > -5, growing with |x| to 1e-6.
+// low bits, which shifted by 23 are the number 2^n. For 2^f: the polynomial of degree 5 with
+// p(0) = 1 and the smallest relative error, 9.3e-8. The total error is 2.2e-7 for x > -5 and grows
+// with |x| to 1e-6.
 XENT_INLINE F32 exp_nonpositive(F32 x) {
   constexpr float kShifter = 12582912.0f + 127;
   constexpr float kLog2e = 1.44269504f;
@@ -20,7 +21,7 @@ XENT_INLINE F32 exp_nonpositive(F32 x) {
   return p * (F32)((U32)shifted << 23);
 }
 
-// As above, with log 2 in two parts and Taylor's series of e^r to r^13, |r| <= log(2) / 2.
+// The same with log 2 in two parts, and the Taylor series of e^r up to r^13, |r| <= log(2) / 2.
 XENT_INLINE F64 exp_nonpositive(F64 x) {
   constexpr double kShifter = 6755399441055744.0 + 1023;
   x = vmax(-709.0895657128241 - F64{}, x);
@@ -43,8 +44,8 @@ XENT_INLINE F64 exp_nonpositive(F64 x) {
   return p * (F64)((U64)shifted << 52);
 }
 
-// exp(x - m) of a row's logits is kScale * power(exponent(x)): two steps, because the loss of soft
-// labels needs x - m, which is kUnit * exponent(x), too.
+// exp(x - m) is kScale * power(exponent(x)). These are two steps because the loss of soft labels
+// also needs x - m, which is kUnit * exponent(x).
 template <typename A>
 struct SubtractingExp {
   static constexpr double kScale = 1, kUnit = 1;
@@ -56,7 +57,8 @@ struct SubtractingExp {
   XENT_INLINE static Vec<A> power(Vec<A> d) { return exp_nonpositive(d); }
 };
 
-// exp_nonpositive's polynomial, divided by its highest coefficient: that would be copied each time.
+// The polynomial of exp_nonpositive, divided by its highest coefficient, which saves an
+// instruction.
 struct Power {
   static constexpr float kLog2e = 1.44269504f;
   static constexpr double kScale = 1 / 753.606689453125;
@@ -75,7 +77,8 @@ struct Power {
   }
 };
 
-// x - max is exact for the x that matter, so that the same number added to all changes no bit.
+// x - max is exact for all x whose exponential matters: adding one number to all logits changes no
+// bit.
 template <>
 struct SubtractingExp<float> : Power {
   static constexpr double kUnit = 1;
@@ -87,9 +90,9 @@ struct SubtractingExp<float> : Power {
   XENT_INLINE static F32 power(F32 d) { return Power::power(d * kLog2e); }
 };
 
-// One instruction instead of two. x log2(e) + shift is rounded once (this rests on that), and what
-// shift was rounded to is the same for all x: so they are right around the origin() that it stands
-// for, which is near m where |m| < kMaxOrigin.
+// One instruction instead of two: x * log2(e) + shift, which must be rounded only once. shift is
+// rounded too, but is the same for all x. So the results are exponentials relative to origin(), the
+// number that the rounded shift stands for, which is near m if |m| < kMaxOrigin.
 struct FusedExp : Power {
   static constexpr double kUnit = 1 / double{kLog2e};
   float shift;
@@ -99,20 +102,20 @@ struct FusedExp : Power {
   XENT_INLINE F32 exponent(F32 x) const { return fused_multiply_add(x, kLog2e, shift); }
 };
 
-// Where labels are spread over the classes, their gradient is a difference of numbers that may be
-// near each other: there, x - max is worth its instruction.
+// Where labels are spread over the classes, the gradient is a difference of numbers that may be
+// nearly equal. So x - max has to be exact, which costs an instruction.
 template <typename A, typename Spread>
 using RowExp =
     std::conditional_t<kHasFusedMultiplyAdd && std::is_same_v<A, float> && !Spread::kExists,
                        FusedExp, SubtractingExp<A>>;
 
-// factor * exp(x - max), rounded to bfloat16 in the low half of each lane, for finite factors and
-// |max| <= kMaxRounded, beyond which the exponent would lose too much.
+// factor * exp(x - max), rounded to bfloat16 in the low half of each lane. The factor must be
+// finite, and |max| <= kMaxRounded: beyond, the exponent would be too inexact.
 //
-// It is 2^n * c 2^f with integer n, |f| <= 1/2 and c = 181 / 128, a little below sqrt(2). So c 2^f
-// is in [1, 2] and has its 8 bits at one place: the addition of 1.5 * 2^16, part of the
-// polynomial's last step, leaves them, rounded, in the low bits. Adding n above them makes the
-// number. Below the smallest normal number results are between 0 and that.
+// The result is 2^n * c 2^f with integer n, |f| <= 1/2 and c = 181 / 128, a little below sqrt(2).
+// So c 2^f is in [1, 2], and its 8 bits are always at the same place: the last step of the
+// polynomial adds 1.5 * 2^16, which leaves them, rounded, in the low bits. Adding n above them
+// gives the number. Results below the smallest normal number are between 0 and that number.
 struct RoundedExp {
   static constexpr double kMaxRounded = 1024;
   static constexpr double kLog2C = 0.4998458870832054;
@@ -159,7 +162,7 @@ XENT_INLINE F64 log_positive(F64 x) {
   return x;
 }
 
-// exp(x) - 1 for x <= 0: Taylor's series where exp would cancel.
+// exp(x) - 1 for x <= 0: the Taylor series where exp(x) - 1 would cancel.
 XENT_INLINE F32 expm1_nonpositive(F32 x) {
   F32 p = x * (1.0f / 40320) + 1.0f / 5040;
   p = p * x + 1.0f / 720;
@@ -175,18 +178,12 @@ XENT_INLINE F64 expm1_nonpositive(F64 x) {
   return x;
 }
 
-// A sum of many numbers, a vector of them at a time, and apart from it what its additions lost
-// (Knuth's two-sum): the error no longer grows with the number of additions.
+// A sum of many vectors, with the rounding errors of its additions kept apart: its own error does
+// not grow with the number of additions.
 template <typename A>
 struct LongSum {
   Vec<A> sum{}, lost{};
 
-  XENT_INLINE void add(Vec<A> value) {
-    const Vec<A> total = sum + value, added = total - sum;
-    lost += (sum - (total - added)) + (value - added);
-    sum = total;
-  }
-  XENT_INLINE Vec<A> value() const {
-    return lost - lost == 0 ? sum + lost : sum;  // what an infinite sum lost is not a number
-  }
+  XENT_INLINE void add(Vec<A> value) { add_to(sum, lost, value); }
+  XENT_INLINE Vec<A> value() const { return with_lost(sum, lost); }
 };

@@ -1,16 +1,43 @@
-// The body of each instruction set's file: all kernels, for every dtype. Included by those files
-// alone, inside their target region, with XENT_KERNELS and XENT_VECTOR_BYTES defined.
+// All kernels of one instruction set, for every dtype. Each instruction set's file includes this
+// after it has defined
+//   XENT_KERNELS        the function that returns the kernels
+//   XENT_VECTOR_BYTES   the size of a vector
+//   XENT_TARGET         the instructions that the compiler may use; without it, those of the build
+//
+// Headers come first, outside the target region that begins after them: what they define must not
+// be compiled for one instruction set.
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#define XENT_PRAGMA_OF(...) _Pragma(#__VA_ARGS__)
+#define XENT_PRAGMA(...) XENT_PRAGMA_OF(__VA_ARGS__)
+#if defined(XENT_TARGET) && defined(__clang__)
+XENT_PRAGMA(clang attribute push(__attribute__((target(XENT_TARGET))), apply_to = function))
+#elif defined(XENT_TARGET)
+#pragma GCC push_options
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in GCC's own header for AVX-512
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+XENT_PRAGMA(GCC target(XENT_TARGET))
+#endif
 
 namespace fused_xent::cpu {
 namespace {
 
-// clang-format off: each uses those before it
+// clang-format off: each file uses those before it
 #include "simd.h"
 #include "elementary.h"
-#include "spread.h"
+#include "row_labels.h"
 #include "row_kernels.h"
 #include "transform.h"
-#include "general_rows.h"
+#include "per_class_options.h"
 #include "lane_stats.h"
 #include "tile_memory.h"
 #include "tile_labels.h"
@@ -18,26 +45,24 @@ namespace {
 // clang-format on
 
 template <typename T, typename Target>
-Kernels kernels_of() {
-  return {segment_stats<T, Target>,
-          segment_gradient<T, Target>,
+Kernels kernels_of(const Params& p) {
+  const bool general = is_general(p);
+  return {general ? general_stats<T, Target> : segment_stats<T, Target>,
+          general ? general_gradient<T, Target> : segment_gradient<T, Target>,
+          segment_scale<T>,
+          general ? transformed_logit<T> : plain_logit<T>,
+          set_gradient<T>,
           row_stats_saving<T, Target>,
           row_gradient_of_saved<T, Target>,
-          segment_scale<T>,
-          general_stats<T, Target>,
-          general_gradient<T, Target>,
-          transformed_logit<T>,
-          logit<T>,
-          set_gradient<T>,
           tile_forward<T, Target>,
           tile_backward<T, Target>,
           tile_scale<T>};
 }
 
 template <typename T>
-Kernels kernels_of(const Params& p) {
-  if (p.target_kind != TargetKind::probabilities) return kernels_of<T, void>();
-  return p.target_dtype == p.dtype ? kernels_of<T, T>() : kernels_of<T, float>();
+Kernels kernels_for(const Params& p) {
+  if (has_indices(p)) return kernels_of<T, void>(p);
+  return p.target_dtype == p.dtype ? kernels_of<T, T>(p) : kernels_of<T, Acc<T>>(p);
 }
 
 }  // namespace
@@ -45,15 +70,20 @@ Kernels kernels_of(const Params& p) {
 Kernels XENT_KERNELS(const Params& p) {
   switch (p.dtype) {
     case DType::float64:
-      return p.target_kind == TargetKind::probabilities ? kernels_of<double, double>()
-                                                        : kernels_of<double, void>();
+      return kernels_for<double>(p);
     case DType::bfloat16:
-      return kernels_of<BFloat16>(p);
+      return kernels_for<BFloat16>(p);
     case DType::float16:
-      return kernels_of<Half>(p);
+      return kernels_for<Half>(p);
     default:
-      return kernels_of<float>(p);
+      return kernels_for<float>(p);
   }
 }
 
 }  // namespace fused_xent::cpu
+
+#if defined(XENT_TARGET) && defined(__clang__)
+#pragma clang attribute pop
+#elif defined(XENT_TARGET)
+#pragma GCC pop_options
+#endif

@@ -1,72 +1,63 @@
 // The CPU kernels of one instruction set, as plain functions on one thread. launch.cpp decides
-// which of them run, on what and in which threads.
+// which of them run, on which rows and in which threads.
 #pragma once
 
 #include <cstdint>
 
-#include "rows.h"
+#include "row_inputs.h"
 
 namespace fused_xent::cpu {
 
-// Rows that a tile holds, and classes of a row that are swept before the sum goes to double. Both
-// are fixed, so that no result depends on the number of threads.
+// Rows of a tile, and classes of a segment: a segment's sums are added up in float or double, and
+// those of several segments in double. Both are fixed, so that no result depends on the number of
+// threads.
 constexpr int64_t kTileRows = 256;
 constexpr int64_t kSegmentClasses = 16384;
 
-// Classes that a row kernel keeps in the first-level cache: 4 to 16 KiB of logits.
+// Classes of a block, which a row kernel keeps in the first-level cache: 4 to 16 KiB of logits.
 constexpr int64_t kBlock = 2048;
 
-// Rows whose maximum is not between these, in size, are for the tile kernels: those by rows count
-// on log2(e) max having a fraction.
+// Rows whose maximum is not between -kMaxOrigin and kMaxOrigin are left to the tile kernels: the
+// row kernels need log2(e) * max to have a fraction.
 constexpr double kMaxOrigin = 0x1p24;
 
-// One row's gradient at class j is
-//     (logit_factor + shifted_factor * (x_j - max)) * exp(x_j - max) - spread * t_j
-// by the logit that the softmax sees. Only the general kernels know of shifted_factor.
-struct RowGradient {
-  double max;
-  double logit_factor;
-  double spread;
-  double shifted_factor;
-};
-
-// A logit as the softmax sees it, and its derivative by the logit as it is.
+// A transformed logit z and its slope, the derivative by the input logit x.
 struct Transformed {
   double logit, slope;
 };
 
-// What a row's forward leaves for its backward where both run at once.
+// Memory of one row between its forward and its backward, where both run at once.
 struct RowScratch {
   float* exponentials;  // one a class; for 16-bit logits alone: others have room in their place
   double* origins;      // one a block: what its exponentials are relative to
 };
 
 struct Kernels {
-  // Adjacent classes in vector lanes: classes [begin, end) of one row. Class stride 1. Only where
-  // the row's maximum is within kMaxOrigin is what they give of use.
-  RowStats<double> (*segment_stats)(const Params&, int64_t row, int64_t begin, int64_t end);
-  void (*segment_gradient)(const Params&, int64_t row, int64_t begin, int64_t end, RowGradient);
-  // The same for a whole row, the gradient in place of the logits and without their exponentials.
-  // Any maximum will do where these are saved over the logits.
-  RowStats<double> (*row_stats_saving)(const Params&, int64_t row, const RowScratch&);
-  void (*row_gradient_of_saved)(const Params&, int64_t row, const RowScratch&, RowGradient);
+  // Row kernels: adjacent classes in vector lanes, so the class stride must be 1. Without per-class
+  // options (see is_general) they serve only rows whose maximum is within kMaxOrigin.
+  // Classes [begin, end) of one row:
+  FullStats<double> (*segment_stats)(const Params&, int64_t row, int64_t begin, int64_t end);
+  void (*segment_gradient)(const Params&, int64_t row, int64_t begin, int64_t end,
+                           FullGradient<double>);
   void (*segment_scale)(const Params&, int64_t row, int64_t begin, int64_t end, double factor);
-  // The same where is_general(p). Any maximum will do.
-  FullStats<double> (*general_stats)(const Params&, int64_t row, int64_t begin, int64_t end);
-  void (*general_gradient)(const Params&, int64_t row, int64_t begin, int64_t end, RowGradient);
-  // One element of a row.
-  Transformed (*transformed_logit)(const Params&, int64_t row, int64_t index);
-  double (*logit)(const Params&, int64_t row, int64_t index);
+  // One element of a row:
+  Transformed (*logit)(const Params&, int64_t row, int64_t index);
   void (*set_gradient)(const Params&, int64_t row, int64_t index, double value);
+  // A whole row without per-class options: the first saves the exponentials, the second turns them
+  // into the gradient, which takes the logits' place. Float32 and float64 rows, whose exponentials
+  // are saved over the logits, may have any maximum.
+  FullStats<double> (*row_stats_saving)(const Params&, int64_t row, const RowScratch&);
+  void (*row_gradient_of_saved)(const Params&, int64_t row, const RowScratch&,
+                                FullGradient<double>);
 
-  // Adjacent rows in vector lanes, general or not: all classes of at most kTileRows rows [begin,
-  // end).
+  // Tile kernels: adjacent rows in vector lanes. All classes of at most kTileRows rows
+  // [begin, end), with per-class options or without.
   void (*tile_forward)(const Params&, int64_t begin, int64_t end);
   void (*tile_backward)(const Params&, int64_t begin, int64_t end);
   void (*tile_scale)(const Params&, int64_t begin, int64_t end);
 };
 
-// The kernels for p's dtypes, one file an instruction set.
+// The kernels for p's dtypes and options: one file for each instruction set.
 Kernels portable_kernels(const Params& p);
 Kernels avx2_kernels(const Params& p);
 Kernels avx512_kernels(const Params& p);

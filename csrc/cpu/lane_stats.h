@@ -1,4 +1,4 @@
-// The forward pass of one row a lane. Included like simd.h.
+// The statistics of one row a lane. Included like simd.h.
 
 template <typename A>
 struct NoSpreadStats {};
@@ -9,20 +9,20 @@ struct SpreadStats {
 };
 
 // Online softmax (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867) by groups of classes:
-// each lane keeps the maximum and the sum of what it has seen, and rescales its sum once a group.
+// each lane keeps the maximum and the sum of its classes so far, and rescales the sum once a group.
 template <typename A, bool kHasSpread>
 struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<A>> {
-  // A finite start: lanes of -inf alone give exp(-inf - max) = 0 and not NaN.
+  // It starts finite: where all logits are -inf, exp(-inf - max) is 0 and not NaN.
   Vec<A> max = Vec<A>{} + std::numeric_limits<A>::lowest();
 
-  // x: count classes from j on, kTileRows apart; t(u): the labels' weight of the u-th of them. pick
-  // sees all.
+  // Adds count classes from j on: their logits z, kTileRows apart, and their labels t(u), u from 0
+  // on. Calls pick for each logit.
   template <typename Pick, typename Spread>
-  XENT_INLINE void add(const A* x, int count, int64_t j, Pick& pick, const Spread& t) {
+  XENT_INLINE void add(const A* z, int count, int64_t j, Pick& pick, const Spread& t) {
     Vec<A> top = max;
 #pragma GCC unroll 4
     for (int u = 0; u < count; ++u) {
-      const Vec<A> logits = load(x + u * kTileRows);
+      const Vec<A> logits = load(z + u * kTileRows);
       top = vmax(logits, top);
       pick(logits);
     }
@@ -31,14 +31,14 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
     Vec<A> masses{}, dots{};
 #pragma GCC unroll 2
     for (int u = 0; u < count; ++u) {
-      const Vec<A> d = load(x + u * kTileRows) - max;
+      const Vec<A> d = load(z + u * kTileRows) - max;
       add_to_sum(exp_nonpositive(d));
       if (!kHasSpread) continue;
       const Vec<A> weight = t(u);
       masses += weight;
       dots += weight == 0 ? Vec<A>{} : weight * d;
     }
-    const Vec<A> total = above_one_ + lost_;  // or lost_ would become a long sum itself
+    const Vec<A> total = above_one_ + lost_;  // keeps lost_ small
     lost_ += above_one_ - total;
     above_one_ = total;
     if constexpr (kHasSpread) {
@@ -54,9 +54,9 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
   }
 
  private:
-  // The sum is above_one_ - 1 + lost_. No term is greater than above_one_: so what adding one to it
-  // loses is a number, and in lost_ (Dekker's fast two-sum). log_sum, which is near 0 where one
-  // class has almost all of the probability, has all of its digits even there.
+  // The sum is above_one_ - 1 + lost_. No term is greater than above_one_, so Dekker's fast two-sum
+  // finds the rounding error of each addition, which goes to lost_. log_sum has all of its digits
+  // even near 0, where one class has almost all of the probability.
   Vec<A> above_one_ = Vec<A>{} + 1, lost_{};
 
   XENT_INLINE void add_to_sum(Vec<A> term) {
@@ -71,14 +71,14 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
     above_one_ = Vec<A>{} + 1;
     add_to_sum(sum);
     if constexpr (kHasSpread) {
-      // shift may overflow to -inf: of no mass that is still 0, of some the dot has no number.
+      // shift may overflow to -inf. Without mass the dot is 0 all the same.
       const Vec<A> mass = this->mass.value();
       this->dot.add(mass == 0 ? Vec<A>{} : shift * mass);
     }
   }
 };
 
-// And what the statistics need besides: see FullStats.
+// With what entropy and argmax need: see FullStats.
 template <typename A>
 struct FullLaneStats : LaneStats<A, true> {
   using Base = LaneStats<A, true>;
@@ -87,15 +87,15 @@ struct FullLaneStats : LaneStats<A, true> {
   Index argmax{};
 
   template <typename Pick, typename Spread>
-  XENT_INLINE void add(const A* x, int count, int64_t j, Pick& pick, const Spread& t) {
+  XENT_INLINE void add(const A* z, int count, int64_t j, Pick& pick, const Spread& t) {
     const Vec<A> max = this->max, sum = this->sum();
-    Base::add(x, count, j, pick, t);
+    Base::add(z, count, j, pick, t);
     const Vec<A> shift = max - this->max, factor = exp_nonpositive(shift);
     Vec<A> moment = factor == 0 ? Vec<A>{} : factor * (moment_.value() + shift * sum);
     moment_ = {moment, Vec<A>{}};
     moment = Vec<A>{};
     for (int u = 0; u < count; ++u) {
-      const Vec<A> logits = load(x + u * kTileRows), d = logits - this->max;
+      const Vec<A> logits = load(z + u * kTileRows), d = logits - this->max;
       const Vec<A> e = exp_nonpositive(d);
       moment += e == 0 ? Vec<A>{} : e * d;
       const auto above = ~(Index)(logits <= top_) & (Index)(top_ == top_);
@@ -109,5 +109,5 @@ struct FullLaneStats : LaneStats<A, true> {
 
  private:
   LongSum<A> moment_;
-  Vec<A> top_ = -std::numeric_limits<A>::infinity() - Vec<A>{};  // NaN above all
+  Vec<A> top_ = -std::numeric_limits<A>::infinity() - Vec<A>{};  // NaN is above all numbers
 };

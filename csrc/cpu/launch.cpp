@@ -4,15 +4,15 @@
 #include <vector>
 
 #include "kernels.h"
-#include "one_row.h"
+#include "row_passes.h"
 #include "tasks.h"
 
 namespace fused_xent::cpu {
 namespace {
 
-constexpr int64_t kTaskElements = 32768;  // logits that are worth a task of their own
-constexpr int64_t kFewRows = 16;          // for fused mode, see forward_backward
-constexpr int64_t kMaxTileVocab = 128;    // up to here a row has too few vectors to fill a sweep
+constexpr int64_t kTaskElements = 32768;  // logits of a task
+constexpr int64_t kFewRows = 16;          // below: several threads on a row, in forward_backward
+constexpr int64_t kMaxTileVocab = 128;    // up to here a row has too few vectors for row kernels
 
 // Calls row_body(row) for all rows, in tasks of about kTaskElements logits.
 template <typename RowBody>
@@ -36,37 +36,35 @@ void run_segments(const Params& p, const Threads& threads, const Segment& segmen
   });
 }
 
-template <typename Row>
 void forward_segments(const Params& p, const Kernels& k, const Threads& threads) {
   const int64_t n_segments = ceil_div(p.vocab_size, kSegmentClasses);
-  std::vector<typename Row::Stats> stats(p.n_rows * n_segments);
+  std::vector<FullStats<double>> stats(p.n_rows * n_segments);
   run_segments(p, threads, [&](int64_t row, int64_t i, int64_t begin, int64_t end) {
-    if (!is_left_out(p, row)) stats[i] = Row::stats(p, k, row, begin, end);
+    if (!is_left_out(p, row)) stats[i] = k.segment_stats(p, row, begin, end);
   });
   for (int64_t row = 0; row < p.n_rows; ++row) {
     if (is_left_out(p, row)) {
-      finish_left_out(p, row);
+      write_unread_row(p, row, 0.0);
       continue;
     }
     auto merged = stats[row * n_segments];
     for (int64_t i = 1; i < n_segments; ++i) merge_stats(merged, stats[row * n_segments + i]);
-    finish_row<Row>(p, k, row, merged, Row::target_logit(p, k, row).logit);
+    finish_row_or_tile(p, k, row, merged);
   }
 }
 
-template <typename Row>
 void backward_segments(const Params& p, const Kernels& k, const Threads& threads) {
   std::vector<RowBackward> rows;  // of all rows first: the gradient may overwrite the logits
   for (int64_t row = 0; row < p.n_rows; ++row) {
     rows.push_back(is_left_out(p, row) ? RowBackward()
-                                       : RowBackward(p, row, Row::target_logit(p, k, row)));
+                                       : RowBackward(p, row, target_logit(p, k, row)));
   }
   run_segments(p, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
     if (is_left_out(p, row)) return zero_gradient(p, row, begin, end);
-    if (Row::is_for_tiles(acc_at(p, p.row_max, row))) {
+    if (is_for_tiles(p, acc_at(p, p.row_max, row))) {
       if (begin == 0) k.tile_backward(p, row, row + 1);
     } else {
-      rows[row].template write<Row>(p, k, row, begin, end);
+      rows[row].write(p, k, row, begin, end);
     }
   });
 }
@@ -82,9 +80,9 @@ bool needs_tiles(const Params& p, const Layout& layout) {
          (!has_indices(p) && p.target_layout.class_stride != 1);
 }
 
-// Calls tile(begin, end) for all tiles, in tasks of neighbours. None reaches over the end of the
-// innermost row dimension, beyond which rows are no longer adjacent, unless that would leave most
-// lanes empty.
+// Calls tile(begin, end) for all tiles, in tasks of neighbouring tiles. A tile ends where the
+// innermost row dimension ends, because rows are no longer adjacent after that. Where that would
+// leave most lanes empty, tiles reach over the end.
 template <typename Tile>
 void run_tiles(const Params& p, const Layout& layout, const Threads& threads, const Tile& tile) {
   int64_t inner = layout.size[layout.n_dims - 1];
@@ -99,46 +97,36 @@ void run_tiles(const Params& p, const Layout& layout, const Threads& threads, co
   });
 }
 
-template <typename Row>
-void forward_by(const Params& p, const Threads& threads) {
+}  // namespace
+
+void forward(const Params& p, const Threads& threads) {
+  if (p.n_rows == 0) return;
   const Kernels k = kernels_in_use(p);
   if (needs_tiles(p, p.logits_layout)) {
     run_tiles(p, p.logits_layout, threads,
               [&](int64_t begin, int64_t end) { forward_tile(p, k, begin, end); });
   } else if (has_few_rows(p, threads)) {
-    forward_segments<Row>(p, k, threads);
+    forward_segments(p, k, threads);
   } else {
-    run_rows(p, threads, [&](int64_t row) { forward_row<Row>(p, k, row); });
+    run_rows(p, threads, [&](int64_t row) { forward_row(p, k, row); });
   }
 }
 
-template <typename Row>
-void backward_by(const Params& p, const Threads& threads) {
+void backward(const Params& p, const Threads& threads) {
+  if (p.n_rows == 0) return;
   const Kernels k = kernels_in_use(p);
   if (needs_tiles(p, p.logits_layout) || p.grad_layout.class_stride != 1) {
     run_tiles(p, p.logits_layout, threads,
               [&](int64_t begin, int64_t end) { k.tile_backward(p, begin, end); });
   } else if (has_few_rows(p, threads)) {
-    backward_segments<Row>(p, k, threads);
+    backward_segments(p, k, threads);
   } else {
-    run_rows(p, threads, [&](int64_t row) { backward_row<Row>(p, k, row); });
+    run_rows(p, threads, [&](int64_t row) { backward_row(p, k, row); });
   }
 }
 
-}  // namespace
-
-void forward(const Params& p, const Threads& threads) {
-  if (p.n_rows == 0) return;
-  is_general(p) ? forward_by<GeneralRow>(p, threads) : forward_by<PlainRow>(p, threads);
-}
-
-void backward(const Params& p, const Threads& threads) {
-  if (p.n_rows == 0) return;
-  is_general(p) ? backward_by<GeneralRow>(p, threads) : backward_by<PlainRow>(p, threads);
-}
-
-// By rows or by segments, the gradient differs in its last bits here, where rows save their
-// exponentials. So the choice does not depend on the number of threads.
+// Where rows save their exponentials, the gradient differs in its last bits between rows and
+// segments. So the choice between them does not depend on the number of threads.
 void forward_backward(const Params& p, const Threads& threads) {
   if (p.n_rows == 0) return;
   const Kernels k = kernels_in_use(p);
@@ -149,12 +137,12 @@ void forward_backward(const Params& p, const Threads& threads) {
     });
   } else if (is_general(p)) {
     run_rows(p, threads, [&](int64_t row) {
-      forward_row<GeneralRow>(p, k, row);
-      backward_row<GeneralRow>(p, k, row);
+      forward_row(p, k, row);
+      backward_row(p, k, row);
     });
   } else if (p.n_rows < kFewRows && p.vocab_size > kSegmentClasses) {
-    forward_segments<PlainRow>(p, k, threads);
-    backward_segments<PlainRow>(p, k, threads);
+    forward_segments(p, k, threads);
+    backward_segments(p, k, threads);
   } else {
     run_rows(p, threads, [&](int64_t row) {
       thread_local ScratchMemory memory;
@@ -170,7 +158,9 @@ void scale_gradient(const Params& p, const Threads& threads) {
     run_tiles(p, p.grad_layout, threads,
               [&](int64_t begin, int64_t end) { k.tile_scale(p, begin, end); });
   } else {
-    run_rows(p, threads, [&](int64_t row) { scale_row(p, k, row); });
+    run_rows(p, threads, [&](int64_t row) {
+      if (!is_left_out(p, row)) k.segment_scale(p, row, 0, p.vocab_size, grad_loss_of(p, row));
+    });
   }
 }
 

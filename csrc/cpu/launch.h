@@ -1,4 +1,5 @@
-// Softmax cross-entropy on the CPU: the choice of kernels, and their distribution over threads.
+// Softmax cross-entropy on the CPU: the launchers, which choose kernels and share work among
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -14,26 +15,26 @@ struct Threads {
   void (*run)(int64_t count, const std::function<void(int64_t)>& body);
 };
 
-// What must be known of rows before anything is computed.
+// What must be known of the targets before anything is computed.
 struct RowScan {
   int64_t bad_row = -1;  // the first whose target is neither a class nor ignore_index
   double total_weight = 0;
 };
 RowScan scan_rows(const Params& p, const Threads& threads);
 
-// Writes the per-row results.
+// Writes the results of each row.
 void forward(const Params& p, const Threads& threads);
-// Reads those but for row_loss, writes grad_logits.
+// Reads these, except row_loss, and writes grad_logits.
 void backward(const Params& p, const Threads& threads);
-// Both, each row's gradient while its logits are still in the cache.
+// Forward and backward of each row at once, while its logits are in the cache.
 void forward_backward(const Params& p, const Threads& threads);
 // grad_logits *= grad_loss * grad_scale, row by row.
 void scale_gradient(const Params& p, const Threads& threads);
 
 double sum_rows(const Params& p, const Threads& threads);  // of row_loss
 
-// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable". The best that
-// processor and FUSED_XENT_CPU_CAPABILITY, read once, allow.
+// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable". It is the best that
+// the processor and FUSED_XENT_CPU_CAPABILITY, which is read once, allow.
 const char* capability_name();
 
 }  // namespace fused_xent::cpu

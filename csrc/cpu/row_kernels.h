@@ -1,10 +1,10 @@
-// Row kernels: one row, or a segment of one, whose classes are adjacent in memory. Included like
-// simd.h.
+// Row kernels without per-class options: one row, or a segment of one, whose classes are adjacent
+// in memory. Their logits are not transformed: z is x. Included like simd.h.
 //
-// The online softmax of Milakov and Gimelshein, https://arxiv.org/abs/1805.02867, by blocks: a
-// block's exponentials are summed around a guess of its maximum, good enough if it is not far too
-// low, and the sum so far is rescaled once a block. That is one exponential a logit, one load, and
-// lanes that need no maxima of their own. The next block is fetched meanwhile.
+// This is the online softmax of Milakov and Gimelshein, https://arxiv.org/abs/1805.02867, by
+// blocks. The exponentials of a block are summed relative to a guess of its maximum, which may be
+// a little too low. The sum so far is rescaled once a block. So each logit costs one load and one
+// exponential, and the lanes need no maxima of their own. Meanwhile the next block is prefetched.
 
 template <typename T>
 XENT_INLINE const T* logits_row(const Params& p, int64_t row) {
@@ -26,7 +26,7 @@ XENT_INLINE void for_pairs(int64_t begin, int64_t end, const OnPair& pair, const
   for (; j < end; j += kWidth) rest(j, static_cast<int>(end - j < kWidth ? end - j : kWidth));
 }
 
-// Asks for the pair of vectors that comes a block after x's, each of its cache lines.
+// Prefetches each cache line of the pair of vectors that is one block after x.
 template <typename T>
 XENT_INLINE void fetch_ahead(const T* x) {
   constexpr int kLine = 64 / sizeof(T);
@@ -34,7 +34,7 @@ XENT_INLINE void fetch_ahead(const T* x) {
   for (int i = 0; i < 2 * kLanes<Acc<T>>; i += kLine) __builtin_prefetch(x + kBlock + i);
 }
 
-// NaN is passed over here and found in the sum.
+// The maximum ignores NaN, which makes the sum NaN later.
 template <typename T>
 XENT_INLINE Acc<T> block_max(const T* x, int64_t begin, int64_t end, double at_least) {
   using A = Acc<T>;
@@ -52,7 +52,7 @@ XENT_INLINE Acc<T> block_max(const T* x, int64_t begin, int64_t end, double at_l
   return max_lane(vmax(first, second));
 }
 
-// Sums over one run of a block, short enough to be added up plainly.
+// Sums over one run of a block, which is so short that rounding errors do not matter.
 template <typename A>
 struct RunSums {
   Vec<A> sum[2] = {}, mass[2] = {}, dot[2] = {};
@@ -69,14 +69,11 @@ struct RunSums {
   }
 };
 
-struct BlockStats {
-  double max, sum, mass, dot;  // the sums are those of RowStats around exp.origin()
-};
-
-// With saved, writes the powers of exp there, in load_pair's order; saved may be x.
+// The maximum of a block, and its sums relative to exp.origin(). The powers of exp are written to
+// saved, in load_pair's order, if it is not null; it may be x.
 template <typename T, typename Exp, typename Spread>
-XENT_INLINE BlockStats block_stats(const T* x, const Exp& exp, const Spread& spread, int64_t begin,
-                                   int64_t end, Acc<T>* saved) {
+XENT_INLINE RowStats<double> block_stats(const T* x, const Exp& exp, const Spread& spread,
+                                         int64_t begin, int64_t end, Acc<T>* saved) {
   using A = Acc<T>;
   constexpr int64_t kRun = 16 * 2 * kLanes<A>;
   constexpr A kLowest = -std::numeric_limits<A>::infinity();
@@ -116,27 +113,26 @@ XENT_INLINE BlockStats block_stats(const T* x, const Exp& exp, const Spread& spr
           sum_lanes(mass.value()), Exp::kUnit * sum_lanes(dot.value())};
 }
 
-XENT_INLINE void add_block(RowStats<double>& stats, const BlockStats& block, double origin) {
+XENT_INLINE void add_block(RowStats<double>& stats, const RowStats<double>& block, double origin) {
   if (stats.max != origin) shift_stats(stats, origin);
-  stats.sum += block.sum;
-  stats.mass += block.mass;
-  stats.dot += block.dot;
+  add_sums(stats, block);
 }
 
-// One read: each block is summed around a guess of its maximum, and again only where that was far
-// too low. saved: see block_stats. origins: what each block's are relative to. Null: not wanted.
+// Reads the row once. Each block is summed relative to a guess of its maximum, and again if the
+// guess was far too low. saved: see block_stats; origins: the origin of each block's exponentials.
+// Both may be null.
 template <typename T, typename Spread>
 RowStats<double> sweep(const T* x, const Spread& spread, int64_t begin, int64_t end, Acc<T>* saved,
                        double* origins) {
-  constexpr int64_t kSample = 64;  // classes to guess from
-  constexpr double kSlack = 8;     // above the guess; costs 4 bits of the exponent's fraction
+  constexpr int64_t kSample = 64;  // the guess is the maximum of so many classes
+  constexpr double kSlack = 8;     // how far a maximum may be above its guess: costs 4 bits
   RowStats<double> stats{-kMaxOrigin, 0, 0, 0};
   double max = -kMaxOrigin;
   for (int64_t j = begin; j < end; j += kBlock) {
     const int64_t block_end = j + kBlock < end ? j + kBlock : end;
     const int64_t sample_end = j + kSample < block_end ? j + kSample : block_end;
     double guess = block_max(x, j, sample_end, max), guessed, origin;
-    BlockStats block;
+    RowStats<double> block;
     do {
       const RowExp<Acc<T>, Spread> exp(guess);
       block = block_stats(x, exp, spread, j, block_end, saved);
@@ -152,8 +148,8 @@ RowStats<double> sweep(const T* x, const Spread& spread, int64_t begin, int64_t 
   return stats;
 }
 
-// The same with exponentials that take the logits' place, so that a block's maximum must be known
-// before.
+// The same, with exponentials that overwrite the logits: a block cannot be summed again, so its
+// maximum is computed first.
 template <typename A, typename Spread>
 RowStats<double> sweep_in_place(A* x, const Spread& spread, int64_t end, double* origins) {
   RowStats<double> stats{std::numeric_limits<A>::lowest(), 0, 0, 0};
@@ -166,15 +162,18 @@ RowStats<double> sweep_in_place(A* x, const Spread& spread, int64_t end, double*
   return stats;
 }
 
+// Stats without an entropy and an argmax.
+XENT_INLINE FullStats<double> as_full(const RowStats<double>& stats) { return {stats, 0, 0, -1}; }
+
 template <typename T, typename Target>
-RowStats<double> segment_stats(const Params& p, int64_t row, int64_t begin, int64_t end) {
+FullStats<double> segment_stats(const Params& p, int64_t row, int64_t begin, int64_t end) {
   return with_spread<T, Target>(p, row, [&](const auto& spread) {
-    return sweep(logits_row<T>(p, row), spread, begin, end, static_cast<Acc<T>*>(nullptr), nullptr);
+    Acc<T>* saved = nullptr;
+    return as_full(sweep(logits_row<T>(p, row), spread, begin, end, saved, nullptr));
   });
 }
 
-// Stores the softmax part of the gradient, which pair(j) and rest(j, n) give, less the labels'
-// part.
+// Writes a gradient: its softmax part, which pair(j) and rest(j, n) return, minus its labels' part.
 template <bool kMayBeNan = true, typename T, typename Spread, typename OnPair, typename OnRest>
 XENT_INLINE void write_gradient(T* out, const Spread& spread, int64_t begin, int64_t end,
                                 Acc<T> scale, const OnPair& pair, const OnRest& rest) {
@@ -196,7 +195,7 @@ XENT_INLINE void write_gradient(T* out, const Spread& spread, int64_t begin, int
       });
 }
 
-// Whole pairs of vectors from begin on; returns where they end.
+// Writes the gradient of whole pairs of vectors from begin on, and returns where they end.
 XENT_INLINE int64_t write_rounded_gradient(BFloat16* out, const BFloat16* x, int64_t begin,
                                            int64_t end, const RoundedExp& exp) {
   constexpr int64_t kPair = 2 * kLanes<float>;
@@ -212,7 +211,7 @@ XENT_INLINE int64_t write_rounded_gradient(BFloat16* out, const BFloat16* x, int
 
 template <typename T, typename Target>
 void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
-                      RowGradient gradient) {
+                      FullGradient<double> gradient) {
   using A = Acc<T>;
   const T* x = logits_row<T>(p, row);
   T* out = gradient_row<T>(p, row);
@@ -220,14 +219,14 @@ void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
     using Spread = std::decay_t<decltype(spread)>;
     const RowExp<A, Spread> exp(gradient.max);
     const A factor =
-        static_cast<A>(gradient.logit_factor * exp.kScale * std::exp(exp.origin() - gradient.max));
+        static_cast<A>(gradient.factor * exp.kScale * std::exp(exp.origin() - gradient.max));
     const auto softmax = [=](Vec<A> logits) __attribute__((always_inline)) {
       return exp.power(exp.exponent(logits)) * factor;
     };
     int64_t rest = begin;
     if constexpr (kByTurns<T> && !Spread::kExists) {
-      if (RoundedExp::can_do(gradient.max, gradient.logit_factor)) {
-        rest = write_rounded_gradient(out, x, begin, end, {gradient.max, gradient.logit_factor});
+      if (RoundedExp::can_do(gradient.max, gradient.factor)) {
+        rest = write_rounded_gradient(out, x, begin, end, {gradient.max, gradient.factor});
       }
     }
     write_gradient(
@@ -242,16 +241,17 @@ void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
   });
 }
 
-// Both of a whole row without a second exponential. They are saved as acc: over the logits where
-// these are of that type, and the gradient overwrites them, or in scratch.
+// Forward and backward of a whole row with one exponential a class. The exponentials are saved in
+// the accumulation type: over the logits if these are of that type, otherwise in scratch memory.
 template <typename T, typename Target>
-RowStats<double> row_stats_saving(const Params& p, int64_t row, const RowScratch& scratch) {
+FullStats<double> row_stats_saving(const Params& p, int64_t row, const RowScratch& scratch) {
   return with_spread<T, Target>(p, row, [&](const auto& spread) {
     if constexpr (std::is_same_v<T, Acc<T>>) {
-      return sweep_in_place(gradient_row<T>(p, row), spread, p.vocab_size, scratch.origins);
+      T* x = gradient_row<T>(p, row);
+      return as_full(sweep_in_place(x, spread, p.vocab_size, scratch.origins));
     } else {
-      return sweep(logits_row<T>(p, row), spread, 0, p.vocab_size, scratch.exponentials,
-                   scratch.origins);
+      return as_full(sweep(logits_row<T>(p, row), spread, 0, p.vocab_size, scratch.exponentials,
+                           scratch.origins));
     }
   });
 }
@@ -271,7 +271,7 @@ XENT_INLINE void scale_saved(T* out, const Acc<T>* saved, const Spread& spread, 
 
 template <typename T, typename Target>
 void row_gradient_of_saved(const Params& p, int64_t row, const RowScratch& scratch,
-                           RowGradient gradient) {
+                           FullGradient<double> gradient) {
   using A = Acc<T>;
   constexpr bool kInPlace = std::is_same_v<T, A>;
   T* out = gradient_row<T>(p, row);
@@ -288,8 +288,8 @@ void row_gradient_of_saved(const Params& p, int64_t row, const RowScratch& scrat
     for (int64_t begin = 0; begin < p.vocab_size; begin += kBlock) {
       const int64_t end = begin + kBlock < p.vocab_size ? begin + kBlock : p.vocab_size;
       const double shift = scratch.origins[begin / kBlock] - gradient.max;
-      const A factor = static_cast<A>(gradient.logit_factor * Exp::kScale * std::exp(shift));
-      // A finite factor means a finite row.
+      const A factor = static_cast<A>(gradient.factor * Exp::kScale * std::exp(shift));
+      // The factor is finite only if all logits of the row are: then no gradient is NaN.
       if (kByTurns<T> && !Spread::kExists && std::fabs(factor) < std::numeric_limits<A>::max()) {
         scale_saved<false>(out, saved, spread, begin, end, factor, scale);
       } else {
@@ -315,8 +315,8 @@ void segment_scale(const Params& p, int64_t row, int64_t begin, int64_t end, dou
 }
 
 template <typename T>
-double logit(const Params& p, int64_t row, int64_t index) {
-  return load_one(logits_row<T>(p, row) + index);
+Transformed plain_logit(const Params& p, int64_t row, int64_t index) {
+  return {load_one(logits_row<T>(p, row) + index), 1};
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// What is known of rows and their losses without logits.
+// Sums over rows that need no logits, and the check of their targets.
 #include <vector>
 
 #include "kernels.h"
@@ -47,7 +47,7 @@ RowScan scan_block(const Params& p, int64_t begin, int64_t end) {
   return scan;
 }
 
-// In four sums, which do not wait for each other.
+// In four sums, which the processor adds to at the same time.
 template <typename A>
 double sum_of(const A* values, int64_t count) {
   double sums[4] = {};

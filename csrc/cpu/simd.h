@@ -1,10 +1,10 @@
-// Vectors of one instruction set, and the functions of them that the kernels need.
+// Vectors of one instruction set, and the functions on them that the kernels need.
 //
-// Included by each instruction set's file inside its target region and unnamed namespace, with
-// XENT_VECTOR_BYTES defined (and not the compiler's own macros, which a target region need not
-// set): nothing here may be emitted where another file could link to it. Arithmetic is written
-// once, on the compiler's vector types. Only what turns 16-bit numbers into lanes and back is
-// written per instruction set.
+// Included by instruction_set.h, in a target region and an unnamed namespace, so that no other file
+// can link to what is compiled here: see ../README.md. XENT_VECTOR_BYTES tells the instruction set,
+// because the compiler's own macros do not have to follow a target region. Arithmetic is written
+// once, with the compiler's vector types. Only conversions of 16-bit numbers are written for each
+// instruction set.
 
 struct BFloat16 {
   uint16_t bits;
@@ -44,7 +44,8 @@ XENT_INLINE void store_bits(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-// b where either is NaN: x86's max. Compilers do not always find it in the comparison.
+// The maximum as x86 computes it: b if either is NaN. Compilers do not always use that instruction
+// for the comparison.
 #if XENT_VECTOR_BYTES == 64
 XENT_INLINE F32 vmax(F32 a, F32 b) { return (F32)_mm512_max_ps((__m512)a, (__m512)b); }
 XENT_INLINE F64 vmax(F64 a, F64 b) { return (F64)_mm512_max_pd((__m512d)a, (__m512d)b); }
@@ -79,7 +80,7 @@ XENT_INLINE F32 fused_multiply_add(F32 x, float factor, float addend) {
 }
 #endif
 
-// Halves of a vector, the second to the first, until one lane is left: a chain of log2 of them.
+// Combines the halves of a vector until one lane is left, in log2 of its lanes steps.
 template <typename V, typename Combine>
 XENT_INLINE auto combine_lanes(V v, const Combine& combine) {
   constexpr int kCount = sizeof(V) / sizeof v[0];
@@ -105,15 +106,15 @@ XENT_INLINE double sum_lanes(V v) {
   return combine_lanes(__builtin_convertvector(v, Double), [](auto a, auto b) { return a + b; });
 }
 
-// ---- loads and stores, 16-bit numbers among them ---------------------------------------------
+// ---- loads and stores -------------------------------------------------------------------------
 
 XENT_INLINE F32 load(const float* from) { return load_bits<F32>(from); }
 XENT_INLINE F64 load(const double* from) { return load_bits<F64>(from); }
 XENT_INLINE void store(float* to, F32 value) { store_bits(to, value); }
 XENT_INLINE void store(double* to, F64 value) { store_bits(to, value); }
 
-// To nearest even, in the high half of each lane; NaN, where there may be one, gives 0xffff, which
-// is one too.
+// Rounds to nearest even, in the high half of each lane. NaN becomes 0xffff, which is a NaN;
+// without kMayBeNan it may become anything.
 template <bool kMayBeNan = true, typename V>
 XENT_INLINE auto round_to_bfloat16(V value) {
   using Bits = typename VectorOf<uint32_t, sizeof(V) / 4>::type;
@@ -123,7 +124,7 @@ XENT_INLINE auto round_to_bfloat16(V value) {
 }
 
 #if XENT_VECTOR_BYTES >= 32
-// Eight numbers, whatever the width of a vector.
+// Eight numbers, for any vector size.
 using F32x8 = VectorOf<float, 8>::type;
 
 XENT_INLINE F32x8 load8(const float* from) { return load_bits<F32x8>(from); }
@@ -153,7 +154,7 @@ XENT_INLINE void store(Half* to, F32 value) {
   store_bits(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #if defined(XENT_HAS_BF16)
-// Numbers below the smallest normal one become 0: the instruction knows no others.
+// The instruction turns subnormal numbers into 0.
 XENT_INLINE void store(BFloat16* to, F32 value) {
   store_bits(to, _mm512_cvtneps_pbh((__m512)value));
 }
@@ -179,7 +180,8 @@ XENT_INLINE void store(BFloat16* to, F32 value) {
   store_bits(to, __builtin_convertvector(round_to_bfloat16(value) >> 16, U16));
 }
 
-// Exponent and mantissa shifted into place are 2^-112 of the value, subnormal or not.
+// With its bits shifted into place, a float16 is a float of 2^-112 times its value, also if it is
+// subnormal.
 XENT_INLINE F32 load(const Half* from) {
   const U32 half = __builtin_convertvector(load_bits<U16>(from), U32);
   const U32 magnitude = (half & 0x7fff) << 13;
@@ -190,7 +192,8 @@ XENT_INLINE F32 load(const Half* from) {
 XENT_INLINE void store(Half* to, F32 value) {
   const U32 bits = (U32)value;
   const U32 magnitude = bits & 0x7fffffff;
-  // Rounded by addition: of half a unit and the even bit, or of 0.5, whose unit is 2^-24.
+  // Normal numbers are rounded by adding half a unit and the even bit, subnormal ones by adding
+  // 0.5: the units of float in [0.5, 1) are those of subnormal float16, 2^-24.
   const U32 normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
   const U32 subnormal = (U32)((F32)magnitude + 0.5f) - 0x3f000000;
   U32 half = magnitude < 0x38800000 ? subnormal : normal;
@@ -201,9 +204,9 @@ XENT_INLINE void store(Half* to, F32 value) {
 
 #endif
 
-// Two vectors of adjacent numbers. 16-bit ones may be dealt out by turns, even places to the first
-// vector and odd to the second: that needs a shift and a mask where the order of memory needs
-// shuffles. Whatever meets them lane by lane is loaded in T's order.
+// Two vectors of adjacent numbers. For 16-bit T, the first may have those at even places and the
+// second those at odd places: then unpacking takes a shift and a mask and no shuffles. Labels and
+// weights of the same classes are loaded in the same order.
 template <typename A>
 struct Pair {
   Vec<A> first, second;
@@ -232,7 +235,7 @@ XENT_INLINE Pair<float> by_turns(F32 low, F32 high) {
 #endif
 }
 
-// T is the logits' type, From that of the numbers.
+// Loads a pair of From in the order of logits of type T.
 template <typename T, typename From>
 XENT_INLINE Pair<Acc<T>> load_pair(const From* from) {
   constexpr int kWidth = kLanes<Acc<T>>;
@@ -246,7 +249,7 @@ XENT_INLINE Pair<Acc<T>> load_pair(const From* from) {
   }
 }
 
-// The low half of each lane of first, and above it that of second.
+// Each lane: the low half of first's lane, and above it the low half of second's.
 XENT_INLINE U32 join_halves(U32 first, U32 second) {
 #if XENT_VECTOR_BYTES == 32
   return (U32)_mm256_blend_epi16((__m256i)first, (__m256i)(second << 16), 0xaa);
@@ -266,7 +269,7 @@ XENT_INLINE void store_pair(T* to, Pair<Acc<T>> pair) {
   }
 }
 
-// The first n lanes; the others are fill, and their memory is not touched.
+// Loads and stores of the first n lanes. The others are `fill`; their memory is not accessed.
 #if XENT_VECTOR_BYTES == 64
 XENT_INLINE F32 load_first(const float* from, int n, float fill = 0) {
   const __mmask16 lanes = (1u << n) - 1;

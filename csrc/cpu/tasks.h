@@ -1,4 +1,4 @@
-// Work in tasks for threads.
+// Tasks that threads share.
 #pragma once
 
 #include <algorithm>
@@ -8,10 +8,8 @@
 
 namespace fused_xent::cpu {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Tasks are taken as threads come free: ignored rows cost nothing, so that equal shares would not
-// be.
+// Runs task(0), ..., task(n_tasks - 1). A thread takes the next task when it has finished one:
+// ignored rows cost nothing, so equal numbers of tasks would not be equal work.
 template <typename Task>
 void run_tasks(const Threads& threads, int64_t n_tasks, const Task& task) {
   std::atomic<int64_t> next{0};

@@ -1,20 +1,19 @@
-// Tile kernels: up to kTileRows rows with one row in each vector lane, all classes of a row one
-// after another: for strided classes (images), which are walked where they lie, and for
-// vocabularies too small to fill vectors. Included like simd.h.
+// Tile kernels: up to kTileRows rows, one in each vector lane, whose classes come one after
+// another. They serve rows whose classes are strided (images), which need no transposition, and
+// vocabularies that are too small to fill vectors. Included like simd.h.
 
-// Calls step(j, count) for all classes, in as few groups as there can be of at most kGroup, about
-// equal: so none has less than 8 where there are 8 classes.
+// Calls step(j, count) for all classes, in as few groups of at most kGroup classes as possible. The
+// groups are about equal: none has less than 8 classes if there are 8.
 template <typename Step>
 XENT_INLINE void for_class_groups(int64_t vocab_size, const Step& step) {
   if (vocab_size == 0) return;
-  const int64_t n_groups = (vocab_size + kGroup - 1) / kGroup;
-  const int64_t size = (vocab_size + n_groups - 1) / n_groups;
+  const int64_t size = ceil_div(vocab_size, ceil_div(vocab_size, kGroup));
   for (int64_t j = 0; j < vocab_size; j += size) {
     step(j, static_cast<int>(vocab_size - j < size ? vocab_size - j : size));
   }
 }
 
-// Stores lanes [lane, lane + width) of a per-row result, those of them that are rows of the tile.
+// Writes a per-row result of the lanes from `lane` on, for those that are rows of the tile.
 template <typename A>
 XENT_INLINE void store_rows(void* to, int64_t begin, int lane, int n_rows, Vec<A> value) {
   A* rows = static_cast<A*>(to) + begin + lane;
@@ -35,7 +34,17 @@ XENT_INLINE void transform_lanes(const Transform<A>& transform, int count, int n
   }
 }
 
-// General kernels are made for a spread alone, which may be 0.
+// Calls body<kHasSpread, kGeneral>() by p. General: with per-class options, and always with a
+// spread, which may be 0.
+template <typename Target, typename Body>
+XENT_INLINE void with_options(const Params& p, const Body& body) {
+  if (is_general(p)) return body.template operator()<true, true>();
+  if (std::is_void_v<Target> && p.label_smoothing == 0) {
+    return body.template operator()<false, false>();
+  }
+  body.template operator()<true, false>();
+}
+
 template <typename T, typename Target, bool kHasSpread, bool kGeneral>
 void forward_tile(const Params& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
@@ -94,13 +103,9 @@ void forward_tile(const Params& p, int64_t begin, int64_t end) {
 
 template <typename T, typename Target>
 void tile_forward(const Params& p, int64_t begin, int64_t end) {
-  if (is_general(p)) {
-    forward_tile<T, Target, true, true>(p, begin, end);
-  } else if (std::is_void_v<Target> && p.label_smoothing == 0) {
-    forward_tile<T, Target, false, false>(p, begin, end);
-  } else {
-    forward_tile<T, Target, true, false>(p, begin, end);
-  }
+  with_options<Target>(p, [&]<bool kHasSpread, bool kGeneral> {
+    forward_tile<T, Target, kHasSpread, kGeneral>(p, begin, end);
+  });
 }
 
 template <typename T, typename Target, bool kHasSpread, bool kGeneral>
@@ -122,7 +127,7 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
     if (kHasSpread) spread.read(j, count);
     for (int lane = 0; lane < n; lane += kWidth) {
       TargetPick<T, !std::is_void_v<Target>> pick(labels, j, lane);
-      const Vec<A> max = load(gradient.max + lane), factor = load(gradient.logit_factor + lane);
+      const Vec<A> max = load(gradient.max + lane), factor = load(gradient.factor + lane);
       const auto kept = labels.kept_lanes(lane);
 #pragma GCC unroll 2
       for (int u = 0; u < count; ++u) {
@@ -131,10 +136,10 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
         pick(x);
         Vec<A> value;
         if constexpr (kGeneral) {
-          const auto seen = transform(x);
-          value = gradient.of_softmax(seen.logit - max, factor, lane);
+          const auto z = transform(x);
+          value = gradient.of_softmax(z.logit - max, factor, lane);
           if (has_spread) value -= spread.at(j + u, u, lane) * load(gradient.spread + lane);
-          value *= seen.slope;
+          value *= z.slope;
         } else {
           value = exp_nonpositive(x - max) * factor;
           if (kHasSpread) value -= spread.at(j + u, u, lane) * load(gradient.spread + lane);
@@ -150,8 +155,8 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
     const Vec<A> picked = load(labels.target_logit + lane);
     Vec<A> value;
     if constexpr (kGeneral) {
-      const auto seen = transform(picked);
-      value = gradient.at_target(labels, lane, seen.logit) * seen.slope;
+      const auto z = transform(picked);
+      value = gradient.at_target(labels, lane, z.logit) * z.slope;
     } else {
       value = gradient.at_target(labels, lane, picked);
     }
@@ -164,13 +169,9 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
 
 template <typename T, typename Target>
 void tile_backward(const Params& p, int64_t begin, int64_t end) {
-  if (is_general(p)) {
-    backward_tile<T, Target, true, true>(p, begin, end);
-  } else if (std::is_void_v<Target> && p.label_smoothing == 0) {
-    backward_tile<T, Target, false, false>(p, begin, end);
-  } else {
-    backward_tile<T, Target, true, false>(p, begin, end);
-  }
+  with_options<Target>(p, [&]<bool kHasSpread, bool kGeneral> {
+    backward_tile<T, Target, kHasSpread, kGeneral>(p, begin, end);
+  });
 }
 
 template <typename T>

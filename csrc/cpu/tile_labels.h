@@ -1,26 +1,26 @@
-// The labels of a tile's rows in lanes, and the factors of their gradients. Included like simd.h.
+// The labels of the rows of a tile, one row a lane, and the factors of their gradients. Included
+// like simd.h.
 
 // The label of each row of a tile, in lanes.
 template <typename T>
 struct TileLabels {
   using A = Acc<T>;
   using Bits = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
-  int64_t index[kTileRows];  // -1 where there is none: of probabilities and of ignored rows
-  Bits kept[kTileRows];      // all ones, or 0: of ignored rows, and of those beyond the last
+  int64_t index[kTileRows];  // -1 for probabilities and for rows that are left out
+  Bits kept[kTileRows];      // all ones, or 0 for rows that are left out or beyond the last
   A target_weight[kTileRows] = {};
   A target_logit[kTileRows] = {};
-  A share = 0;  // of a row's label that is on its target
+  A share = 0;  // of a label: what smoothing keeps on the target
   A spread = 1;
   bool any_kept = true;
 
   TileLabels(const Params& p, int64_t begin, int n_rows) {
-    for (int i = 0; i < kTileRows; ++i) index[i] = -1;
-    if (!has_indices(p)) {
-      for (int i = 0; i < n_rows; ++i) index[i] = 0;
+    for (int i = 0; i < kTileRows; ++i) index[i] = i < n_rows ? 0 : -1;
+    if (has_indices(p)) {
+      with_indices(p, [&](const auto* target) { set_indices(p, target, begin, n_rows); });
+    } else {
       set_kept(p, begin, n_rows);
       for (int i = 0; i < n_rows; ++i) index[i] = -1;
-    } else {
-      with_indices(p, [&](const auto* target) { set_indices(p, target, begin, n_rows); });
     }
   }
 
@@ -28,7 +28,7 @@ struct TileLabels {
   XENT_INLINE Vec<A> on_target(int lane) const { return share * load(target_weight + lane); }
 
  private:
-  // Of the rows that have an index.
+  // Keeps the rows whose index is not negative and whose token weight is not 0.
   void set_kept(const Params& p, int64_t begin, int n_rows) {
     for (int i = 0; i < n_rows && p.token_weight != nullptr; ++i) {
       if (static_cast<const A*>(p.token_weight)[begin + i] == 0) index[i] = -1;
@@ -44,8 +44,9 @@ struct TileLabels {
   template <typename Index>
   void set_indices(const Params& p, const Index* target, int64_t begin, int n_rows) {
     const A* weight = static_cast<const A*>(p.weight);
-    share = static_cast<A>(1 - p.label_smoothing);
-    spread = static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size));
+    const Smoothing<double> smoothing = smoothing_of(p);
+    share = static_cast<A>(smoothing.keep);
+    spread = static_cast<A>(smoothing.uniform);
     for (int i = 0; i < n_rows; ++i) {
       const int64_t y = target[begin + i];
       index[i] = y == p.ignore_index ? -1 : y;
@@ -58,12 +59,13 @@ struct TileLabels {
   }
 };
 
-// Takes target logits as a lane's classes go by. kNone: of probabilities, which have no target.
+// Picks the target logit of each lane while its classes go by. kNone: for probabilities, which have
+// no target.
 template <typename T, bool kNone>
 class TargetPick {
   using A = Acc<T>;
   using Bits = typename TileLabels<T>::Bits;
-  Vec<Bits> target_{}, next_{};  // counted from the group's first class; 255: not in this group
+  Vec<Bits> target_{}, next_{};  // classes of this group; 255: the target is in another group
   Vec<A> logit_;
 
  public:
@@ -87,7 +89,7 @@ class TargetPick {
   }
 };
 
-// t_j of all rows of a tile. Target is the type of probabilities, or void for indices.
+// The labels t_j of the rows of a tile. Target is the type of probabilities, or void for indices.
 template <typename T, typename Target>
 struct TileSpread {
   using A = Acc<T>;
@@ -99,12 +101,12 @@ struct TileSpread {
   TileSpread(const Params& p, int64_t begin, int64_t end)
       : target(p.target, p.target_layout, begin, end),
         weight(static_cast<const A*>(p.weight)),
-        scale(static_cast<A>(1 - p.label_smoothing)),
-        offset(static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size))),
+        scale(static_cast<A>(smoothing_of(p).keep)),
+        offset(static_cast<A>(smoothing_of(p).uniform)),
         scratch(target.n_rows) {}
 
   XENT_INLINE void read(int64_t j, int count) { target.read(j, count, scratch.lanes); }
-  // Class j, which is the u-th that was read.
+  // Of class j, the u-th of those that were read.
   XENT_INLINE Vec<A> at(int64_t j, int u, int lane) const {
     const Vec<A> t = load(scratch.lanes + u * kTileRows + lane) * scale + offset;
     return weight == nullptr ? t : t * weight[j];
@@ -127,8 +129,8 @@ template <typename T>
 struct TileGradient {
   using A = Acc<T>;
   A max[kTileRows] = {}, log_sum[kTileRows] = {}, mass[kTileRows], upstream[kTileRows] = {};
-  A logit_factor[kTileRows], spread[kTileRows];
-  A softmax[kTileRows], shifted[kTileRows], shifted_factor[kTileRows];  // see Upstream
+  A factor[kTileRows], spread[kTileRows], shifted_factor[kTileRows];  // see FullGradient
+  A softmax[kTileRows], shifted[kTileRows];                           // see Upstream
   const bool has_options;
 
   TileGradient(const Params& p, const TileLabels<T>& labels, int64_t begin, int n)
@@ -148,22 +150,22 @@ struct TileGradient {
       const Vec<A> one_over_sum = exp_nonpositive(-load(log_sum + lane));
       store(spread + lane, g * labels.spread);
       if (!has_options) {
-        store(logit_factor + lane, g * q * one_over_sum);
+        store(factor + lane, g * q * one_over_sum);
       } else {
-        store(logit_factor + lane, (g * q + load(softmax + lane)) * one_over_sum);
+        store(factor + lane, (g * q + load(softmax + lane)) * one_over_sum);
         store(shifted_factor + lane, load(shifted + lane) * one_over_sum);
       }
     }
   }
 
-  // At logits d above the maximum: the part of a gradient that is not the labels'.
-  XENT_INLINE Vec<A> of_softmax(Vec<A> d, Vec<A> factor, int lane) const {
+  // The softmax part of a gradient, without its labels' part. d is z - m.
+  XENT_INLINE Vec<A> of_softmax(Vec<A> d, Vec<A> its_factor, int lane) const {
     const Vec<A> e = exp_nonpositive(d);
-    if (!has_options) return e * factor;
-    return e * factor + (e == 0 ? Vec<A>{} : e * d * load(shifted_factor + lane));
+    if (!has_options) return e * its_factor;
+    return e * its_factor + (e == 0 ? Vec<A>{} : e * d * load(shifted_factor + lane));
   }
 
-  // At the targets, once their logits have been picked, which may still have to be transformed.
+  // The gradient at the targets, by their transformed logits.
   XENT_INLINE Vec<A> at_target(const TileLabels<T>& labels, int lane, Vec<A> target_logit) const {
     const Vec<A> d = target_logit - load(max + lane), log_p = d - load(log_sum + lane);
     const Vec<A> prob = exp_nonpositive(log_p);
@@ -172,8 +174,7 @@ struct TileGradient {
                                                 expm1_nonpositive(log_p), load(mass + lane),
                                                 load(labels.target_weight + lane));
     if (!has_options) return gradient;
-    const Vec<A> rest = prob * (load(softmax + lane) + load(shifted + lane) * d);
-    return prob == 0 ? gradient : gradient + rest;
+    return add_softmax_part(gradient, load(softmax + lane), load(shifted + lane), prob, d);
   }
 
  private:
@@ -185,7 +186,7 @@ struct TileGradient {
     if (!has_options) return;
     for (int i = 0; i < kTileRows; ++i) softmax[i] = shifted[i] = 0;
     for (int i = 0; i < n; ++i) {
-      const auto row = upstream_of(p, begin + i);
+      const auto row = upstream_of(p, begin + i, saved_results<double>(p, begin + i));
       upstream[i] = static_cast<A>(row.g);
       softmax[i] = static_cast<A>(row.softmax);
       shifted[i] = static_cast<A>(row.shifted);

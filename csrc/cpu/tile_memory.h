@@ -1,10 +1,9 @@
-// How the rows of a tile lie in memory, and their way into vector lanes and back. Included like
-// simd.h.
+// The rows of a tile in memory, and copies of them to vector lanes and back. Included like simd.h.
 //
-// Lanes hold the rows of a tile, one class after another, as A: kGroup classes at a time in scratch
-// memory, which is copied by whole vectors where the rows or the classes of the tile are adjacent.
-// Copying costs less than reading twice where the tile lies, whose classes may be a power of two
-// apart, and so at one place in every cache.
+// Scratch memory holds kGroup classes of all rows at a time, as A, one row a lane. It is copied by
+// whole vectors where the rows or the classes of the tile are adjacent. A copy is faster than
+// reading the tile in place twice: strided classes may be a power of two apart, so that all of them
+// compete for one place in every cache.
 
 constexpr int kGroup = 16;
 
@@ -13,7 +12,7 @@ template <typename A>
 struct TileScratch {
   alignas(64) A lanes[kGroup * kTileRows];
 
-  // Lanes beyond the last row are computed on, and not used.
+  // Kernels compute with lanes beyond the last row, too, but do not use the results.
   explicit TileScratch(int n_rows) {
     if (n_rows % kLanes<A> != 0) __builtin_memset(lanes, 0, sizeof lanes);
   }
@@ -68,20 +67,20 @@ class TileMemory {
     if (rows_are_adjacent_) {
       for (int u = 0; u < count; ++u) read_row(at(0, j + u), lanes + u * kTileRows);
     } else {
-      read_columns(j, count, lanes);
+      copy_columns<true>(j, count, lanes);
     }
   }
   XENT_INLINE void write(int64_t j, int count, const A* lanes) const {
     if (rows_are_adjacent_) {
       for (int u = 0; u < count; ++u) write_row(lanes + u * kTileRows, at(0, j + u));
     } else {
-      write_columns(j, count, lanes);
+      copy_columns<false>(j, count, lanes);
     }
   }
 
  private:
-  // Fetches the same class of the next tile: its classes are too far apart for the processor to see
-  // them coming.
+  // Prefetches the same class of the next tile: its classes are too far apart for the processor's
+  // own prefetcher.
   XENT_INLINE void read_row(const T* from, A* lanes) const {
     constexpr int kLine = 64 / sizeof(T);
     int i = 0;
@@ -101,8 +100,8 @@ class TileMemory {
     if (i < n_rows) store_first(to + i, load(lanes + i), n_rows - i);
   }
 
-  // Eight rows of eight adjacent classes make a square of vectors: calls square(i, u) for its first
-  // row and class. The last squares overlap those before. Returns how many rows that covers.
+  // Calls square(i, u) for each square of eight rows from i on and eight adjacent classes from u
+  // on. The last squares may overlap those before. Returns how many rows the squares cover.
   template <typename Square>
   XENT_INLINE int for_squares(int count, const Square& square) const {
     if (class_stride_ != 1 || count < 8) return 0;
@@ -113,38 +112,37 @@ class TileMemory {
     }
     return rows;
   }
-  XENT_INLINE void read_columns(int64_t j, int count, A* lanes) const {
+  // From memory to lanes, or from lanes to memory.
+  template <bool kRead, typename Lanes>
+  XENT_INLINE void copy_columns(int64_t j, int count, Lanes* lanes) const {
     int squared = 0;
 #if XENT_VECTOR_BYTES >= 32
     if constexpr (std::is_same_v<A, float>) {
       squared = for_squares(count, [&](int i, int u) __attribute__((always_inline)) {
         F32x8 square[8];
-        for (int k = 0; k < 8; ++k) square[k] = load8(at(i + k, j + u));
+        for (int k = 0; k < 8; ++k) {
+          square[k] = kRead ? load8(at(i + k, j + u)) : load8(lanes + (u + k) * kTileRows + i);
+        }
         transpose(square);
-        for (int k = 0; k < 8; ++k) store8(lanes + (u + k) * kTileRows + i, square[k]);
+        for (int k = 0; k < 8; ++k) {
+          if constexpr (kRead) {
+            store8(lanes + (u + k) * kTileRows + i, square[k]);
+          } else {
+            store8(at(i + k, j + u), square[k]);
+          }
+        }
       });
     }
 #endif
     for (int i = squared; i < n_rows; ++i) {
-      const T* from = at(i, j);
-      for (int u = 0; u < count; ++u) lanes[u * kTileRows + i] = load_one(from + u * class_stride_);
-    }
-  }
-  XENT_INLINE void write_columns(int64_t j, int count, const A* lanes) const {
-    int squared = 0;
-#if XENT_VECTOR_BYTES >= 32
-    if constexpr (std::is_same_v<A, float>) {
-      squared = for_squares(count, [&](int i, int u) __attribute__((always_inline)) {
-        F32x8 square[8];
-        for (int k = 0; k < 8; ++k) square[k] = load8(lanes + (u + k) * kTileRows + i);
-        transpose(square);
-        for (int k = 0; k < 8; ++k) store8(at(i + k, j + u), square[k]);
-      });
-    }
-#endif
-    for (int i = squared; i < n_rows; ++i) {
-      T* to = at(i, j);
-      for (int u = 0; u < count; ++u) store_one(to + u * class_stride_, lanes[u * kTileRows + i]);
+      T* row = at(i, j);
+      for (int u = 0; u < count; ++u) {
+        if constexpr (kRead) {
+          lanes[u * kTileRows + i] = load_one(row + u * class_stride_);
+        } else {
+          store_one(row + u * class_stride_, lanes[u * kTileRows + i]);
+        }
+      }
     }
   }
 

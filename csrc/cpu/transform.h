@@ -1,5 +1,5 @@
-// Logits as the softmax sees them: scaled, and capped (Gemma 2, https://arxiv.org/abs/2408.00118).
-// Included like simd.h.
+// From input logits x to transformed logits z: scaled, and capped (Gemma 2,
+// https://arxiv.org/abs/2408.00118). Included like simd.h.
 
 template <typename A>
 struct Transform {
@@ -14,7 +14,7 @@ struct Transform {
     Vec<A> logit, slope;
   };
 
-  // The slope is scale / cosh^2, without the cancellation of 1 - tanh^2.
+  // The slope is scale / cosh^2: 1 - tanh^2 would cancel.
   XENT_INLINE Lanes operator()(Vec<A> x) const {
     if (softcap == 0) return {x * scale, Vec<A>{} + scale};
     const Vec<A> y = x * inner, minus_2y = y > 0 ? -2 * y : 2 * y;

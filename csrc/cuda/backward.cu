@@ -1,8 +1,8 @@
-// Backward by rows: one read of the logits (and of the probabilities), one write of the gradient,
-// which may take their place. Purely elementwise: a block on each part of a long row.
-//
-// scale_gradient is the same with another formula.
+// Backward by rows. It reads the logits (and the probabilities) once and writes the gradient once,
+// which may take the logits' place. It is purely elementwise, so each part of a long row has a
+// block of its own. scale_gradient is the same with another formula.
 #include "dispatch.cuh"
+#include "regimes.h"
 #include "sweep.cuh"
 
 namespace fused_xent::cuda {
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-// make_values() waits for what it needs of the row while the row's first vectors are on their way.
+// The first vectors of the row are requested before make_values() reads the row's numbers.
 template <int kCount, typename T, typename MakeValues>
 __device__ __forceinline__ void write_share(T* out, const RowView<const T>& view,
                                             const Share<kCount>& share,
@@ -37,24 +37,24 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S>))
   const A scale = upstream_scale<A>(a);
   const Team team(team_size);
   const int vocab_size = static_cast<int>(a.vocab_size);
-  const int part = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x);
   for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
     T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
     const Target target = read_target(a, row);
-    if (target.is_ignored || target.is_bad) {
-      fill_row(out, vocab_size, target.is_bad ? kNaN<A> : A(0), team, part, parts);
+    if (!target.is_read()) {
+      fill_row(out, vocab_size, unread_value<A>(target), team);
       continue;
     }
     const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
     const Spread<T, S> spread(a, row);
     const RowView<const T> view = view_for<T>(logits, out, spread, vocab_size);
-    const ShareFor<S> share(team, view.n_vectors, part, parts);
-    // The target's own thread reads its logit before it overwrites it, and its gradient after.
+    const ShareFor<S> share(team, view.n_vectors);
+    // The thread that owns the target reads its logit before it overwrites it, and writes the
+    // target's gradient after all others.
     const bool has_target = share.owns(view, target.index);
     const A target_logit = has_target ? to_acc(logits[target.index]) : A(0);
-    RowGradient<A> gradient;
+    RowBackward<A> gradient;
     write_share(out, view, share, [&] {
-      gradient = gradient_of_row(a, scale, row, target.index, saved_results<A>(a, row), has_target,
+      gradient = backward_of_row(a, scale, row, target.index, saved_results<A>(a, row), has_target,
                                  target_logit);
       return GradientOf<T, S>(gradient, spread);
     });
@@ -67,33 +67,29 @@ __global__ void __launch_bounds__(kMaxThreads)
     scale_rows(const __grid_constant__ Arguments a, int team_size) {
   using A = Acc<T>;
   const A scale = upstream_scale<A>(a);
-  if (a.grad_loss_stride == 0 && upstream_of(a, scale, 0) == 1) return;
+  if (a.grad_loss_stride == 0 && grad_loss_of(a, scale, 0) == 1) return;
   const Team team(team_size);
   const int vocab_size = static_cast<int>(a.vocab_size);
   for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
     if (read_target(a, row).is_ignored) continue;
     T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
     const RowView<const T> view(out, vocab_size);
-    const int part = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x);
-    const Share<ScaledBy<T>::kCount> share(team, view.n_vectors, part, parts);
-    write_share(out, view, share, [&] { return ScaledBy<T>{upstream_of(a, scale, row)}; });
+    const Share<ScaledBy<T>::kCount> share(team, view.n_vectors);
+    write_share(out, view, share, [&] { return ScaledBy<T>{grad_loss_of(a, scale, row)}; });
   }
 }
 
 }  // namespace
 
 cudaError_t backward_by_rows(const Arguments& a, const Plan& plan, cudaStream_t stream) {
-  return with_types(a, [&](auto t, auto s) {
-    using T = typename decltype(t)::type;
-    using S = typename decltype(s)::type;
+  return with_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
     backward_rows<T, S><<<grid_for(a, plan, plan.team), plan.threads, 0, stream>>>(a, plan.team);
     return cudaGetLastError();
   });
 }
 
 cudaError_t scale_by_rows(const Arguments& a, const Plan& plan, cudaStream_t stream) {
-  return with_dtype(a.dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
+  return with_dtype(a.dtype, [&]<typename T>(Type<T>) {
     scale_rows<T><<<grid_for(a, plan, plan.team), plan.threads, 0, stream>>>(a, plan.team);
     return cudaGetLastError();
   });

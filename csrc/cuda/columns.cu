@@ -1,24 +1,20 @@
-// All three passes where the classes of a row are not adjacent, or so few that a thread takes them
-// all: images (batch, class, pixel), transposed matrices, ten classes.
+// Forward, backward and forward_backward where the classes of a row are not adjacent, or so few
+// that one thread takes them all: images (batch, class, pixel), transposed matrices, ten classes.
 //
-// A thread has one row, or 16 bytes of adjacent ones, and walks over the classes; neighbouring
-// threads have neighbouring rows, so that accesses are whole lines without a transposition. Where
-// rows are few, several workers share the classes of each. Forward reads once; backward reads and
-// writes once; forward_backward reads a second time, soon enough to find it in a cache.
+// A thread has one row, or 16 bytes of adjacent rows, and walks over the classes. Neighbouring
+// threads have neighbouring rows, so that accesses are whole cache lines without a transposition.
+// Where rows are few, several workers share the classes of each. Forward reads once; backward reads
+// and writes once; forward_backward finds the logits in a cache at its second read.
 #include "dispatch.cuh"
-#include "labels.cuh"
+#include "regimes.h"
 #include "sweep.cuh"
-#include "team.cuh"
 
 namespace fused_xent::cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
-// Classes that a thread reads before it uses the first.
-template <typename S>
-constexpr int kClasses = std::is_void_v<S> ? 4 : 2;
 
-// R adjacent rows of one class.
+// Reads R adjacent rows of one class.
 template <int R, typename T>
 __device__ __forceinline__ void load_rows(const T* p, Acc<T> (&x)[R]) {
   if constexpr (R == 1) {
@@ -44,7 +40,7 @@ __device__ __forceinline__ void store_rows(T* p, const Acc<T> (&x)[R]) {
   }
 }
 
-// t_j of R adjacent rows.
+// The labels t_j of R adjacent rows. is_shared: they are the same for all rows.
 template <int R, typename T, typename S>
 __device__ __forceinline__ void load_spread(const Spread<T, S>& spread, bool is_shared, int j,
                                             Acc<T> (&t)[R]) {
@@ -59,7 +55,7 @@ __device__ __forceinline__ void load_spread(const Spread<T, S>& spread, bool is_
   }
 }
 
-// A thread's rows, and its classes: every n_workers-th group of kGroup.
+// The rows of a thread, and its classes: every n_workers-th group of kGroup classes.
 template <int kGroup, int R>
 struct Rows {
   int64_t first;
@@ -79,10 +75,10 @@ struct Rows {
       if (first < p.n_rows) t = read_target(p, first + r);
       is_kept[r] = !t.is_ignored;
       target[r] = t.index;
-      any |= !t.is_ignored && !t.is_bad;
+      any |= t.is_read();
     }
   }
-  // Calls body(j, count) for its classes.
+  // Calls body(j, count) for each group of the thread's classes.
   template <typename Body>
   __device__ __forceinline__ void for_classes(const Body& body) const {
     for (int64_t j = worker * kGroup; j < vocab_size; j += n_workers * kGroup) {
@@ -93,36 +89,21 @@ struct Rows {
   __device__ bool owns(int j) const { return j >= 0 && (j / kGroup & (n_workers - 1)) == worker; }
 };
 
-// A thread may have all of a row's classes: what its sum of exponentials loses, counts too.
 template <typename T, typename S>
-struct ColumnStats : SweepStats<Acc<T>, Spread<T, S>::kExists> {
-  using A = Acc<T>;
-  using Base = SweepStats<A, Spread<T, S>::kExists>;
-  A lost_sum = 0;
-
-  __device__ __forceinline__ void raise_max(A max) {
-    if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);
-    Base::raise_max(max);
-  }
-  __device__ __forceinline__ RowStats<A> result() const {
-    RowStats<A> stats = Base::result();
-    stats.sum = with_lost(stats.sum, lost_sum);
-    return stats;
-  }
-};
+using ColumnStats = LongSweepStats<Acc<T>, Spread<T, S>::kExists>;
 
 template <typename T, typename S, int R>
-__device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kClasses<S>, R>& rows,
+__device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kUnroll<S>, R>& rows,
                                            ColumnStats<T, S> (&stats)[R]) {
   using A = Acc<T>;
   const T* logits = row_of<const T>(p.logits, p.logits_layout, rows.first);
   const Spread<T, S> spread(p, rows.first);
   rows.for_classes([&](int j, int count) {
-    A x[kClasses<S>][R], max[R], sum[R], mass[R], dot[R];
+    A x[kUnroll<S>][R], max[R], sum[R], mass[R], dot[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) max[r] = stats[r].max;
 #pragma unroll
-    for (int u = 0; u < kClasses<S>; ++u) {
+    for (int u = 0; u < kUnroll<S>; ++u) {
       if (u < count) load_rows<R>(logits + (j + u) * p.logits_layout.class_stride, x[u]);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
@@ -136,7 +117,7 @@ __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kClass
       sum[r] = mass[r] = dot[r] = 0;
     }
 #pragma unroll
-    for (int u = 0; u < kClasses<S>; ++u) {
+    for (int u = 0; u < kUnroll<S>; ++u) {
 #pragma unroll
       for (int r = 0; r < R; ++r) sum[r] += exp_nonpositive(x[u][r] - max[r]);
       if constexpr (Spread<T, S>::kExists) {
@@ -158,18 +139,19 @@ __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kClass
   });
 }
 
-// One thread a row: merges the workers' statistics, finishes the row's loss, makes its gradient.
+// Merges the workers' stats of a row, writes its results and returns its gradient.
 template <typename T>
-__device__ __forceinline__ RowGradient<Acc<T>> finish_row(const Arguments& a, Acc<T> scale,
+__device__ __forceinline__ RowBackward<Acc<T>> finish_row(const Arguments& a, Acc<T> scale,
                                                           int64_t row,
                                                           const RowStats<Acc<T>>* stats,
                                                           int n_workers, int stride,
                                                           bool has_forward, bool has_backward) {
   using A = Acc<T>;
   const Target target = read_target(a, row);
-  if (target.is_ignored || target.is_bad) {
-    if (has_forward) write_unread_row<A>(a, row, target.is_bad);
-    return {0, target.is_bad ? kNaN<A> : A(0), 0, 0};
+  if (!target.is_read()) {
+    const A value = unread_value<A>(target);
+    if (has_forward) write_unread_row(a, row, value);
+    return {{0, value, 0}, 0};
   }
   const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
   const A target_logit =
@@ -180,17 +162,17 @@ __device__ __forceinline__ RowGradient<Acc<T>> finish_row(const Arguments& a, Ac
     RowStats<A> merged = stats[0];
     for (int i = 1; i < n_workers; ++i) merge_stats(merged, stats[i * stride]);
     results = results_of_row(a, row, target.index, target_logit, merged);
-    write_row(a, row, results);
+    write_results(a, row, results, -1);
     if (!has_backward) return {};
   } else {
     results = saved_results<A>(a, row);
   }
-  return gradient_of_row(a, scale, row, target.index, results, wants_target, target_logit);
+  return backward_of_row(a, scale, row, target.index, results, wants_target, target_logit);
 }
 
 template <typename T, typename S, int R>
-__device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kClasses<S>, R>& rows,
-                                           const RowGradient<Acc<T>>* shared) {
+__device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnroll<S>, R>& rows,
+                                           const RowBackward<Acc<T>>* shared) {
   using A = Acc<T>;
   const T* logits = row_of<const T>(a.logits, a.logits_layout, rows.first);
   T* out = row_of<T>(a.grad_logits, a.grad_layout, rows.first);
@@ -199,15 +181,15 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kClass
 #pragma unroll
   for (int r = 0; r < R; ++r) gradients[r] = shared[r];
   rows.for_classes([&](int j, int count) {
-    A x[kClasses<S>][R];
+    A x[kUnroll<S>][R];
 #pragma unroll
-    for (int u = 0; u < kClasses<S>; ++u) {
+    for (int u = 0; u < kUnroll<S>; ++u) {
       if (u < count && rows.any) {
         load_rows<R>(logits + (j + u) * a.logits_layout.class_stride, x[u]);
       }
     }
 #pragma unroll
-    for (int u = 0; u < kClasses<S>; ++u) {
+    for (int u = 0; u < kUnroll<S>; ++u) {
       if (u >= count) continue;
       A t[R];
       if constexpr (Spread<T, S>::kExists) {
@@ -215,7 +197,7 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kClass
       }
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        A value = gradients[r].factor;  // of a row that is not read: all of its gradient
+        A value = gradients[r].factor;  // the whole gradient of a row that is not read
         if (rows.any) {
           value *= exp_nonpositive(x[u][r] - gradients[r].max);
           if constexpr (Spread<T, S>::kExists) value -= t[r] * gradients[r].spread;
@@ -239,17 +221,17 @@ __global__ void __launch_bounds__(kMaxThreads, (R == 1              ? kMinBlocks
     columns(const __grid_constant__ Arguments a, int n_workers, bool has_forward,
             bool has_backward) {
   using A = Acc<T>;
-  static_assert(sizeof(RowGradient<A>) == sizeof(RowStats<A>));
+  static_assert(sizeof(RowBackward<A>) == sizeof(RowStats<A>));
   extern __shared__ __align__(16) char memory[];
   auto* stats = reinterpret_cast<RowStats<A>*>(memory);
-  auto* gradients = reinterpret_cast<RowGradient<A>*>(memory);
+  auto* gradients = reinterpret_cast<RowBackward<A>*>(memory);
   const A scale = has_backward ? upstream_scale<A>(a) : A(0);
   const int lanes = static_cast<int>(blockDim.x) / n_workers, n_slots = lanes * R;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int worker = static_cast<int>(threadIdx.x) / lanes;
   for (int64_t block = blockIdx.x; block * n_slots < a.n_rows; block += gridDim.x) {
     const int64_t first = block * n_slots;
-    const Rows<kClasses<S>, R> rows(a, first + lane * R, worker, n_workers);
+    const Rows<kUnroll<S>, R> rows(a, first + lane * R, worker, n_workers);
     const bool has_rows = rows.first < a.n_rows;
     if (has_forward) {
       ColumnStats<T, S> mine[R];
@@ -265,7 +247,7 @@ __global__ void __launch_bounds__(kMaxThreads, (R == 1              ? kMinBlocks
     }
     __syncthreads();
     if (has_backward && has_rows) write_rows<T, S, R>(a, rows, gradients + lane * R);
-    __syncthreads();  // the next rows' statistics go where these gradients are
+    __syncthreads();  // the next rows' stats overwrite these gradients
   }
 }
 
@@ -274,7 +256,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     scale_columns(const __grid_constant__ Arguments a, int n_workers) {
   using A = Acc<T>;
   const A scale = upstream_scale<A>(a);
-  if (a.grad_loss_stride == 0 && upstream_of(a, scale, 0) == 1) return;
+  if (a.grad_loss_stride == 0 && grad_loss_of(a, scale, 0) == 1) return;
   const int lanes = static_cast<int>(blockDim.x) / n_workers;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int worker = static_cast<int>(threadIdx.x) / lanes;
@@ -283,7 +265,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     const Rows<4, 1> rows(a, row, worker, n_workers);
     if (!rows.is_kept[0]) continue;
     T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
-    const A factor = upstream_of(a, scale, row);
+    const A factor = grad_loss_of(a, scale, row);
     rows.for_classes([&](int j, int count) {
       for (int u = 0; u < count; ++u) {
         T& value = out[(j + u) * a.grad_layout.class_stride];
@@ -308,9 +290,7 @@ cudaError_t launch(const Arguments& a, const Plan& plan, int64_t shared, bool ha
 
 cudaError_t by_columns(const Arguments& a, const Plan& plan, int64_t shared, bool has_forward,
                        bool has_backward, cudaStream_t stream) {
-  return with_types(a, [&](auto t, auto s) {
-    using T = typename decltype(t)::type;
-    using S = typename decltype(s)::type;
+  return with_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
     if (plan.row_vector == 1) {
       return launch<T, S, 1>(a, plan, shared, has_forward, has_backward, stream);
     }
@@ -319,8 +299,7 @@ cudaError_t by_columns(const Arguments& a, const Plan& plan, int64_t shared, boo
 }
 
 cudaError_t scale_by_columns(const Arguments& a, const Plan& plan, cudaStream_t stream) {
-  return with_dtype(a.dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
+  return with_dtype(a.dtype, [&]<typename T>(Type<T>) {
     const unsigned grid = blocks_for(a.n_rows, plan.threads / plan.workers);
     scale_columns<T><<<grid, plan.threads, 0, stream>>>(a, plan.workers);
     return cudaGetLastError();

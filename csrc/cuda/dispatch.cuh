@@ -1,5 +1,7 @@
-// From the types that Params name to the kernels' template arguments, and checked launches.
+// From the types that Params name to the kernels' template arguments, and the sizes of grids.
 #pragma once
+
+#include <algorithm>
 
 #include "launch.h"
 #include "memory.cuh"
@@ -7,9 +9,7 @@
 namespace fused_xent::cuda {
 
 template <typename T>
-struct Type {
-  using type = T;
-};
+struct Type {};
 
 template <typename Body>
 cudaError_t with_dtype(DType dtype, const Body& body) {
@@ -28,39 +28,35 @@ cudaError_t with_dtype(DType dtype, const Body& body) {
   }
 }
 
-// Calls body(T, S): the types of the logits and of a Spread that there may be.
+// Calls body(Type<T>, Type<S>): the types of the logits and of a Spread that exists.
 template <typename Body>
 cudaError_t with_spread_types(const Params& p, const Body& body) {
-  return with_dtype(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  return with_dtype(p.dtype, [&]<typename T>(Type<T> type) {
     if constexpr (sizeof(T) == 2) {
-      const bool probabilities = p.target_kind == TargetKind::probabilities;
-      if (probabilities && p.target_dtype == p.dtype) return body(type, type);
+      if (!has_indices(p) && p.target_dtype == p.dtype) return body(type, type);
     }
     return body(type, Type<Acc<T>>{});
   });
 }
 
-// S is void where there is none.
+// The same, with void for S if there is no spread.
 template <typename Body>
 cudaError_t with_types(const Params& p, const Body& body) {
-  if (p.target_kind == TargetKind::probabilities || p.label_smoothing != 0) {
-    return with_spread_types(p, body);
-  }
+  if (has_spread(p)) return with_spread_types(p, body);
   return with_dtype(p.dtype, [&](auto type) { return body(type, Type<void>{}); });
 }
 
-// The kernels loop over what is beyond the largest grid.
+// Blocks of a grid. Kernels loop over units beyond the largest grid.
 inline unsigned blocks_for(int64_t units, int64_t per_block, int64_t most = INT32_MAX) {
-  const int64_t blocks = (units + per_block - 1) / per_block;
-  return static_cast<unsigned>(blocks < most ? blocks : most);
+  return static_cast<unsigned>(std::min(ceil_div(units, per_block), most));
 }
-// By rows along y, and along x, whose neighbours run at one time, by parts of a row.
+
+// Rows are along y. Parts of a row are along x, whose neighbours run at the same time.
 constexpr int64_t kMaxGridY = 65535;
 inline dim3 grid_for(const Params& p, const Plan& plan, int team) {
   const int64_t most = plan.max_groups > 0 ? plan.max_groups : kMaxGridY;
   return dim3(static_cast<unsigned>(plan.parts),
-              blocks_for(p.n_rows, plan.threads / team, most < kMaxGridY ? most : kMaxGridY));
+              blocks_for(p.n_rows, plan.threads / team, std::min(most, kMaxGridY)));
 }
 
 // More shared memory than 48 KiB has to be asked for.

@@ -1,9 +1,10 @@
-// Forward by rows: one read of the logits (and of the probabilities), a few numbers a row written.
+// Forward by rows. It reads the logits (and the probabilities) once and writes a few numbers a row.
 //
-// A team of threads sweeps a row, each with a maximum and a sum of its own, in 16-byte accesses of
-// which it has four in flight; then the team merges these. Where rows are too few to fill the card,
-// several blocks share one and leave their statistics to a second kernel.
+// A team of threads sweeps a row. Each thread has a maximum and a sum of its own, and four 16-byte
+// reads in flight; then the team merges its stats. Where rows are too few to fill the card, several
+// blocks share one and write their stats to a workspace, which a second kernel merges.
 #include "dispatch.cuh"
+#include "merge_parts.cuh"
 #include "regimes.h"
 #include "sweep.cuh"
 
@@ -19,11 +20,10 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : 2))
   constexpr bool kHasSpread = Spread<T, S>::kExists;
   __shared__ Exchange<A> exchange;
   Team team(team_size);
-  const int part = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x);
   for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
     const Target target = read_target(a, row);
-    if (target.is_ignored || target.is_bad) {
-      if (team.is_leader() && part == 0) write_unread_row<A>(a, row, target.is_bad);
+    if (!target.is_read()) {
+      if (team.is_leader() && team.part() == 0) write_unread_row(a, row, unread_value<A>(target));
       continue;
     }
     const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : 2))
     const RowView<const T> view = view_for(logits, logits, spread, static_cast<int>(a.vocab_size));
     const A target_logit =
         team.is_leader() && target.index >= 0 ? to_acc(view.data[target.index]) : A(0);
-    const ShareFor<S> share(team, view.n_vectors, part, parts);
+    const ShareFor<S> share(team, view.n_vectors);
     StatsFor<T, S> swept;
     sweep_edges(swept, view, spread, share.edge_rank, share.edge_step);
     for (int v = share.first; v < share.end; v += share.step) {
@@ -42,28 +42,11 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : 2))
     }
     const RowStats<A> stats = team.merge<kHasSpread>(swept.result(), exchange);
     if (!team.is_leader()) continue;
-    if (parts == 1) {
-      write_row(a, row, results_of_row(a, row, target.index, target_logit, stats));
+    if (team.parts() == 1) {
+      write_results(a, row, results_of_row(a, row, target.index, target_logit, stats), -1);
     } else {
-      partials[row * parts + part] = stats;
+      partials[row * team.parts() + team.part()] = stats;
     }
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
-    merge_parts(const __grid_constant__ Arguments a, int parts, const RowStats<Acc<T>>* partials) {
-  using A = Acc<T>;
-  const int64_t n_threads = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < a.n_rows;
-       row += n_threads) {
-    const Target target = read_target(a, row);
-    if (target.is_ignored || target.is_bad) continue;  // written by its first part
-    RowStats<A> stats = partials[row * parts];
-    for (int part = 1; part < parts; ++part) merge_stats(stats, partials[row * parts + part]);
-    const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
-    const A target_logit = target.index < 0 ? A(0) : to_acc(logits[target.index]);
-    write_row(a, row, results_of_row(a, row, target.index, target_logit, stats));
   }
 }
 
@@ -71,20 +54,13 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 cudaError_t forward_by_rows(const Arguments& a, const Plan& plan, void* workspace,
                             cudaStream_t stream) {
-  const cudaError_t error = with_types(a, [&](auto t, auto s) {
-    using T = typename decltype(t)::type;
-    using S = typename decltype(s)::type;
+  const cudaError_t error = with_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
     forward_rows<T, S><<<grid_for(a, plan, plan.team), plan.threads, 0, stream>>>(
         a, plan.team, static_cast<RowStats<Acc<T>>*>(workspace));
     return cudaGetLastError();
   });
   if (error != cudaSuccess || plan.parts == 1) return error;
-  return with_dtype(a.dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    merge_parts<T><<<blocks_for(a.n_rows, kMaxThreads), kMaxThreads, 0, stream>>>(
-        a, plan.parts, static_cast<const RowStats<Acc<T>>*>(workspace));
-    return cudaGetLastError();
-  });
+  return launch_merge_parts<RowStats>(a, plan, workspace, stream);
 }
 
 }  // namespace fused_xent::cuda

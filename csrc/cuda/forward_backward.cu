@@ -1,23 +1,24 @@
-// Loss and gradient by rows in one read and one write of the logits, which the gradient replaces
-// (or not: grad_logits may be other memory).
+// Forward and backward by rows at once. It reads the logits once and writes the gradient once, over
+// the logits or to other memory.
 //
 // A row is kept on chip: by a part of a warp, by one block, or from sm_90 on by a cluster of blocks
-// that exchange their statistics through distributed shared memory. Each thread has vectors of its
-// own, some in registers and the others in shared memory, where no barrier guards them; what has no
-// room is read twice, the second time from the second-level cache. As soon as a thread has written
-// the gradient of a group of vectors, it asks for the same group of its team's next row: memory is
-// busy while rows are summed up, and a multiprocessor needs no second block for that.
+// that exchange their stats through distributed shared memory. Each thread holds its own vectors,
+// some in registers and the others in shared memory; no thread reads those of another, so they need
+// no barrier. Vectors that do not fit are read twice, the second time from L2. As soon as a thread
+// has written the gradient of a group, it requests the same group of its team's next row: so memory
+// is busy while rows are summed, and a multiprocessor does not need a second block for that.
 #include "dispatch.cuh"
+#include "regimes.h"
 #include "sweep.cuh"
 
 namespace fused_xent::cuda {
 namespace {
 
-// Float64, whose every number takes two registers, has half as many threads.
+// Half as many for float64, whose numbers take two registers each.
 template <typename T>
 constexpr int kMaxThreads = sizeof(T) == 8 ? 256 : 512;
 
-// Groups of a thread that are in registers. See vectors_in_registers in plan.cpp.
+// Groups that a thread holds in registers: see vectors_in_registers in plan.cpp.
 template <typename T, typename S>
 constexpr int kInRegisters = sizeof(T) == 8 || !std::is_void_v<S> ? 0 : 2;
 
@@ -29,29 +30,29 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// What a thread knows of a row before it has read it.
+// What a thread knows of a row before it reads the logits.
 template <typename T, typename S>
 struct Row {
   int64_t index;
   Target target;
-  bool is_read;  // its logits are: it exists and counts
+  bool is_read;  // false also for rows beyond the last
   T* out;
   Spread<T, S> spread;
   RowView<const T> view;
 
-  // Of a row beyond the last, all but the index is the first row's.
+  // If the row is not read, the pointers are those of row 0.
   __device__ Row(const Arguments& a, int64_t index, const Target& target)
       : index(index),
         target(target),
-        is_read(index < a.n_rows && !target.is_ignored && !target.is_bad),
+        is_read(index < a.n_rows && target.is_read()),
         out(row_of<T>(a.grad_logits, a.grad_layout, is_read ? index : 0)),
         spread(a, is_read ? index : 0),
         view(view_for<T>(row_of<const T>(a.logits, a.logits_layout, is_read ? index : 0), out,
                          spread, static_cast<int>(a.vocab_size))) {}
 };
 
-// One thread's part of a row: its first groups are in registers, the n_shared next ones in shared
-// memory, and the first of the elements that are in no vector is in a register too.
+// One thread's share of a row: its first groups and its first edge are in registers, the n_shared
+// next groups in shared memory.
 template <typename T, typename S>
 class Held {
  public:
@@ -63,7 +64,7 @@ class Held {
       : vectors_(shared + (threadIdx.x / kWarp * kCount * kWarp + threadIdx.x % kWarp)),
         n_shared_(n_shared) {}
 
-  // Asks for the whole row, of which nothing has been asked for.
+  // Requests the whole row.
   __device__ __forceinline__ void fetch(const RowOf& row, const ShareOf& share) {
     fetch_edge(row, share);
 #pragma unroll
@@ -97,7 +98,7 @@ class Held {
     return stats.result();
   }
 
-  // Writes the gradient, and asks for all of the next row, if that is read.
+  // Writes the gradient, and requests the next row, if that is read.
   template <typename Values>
   __device__ __forceinline__ void write(const RowOf& row, const ShareOf& share,
                                         const Values& values, const RowOf& next,
@@ -145,7 +146,7 @@ class Held {
     return vectors_ + g * kCount * static_cast<int>(blockDim.x);
   }
 
-  // Group g, from wherever it is.
+  // Reads group g from shared memory, or from global memory if it did not fit.
   __device__ __forceinline__ void read(uint4 (&bits)[kCount], const RowOf& row,
                                        const ShareOf& share, int g) const {
     if (g - kHeld < n_shared_) {
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
   extern __shared__ uint4 shared[];
   __shared__ Exchange<A> exchange;
 #if __CUDA_ARCH__ >= 900
-  // Nobody writes into a block that has not started.
+  // No block writes into another one that has not started.
   if (gridDim.x > 1) cooperative_groups::this_cluster().sync();
 #endif
   const A scale = upstream_scale<A>(a);
@@ -206,15 +207,15 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
   while (row.index < a.n_rows) {
     const Target next_target = target_of(row.index + step);
     if (!row.is_read) {
-      const bool is_bad = row.target.is_bad;
-      if (team.is_leader()) write_unread_row<A>(a, row.index, is_bad);
+      const A value = unread_value<A>(row.target);
+      if (team.is_leader()) write_unread_row(a, row.index, value);
       fill_row(row_of<T>(a.grad_logits, a.grad_layout, row.index), static_cast<int>(a.vocab_size),
-               is_bad ? kNaN<A> : A(0), team, 0, 1);
+               value, team);
       row = Row<T, S>(a, row.index + step, next_target);
       is_fetched = false;
       continue;
     }
-    const ShareFor<S> share(team, row.view.n_vectors, 0, 1);
+    const ShareFor<S> share(team, row.view.n_vectors);
     if (!is_fetched) held.fetch(row, share);
     const int target = row.target.index;
     const bool has_target = share.owns(row.view, target);
@@ -223,14 +224,15 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
     const A target_logit = needs_target ? to_acc(row.view.data[target]) : A(0);
 
     const RowStats<A> stats = team.merge<kHasSpread>(held.sweep(row, share), exchange);
-    // All but the loss and its slope is right without the target's logit.
+    // Threads that have not read the target's logit get a wrong loss and slope, which they do not
+    // use. The other results are right.
     const RowResults<A> results = results_of_row(a, row.index, target, target_logit, stats);
-    if (team.is_leader()) write_row(a, row.index, results);
-    const RowGradient<A> gradient =
-        gradient_of_row(a, scale, row.index, target, results, has_target, target_logit);
+    if (team.is_leader()) write_results(a, row.index, results, -1);
+    const RowBackward<A> gradient =
+        backward_of_row(a, scale, row.index, target, results, has_target, target_logit);
     const Row<T, S> next(a, row.index + step, next_target);
     held.write(row, share, GradientOf<T, S>(gradient, row.spread), next,
-               ShareFor<S>(team, next.view.n_vectors, 0, 1));
+               ShareFor<S>(team, next.view.n_vectors));
     if (has_target) row.out[target] = from_acc<T>(gradient.at_target);
     row = next;
     is_fetched = next.is_read;
@@ -269,9 +271,7 @@ int capability_of_code(int capability) {
 
 cudaError_t forward_backward_by_rows(const Arguments& a, const Plan& plan, int64_t shared,
                                      cudaStream_t stream) {
-  return with_types(a, [&](auto t, auto s) {
-    using T = typename decltype(t)::type;
-    using S = typename decltype(s)::type;
+  return with_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
     return launch(forward_backward_rows<T, S>, a, plan, shared, stream);
   });
 }

@@ -1,6 +1,5 @@
 #include "launch.h"
 
-#include "../xent_math.h"
 #include "regimes.h"
 
 namespace fused_xent::cuda {
@@ -16,12 +15,22 @@ bool is_aligned_to(const Layout& layout, const void* data, int64_t elements, int
   return 16 % element_size == 0;
 }
 
-Arguments with_constants(Arguments a) {
-  a.keep = 1 - a.label_smoothing;
-  a.uniform = a.vocab_size == 0 ? 0 : a.label_smoothing / static_cast<double>(a.vocab_size);
-  a.keep_float = static_cast<float>(a.keep);
-  a.uniform_float = static_cast<float>(a.uniform);
-  return a;
+// Any of the passes over logits. workspace: of forward alone.
+cudaError_t run(const Arguments& given, const Plan& plan, void* workspace, bool has_forward,
+                bool has_backward, cudaStream_t stream) {
+  if (given.n_rows == 0) return cudaSuccess;
+  Arguments a = given;
+  a.smoothing = smoothing_of(a);
+  a.smoothing_float = {static_cast<float>(a.smoothing.keep),
+                       static_cast<float>(a.smoothing.uniform)};
+  if (is_general(a)) return general(a, plan, workspace, has_forward, has_backward, stream);
+  const int64_t shared = shared_bytes(plan, shape_of(a));
+  if (plan.regime == Regime::columns) {
+    return by_columns(a, plan, shared, has_forward, has_backward, stream);
+  }
+  if (!has_backward) return forward_by_rows(a, plan, workspace, stream);
+  if (!has_forward) return backward_by_rows(a, plan, stream);
+  return forward_backward_by_rows(a, plan, shared, stream);
 }
 
 }  // namespace
@@ -43,14 +52,7 @@ cudaError_t describe_device(Device* device) {
 Shape shape_of(const Params& p) {
   const int size = static_cast<int>(element_size(p.dtype));
   const int64_t vector = 16 / size;
-  const bool probabilities = p.target_kind == TargetKind::probabilities;
-  Shape shape{p.n_rows,
-              p.vocab_size,
-              size,
-              true,
-              true,
-              is_general(p),
-              probabilities || p.label_smoothing != 0};
+  Shape shape{p.n_rows, p.vocab_size, size, true, true, is_general(p), has_spread(p)};
   const auto add = [&](const void* data, const Layout& layout, int64_t its_size) {
     if (data == nullptr) return;
     shape.adjacent_classes &= layout.class_stride == 1;
@@ -58,9 +60,7 @@ Shape shape_of(const Params& p) {
   };
   add(p.logits, p.logits_layout, size);
   add(p.grad_logits, p.grad_layout, size);
-  if (probabilities) {
-    add(p.target, p.target_layout, element_size(p.target_dtype));
-  }
+  if (!has_indices(p)) add(p.target, p.target_layout, element_size(p.target_dtype));
   return shape;
 }
 
@@ -74,34 +74,19 @@ int64_t workspace_bytes(const Params& p, const Plan& plan) {
   return p.n_rows * plan.parts * bytes;
 }
 
-cudaError_t forward(const Arguments& given, const Plan& plan, void* workspace,
-                    cudaStream_t stream) {
-  const Arguments a = with_constants(given);
-  if (a.n_rows == 0) return cudaSuccess;
-  if (is_general(a)) return general(a, plan, workspace, true, false, stream);
-  if (plan.regime != Regime::columns) return forward_by_rows(a, plan, workspace, stream);
-  return by_columns(a, plan, shared_bytes(plan, shape_of(a)), true, false, stream);
+cudaError_t forward(const Arguments& a, const Plan& plan, void* workspace, cudaStream_t stream) {
+  return run(a, plan, workspace, true, false, stream);
 }
 
-cudaError_t backward(const Arguments& given, const Plan& plan, cudaStream_t stream) {
-  const Arguments a = with_constants(given);
-  if (a.n_rows == 0) return cudaSuccess;
-  if (is_general(a)) return general(a, plan, nullptr, false, true, stream);
-  if (plan.regime != Regime::columns) return backward_by_rows(a, plan, stream);
-  return by_columns(a, plan, shared_bytes(plan, shape_of(a)), false, true, stream);
+cudaError_t backward(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+  return run(a, plan, nullptr, false, true, stream);
 }
 
-cudaError_t forward_backward(const Arguments& given, const Plan& plan, cudaStream_t stream) {
-  const Arguments a = with_constants(given);
-  if (a.n_rows == 0) return cudaSuccess;
-  if (is_general(a)) return general(a, plan, nullptr, true, true, stream);
-  const int64_t shared = shared_bytes(plan, shape_of(a));
-  if (plan.regime == Regime::columns) return by_columns(a, plan, shared, true, true, stream);
-  return forward_backward_by_rows(a, plan, shared, stream);
+cudaError_t forward_backward(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+  return run(a, plan, nullptr, true, true, stream);
 }
 
-cudaError_t scale_gradient(const Arguments& given, const Plan& plan, cudaStream_t stream) {
-  const Arguments a = with_constants(given);
+cudaError_t scale_gradient(const Arguments& a, const Plan& plan, cudaStream_t stream) {
   if (a.n_rows == 0) return cudaSuccess;
   return plan.regime == Regime::columns ? scale_by_columns(a, plan, stream)
                                         : scale_by_rows(a, plan, stream);

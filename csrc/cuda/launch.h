@@ -1,30 +1,29 @@
 // Softmax cross-entropy on CUDA devices: the launchers. No torch: pointers to device memory, sizes
-// and a stream. Nothing here waits for the device, so that all of it can be captured in a graph.
+// and a stream. Nothing here waits for the device, so all of it can be captured in a CUDA graph.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "../xent_params.h"
+#include "../xent_rows.h"
 #include "plan.h"
 
 namespace fused_xent::cuda {
 
-// What the kernels count in 32 bits, with room for a step; tensors may hold more elements.
+// Kernels count rows and classes in 32 bits, with room for a step; tensors may have more elements.
 constexpr int64_t kMaxRows = INT32_MAX, kMaxClasses = int64_t{1} << 30;
 constexpr int kLeastCapability = 80;  // of a device, as in Device
 
-// Params, and of it what only the device knows. Every pointer is to memory of the current device.
+// Params, and what only CUDA needs. Every pointer is to memory of the current device.
 struct Arguments : Params {
   const double* weight_sum_on_device;  // of all class weights; null: vocab_size
   const double* total_weight;          // the gradient is divided by it; null: by 1
   // grad_loss may be null: 1.
 
-  // 1 - label_smoothing and label_smoothing / vocab_size: set by the launchers, for a division of
-  // float64 takes a thread longer than its part of a row.
-  double keep, uniform;
-  float keep_float, uniform_float;
+  // Set by the launchers: a division of float64 takes a thread longer than its part of a row.
+  Smoothing<double> smoothing;
+  Smoothing<float> smoothing_float;
 };
 
 // The current device.

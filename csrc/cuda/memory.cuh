@@ -1,4 +1,4 @@
-// The kernels' memory accesses and number formats: 16 bytes at a time wherever a row allows.
+// Memory accesses, 16 bytes at a time wherever a row allows it, number formats and exponentials.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,8 +18,8 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 constexpr int kVector = static_cast<int>(16 / sizeof(T));  // elements of an access
 
-// Blocks of 256 threads that a multiprocessor shall have room for: what decides over registers.
-// Float64 and labels on all classes need more of these.
+// Blocks of 256 threads that a multiprocessor must have room for, which limits their registers.
+// Float64 and labels on all classes need more registers.
 template <typename T, typename S>
 constexpr int kMinBlocks = sizeof(T) == 8 || !std::is_void_v<S> ? 2 : 4;
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ bool is_vector_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// Read or written once: not to stay in the cache.
+// For what is read or written once: it need not stay in the cache.
 template <typename T>
 __device__ __forceinline__ uint4 load_vector(const T* p) {
   return __ldcs(reinterpret_cast<const uint4*>(p));
@@ -60,7 +60,8 @@ template <typename T>
 __device__ __forceinline__ void store_vector(T* p, uint4 bits) {
   __stcs(reinterpret_cast<uint4*>(p), bits);
 }
-// By the cache's own rules, which are faster where a row is read and another written (NOTES.md).
+// With the cache's default policy, which is faster where one row is read while another is written
+// (bench/NOTES.md).
 template <typename T>
 __device__ __forceinline__ uint4 load_vector_cached(const T* p) {
   return *reinterpret_cast<const uint4*>(p);
@@ -116,7 +117,7 @@ __device__ __forceinline__ uint4 pack(const Acc<T> (&x)[kVector<T>]) {
   }
 }
 
-// What stands for classes that are not there: exponentials of 0.
+// Stands for classes that do not exist: their exponentials are 0.
 template <typename T>
 __device__ __forceinline__ uint4 all_minus_infinity() {
   constexpr uint32_t kWord = std::is_same_v<T, double>          ? 0
@@ -127,7 +128,7 @@ __device__ __forceinline__ uint4 all_minus_infinity() {
   return make_uint4(kWord, high, kWord, high);
 }
 
-// Element by element. 16-bit pairs need one instruction; NaN is passed over, and found in the sum.
+// Element by element; 16-bit pairs need one instruction. NaN is ignored here and makes the sum NaN.
 template <typename T>
 __device__ __forceinline__ uint4 max_of(uint4 a, uint4 b) {
   if constexpr (sizeof(T) == 2) {
@@ -149,34 +150,34 @@ __device__ __forceinline__ uint4 max_of(uint4 a, uint4 b) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// 2^x to 2 units in the last place; subnormal results are 0.
+// 2^x with an error of at most 2 units in the last place; subnormal results are 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 }
-// exp of 0 and below, to 2 units in the last place and |x| roundings; subnormal results are 0.
+// exp(x) for x <= 0, with an error of 2 units in the last place and |x| roundings; subnormal
+// results are 0.
 __device__ __forceinline__ float exp_nonpositive(float x) { return exp2_approximate(x * kLog2E); }
 __device__ __forceinline__ double exp_nonpositive(double x) { return exp(x); }
 
-// exp(x - max) for logits x of type T, none above max, up to a factor that all of them share.
-template <typename T>
-struct ShiftedExp {
-  using A = Acc<T>;
+// exp(x - max) for logits x <= max, times a factor that is the same for all x. A sum of them must
+// be multiplied by to_exact() to be exact, and by to(other) to be relative to another maximum.
+template <typename A>
+struct ExactShiftedExp {
   A max;
 
-  __device__ __forceinline__ explicit ShiftedExp(A max) : max(max) {}
+  __device__ __forceinline__ explicit ExactShiftedExp(A max) : max(max) {}
   __device__ __forceinline__ A operator()(A x) const { return exp_nonpositive(x - max); }
-  // What a sum of them must be multiplied by: to be exact, and to be one of another maximum.
   __device__ __forceinline__ A to_exact() const { return 1; }
-  __device__ __forceinline__ A to(const ShiftedExp& other) const {
+  __device__ __forceinline__ A to(const ExactShiftedExp& other) const {
     return exp_nonpositive(max - other.max);
   }
 };
 
-// Of 16 bits, one instruction less: 2^(scale * x + offset), where offset is -max * log2(e), rounded
-// once a row. Beyond 2^17, where logits of 16 bits are 512 apart or more, no scale is needed: 2 and
-// e to the power of -512 are 0 alike.
+// One instruction less, for 16-bit logits: 2^(scale * x + offset), where offset is -max * log2(e),
+// rounded once a row. Beyond 2^17, neighbouring 16-bit logits differ by 512 at least, so no scale
+// is needed: 2^-512 and e^-512 are both 0.
 struct ShiftedExp16 {
   float max, scale, offset;
 
@@ -195,20 +196,14 @@ struct ShiftedExp16 {
     return scale == other.scale ? exp2_approximate(other.offset - offset) : 0.0f;
   }
 };
-template <>
-struct ShiftedExp<__nv_bfloat16> : ShiftedExp16 {
-  using ShiftedExp16::ShiftedExp16;
-};
-template <>
-struct ShiftedExp<__half> : ShiftedExp16 {
-  using ShiftedExp16::ShiftedExp16;
-};
+template <typename T>
+using ShiftedExp = std::conditional_t<sizeof(T) == 2, ShiftedExp16, ExactShiftedExp<Acc<T>>>;
 
-// A row's classes in memory: whole aligned vectors, and before and after them single elements.
+// A row's classes in memory: whole aligned vectors, and edges, the elements before and after them.
 template <typename T>
 struct RowView {
   T* data;
-  int head, n_vectors, n_edges;  // elements before the first vector; before it and after all
+  int head, n_vectors, n_edges;  // head: edges before the first vector
 
   __device__ RowView(T* data, int vocab_size) : data(data) {
     const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
@@ -216,7 +211,11 @@ struct RowView {
     n_vectors = (vocab_size - head) / kVector<T>;
     n_edges = vocab_size - n_vectors * kVector<T>;
   }
-  // Classes at which vector v and edge element i begin.
+  __device__ void use_no_vectors() {
+    head = n_edges = n_edges + n_vectors * kVector<T>;
+    n_vectors = 0;
+  }
+  // The first class of vector v, and the class of edge i.
   __device__ int vector_class(int v) const { return head + v * kVector<T>; }
   __device__ int edge_class(int i) const { return i < head ? i : i + n_vectors * kVector<T>; }
 };

@@ -2,26 +2,26 @@
 
 #include <algorithm>
 
+#include "../xent_math.h"
+
 namespace fused_xent::cuda {
 namespace {
 
 constexpr int64_t kKiB = 1024;
-constexpr int64_t kThreadPerRowBytes = 128;  // rows up to here: a cache line
-constexpr int64_t kWarpBytes = 4 * kKiB;
-constexpr int kVectorsOfThread = 8;               // of a row, while threads are enough
-constexpr int64_t kPartBytes = 32 * kKiB;         // of a row that a block writes in backward
-constexpr int64_t kMostHeld = 32;                 // vectors in shared memory that a thread holds
-constexpr int64_t kMaxParts = 65535;              // rows of 2 GB
+constexpr int64_t kThreadPerRowBytes = 128;       // a longer row gets more than one thread
+constexpr int64_t kWarpBytes = 4 * kKiB;          // a longer row gets a block
+constexpr int kVectorsOfThread = 8;               // of a row, up to the largest block
+constexpr int64_t kPartBytes = 32 * kKiB;         // of a row: what a block writes in backward
+constexpr int64_t kMostHeld = 32;                 // vectors that a thread holds in shared memory
+constexpr int64_t kMaxParts = 65535;              // enough for rows of 2 GB
 constexpr int kMaxCluster = 8;                    // the largest that every device with clusters has
-constexpr int kVectorsInFlight = 4;               // that a thread reads before it uses them
-constexpr int kBlocksPerSm = 4;                   // that keep enough bytes in flight
-constexpr int64_t kStaticSharedBytes = 2 * kKiB;  // that the kernels declare, at most
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int kVectorsInFlight = 4;               // vectors that a thread reads at once
+constexpr int kBlocksPerSm = 4;                   // enough to keep memory busy
+constexpr int64_t kStaticSharedBytes = 2 * kKiB;  // at least what a kernel declares
 
 int64_t round_up(int64_t vectors) { return ceil_div(vectors, kVectorsInFlight) * kVectorsInFlight; }
 
-// The least power of two that is not below n, between two powers of two.
+// The least power of two >= n, but not below least or above most, which are powers of two.
 int power_of_two(int64_t n, int least, int most) {
   int power = least;
   while (power < n && power < most) power *= 2;
@@ -31,7 +31,7 @@ int power_of_two(int64_t n, int least, int most) {
 // The launch bounds of forward_backward; the other kernels' are 256.
 int max_threads(const Shape& shape) { return shape.element_size == 8 ? 256 : 512; }
 
-// Vectors for each thread in a block's shared memory, of forward_backward.
+// Vectors that shared memory has room for, for each thread of a block of forward_backward.
 int64_t room_for(const Plan& plan, const Device& device) {
   const int64_t room = (device.shared_bytes - kStaticSharedBytes) / (16 * plan.threads);
   return std::min(room / kVectorsInFlight * kVectorsInFlight, kMostHeld);
@@ -45,7 +45,7 @@ Plan plan_columns(const Shape& shape, const Device& device) {
   const int64_t wanted_threads = int64_t{512} * device.sm_count;
   const bool may_have_vectors = shape.adjacent_rows && !shape.general;
   if (may_have_vectors && shape.n_rows / vector >= wanted_threads) plan.row_vector = vector;
-  // At least 16 classes a worker, and workers only where rows alone are too few.
+  // Several workers only where there are too few rows, and each with 16 classes at least.
   const int64_t missing =
       ceil_div(wanted_threads * plan.row_vector, std::max<int64_t>(shape.n_rows, 1));
   plan.workers = power_of_two(std::min(missing, shape.vocab_size / 16), 1, 8);
@@ -56,11 +56,24 @@ bool is_by_columns(const Shape& shape) {
   return !shape.adjacent_classes || shape.row_bytes() <= kThreadPerRowBytes;
 }
 
-// A row to a part of a warp or to a block, by its length.
+// By its length, a row gets a part of a warp or a block.
 Plan plan_rows(const Shape& shape) {
   const int wanted = power_of_two(ceil_div(shape.row_vectors(), kVectorsOfThread), 2, 256);
   if (shape.row_bytes() <= kWarpBytes) return {Regime::warp, 128, wanted};
   return {Regime::block, wanted, wanted};
+}
+
+// How many blocks would have to share each row to fill the card.
+int64_t parts_for_card(const Shape& shape, const Device& device) {
+  return ceil_div(int64_t{kBlocksPerSm} * device.sm_count, std::max<int64_t>(shape.n_rows, 1));
+}
+
+// Splits a row that has a block into parts, each with kVectorsInFlight vectors a thread at least.
+void split(Plan& plan, const Shape& shape, int64_t parts) {
+  const int64_t most = shape.row_vectors() / (kVectorsInFlight * plan.threads);
+  if (plan.regime != Regime::block || std::min(parts, most) <= 1) return;
+  plan.regime = Regime::split;
+  plan.parts = static_cast<int>(std::min({parts, most, kMaxParts}));
 }
 
 }  // namespace
@@ -73,41 +86,29 @@ const char* name_of(Regime regime) {
 Plan plan_forward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape);
-  const int64_t parts =
-      ceil_div(int64_t{kBlocksPerSm} * device.sm_count, std::max<int64_t>(shape.n_rows, 1));
-  const int64_t most = shape.row_vectors() / (kVectorsInFlight * plan.threads);
-  if (plan.regime == Regime::block && std::min(parts, most) > 1) {
-    plan.regime = Regime::split;
-    plan.parts = static_cast<int>(std::min(parts, most));
-  }
+  split(plan, shape, parts_for_card(shape, device));
   return plan;
 }
 
 Plan plan_backward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape);
-  if (plan.regime != Regime::block) return plan;
   const int64_t for_length = ceil_div(shape.row_bytes(), kPartBytes);
-  const int64_t for_card =
-      ceil_div(int64_t{kBlocksPerSm} * device.sm_count, std::max<int64_t>(shape.n_rows, 1));
-  const int64_t most = shape.row_vectors() / (kVectorsInFlight * plan.threads);
-  plan.parts = static_cast<int>(
-      std::clamp<int64_t>(std::min(std::max(for_length, for_card), most), 1, kMaxParts));
-  if (plan.parts > 1) plan.regime = Regime::split;
+  split(plan, shape, std::max(for_length, parts_for_card(shape, device)));
   return plan;
 }
 
-// What a thread of forward_backward has of a row, see there: in registers, and in all while blocks
-// of a row are enough.
+// Vectors of a row that a thread of forward_backward holds: in registers, and altogether unless the
+// largest block would be too small.
 int64_t vectors_in_registers(const Shape& shape) {
   return shape.spread || shape.element_size == 8 ? 0 : 8;
 }
 int64_t vectors_of_row(const Shape& shape) { return shape.spread ? 16 : 32; }
 
-// Measured on an H200 (bench/NOTES.md): a row costs each thread as much again as several vectors,
-// so that a thread should have many; and the second of a block's rows is on its way while the first
-// is written. A row for each would leave the first to be waited for, and more rows the last ones to
-// multiprocessors that chance decides on.
+// Measured on an H200 (bench/NOTES.md): what a thread does once a row costs as much as several
+// vectors, so a thread should have many vectors. Each block should have two rows: the second is
+// read while the first is written. With one row for each block, nothing overlaps; with more, chance
+// decides which multiprocessors get the last rows.
 Plan plan_forward_backward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape);
@@ -117,7 +118,7 @@ Plan plan_forward_backward(const Shape& shape, const Device& device) {
     const int64_t wanted = ceil_div(n_vectors, vectors_of_row(shape));
     plan.threads = plan.team = power_of_two(wanted, 32, max_threads(shape));
     const int64_t on_chip = plan.threads * (kept + room_for(plan, device));
-    // What is read twice costs less than a second block for it.
+    // Reading a sixteenth of the row twice is faster than a second block.
     if (has_clusters(device) && n_vectors > on_chip + on_chip / 16) {
       plan.regime = Regime::split;
       plan.parts = power_of_two(ceil_div(n_vectors, on_chip), 2, kMaxCluster);
@@ -135,7 +136,7 @@ Plan plan_forward_backward(const Shape& shape, const Device& device) {
 
 int64_t shared_bytes(const Plan& plan, const Shape& shape) {
   if (plan.regime != Regime::columns) return int64_t{16} * plan.threads * plan.held;
-  // A row's statistics from each worker, or its factors: four numbers.
+  // Four numbers: a row's stats from each worker, or its gradient.
   const int64_t acc = shape.element_size == 8 ? 8 : 4;
   return 4 * acc * plan.threads * plan.row_vector;
 }

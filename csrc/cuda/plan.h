@@ -1,4 +1,4 @@
-// Which kernel runs, and in what shape: the one place that decides. Plain C++, no CUDA.
+// The planner: which kernel runs, and in what shape. Plain C++, no CUDA.
 //
 // With b bytes an element and n = vocab_size * b bytes a row:
 //
@@ -14,7 +14,7 @@
 //             that no block has room for
 //
 // forward_backward keeps rows on chip, in registers and shared memory, between loss and gradient.
-// What there is no room for is read again, soon enough to be in the second-level cache.
+// The part of a row that does not fit is read again; by then it is in L2.
 #pragma once
 
 #include <cstdint>
@@ -27,18 +27,18 @@ enum class Regime { columns, warp, block, split };
 const char* name_of(Regime regime);
 
 struct Device {
-  int capability;    // of the code that it runs, at most its own: 90 for 9.0
+  int capability;    // of the code that it runs, at most the device's own: 90 for 9.0
   int sm_count;      // multiprocessors
-  int shared_bytes;  // that one block may have
+  int shared_bytes;  // at most for one block
 };
 
-// What of a problem matters.
+// Inputs of the planner.
 struct Shape {
   int64_t n_rows, vocab_size;
   int element_size;
   bool adjacent_classes;  // class stride 1, in all tensors of the logits' shape
-  bool adjacent_rows;     // 16 bytes of neighbouring rows are aligned vectors, in all of them
-  bool general = false;   // kernels of their own, see is_general: no vectors of rows, none held
+  bool adjacent_rows;     // 16 bytes of neighbouring rows are aligned vectors, in all of these
+  bool general = false;   // per-class options: no vectors of rows, and no rows kept on chip
   bool spread = false;    // labels on all classes
 
   int64_t row_bytes() const { return vocab_size * element_size; }
@@ -49,21 +49,21 @@ Shape shape_of(const Params& p);
 struct Plan {
   Regime regime;
   int threads;         // a block's
-  int team = 0;        // by rows: threads of a block on a row; a power of two, or all of them
-  int parts = 1;       // split: blocks on a row
-  int held = 0;        // forward_backward: 16-byte vectors of a row in shared memory, for a thread
-  int workers = 1;     // columns: threads on a row
+  int team = 0;        // by rows: threads of a block for each row, a power of two or all of them
+  int parts = 1;       // split: blocks for each row
+  int held = 0;        // forward_backward: 16-byte vectors that a thread holds in shared memory
+  int workers = 1;     // columns: threads for each row
   int row_vector = 1;  // columns: adjacent rows of a thread
-  int max_groups = 0;  // blocks or clusters, which loop over rows; 0: as many as there are rows
+  int max_groups = 0;  // at most so many blocks or clusters, which loop over rows; 0: no limit
 };
 
 Plan plan_forward(const Shape& shape, const Device& device);
 Plan plan_backward(const Shape& shape, const Device& device);
 Plan plan_forward_backward(const Shape& shape, const Device& device);
 
-// Of shared memory that is not declared in the kernel.
+// Bytes of dynamic shared memory.
 int64_t shared_bytes(const Plan& plan, const Shape& shape);
-// Why a plan, perhaps not one of the above, cannot serve; null if it can.
+// Why a plan, which may come from elsewhere, cannot serve; null if it can.
 const char* why_not(const Plan& plan, const Shape& shape, const Device& device);
 
 }  // namespace fused_xent::cuda

@@ -1,4 +1,4 @@
-// The launchers of single regimes, a file each; launch.cpp chooses among them by the plan.
+// The launchers of single regimes, a file for each; launch.cpp chooses among them by the plan.
 #pragma once
 
 #include "launch.h"
@@ -9,16 +9,16 @@ cudaError_t forward_by_rows(const Arguments& a, const Plan& plan, void* workspac
                             cudaStream_t stream);
 cudaError_t backward_by_rows(const Arguments& a, const Plan& plan, cudaStream_t stream);
 cudaError_t scale_by_rows(const Arguments& a, const Plan& plan, cudaStream_t stream);
-// `shared`: bytes of shared memory.
+// shared: bytes of dynamic shared memory.
 cudaError_t forward_backward_by_rows(const Arguments& a, const Plan& plan, int64_t shared,
                                      cudaStream_t stream);
 cudaError_t by_columns(const Arguments& a, const Plan& plan, int64_t shared, bool has_forward,
                        bool has_backward, cudaStream_t stream);
-// By rows or columns: see is_general.
+cudaError_t scale_by_columns(const Arguments& a, const Plan& plan, cudaStream_t stream);
+// With per-class options (see is_general), by rows or by columns.
 cudaError_t general(const Arguments& a, const Plan& plan, void* workspace, bool has_forward,
                     bool has_backward, cudaStream_t stream);
-// That of the code which a device of some capability runs: at most the device's own.
+// The capability of the code that a device runs: at most the device's own.
 int capability_of_code(int capability);
-cudaError_t scale_by_columns(const Arguments& a, const Plan& plan, cudaStream_t stream);
 
 }  // namespace fused_xent::cuda

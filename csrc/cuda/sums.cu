@@ -1,5 +1,5 @@
-// Sums over rows and over class weights: the loss and by what `mean` divides it. In float64, in an
-// order that depends on nothing but the number of rows.
+// Sums over rows and over class weights: the loss, and the total weight by which `mean` divides it.
+// They are computed in float64, in an order that depends only on the number of rows.
 #include "dispatch.cuh"
 #include "labels.cuh"
 #include "team.cuh"
@@ -14,7 +14,7 @@ struct Pair {
   double weight, loss;
 };
 
-// Every thread of the block gets the sum.
+// Returns the sum of all threads of the block to each of them.
 __device__ __forceinline__ Pair sum_of_block(Pair mine) {
   __shared__ Pair warps[kThreads / kWarp];
   for (int lane = kWarp / 2; lane > 0; lane /= 2) {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < a.n_rows;
        row += n_threads) {
     const Target target = read_target(a, row);
-    if (!target.is_ignored && !target.is_bad) {
+    if (target.is_read()) {
       const A weight = target.index < 0 ? A(1) : class_weight<A>(a, target.index);
       mine.weight += double{weight} * token_weight<A>(a, row);
     }
@@ -100,11 +100,9 @@ cudaError_t sum_rows(const Arguments& a, const Sums& sums, double* workspace, cu
   auto* partials = reinterpret_cast<Pair*>(workspace);
   unsigned grid = blocks_for(a.n_rows, kRowsPerBlock, kMaxSumBlocks);
   if (grid == 0) grid = 1;  // the sums of no rows are wanted as well
-  if (a.dtype == DType::float64) {
-    sum_blocks_of_rows<double><<<grid, kThreads, 0, stream>>>(a, sums, partials);
-  } else {
-    sum_blocks_of_rows<float><<<grid, kThreads, 0, stream>>>(a, sums, partials);
-  }
+  const auto sum_blocks =
+      a.dtype == DType::float64 ? sum_blocks_of_rows<double> : sum_blocks_of_rows<float>;
+  sum_blocks<<<grid, kThreads, 0, stream>>>(a, sums, partials);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess || grid == 1) return error;
   sum_partials<<<1, kThreads, 0, stream>>>(sums, partials, static_cast<int>(grid));

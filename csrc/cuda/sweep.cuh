@@ -9,21 +9,23 @@
 
 namespace fused_xent::cuda {
 
-// Vectors that a thread reads before it uses the first: a group. Labels on all classes are read
-// beside them.
+// A group: the vectors that a thread reads before it uses the first. If labels are spread over all
+// classes, they are read beside the logits.
 template <typename S>
 constexpr int kUnroll = std::is_void_v<S> ? 4 : 2;
 
-// The share of a thread: of a part of a row's vectors, groups of kCount, and every edge_step-th of
-// the elements that are in no vector. The neighbouring threads of a warp have neighbouring vectors,
-// `lanes` of them, so that a warp's group is one piece of the row.
+// The share of a thread in its team's part of a row: groups of kCount vectors, and every
+// edge_step-th of the edges, the elements that are in no vector. The `lanes` neighbouring threads
+// of a team in a warp have neighbouring vectors, so that their groups together are one piece of the
+// row.
 template <int kCount>
 struct Share {
-  int first, lanes, step, end;  // first vector; apart in a group; from group to group; of the part
+  int first, end;   // the thread's first vector; the part's end
+  int lanes, step;  // from one vector of a group to the next; from one group to the next
   int edge_rank, edge_step;
 
-  // Part `part` of `parts` of a row.
-  __device__ Share(const Team& team, int n_vectors, int part, int parts) {
+  __device__ Share(const Team& team, int n_vectors) {
+    const int part = team.part(), parts = team.parts();
     int begin = 0;
     end = n_vectors;
     if (parts > 1) {
@@ -41,7 +43,7 @@ struct Share {
 
   __device__ __forceinline__ bool is_whole(int v) const { return v + (kCount - 1) * lanes < end; }
 
-  // Whether this thread has class j; false for -1.
+  // True if this thread has class j; false for -1.
   template <typename T>
   __device__ bool owns(const RowView<T>& view, int j) const {
     if (j < 0) return false;
@@ -53,7 +55,8 @@ struct Share {
     return first <= v && v < end && in_group < kCount * lanes && (in_group & (lanes - 1)) == 0;
   }
 
-  // The group that begins with vector v < end: read(u, w) gives its u-th vector, the row's w-th.
+  // Reads the group that begins with vector v < end. read(u, w) returns its u-th vector, which is
+  // the row's w-th.
   template <typename T, typename Read>
   __device__ __forceinline__ void read(uint4 (&bits)[kCount], int v, const Read& read) const {
     if (is_whole(v)) {
@@ -84,20 +87,6 @@ struct Share {
 
 // ---- forward ---------------------------------------------------------------------------------
 
-// sum + value, and what rounding it loses (Knuth's two-sum) in lost.
-template <typename A>
-__device__ __forceinline__ void add_to(A& sum, A& lost, A value) {
-  const A total = sum + value, added = total - sum;
-  lost += (sum - (total - added)) + (value - added);
-  sum = total;
-}
-
-// What a sum lost is no number where it is not finite.
-template <typename A>
-__device__ __forceinline__ A with_lost(A sum, A lost) {
-  return lost - lost == 0 ? sum + lost : sum;
-}
-
 template <typename A>
 struct NoLoss {};
 template <typename A>
@@ -105,9 +94,9 @@ struct SpreadLoss {
   A lost_mass = 0, lost_dot = 0;
 };
 
-// A thread's statistics while it sweeps logits of type T, its sum that of ShiftedExp<T>. A label on
-// all classes makes sums of as many terms, whose roundings may all go one way; the exponentials are
-// added up in groups first.
+// The statistics of a thread that sweeps logits of type T; the sum is that of ShiftedExp<T>. Labels
+// on all classes have sums of many terms, whose rounding errors may all have one sign, so they are
+// kept. The exponentials are added up in groups first.
 template <typename T, bool kHasSpread>
 struct SweepStats : RowStats<Acc<T>>,
                     std::conditional_t<kHasSpread, SpreadLoss<Acc<T>>, NoLoss<Acc<T>>> {
@@ -115,7 +104,7 @@ struct SweepStats : RowStats<Acc<T>>,
   __device__ SweepStats() : RowStats<A>(empty_stats<A>()) {}
 
   // Online softmax (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867) by groups: the sum so
-  // far is rescaled when a group has a new maximum, and no more than once a group.
+  // far is rescaled at most once a group, if the group has a new maximum.
   __device__ __forceinline__ void raise_max(A max) {
     if (max == this->max) return;
     this->sum *= ShiftedExp<T>(this->max).to(ShiftedExp<T>(max));
@@ -125,7 +114,7 @@ struct SweepStats : RowStats<Acc<T>>,
     }
     this->max = max;
   }
-  // Sums of t_j and t_j * (x_j - m).
+  // Adds sums of t_j and t_j * (z_j - m).
   __device__ __forceinline__ void add_labels(A mass, A dot) {
     add_to(this->mass, this->lost_mass, mass);
     add_to(this->dot, this->lost_dot, dot);
@@ -137,6 +126,24 @@ struct SweepStats : RowStats<Acc<T>>,
       stats.mass = with_lost(this->mass, this->lost_mass);
       stats.dot = with_lost(this->dot, this->lost_dot);
     }
+    return stats;
+  }
+};
+
+// The same for a thread that may have all classes of a row: it also keeps the rounding errors of
+// the sum of exponentials.
+template <typename A, bool kHasSpread>
+struct LongSweepStats : SweepStats<A, kHasSpread> {
+  using Base = SweepStats<A, kHasSpread>;
+  A lost_sum = 0;
+
+  __device__ __forceinline__ void raise_max(A max) {
+    if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);
+    Base::raise_max(max);
+  }
+  __device__ __forceinline__ RowStats<A> result() const {
+    RowStats<A> stats = Base::result();
+    stats.sum = with_lost(stats.sum, lost_sum);
     return stats;
   }
 };
@@ -153,7 +160,7 @@ using StatsFor = SweepStats<T, Spread<T, S>::kExists>;
 template <typename S>
 using ShareFor = Share<kUnroll<S>>;
 
-// Adds the group that begins with vector v; beyond the share's end, bits are minus infinity.
+// Adds the group that begins with vector v. Vectors beyond the share's end are minus infinity.
 template <typename T, typename S>
 __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (&bits)[kUnroll<S>],
                                             const RowView<const T>& view,
@@ -170,7 +177,7 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
   for (int i = 0; i < kVector<T>; ++i) max = fmax(max, x[i]);
   stats.raise_max(max);
   const ShiftedExp<T> exponential(max);
-  A group_sum = 0;  // apart from the long sum, to which fewer additions lose less
+  A group_sum = 0;  // apart: the long sum loses less in fewer additions
 #pragma unroll
   for (int u = 0; u < kUnroll<S>; ++u) {
     unpack<T>(bits[u], x);
@@ -194,7 +201,7 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
   stats.sum += group_sum;
 }
 
-// Of the elements in no vector those from edge i on.
+// Adds every step-th edge from edge i on.
 template <typename T, typename S>
 __device__ __forceinline__ void sweep_edges(StatsFor<T, S>& stats, const RowView<const T>& view,
                                             const Spread<T, S>& spread, int i, int step) {
@@ -208,7 +215,7 @@ __device__ __forceinline__ void sweep_edges(StatsFor<T, S>& stats, const RowView
 
 // ---- backward --------------------------------------------------------------------------------
 
-// Either the gradient of the logits, or, to scale one, its product with the upstream gradient.
+// What backward writes: the gradient of the logits.
 template <typename T, typename S>
 struct GradientOf {
   using A = Acc<T>;
@@ -243,6 +250,7 @@ struct GradientOf {
   }
 };
 
+// What scale_gradient writes: a gradient times the upstream gradient.
 template <typename T>
 struct ScaledBy {
   using A = Acc<T>;
@@ -259,7 +267,7 @@ struct ScaledBy {
   }
 };
 
-// The group that begins with vector v.
+// Writes the group that begins with vector v.
 template <typename T, typename Values>
 __device__ __forceinline__ void write_vectors(T* out, const RowView<const T>& view,
                                               const Values& values,
@@ -280,26 +288,24 @@ __device__ __forceinline__ void write_edges(T* out, const RowView<const T>& view
   }
 }
 
-// The logits of a row whose results go to `out`, and whose labels are read beside them: in vectors
-// only where all are aligned together.
+// The logits of a row whose results are written to `out` and whose labels are read beside them. It
+// has vectors only if those of all three are aligned.
 template <typename T, typename S>
 __device__ __forceinline__ RowView<const T> view_for(const T* logits, const T* out,
                                                      const Spread<T, S>& spread, int vocab_size) {
   RowView<const T> view(logits, vocab_size);
   const uintptr_t apart = reinterpret_cast<uintptr_t>(logits) - reinterpret_cast<uintptr_t>(out);
   if (apart % 16 != 0 || !spread.has_vectors_at(view.head)) {
-    view.head = view.n_edges = vocab_size;
-    view.n_vectors = 0;
+    view.use_no_vectors();
   }
   return view;
 }
 
-// A whole gradient row of one value, without a look at the logits.
+// Writes one value to a whole gradient row, without reading the logits.
 template <typename T>
-__device__ __forceinline__ void fill_row(T* out, int vocab_size, Acc<T> value, const Team& team,
-                                         int part, int parts) {
+__device__ __forceinline__ void fill_row(T* out, int vocab_size, Acc<T> value, const Team& team) {
   const RowView<T> view(out, vocab_size);
-  const Share<1> share(team, view.n_vectors, part, parts);
+  const Share<1> share(team, view.n_vectors);
   Acc<T> values[kVector<T>];
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) values[i] = value;

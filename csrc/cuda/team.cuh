@@ -1,5 +1,5 @@
-// The threads that share a row: a part of a warp, a block, or a cluster of blocks; and what they do
-// together. Which it is, is known at run time: the loops over a row are the same.
+// A team: the threads that share a row. It is a part of a warp, a block, or a cluster of blocks.
+// The size is known at run time only, and the loops over a row are the same for all.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -20,7 +20,7 @@ __device__ __forceinline__ RowStats<Acc> empty_stats() {
   return {kLowest<Acc>, 0, 0, 0};
 }
 
-// Over `size` neighbouring lanes, all of which are in mask; each gets the result.
+// Merges the stats of `size` neighbouring lanes, which mask names; each lane gets the result.
 template <bool kHasSpread, typename Acc>
 __device__ __forceinline__ RowStats<Acc> merge_lanes(RowStats<Acc> stats, int size, unsigned mask) {
   Acc max = stats.max;
@@ -38,8 +38,8 @@ __device__ __forceinline__ RowStats<Acc> merge_lanes(RowStats<Acc> stats, int si
   return stats;
 }
 
-// The memory through which warps and blocks exchange, of which each row uses the half that the row
-// before did not: so that one barrier a row is enough, and nobody overwrites what is being read.
+// Shared memory through which warps and blocks exchange their stats. Rows use its halves in turn:
+// so one barrier a row is enough, and no thread overwrites what another one still reads.
 template <typename Acc>
 struct Exchange {
   RowStats<Acc> warps[2][kMaxWarps];
@@ -49,25 +49,29 @@ struct Exchange {
 // Its size is a power of two.
 class Team {
  public:
-  // `size` threads of a block; of a cluster, of each of its blocks.
+  // `size` threads of a block, or of each block of a cluster.
   __device__ explicit Team(int size, bool is_cluster = false)
       : in_block_(size),
         n_blocks_(is_cluster ? static_cast<int>(gridDim.x) : 1),
         block_(is_cluster ? static_cast<int>(blockIdx.x) : 0) {}
 
   __device__ int size() const { return in_block_ * n_blocks_; }
-  // Those of them that are in a warp, and which of these this is.
+  // The threads of the team in this thread's warp, and this thread's number among them.
   __device__ int lanes() const { return min(in_block_, kWarp); }
   __device__ int lane() const { return static_cast<int>(threadIdx.x) & (lanes() - 1); }
   __device__ int rank() const {
     return block_ * in_block_ + (static_cast<int>(threadIdx.x) & (in_block_ - 1));
   }
   __device__ bool is_leader() const { return rank() == 0; }
-  // Teams of the grid, and which this is. Along x, blocks share a row.
+  // Blocks along x share a row: each team, unless it is a cluster, has one of its parts.
+  __device__ int part() const { return n_blocks_ > 1 ? 0 : static_cast<int>(blockIdx.x); }
+  __device__ int parts() const { return n_blocks_ > 1 ? 1 : static_cast<int>(gridDim.x); }
+  // Teams along y, and this team's number among them.
   __device__ int64_t count() const { return of_blocks(gridDim.y, 0); }
   __device__ int64_t index() const { return of_blocks(blockIdx.y, threadIdx.x); }
 
-  // All threads get the sum of their stats. Orders their reads before it and writes after it.
+  // Returns the merged stats of all threads to each of them. A barrier: reads before it come before
+  // writes after it.
   template <bool kHasSpread, typename Acc>
   __device__ __forceinline__ RowStats<Acc> merge(RowStats<Acc> stats, Exchange<Acc>& exchange) {
     if (in_block_ <= kWarp) {

@@ -51,8 +51,8 @@ LAUNCH = {
     ),
     "rows of segments that are left out keep what memory held": Fault(
         "csrc/cpu/launch.cpp",
-        "      finish_left_out(p, row);\n      continue;",
-        "      continue;",
+        "      write_unread_row(p, row, 0.0);\n      continue;\n    }\n    auto merged",
+        "      continue;\n    }\n    auto merged",
         (option("segments", "none", "index"),),
     ),
     "segments of great numbers are written by their first segment alone": Fault(
@@ -111,9 +111,9 @@ LAUNCH = {
         (f"{ACCURACY}test_bitwise_the_same_for_any_number_of_threads",),
     ),
     "general rows take the plain backward": Fault(
-        "csrc/cpu/launch.cpp",
-        "is_general(p) ? backward_by<GeneralRow>(p, threads)",
-        "has_transform(p) ? backward_by<GeneralRow>(p, threads)",
+        "csrc/cpu/instruction_set.h",
+        "general ? general_gradient",
+        "has_transform(p) ? general_gradient",
         (masked("rows", "0", "first half", "index"),),
     ),
     "a strided gradient is scaled as if it were adjacent": Fault(
@@ -203,13 +203,13 @@ SCAN = {
 
 ROWS = {
     "rows left out are those of token weight 0 alone": Fault(
-        "csrc/cpu/rows.h",
+        "csrc/cpu/row_inputs.h",
         "(has_indices(p) && target_index(p, row) == p.ignore_index) || token_weight(p, row) == 0",
         "token_weight(p, row) == 0",
         (option("rows", "none", "index"),),
     ),
     "gradients of the lse are an option of no row": Fault(
-        "csrc/cpu/rows.h",
+        "csrc/cpu/row_inputs.h",
         "         p.grad_lse != nullptr || p.grad_entropy != nullptr;\n}",
         "         p.grad_entropy != nullptr;\n}",
         (
@@ -217,38 +217,38 @@ ROWS = {
         ),
     ),
     "the z-loss's gradient forgets the factor 2": Fault(
-        "csrc/cpu/rows.h",
-        "upstream.softmax += 2 * upstream.g * p.lse_square_scale * lse;",
-        "upstream.softmax += upstream.g * p.lse_square_scale * lse;",
+        "csrc/xent_rows.h",
+        "upstream.softmax = 2 * upstream.g * static_cast<Acc>(p.lse_square_scale) * lse;",
+        "upstream.softmax = upstream.g * static_cast<Acc>(p.lse_square_scale) * lse;",
         (option("rows", "lse_square_scale", "index"),),
     ),
     "the z-loss's gradient is multiplied by the slope of the focal loss": Fault(
-        "csrc/cpu/rows.h",
-        "    upstream.softmax += 2 * upstream.g * p.lse_square_scale * lse;\n",
-        "    const double slope = p.loss_slope == nullptr ? 1 : acc_at(p, p.loss_slope, row);\n"
-        "    upstream.softmax += 2 * upstream.g * slope * p.lse_square_scale * lse;\n",
+        "csrc/xent_rows.h",
+        "upstream.softmax = 2 * upstream.g * static_cast<Acc>(p.lse_square_scale) * lse;",
+        "upstream.softmax = 2 * upstream.g * static_cast<Acc>(p.lse_square_scale) * lse;\n"
+        "    if (p.focal_gamma != 0) upstream.softmax *= results.slope;",
         (option("rows", "rows", "index"),),
     ),
     "the gradient of the lse is multiplied by the token weight": Fault(
-        "csrc/cpu/rows.h",
-        "upstream.softmax += acc_at(p, p.grad_lse, row);",
-        "upstream.softmax += token_weight(p, row) * acc_at(p, p.grad_lse, row);",
+        "csrc/xent_rows.h",
+        "upstream.softmax += acc_at<Acc>(p, p.grad_lse, row);",
+        "upstream.softmax += token_weight<Acc>(p, row) * acc_at<Acc>(p, p.grad_lse, row);",
         (option("rows", "token_weight", "index"),),
     ),
     "the gradient of the entropy forgets log_sum": Fault(
-        "csrc/cpu/rows.h",
-        "grad_entropy * (acc_at(p, p.entropy, row) - log_sum)",
-        "grad_entropy * acc_at(p, p.entropy, row)",
+        "csrc/xent_rows.h",
+        "grad_entropy * (results.entropy - results.log_sum)",
+        "grad_entropy * results.entropy",
         (option("rows", "none", "index"),),
     ),
     "the slope of the focal loss is forgotten": Fault(
-        "csrc/cpu/rows.h",
-        "if (p.loss_slope != nullptr) upstream.g *= acc_at(p, p.loss_slope, row);",
+        "csrc/xent_rows.h",
+        "if (p.focal_gamma != 0) upstream.g *= results.slope;",
         "",
         (option("tile", "focal_gamma", "index"),),
     ),
     "uint8 targets are read as int32": Fault(
-        "csrc/cpu/rows.h",
+        "csrc/cpu/row_inputs.h",
         "return body(static_cast<const uint8_t*>(p.target));",
         "return body(static_cast<const int8_t*>(p.target));",
         ("tests/test_functional.py::test_ignore_index",),
@@ -257,125 +257,125 @@ ROWS = {
 
 ONE_ROW = {
     "labels are spread without the smoothing": Fault(
-        "csrc/cpu/one_row.h",
-        "return has_indices(p) ? p.label_smoothing / static_cast<double>(p.vocab_size) : 1.0;",
-        "return has_indices(p) ? 1.0 / static_cast<double>(p.vocab_size) : 1.0;",
+        "csrc/xent_rows.h",
+        "p.label_smoothing / static_cast<double>(p.vocab_size)}",
+        "1.0 / static_cast<double>(p.vocab_size)}",
         (option("rows", "none", "index, smoothed"),),
     ),
     "log_sum may be below 0": Fault(
-        "csrc/cpu/one_row.h",
-        "return 0 < stats.sum && stats.sum < 1 ? 0 : std::log(stats.sum);",
+        "csrc/xent_math.h",
+        "return 0 < stats.sum && stats.sum < 1 ? Acc(0) : std::log(stats.sum);",
         "return std::log(stats.sum);",
         (f"{ACCURACY}test_loss_is_never_below_0",),
     ),
     "a target's class weight is that of class 0": Fault(
-        "csrc/cpu/one_row.h",
-        "return (1 - p.label_smoothing) * class_weight(p, target_index(p, row));",
-        "return (1 - p.label_smoothing) * class_weight(p, 0);",
+        "csrc/xent_rows.h",
+        "class_weight<Acc>(p, target);",
+        "class_weight<Acc>(p, 0);",
         (option("rows", "none", "index, weighted"),),
     ),
     "the entropy's moment is not divided by the sum": Fault(
-        "csrc/cpu/one_row.h",
+        "csrc/xent_math.h",
         "log_sum - stats.moment / stats.sum",
         "log_sum - stats.moment",
         (option("rows", "none", "index"),),
     ),
     "rows left out keep an entropy": Fault(
-        "csrc/cpu/one_row.h",
-        "for (void* values : {p.label_mass, p.loss_slope, p.entropy}) {",
-        "for (void* values : {p.label_mass, p.loss_slope}) {",
+        "csrc/xent_rows.h",
+        "set_acc(p, p.entropy, row, results.entropy);",
+        "if (argmax >= 0) set_acc(p, p.entropy, row, results.entropy);",
         (option("segments", "token_weight", "probabilities"), option("rows", "none", "index")),
     ),
     "rows left out have argmax 0": Fault(
-        "csrc/cpu/one_row.h",
-        "if (p.argmax != nullptr) p.argmax[row] = -1;",
-        "if (p.argmax != nullptr) p.argmax[row] = 0;",
+        "csrc/xent_rows.h",
+        "value, value}, -1);",
+        "value, value}, 0);",
         (option("rows", "none", "index"),),
     ),
     "the focal loss of smoothed labels forgets the spread's part of the mass": Fault(
-        "csrc/cpu/one_row.h",
-        "? label_mass(on_target_of(p, row), spread_of(p), p.weight_sum)",
-        "? label_mass(on_target_of(p, row), 0.0, p.weight_sum)",
+        "csrc/xent_rows.h",
+        "? label_mass(labels.on_target, labels.spread, mass) : mass",
+        "? label_mass(labels.on_target, Acc(0), mass) : mass",
         (option("rows", "focal_gamma", "index, smoothed"),),
     ),
     "the z-loss is multiplied by no token weight": Fault(
-        "csrc/cpu/one_row.h",
-        "set_acc(p, p.row_loss, row, token_weight(p, row) * loss);",
-        "set_acc(p, p.row_loss, row, (p.lse_square_scale != 0 ? 1 : token_weight(p, row)) * loss);",
+        "csrc/xent_rows.h",
+        "results.loss *= token_weight<Acc>(p, row);",
+        "results.loss *= p.lse_square_scale != 0 ? Acc(1) : token_weight<Acc>(p, row);",
         (option("rows", "rows", "index"),),
     ),
     "the z-loss takes log_sum for the lse": Fault(
-        "csrc/cpu/one_row.h",
-        "const double lse = acc_at(p, p.row_max, row) + acc_at(p, p.log_sum, row);",
-        "const double lse = acc_at(p, p.log_sum, row);",
+        "csrc/xent_rows.h",
+        "const Acc lse = results.max + results.log_sum;\n    results.loss",
+        "const Acc lse = results.log_sum;\n    results.loss",
         (option("rows", "lse_square_scale", "index"),),
     ),
     "options of general rows wait for options of rows": Fault(
-        "csrc/cpu/one_row.h",
+        "csrc/cpu/row_passes.h",
         "if (!has_row_options(p) && !is_general(p)) return;",
         "if (!has_row_options(p)) return;",
         (option("tile", "none", "index"),),
     ),
     "a row's second segment is left out": Fault(
-        "csrc/cpu/one_row.h",
+        "csrc/cpu/row_passes.h",
         "for (int64_t j = kSegmentClasses; j < p.vocab_size; j += kSegmentClasses) {",
         "for (int64_t j = kSegmentClasses; j + 16 < p.vocab_size; j += kSegmentClasses) {",
         (option("rows of several segments", "none", "index"),),
     ),
     "the gradient at the target is not transformed": Fault(
-        "csrc/cpu/one_row.h",
-        "      at_target *= target.slope;\n",
-        "",
+        "csrc/cpu/row_passes.h",
+        "results, target.logit) * target.slope;",
+        "results, target.logit);",
         (option("rows", "softcap", "index"),),
     ),
     "a statistic's gradient is no part of the target's": Fault(
-        "csrc/cpu/one_row.h",
-        "if (prob != 0) at_target += prob * (upstream.softmax + upstream.shifted * shifted);",
-        "if (prob != 0) at_target += prob * upstream.softmax;",
+        "csrc/xent_rows.h",
+        "upstream.softmax, upstream.shifted, p, d);",
+        "upstream.softmax, Acc(0), p, d);",
         (option("rows", "none", "index"),),
     ),
     "0 times infinity at a target of probability 0": Fault(
-        "csrc/cpu/one_row.h",
-        "if (prob != 0) at_target += prob * (",
-        "at_target += prob * (",
+        "csrc/xent_math.h",
+        "return p == 0 ? gradient : gradient + part;",
+        "return gradient + part;",
         (
             "tests/test_regimes.py::test_statistics_where_the_target_is_impossible[rows-2-0-float32]",
         ),
     ),
     "the mass of probabilities is that of class weights": Fault(
-        "csrc/cpu/one_row.h",
-        "      mass = acc_at(p, p.label_mass, row);\n    }\n    const double q",
-        "    }\n    const double q",
+        "csrc/cpu/row_passes.h",
+        "p.weight_sum : results.mass;\n    gradient",
+        "p.weight_sum : p.weight_sum;\n    gradient",
         (option("rows", "none", "probabilities, weighted and smoothed"),),
     ),
     "the factor of the entropy's gradient is not divided by the sum": Fault(
-        "csrc/cpu/one_row.h",
+        "csrc/xent_math.h",
         "upstream.shifted * one_over_sum}",
         "upstream.shifted}",
         (option("rows", "none", "index"),),
     ),
     "the target at the first class of a segment keeps the gradient of the others": Fault(
-        "csrc/cpu/one_row.h",
+        "csrc/cpu/row_passes.h",
         "if (begin <= y && y < end)",
         "if (begin < y && y < end)",
         (option("rows", "none", "index"),),
     ),
     "half of an ignored row's gradient is left as it was": Fault(
-        "csrc/cpu/one_row.h",
+        "csrc/cpu/row_passes.h",
         "std::memset(out + begin * size, 0, (end - begin) * size);",
         "std::memset(out + begin * size, 0, (end - begin) * size / 2);",
         (f"{LAYOUTS}test_ignored_rows_may_hold_anything[(6, 200)-nan-default-float32]",),
     ),
     "ignored rows are scaled": Fault(
-        "csrc/cpu/one_row.h",
+        "csrc/cpu/launch.cpp",
         "if (!is_left_out(p, row)) k.segment_scale(",
         "k.segment_scale(",
         (f"{LAYOUTS}test_upstream_of_rows_left_out_may_be_anything",),
     ),
     "rows of 16 bits beyond 2^24 are left to the row kernels in fused mode": Fault(
-        "csrc/cpu/one_row.h",
-        "if (PlainRow::is_for_tiles(stats.max) && element_size(p.dtype) == 2) {",
-        "if (PlainRow::is_for_tiles(stats.max) && element_size(p.dtype) == 1) {",
+        "csrc/cpu/row_passes.h",
+        "is_for_tiles(p, stats.max) && element_size(p.dtype) == 2",
+        "is_for_tiles(p, stats.max) && element_size(p.dtype) == 1",
         (masked("rows", "greatest", "first half", "index", "bfloat16"),),
     ),
 }
@@ -410,26 +410,26 @@ FORMULAS = {
     ),
     "of equal maxima the last segment's is taken": Fault(
         "csrc/xent_math.h",
-        "if (both_nan || x == stats.top) return j < stats.argmax;",
-        "if (both_nan || x == stats.top) return j > stats.argmax;",
+        "if (both_nan || z == stats.top) return j < stats.argmax;",
+        "if (both_nan || z == stats.top) return j > stats.argmax;",
         (f"{ARGMAX}[torch.float32-40000]",),
     ),
     "a later segment's NaN is not above its numbers": Fault(
         "csrc/xent_math.h",
-        "return x != x || x > stats.top;",
-        "return x > stats.top;",
+        "return z != z || z > stats.top;",
+        "return z > stats.top;",
         (f"{ARGMAX}[torch.float32-40000]",),
     ),
     "a number of a later segment is above NaN": Fault(
         "csrc/xent_math.h",
-        "return x != x || x > stats.top;",
-        "return x != x || !(x <= stats.top);",
+        "return z != z || z > stats.top;",
+        "return z != z || !(z <= stats.top);",
         (f"{ARGMAX}[torch.float32-40000]",),
     ),
     "the mass of merged general segments is lost": Fault(
         "csrc/xent_math.h",
-        "  stats.mass += other.mass;\n  stats.dot += other.dot;\n  stats.moment += other.moment;",
-        "  stats.dot += other.dot;\n  stats.moment += other.moment;",
+        "  stats.mass += other.mass;\n",
+        "",
         (option("rows of several blocks", "all", "probabilities"),),
     ),
     "a target of weight 0 hides NaN": Fault(
@@ -557,9 +557,8 @@ SWEEPS = {
     ),
     "the origin of an exponential is taken for the row's maximum": Fault(
         "csrc/cpu/row_kernels.h",
-        "static_cast<A>(gradient.logit_factor * exp.kScale * std::exp(exp.origin() - "
-        "gradient.max));",
-        "static_cast<A>(gradient.logit_factor * exp.kScale);",
+        "static_cast<A>(gradient.factor * exp.kScale * std::exp(exp.origin() - gradient.max));",
+        "static_cast<A>(gradient.factor * exp.kScale);",
         (f"{ACCURACY}test_offset_of_all_logits",),
     ),
     "saved exponentials are relative to the first block's origin": Fault(
@@ -581,7 +580,7 @@ SWEEPS = {
         (f"{OPS}test_fused_mode_returns_what_forward_does[(3, 5000)-plain]",),
     ),
     "long sums forget what they lost": Fault(
-        "csrc/cpu/elementary.h",
+        "csrc/xent_math.h",
         "return lost - lost == 0 ? sum + lost : sum;",
         "return sum;",
         (
@@ -590,7 +589,7 @@ SWEEPS = {
         ),
     ),
     "an infinite long sum is NaN": Fault(
-        "csrc/cpu/elementary.h",
+        "csrc/xent_math.h",
         "return lost - lost == 0 ? sum + lost : sum;",
         "return sum + lost;",
         (
@@ -674,31 +673,31 @@ ARITHMETIC = {
         (f"{SIZES}[2-False-torch.float32-5.0-5e-07-2e-07]",),
     ),
     "16-bit probabilities of rows are scaled once more": Fault(
-        "csrc/cpu/spread.h",
+        "csrc/cpu/row_labels.h",
         "t = {t.first * scale + offset, t.second * scale + offset};",
         "t = {t.first * scale + offset, t.second * scale};",
         (option("rows", "none", "probabilities, weighted and smoothed"),),
     ),
     "class weights of probabilities are forgotten in a row's last lanes": Fault(
-        "csrc/cpu/spread.h",
+        "csrc/cpu/row_labels.h",
         "    if (weight != nullptr) t *= load_first(weight + j, n);\n",
         "",
         (option("rows", "none", "probabilities, weighted and smoothed"),),
     ),
     "lanes beyond a row's end have smoothing's share": Fault(
-        "csrc/cpu/spread.h",
+        "csrc/cpu/row_labels.h",
         "    for (int i = n; i < kLanes<A>; ++i) t[i] = 0;\n",
         "",
         (f"{SHAPE}[many rows of many classes-probabilities, smoothed-float32]",),
     ),
     "lanes beyond a row's end have a uniform share": Fault(
-        "csrc/cpu/spread.h",
+        "csrc/cpu/row_labels.h",
         "for (int i = 0; i < n; ++i) t[i] = one;",
         "for (int i = 0; i < kLanes<A>; ++i) t[i] = n > 0 ? one : 0;",
         (option("rows", "none", "index, smoothed"),),
     ),
     "class weights of smoothed indices are forgotten": Fault(
-        "csrc/cpu/spread.h",
+        "csrc/cpu/row_labels.h",
         "if (p.weight == nullptr) return body(UniformSpread<T>{});",
         "if (p.weight != nullptr) return body(UniformSpread<T>{});",
         (option("rows", "none", "index, weighted and smoothed"),),
@@ -737,61 +736,61 @@ ARITHMETIC = {
 
 GENERAL = {
     "the slopes of a row's last lanes are forgotten": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "store_first(out + j, value * lanes.slope, n);",
         "store_first(out + j, n < kLanes<A> ? value : value * lanes.slope, n);",
         (option("rows", "softcap", "index"),),
     ),
     "0 times -inf is in the moment of rows": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "sum.add(power == 0 ? Vec<A>{} : power * d);",
         "sum.add(power * d);",
         (masked("rows", "0", "every other", "index"),),
     ),
     "0 times -inf is in the gradient of the entropy of rows": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "(e == 0 ? Vec<A>{} : e * d * shifted_factor)",
         "e * d * shifted_factor",
         (masked("rows", "0", "every other", "index"),),
     ),
     "the gradient of the entropy of rows is forgotten": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "(e == 0 ? Vec<A>{} : e * d * shifted_factor)",
         "Vec<A>{}",
         (option("rows", "none", "index"),),
     ),
     "the argmax of a block is counted from its start": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "      stats.argmax = begin + i;",
         "      stats.argmax = i;",
         (f"{ARGMAX}[torch.float32-5000]",),
     ),
     "a later block of the same maximum has the argmax": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "if (stats.argmax < 0 || max > stats.top) take_first",
         "if (stats.argmax < 0 || max >= stats.top) stats.argmax = -1, take_first",
         (f"{ARGMAX}[torch.float32-5000]",),
     ),
     "NaN is no argmax of rows": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "  if (sum != sum) take_first([](A value) { return value != value; });\n",
         "  (void)sum;\n",
         (f"{ARGMAX}[torch.float32-300]",),
     ),
     "the softmax of a block of -inf alone is NaN": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "const Exp exp(max > kLowest ? max : kLowest);",
         "const Exp exp(max);",
         (masked("rows of several blocks", "0", "the first blocks", "index"),),
     ),
     "the labels of every block are those of the first": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "of_block{spread, j};",
         "of_block{spread, begin};",
         (option("rows of several blocks", "softcap", "probabilities"),),
     ),
     "the labels' part of a general gradient is not transformed": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "if constexpr (Spread::kExists) value -= spread.first(j, n) * scale;\n"
         "      store_first(out + j, value * lanes.slope, n);",
         "value *= lanes.slope;\n"
@@ -800,7 +799,7 @@ GENERAL = {
         (option("rows", "softcap", "probabilities"),),
     ),
     "the moment is scaled by nothing": Fault(
-        "csrc/cpu/general_rows.h",
+        "csrc/cpu/per_class_options.h",
         "Exp::kScale * block_moment(",
         "block_moment(",
         (option("rows", "none", "index"),),
@@ -945,25 +944,21 @@ TILES = {
     ),
     "smoothed tiles take the kernels of others": Fault(
         "csrc/cpu/tile_kernels.h",
-        "  } else if (std::is_void_v<Target> && p.label_smoothing == 0) {\n"
-        "    forward_tile<T, Target, false, false>(p, begin, end);",
-        "  } else if (std::is_void_v<Target> && p.weight == nullptr) {\n"
-        "    forward_tile<T, Target, false, false>(p, begin, end);",
+        "forward_tile<T, Target, kHasSpread, kGeneral>",
+        "forward_tile<T, Target, kHasSpread && (kGeneral || !std::is_void_v<Target>), kGeneral>",
         (option("tile", "none", "index, smoothed"),),
     ),
     "the gradient of smoothed tiles is that of others": Fault(
         "csrc/cpu/tile_kernels.h",
-        "  } else if (std::is_void_v<Target> && p.label_smoothing == 0) {\n"
-        "    backward_tile<T, Target, false, false>(p, begin, end);",
-        "  } else if (std::is_void_v<Target> && p.weight == nullptr) {\n"
-        "    backward_tile<T, Target, false, false>(p, begin, end);",
+        "backward_tile<T, Target, kHasSpread, kGeneral>",
+        "backward_tile<T, Target, kHasSpread && (kGeneral || !std::is_void_v<Target>), kGeneral>",
         (option("tile", "none", "index, smoothed"),),
     ),
     "the labels of a general tile's gradient are not transformed": Fault(
         "csrc/cpu/tile_kernels.h",
         "value -= spread.at(j + u, u, lane) * load(gradient.spread + lane);\n"
-        "          value *= seen.slope;",
-        "          value *= seen.slope;\n"
+        "          value *= z.slope;",
+        "          value *= z.slope;\n"
         "          if (has_spread) value -= spread.at(j + u, u, lane) * load(gradient.spread "
         "+ lane);",
         (option("tile", "softcap", "probabilities"),),
@@ -986,8 +981,8 @@ TILES = {
     ),
     "the gradient at the target is not transformed in tiles": Fault(
         "csrc/cpu/tile_kernels.h",
-        "value = gradient.at_target(labels, lane, seen.logit) * seen.slope;",
-        "value = gradient.at_target(labels, lane, seen.logit);",
+        "value = gradient.at_target(labels, lane, z.logit) * z.slope;",
+        "value = gradient.at_target(labels, lane, z.logit);",
         (option("tile", "softcap", "index"),),
     ),
     "the target of a tile's row keeps the gradient of the others": Fault(
@@ -1016,7 +1011,7 @@ TILES = {
     ),
     "the smoothed target has all of its weight in tiles": Fault(
         "csrc/cpu/tile_labels.h",
-        "    share = static_cast<A>(1 - p.label_smoothing);\n",
+        "    share = static_cast<A>(smoothing.keep);\n",
         "    share = 1;\n",
         (option("tile", "none", "index, smoothed"),),
     ),
@@ -1075,9 +1070,9 @@ TILES = {
         (masked("tile", "0", "every other", "index"),),
     ),
     "0 times infinity at a target of probability 0 in tiles": Fault(
-        "csrc/cpu/tile_labels.h",
-        "return prob == 0 ? gradient : gradient + rest;",
-        "return gradient + rest;",
+        "csrc/xent_math.h",
+        "return p == 0 ? gradient : gradient + part;",
+        "return gradient + part;",
         (
             "tests/test_regimes.py::test_statistics_where_the_target_is_impossible[tile-2-0-float32]",
         ),
@@ -1090,8 +1085,8 @@ TILES = {
     ),
     "options of rows take the first rows' in every tile": Fault(
         "csrc/cpu/tile_labels.h",
-        "const auto row = upstream_of(p, begin + i);",
-        "const auto row = upstream_of(p, i);",
+        "const auto row = upstream_of(p, begin + i,",
+        "const auto row = upstream_of(p, i,",
         (option("tiles", "all", "index"),),
     ),
     "rows beyond the innermost dimension are read as neighbours": Fault(
@@ -1200,7 +1195,7 @@ CHOICE = {
         ("tests/test_kernels.py::test_shape[many rows of many classes-index-float32]",),
     ),
     "tasks are rounded down": Fault(
-        "csrc/cpu/tasks.h",
+        "csrc/xent_math.h",
         "return (a + b - 1) / b;",
         "return a < b ? a : a / b;",
         ("tests/test_kernels.py::test_shape[more rows than a tile holds-index-float32]",),

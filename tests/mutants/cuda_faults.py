@@ -117,7 +117,10 @@ SWEEPS = {
         "if (this->mass == 0) add_labels(0, shift);",
     ),
     "a sum that is infinite is made NaN by what it lost": fault(
-        "sweep.cuh", "general", "return lost - lost == 0 ? sum + lost : sum;", "return sum + lost;"
+        "xent_math.h",
+        "per_class_options",
+        "return lost - lost == 0 ? sum + lost : sum;",
+        "return sum + lost;",
     ),
     "a class of label 0 and logit -inf counts": fault(
         "sweep.cuh",
@@ -206,7 +209,7 @@ MEMORY = {
 LABELS = {
     "a row of weight 0 is read": fault(
         "labels.cuh",
-        "general-address",
+        "per_class_options-address",
         "  if (has_no_weight(p, row)) return {-1, true, false};\n",
         "",
     ),
@@ -217,25 +220,28 @@ LABELS = {
         "labels.cuh", "forward", "index >= p.vocab_size;", "index > p.vocab_size;"
     ),
     "int32 targets are read as int64": fault(
-        "labels.cuh",
+        "xent_rows.h",
         "forward",
         "static_cast<const int32_t*>(p.target)[row]",
         "static_cast<const int64_t*>(p.target)[row / 2]",
     ),
     "the target's class weight is left out": fault(
-        "labels.cuh",
+        "xent_rows.h",
         "forward",
-        "return target < 0 ? A(0) : keep_of<A>(p) * class_weight<A>(p, target);",
-        "return target < 0 ? A(0) : keep_of<A>(p);",
+        "Acc(0) : class_weight<Acc>(p, target);",
+        "Acc(0) : Acc(1);",
     ),
     "smoothing is spread and not taken from the target": fault(
-        "labels.cuh",
+        "xent_rows.h",
         "forward",
-        "keep_of<A>(p) * class_weight<A>(p, target);",
-        "class_weight<A>(p, target);",
+        "smoothing.keep * weight",
+        "weight",
     ),
     "probabilities are not smoothed": fault(
-        "labels.cuh", "forward", "A(t == nullptr) : uniform_of<A>(p);", "A(t == nullptr) : A(0);"
+        "labels.cuh",
+        "forward",
+        "A(t == nullptr) : smoothing.uniform;",
+        "A(t == nullptr) : A(0);",
     ),
     "class weights of probabilities are left out": fault(
         "labels.cuh",
@@ -252,41 +258,56 @@ LABELS = {
     "a target that is no class makes a loss of 0": fault(
         "labels.cuh",
         "forward",
-        "const A value = is_bad ? kNaN<A> : A(0);\n  write_row",
-        "const A value = 0 * A(is_bad);\n  write_row",
+        "return target.is_bad ? kNaN<A> : A(0);",
+        "return 0 * A(target.is_bad);",
     ),
     "the focal loss is the plain one": fault(
-        "labels.cuh", "forward", "    loss = focal.loss;\n", ""
+        "xent_rows.h",
+        "forward",
+        "    results.loss = focal.loss;\n",
+        "",
     ),
     "the focal loss has the plain one's gradient": fault(
-        "labels.cuh", "forward_backward", "    slope = focal.slope;\n", ""
+        "xent_rows.h",
+        "forward_backward",
+        "    results.slope = focal.slope;\n",
+        "",
     ),
     "the saved slope of the focal loss is not used": fault(
-        "labels.cuh", "backward", "  if (a.focal_gamma != 0) upstream.g *= r.slope;\n", ""
+        "xent_rows.h",
+        "backward",
+        "  if (p.focal_gamma != 0) upstream.g *= results.slope;\n",
+        "",
     ),
     "the z-loss is the square of the sum's logarithm": fault(
-        "labels.cuh", "forward", "const A lse = stats.max + log_sum;", "const A lse = log_sum;"
+        "xent_rows.h",
+        "forward",
+        "const Acc lse = results.max + results.log_sum;\n    results.loss",
+        "const Acc lse = results.log_sum;\n    results.loss",
     ),
     "the z-loss's gradient is half of it": fault(
-        "labels.cuh",
+        "xent_rows.h",
         "backward",
         "upstream.softmax = 2 * upstream.g",
         "upstream.softmax = upstream.g",
     ),
     "the gradient of lse has the other sign": fault(
-        "labels.cuh",
+        "xent_rows.h",
         "backward",
-        "  if (a.grad_lse != nullptr) upstream.softmax +=",
-        "  if (a.grad_lse != nullptr) upstream.softmax -=",
+        "  if (p.grad_lse != nullptr) upstream.softmax +=",
+        "  if (p.grad_lse != nullptr) upstream.softmax -=",
     ),
     "token weights are no part of the gradient": fault(
-        "labels.cuh",
+        "xent_rows.h",
         "backward",
-        "upstream{upstream_of(a, scale, row) * token_weight<A>(a, row), 0, 0}",
-        "upstream{upstream_of(a, scale, row), 0, 0}",
+        "upstream{grad_loss * token_weight<Acc>(p, row), 0, 0}",
+        "upstream{grad_loss, 0, 0}",
     ),
     "token weights are no part of the loss": fault(
-        "labels.cuh", "forward", "return {token_weight<A>(p, row) * loss,", "return {loss,"
+        "xent_rows.h",
+        "forward",
+        "  results.loss *= token_weight<Acc>(p, row);\n",
+        "",
     ),
     "a gradient is not divided by the total weight": fault(
         "labels.cuh", "backward", "scale / divisor * unit;", "scale * unit;"
@@ -301,16 +322,16 @@ LABELS = {
         "return a.vocab_size > 0 ? static_cast<A>(a.vocab_size)",
     ),
     "a target's gradient forgets the softmax's own terms": fault(
-        "labels.cuh",
+        "xent_math.h",
         "backward",
-        "return p == 0 ? gradient : gradient + p * (upstream.softmax + upstream.shifted * d);",
+        "return p == 0 ? gradient : gradient + part;",
         "return gradient;",
     ),
     "a target of probability 0 has a gradient of NaN": fault(
-        "labels.cuh",
-        "general",
-        "return p == 0 ? gradient : gradient + p",
-        "return gradient + p",
+        "xent_math.h",
+        "per_class_options",
+        "return p == 0 ? gradient : gradient + part;",
+        "return gradient + part;",
     ),
     "rows of four dimensions are counted as if they were three": fault(
         "labels.cuh",
@@ -335,33 +356,36 @@ ROWS = {
     ),
     "a gradient stays unscaled if the first row's upstream is 1": Fault(
         "csrc/cuda/backward.cu",
-        "if (a.grad_loss_stride == 0 && upstream_of(a, scale, 0) == 1) return;",
-        "if (upstream_of(a, scale, 0) == 1) return;",
+        "if (a.grad_loss_stride == 0 && grad_loss_of(a, scale, 0) == 1) return;",
+        "if (grad_loss_of(a, scale, 0) == 1) return;",
         ("tests/test_cuda_native.py::test_races",),
     ),
     "the first vectors of a share stand for all": fault(
         "backward.cu", "backward", "    read(v + share.step);\n", ""
     ),
     "a target that is no class has a gradient of 0": fault(
-        "backward.cu", "backward", "target.is_bad ? kNaN<A> : A(0), team", "A(0), team"
+        "backward.cu",
+        "backward",
+        "unread_value<A>(target), team",
+        "A(0), team",
     ),
     "the last part of a row is not merged": fault(
-        "forward.cu",
+        "merge_parts.cuh",
         "forward",
         "for (int part = 1; part < parts; ++part)",
         "for (int part = 1; part < parts - 1; ++part)",
     ),
     "the target of a row in parts is class 0": fault(
-        "forward.cu",
+        "merge_parts.cuh",
         "forward",
-        "target.index < 0 ? A(0) : to_acc(logits[target.index]);\n    write_row",
-        "target.index < 0 ? A(0) : to_acc(logits[0]);\n    write_row",
+        "to_acc(logits[target.index]);",
+        "to_acc(logits[0]);",
     ),
     "an ignored row of several parts is written by none": fault(
         "forward.cu",
         "forward",
-        "if (team.is_leader() && part == 0) write_unread_row",
-        "if (team.is_leader() && part == 3) write_unread_row",
+        "if (team.is_leader() && team.part() == 0) write_unread_row",
+        "if (team.is_leader() && team.part() == 3) write_unread_row",
     ),
     "the workspace of rows in parts is too small": fault(
         "launch.cpp",
@@ -404,8 +428,8 @@ ROWS = {
     "the next row is taken to lie in memory as this one does": fault(
         "forward_backward.cu",
         "forward_backward",
-        "ShareFor<S>(team, next.view.n_vectors, 0, 1));",
-        "ShareFor<S>(team, row.view.n_vectors, 0, 1));",
+        "ShareFor<S>(team, next.view.n_vectors));",
+        "ShareFor<S>(team, row.view.n_vectors));",
     ),
     "a group that has no room is looked for in shared memory": fault(
         "forward_backward.cu",
@@ -452,43 +476,52 @@ ROWS = {
 
 GENERAL = {
     "the moment is not moved with the maximum": fault(
-        "general.cuh",
-        "general",
+        "per_class_options.cuh",
+        "per_class_options",
         "    moment = factor == 0 ? A(0) : factor * moment;\n",
         "",
     ),
     "the moment is moved by the maximum and not rescaled": fault(
-        "general.cuh",
-        "general",
-        "moment = with_lost(moment, lost_moment) + shift * with_lost(this->sum, lost_sum);",
+        "per_class_options.cuh",
+        "per_class_options",
+        "moment = with_lost(moment, lost_moment) + shift * with_lost(this->sum, this->lost_sum);",
         "moment = with_lost(moment, lost_moment);",
     ),
     "what the sum lost is not rescaled": fault(
-        "general.cuh", "general", "    lost_sum *= factor;\n", ""
+        "sweep.cuh",
+        "per_class_options",
+        "    if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);\n",
+        "",
     ),
     "what the moment lost is counted twice": emulated(
-        "cuda/general.cuh",
+        "cuda/per_class_options.cuh",
         "test_cuda.py::test_what_sums_lose_is_rescaled",
         "    lost_moment = 0;\n",
         "",
     ),
     "the argmax is the last of the greatest in a vector": fault(
-        "general.cuh",
-        "general",
+        "per_class_options.cuh",
+        "per_class_options",
         "if (!is_above(result(), z[i], j[i])) continue;",
         "if (z[i] < top) continue;",
     ),
     "NaN is not the greatest": fault(
-        "general.cuh", "general", "may_be_top |= !(z[i] < top);", "may_be_top |= z[i] >= top;"
+        "per_class_options.cuh",
+        "per_class_options",
+        "may_be_top |= !(z[i] < top);",
+        "may_be_top |= z[i] >= top;",
     ),
     "an exponential of 0 and a logit of -inf make a moment of NaN": fault(
-        "general.cuh", "general", "if (e != 0) sums[1] += e * d;", "sums[1] += e * d;"
+        "per_class_options.cuh",
+        "per_class_options",
+        "if (e != 0) sums[1] += e * d;",
+        "sums[1] += e * d;",
     ),
     "an exponential of 0 and a logit of -inf make a gradient of NaN": fault(
-        "general.cuh",
-        "general",
-        "if (e != 0) value += e * d * shifted;",
-        "value += e * d * shifted;",
+        "per_class_options.cuh",
+        "per_class_options",
+        "if (e != 0) value += e * d * this->shifted_factor;",
+        "value += e * d * this->shifted_factor;",
     ),
     "threads without classes have the argmax of what is -inf": emulated(
         "xent_math.h",
@@ -497,87 +530,93 @@ GENERAL = {
         "is_above",
     ),
     "a saturated softcap has no derivative": fault(
-        "general.cuh",
-        "general",
+        "transform.cuh",
+        "per_class_options",
         "    const A e = exp_nonpositive(-2 * fabs(x * inner)), one_plus_e = 1 + e;\n"
         "    return 4 * scale * e / (one_plus_e * one_plus_e);\n",
         "    const A y = tanh(x * inner);\n    return scale * (1 - y * y);\n",
     ),
     "the softcap's derivative forgets the scale": fault(
-        "general.cuh", "general", "return 4 * scale * e /", "return 4 * e /"
+        "transform.cuh",
+        "per_class_options",
+        "return 4 * scale * e /",
+        "return 4 * e /",
     ),
     "the scale is no part of a capped logit": fault(
-        "general.cuh",
-        "general",
+        "transform.cuh",
+        "per_class_options",
         "if (softcap != 0) inner = scale / softcap;",
         "if (softcap != 0) inner = 1 / softcap;",
     ),
     "the entropy's gradient forgets the entropy": fault(
-        "general.cuh",
-        "general",
-        "upstream.softmax -= grad_entropy * (entropy - r.log_sum);",
-        "upstream.softmax -= grad_entropy * r.log_sum;",
+        "xent_rows.h",
+        "per_class_options",
+        "grad_entropy * (results.entropy - results.log_sum);",
+        "grad_entropy * results.log_sum;",
     ),
     "the target's derivative is left out": fault(
-        "general.cu",
-        "general",
+        "per_class_options.cu",
+        "per_class_options",
         "from_acc<T>(at_target * view.transform.slope(x))",
         "from_acc<T>(at_target)",
     ),
     "a team does not wait for its statistics": fault(
-        "general.cu",
-        "general",
+        "per_class_options.cu",
+        "per_class_options",
         "    wait();\n    if (rank >= n) continue;\n",
         "    if (rank >= n) continue;\n",
     ),
     "the next row's statistics overwrite what is being read": fault(
-        "general.cu",
-        "general-thread",
+        "per_class_options.cu",
+        "per_class_options-thread",
         "  wait();  // the next row's statistics go where these are\n",
         "",
     ),
     "with a softcap, a target that is no class has a gradient of 0": fault(
-        "general.cu",
-        "general",
-        "fill_any_row(a, out, target.is_bad ? kNaN<A> : A(0), team, part, parts);",
-        "fill_any_row(a, out, A(0), team, part, parts);",
+        "per_class_options.cu",
+        "per_class_options",
+        "fill_any_row(a, out, value, team);",
+        "fill_any_row(a, out, A(0), team);",
     ),
     "strided rows are filled in part": fault(
-        "general.cu",
-        "general",
-        "j += int64_t{parts} * team.size()) {",
-        "j += int64_t{parts} * team.size() + 1) {",
+        "per_class_options.cu",
+        "per_class_options",
+        "j += share.edge_step) {\n    out",
+        "j += share.edge_step + 1) {\n    out",
     ),
     "the last part of a row's statistics is not merged": fault(
-        "general.cu",
-        "general",
+        "merge_parts.cuh",
+        "per_class_options",
         "for (int part = 1; part < parts; ++part)",
         "for (int part = 1; part < parts - 1; ++part)",
     ),
     "the target of a row in parts is not transformed": fault(
-        "general.cu", "general", "Transform<A>(a).logit(x), stats);", "x, stats);"
+        "merge_parts.cuh",
+        "per_class_options",
+        "results_of_row<Acc<T>>(a, row, target, z, stats);",
+        "results_of_row<Acc<T>>(a, row, target, x, stats);\n  (void)z;",
     ),
     "a backward does not know the entropy": fault(
-        "general.cu",
-        "general",
-        "      if (a.grad_entropy != nullptr) entropy = static_cast<const A*>(a.entropy)[row];\n",
-        "",
+        "xent_rows.h",
+        "per_class_options",
+        "p.grad_entropy == nullptr ? Acc(0) : acc_at<Acc>(p, p.entropy, row)};",
+        "Acc(0)};",
     ),
     "strided logits are read as vectors": fault(
-        "general.cu",
-        "general",
+        "per_class_options.cu",
+        "per_class_options",
         "const bool is_adjacent = stride == 1 && (out",
         "const bool is_adjacent = (out",
     ),
     "a strided gradient is written as vectors": fault(
-        "general.cu",
-        "general",
+        "per_class_options.cu",
+        "per_class_options",
         "(out == nullptr || a.grad_layout.class_stride == 1) &&",
         "",
     ),
     "classes that are not there may be the greatest": fault(
-        "general.cu",
-        "general",
+        "per_class_options.cu",
+        "per_class_options",
         "z[u] = is_there ? logit(j[u]) : -kInfinity<A>;",
         "z[u] = is_there ? logit(j[u]) : A(0);",
     ),
@@ -603,13 +642,13 @@ COLUMNS = {
         "    }\n    if (has_backward && has_rows)",
     ),
     "what a strided row's sum lost is not rescaled": fault(
-        "columns.cu",
+        "sweep.cuh",
         "columns",
         "    if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);\n",
         "",
     ),
     "what a strided row's sum lost is forgotten": emulated(
-        "cuda/columns.cu",
+        "cuda/sweep.cuh",
         "test_cuda.py::test_small_exponentials_beside_a_great_one",
         "    stats.sum = with_lost(stats.sum, lost_sum);\n",
         "",
@@ -638,8 +677,8 @@ COLUMNS = {
     "a strided target that is no class has a gradient of 0": fault(
         "columns.cu",
         "columns",
-        "return {0, target.is_bad ? kNaN<A> : A(0), 0, 0};",
-        "return {0, A(0), 0, 0};",
+        "return {{0, value, 0}, 0};",
+        "return {{0, A(0), 0}, 0};",
     ),
     "strided ignored rows are scaled": Fault(
         "csrc/cuda/columns.cu",
@@ -659,20 +698,20 @@ LAUNCHERS = {
     "float32 probabilities are read as 16-bit ones": fault(
         "dispatch.cuh",
         "forward",
-        "if (probabilities && p.target_dtype == p.dtype) return body(type, type);",
-        "if (probabilities) return body(type, type);",
+        "if (!has_indices(p) && p.target_dtype == p.dtype) return body(type, type);",
+        "if (!has_indices(p)) return body(type, type);",
     ),
     "smoothed labels run in the kernels of plain ones": fault(
-        "dispatch.cuh",
+        "xent_rows.h",
         "forward",
-        "p.target_kind == TargetKind::probabilities || p.label_smoothing != 0",
-        "p.target_kind == TargetKind::probabilities",
+        "return !has_indices(p) || p.label_smoothing != 0;",
+        "return !has_indices(p);",
     ),
     "the last rows have no block": fault(
         "dispatch.cuh",
         "columns",
-        "const int64_t blocks = (units + per_block - 1) / per_block;",
-        "const int64_t blocks = (units + per_block - 2) / per_block;",
+        "ceil_div(units, per_block)",
+        "ceil_div(units - 1, per_block)",
     ),
     "scaled logits run in the kernels of plain ones": fault(
         "xent_params.h",
@@ -710,14 +749,14 @@ LAUNCHERS = {
     "the probabilities' layout does not count": fault(
         "launch.cpp",
         "columns",
-        "    add(p.target, p.target_layout, element_size(p.target_dtype));\n",
+        "  if (!has_indices(p)) add(p.target, p.target_layout, element_size(p.target_dtype));\n",
         "",
     ),
     "what smoothing spreads is divided by one class less": fault(
-        "launch.cpp",
+        "xent_rows.h",
         "forward",
-        "a.label_smoothing / static_cast<double>(a.vocab_size);",
-        "a.label_smoothing / static_cast<double>(a.vocab_size - 1);",
+        "static_cast<double>(p.vocab_size)}",
+        "static_cast<double>(p.vocab_size - 1)}",
     ),
     "rows are split over clusters where there are none": emulated(
         "cuda/plan.cpp",
@@ -754,12 +793,15 @@ SUMS = {
         "threadIdx.x < kThreads - kWarp ? mine : Pair{0, 0};",
     ),
     "ignored rows have a weight": fault(
-        "sums.cu", "sums", "if (!target.is_ignored && !target.is_bad) {", "if (!target.is_bad) {"
+        "sums.cu",
+        "sums",
+        "if (target.is_read()) {",
+        "if (!target.is_bad) {",
     ),
     "rows whose target is no class have a weight": fault(
         "sums.cu",
         "sums",
-        "if (!target.is_ignored && !target.is_bad) {",
+        "if (target.is_read()) {",
         "if (!target.is_ignored) {",
     ),
     "the total weight forgets class weights": fault(

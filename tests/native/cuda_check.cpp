@@ -1,7 +1,8 @@
 // Runs the CUDA kernels, by their launchers, over a table of cases and compares with the
 // definitions in long double: under the emulator, as a program of its own for the sanitizers.
 //
-//   cuda_check [--small] [--bfloat16] [forward|backward|forward_backward|columns|general|sums]
+//   cuda_check [--small] [--bfloat16]
+//   [forward|backward|forward_backward|columns|per_class_options|sums]
 //
 // --small: blocks of 64 threads and few cases, for race checks. --bfloat16: no other logits.
 // forward ...: the kernels of that file in csrc/cuda alone, linked without the others.
@@ -266,7 +267,8 @@ class Table {
           }
           c.misalignment = next(4);
           const Problem problem(c);
-          if (!only_.empty() && (only_ == "general") != shape_of(problem).general) continue;
+          if (!only_.empty() && (only_ == "per_class_options") != shape_of(problem).general)
+            continue;
           run(c, {plans[next(plans.size())], default_plans(c)});
         }
       }
@@ -350,7 +352,7 @@ class Table {
         }
         const char* why = cuda::why_not(*plan, shape, device_);
         if (why != nullptr) *plan = *otherwise;
-        if (!only_.empty() && only_ != "general")
+        if (!only_.empty() && only_ != "per_class_options")
           skip |= (plan->regime == Regime::columns) != (only_ == "columns");
       }
       if (skip) continue;
@@ -384,14 +386,14 @@ int main(int argc, char** argv) {
   std::set<std::string> arguments(argv + 1, argv + argc);
   std::string only;
   for (const char* name :
-       {"forward", "backward", "forward_backward", "columns", "general", "sums"}) {
+       {"forward", "backward", "forward_backward", "columns", "per_class_options", "sums"}) {
     if (arguments.count(name) > 0) only = name;
   }
   Table table(arguments.count("--small") > 0, arguments.count("--bfloat16") > 0, only);
   if (only.empty() || only == "sums") table.sums();
   if (only == "sums") return finish();
   table.extras();
-  if (only == "general") return finish();
+  if (only == "per_class_options") return finish();
   table.vocabularies();
   table.layouts();
   if (arguments.count("--small") == 0) {

@@ -1,7 +1,8 @@
-// Where the row kernels take t_j of xent_math.h from. Included like simd.h.
+// The labels t_j of xent_math.h for the row kernels: none, 1 for all classes, class weights, or
+// probabilities. Included like simd.h.
 //
-// pair(j) holds the t of the classes that load_pair<T> at j holds, first(j, n) those of n classes
-// from j on in order, and zeros.
+// pair(j) has the t of the same classes as load_pair<T> of the logits at j. first(j, n) has the t
+// of n classes from j on, in order, and then zeros.
 
 struct NoSpread {
   static constexpr bool kExists = false;
@@ -43,8 +44,8 @@ struct ProbabilitySpread {
   ProbabilitySpread(const Params& p, int64_t row)
       : target(static_cast<const Target*>(p.target) + row_offset(p.target_layout, row)),
         weight(static_cast<const A*>(p.weight)),
-        scale(static_cast<A>(1 - p.label_smoothing)),
-        offset(static_cast<A>(p.label_smoothing / static_cast<double>(p.vocab_size))) {}
+        scale(static_cast<A>(smoothing_of(p).keep)),
+        offset(static_cast<A>(smoothing_of(p).uniform)) {}
 
   XENT_INLINE Pair<A> pair(int64_t j) const {
     Pair<A> t = load_pair<T>(target + j);
@@ -62,7 +63,7 @@ struct ProbabilitySpread {
   }
 };
 
-// Calls body with the row's spread.
+// Calls body with the labels of a row.
 template <typename T, typename Target, typename Body>
 XENT_INLINE auto with_spread(const Params& p, int64_t row, const Body& body) {
   if constexpr (!std::is_void_v<Target>) {

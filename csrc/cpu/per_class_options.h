@@ -1,46 +1,46 @@
-// Row kernels of what costs an instruction a class: transformed logits, statistics, the gradient of
-// the entropy. A block's logits are put into scratch memory as the softmax sees them, and its loops
-// run there one after another: it stays in the first-level cache. Included like simd.h.
+// Row kernels with per-class options (see is_general): transformed logits, the statistics entropy
+// and argmax, and the gradient of the entropy. The transformed logits z of a block are written to
+// scratch memory, which stays in the first-level cache, and several loops read them there. Included
+// like simd.h.
 
-// Logits [begin, begin + count) of a row, count at most kBlock; slopes may be null.
+// Writes the transformed logits of count classes.
 template <typename T>
-XENT_INLINE void read_transformed(const T* x, int count, const Transform<Acc<T>>& transform,
-                                  Acc<T>* logits, Acc<T>* slopes) {
+XENT_INLINE void transform_block(const T* x, int count, const Transform<Acc<T>>& transform,
+                                 Acc<T>* z) {
   using A = Acc<T>;
   for (int i = 0; i < count; i += kLanes<A>) {
     const int n = count - i < kLanes<A> ? count - i : kLanes<A>;
-    const auto lanes = transform(load_first(x + i, n));
-    store(logits + i, lanes.logit);
-    if (slopes != nullptr) store(slopes + i, lanes.slope);
+    store(z + i, transform(load_first(x + i, n)).logit);
   }
 }
 
-// Scratch memory for a block, with room for a vector more than it has.
+// Scratch memory of a block. It has room for one more vector: the last one may be partly filled.
 template <typename A>
 struct BlockScratch {
   alignas(64) A values[kBlock + kLanes<A>];
 };
 
-// The sum of e * (x - max).
+// The sum of e * (z - max).
 template <typename A>
-XENT_INLINE double block_moment(const A* x, const A* e, int count, A max) {
+XENT_INLINE double block_moment(const A* z, const A* e, int count, A max) {
   LongSum<A> sum;
   for (int i = 0; i < count; i += kLanes<A>) {
     const int n = count - i < kLanes<A> ? count - i : kLanes<A>;
-    const Vec<A> power = load_first(e + i, n), d = load_first(x + i, n) - max;
+    const Vec<A> power = load_first(e + i, n), d = load_first(z + i, n) - max;
     sum.add(power == 0 ? Vec<A>{} : power * d);
   }
   return sum_lanes(sum.value());
 }
 
-// Finds the argmax of a block, by whose maximum and sum it may be above what there is.
+// Updates top and argmax by a block from class begin on. Its maximum and its sum, which is NaN if a
+// logit is, tell whether the block has to be searched.
 template <typename A>
-void raise_top(FullStats<double>& stats, const A* x, int64_t begin, int count, A max, double sum) {
+void raise_top(FullStats<double>& stats, const A* z, int64_t begin, int count, A max, double sum) {
   const auto take_first = [&](const auto& is_it) {
     int i = 0;
-    while (i < count && !is_it(x[i])) ++i;
-    if (i < count && is_above<double>(stats, x[i], begin + i)) {
-      stats.top = x[i];
+    while (i < count && !is_it(z[i])) ++i;
+    if (i < count && is_above<double>(stats, z[i], begin + i)) {
+      stats.top = z[i];
       stats.argmax = begin + i;
     }
   };
@@ -48,7 +48,7 @@ void raise_top(FullStats<double>& stats, const A* x, int64_t begin, int count, A
   if (stats.argmax < 0 || max > stats.top) take_first([=](A value) { return value == max; });
 }
 
-// A spread whose classes are counted from `begin` on.
+// A spread in which class j of a block is class begin + j of the row.
 template <typename Spread>
 struct SpreadFrom {
   static constexpr bool kExists = Spread::kExists;
@@ -69,18 +69,18 @@ FullStats<double> general_stats(const Params& p, int64_t row, int64_t begin, int
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   FullStats<double> all{{kLowest, 0, 0, 0}, 0, -kInfinity, -1};
   with_spread<A, Target>(p, row, [&](const auto& spread) {
-    BlockScratch<A> logits, exponentials;
+    BlockScratch<A> z, exponentials;
     for (int64_t j = begin; j < end; j += kBlock) {
       const int count = static_cast<int>(end - j < kBlock ? end - j : kBlock);
-      read_transformed(x + j, count, transform, logits.values, static_cast<A*>(nullptr));
-      const A max = block_max(logits.values, 0, count, -kInfinity);
+      transform_block(x + j, count, transform, z.values);
+      const A max = block_max(z.values, 0, count, -kInfinity);
       const Exp exp(max > kLowest ? max : kLowest);
       const SpreadFrom<std::decay_t<decltype(spread)>> of_block{spread, j};
-      const BlockStats block =
-          block_stats(logits.values, exp, of_block, 0, count, exponentials.values);
+      const RowStats<double> block =
+          block_stats(z.values, exp, of_block, 0, count, exponentials.values);
       const double moment =
-          Exp::kScale * block_moment(logits.values, exponentials.values, count, exp.max);
-      raise_top(all, logits.values, j, count, max, block.sum);
+          Exp::kScale * block_moment(z.values, exponentials.values, count, exp.max);
+      raise_top(all, z.values, j, count, max, block.sum);
       merge_stats(all, {{exp.origin(), block.sum, block.mass, block.dot}, moment, -kInfinity, -1});
     }
   });
@@ -89,14 +89,14 @@ FullStats<double> general_stats(const Params& p, int64_t row, int64_t begin, int
 
 template <typename T, typename Target>
 void general_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
-                      RowGradient gradient) {
+                      FullGradient<double> gradient) {
   using A = Acc<T>;
   using Exp = SubtractingExp<A>;
   const T* x = logits_row<T>(p, row);
   T* out = gradient_row<T>(p, row);
   const Transform<A> transform(p);
   const Exp exp(gradient.max);
-  const A factor = static_cast<A>(gradient.logit_factor * Exp::kScale);
+  const A factor = static_cast<A>(gradient.factor * Exp::kScale);
   const A shifted_factor = static_cast<A>(gradient.shifted_factor * Exp::kScale);
   const A scale = static_cast<A>(gradient.spread);
   with_spread<A, Target>(p, row, [&](const auto& spread) {

@@ -1,11 +1,12 @@
-// All three passes where a class costs more than the softmax, for rows of any layout: one read of
-// the logits forward, one read and one write backward, and both for both at once, the second read
-// soon enough to find most of a row in a cache.
+// Forward, backward and forward_backward with per-class options (see is_general), for rows of any
+// layout. Forward reads the logits once; backward reads and writes once; forward_backward does
+// both, and finds most of a row in a cache at its second read.
 //
-// A team of threads sweeps a row: in 16-byte accesses where its classes are adjacent, else, most
-// often, a single thread, whose neighbours have the neighbouring rows.
+// A team of threads sweeps a row, in 16-byte accesses if its classes are adjacent. Otherwise the
+// team is mostly a single thread, and neighbouring threads have neighbouring rows.
 #include "dispatch.cuh"
-#include "general.cuh"
+#include "merge_parts.cuh"
+#include "per_class_options.cuh"
 #include "regimes.h"
 
 namespace fused_xent::cuda {
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-// A row as a thread meets it: its part of the vectors, and of the other elements.
+// A row, and one thread's share of its vectors and edges.
 template <typename T, typename S>
 struct GeneralRow {
   using A = Acc<T>;
@@ -24,23 +25,21 @@ struct GeneralRow {
   RowView<const T> view;
   Share<1> share;
 
-  __device__ GeneralRow(const Arguments& a, int64_t row, const T* out, const Team& team, int part,
-                        int parts)
+  __device__ GeneralRow(const Arguments& a, int64_t row, const T* out, const Team& team)
       : spread(a, row),
-        has_spread(spread_of<A>(a) != 0),
+        has_spread(fused_xent::has_spread(a)),
         transform(a),
         stride(a.logits_layout.class_stride),
         view(row_of<const T>(a.logits, a.logits_layout, row), static_cast<int>(a.vocab_size)),
-        share(team, 0, part, parts) {
+        share(team, 0) {
     const bool is_adjacent = stride == 1 && (out == nullptr || a.grad_layout.class_stride == 1) &&
                              (!has_spread || spread.class_stride == 1);
     const auto apart = reinterpret_cast<uintptr_t>(view.data) -
                        reinterpret_cast<uintptr_t>(out == nullptr ? view.data : out);
     if (!is_adjacent || apart % 16 != 0 || (has_spread && !spread.has_vectors_at(view.head))) {
-      view.head = view.n_edges = static_cast<int>(a.vocab_size);
-      view.n_vectors = 0;
+      view.use_no_vectors();
     }
-    share = Share<1>(team, view.n_vectors, part, parts);
+    share = Share<1>(team, view.n_vectors);
   }
 
   __device__ __forceinline__ A logit(int64_t j) const { return to_acc(view.data[j * stride]); }
@@ -103,8 +102,9 @@ struct GeneralRow {
   }
 };
 
-// All threads of a team, neighbours in the block, get the sum of their stats. `shared` has a place
-// for every thread of the block. Orders their reads before it and writes after it.
+// Returns the merged stats of a team to each of its threads, which are neighbours in the block.
+// `shared` has a place for every thread of the block. A barrier: reads before it come before writes
+// after it.
 template <typename A>
 __device__ __forceinline__ FullStats<A> merge_team(FullStats<A> stats, FullStats<A>* shared,
                                                    int size) {
@@ -131,20 +131,13 @@ __device__ __forceinline__ FullStats<A> merge_team(FullStats<A> stats, FullStats
   return stats;
 }
 
-template <typename A>
-__device__ __forceinline__ A entropy_of(const FullStats<A>& stats, A log_sum) {
-  return log_sum - stats.moment / stats.sum;
-}
-
 template <typename T>
 __device__ __forceinline__ void fill_any_row(const Arguments& a, T* out, Acc<T> value,
-                                             const Team& team, int part, int parts) {
+                                             const Team& team) {
   const int64_t stride = a.grad_layout.class_stride;
-  if (stride == 1) {
-    return fill_row(out, static_cast<int>(a.vocab_size), value, team, part, parts);
-  }
-  for (int64_t j = team.rank() + int64_t{part} * team.size(); j < a.vocab_size;
-       j += int64_t{parts} * team.size()) {
+  if (stride == 1) return fill_row(out, static_cast<int>(a.vocab_size), value, team);
+  const Share<1> share(team, 0);
+  for (int64_t j = share.edge_rank; j < a.vocab_size; j += share.edge_step) {
     out[j * stride] = from_acc<T>(value);
   }
 }
@@ -157,75 +150,45 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : 2))
   __shared__ FullStats<A> shared[kMaxThreads];
   const A scale = has_backward ? upstream_scale<A>(a) : A(0);
   const Team team(team_size);
-  const int part = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x);
   for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
     T* out = has_backward ? row_of<T>(a.grad_logits, a.grad_layout, row) : nullptr;
     const Target target = read_target(a, row);
-    if (target.is_ignored || target.is_bad) {
-      if (has_forward && team.is_leader() && part == 0) {
-        write_unread_row<A>(a, row, target.is_bad);
-      }
-      if (has_backward) {
-        fill_any_row(a, out, target.is_bad ? kNaN<A> : A(0), team, part, parts);
-      }
+    if (!target.is_read()) {
+      const A value = unread_value<A>(target);
+      if (has_forward && team.is_leader() && team.part() == 0) write_unread_row(a, row, value);
+      if (has_backward) fill_any_row(a, out, value, team);
       continue;
     }
-    const GeneralRow<T, S> view(a, row, out, team, part, parts);
-    // The target's own thread reads its logit before it overwrites it; the others while a merge is
-    // still to come.
+    const GeneralRow<T, S> view(a, row, out, team);
+    // The thread that owns the target reads its logit before it overwrites it. Others read it only
+    // in forward, before the barrier of the merge.
     const bool has_target = has_backward && view.share.owns(view.view, target.index);
     const bool needs_target = has_target || (has_forward && target.index >= 0);
     const A x = needs_target ? view.logit(target.index) : A(0), z = view.transform.logit(x);
     RowResults<A> results;
-    A entropy = 0;
     if (has_forward) {
       const FullStats<A> stats = merge_team(view.sweep(), shared, team_size);
-      if (parts > 1) {
-        if (team.is_leader()) partials[row * parts + part] = stats;
+      if (team.parts() > 1) {
+        if (team.is_leader()) partials[row * team.parts() + team.part()] = stats;
         continue;
       }
       results = results_of_row<A>(a, row, target.index, z, stats);
-      entropy = entropy_of(stats, results.log_sum);
-      if (team.is_leader()) {
-        write_row(a, row, results);
-        write_statistics(a, row, entropy, stats.argmax);
-      }
+      results.entropy = entropy_of(stats, results.log_sum);
+      if (team.is_leader()) write_results(a, row, results, stats.argmax);
       if (!has_backward) continue;
     } else {
       results = saved_results<A>(a, row);
-      if (a.grad_entropy != nullptr) entropy = static_cast<const A*>(a.entropy)[row];
     }
-    const Upstream<A> upstream = general_upstream(a, scale, row, results, entropy);
-    const A spread = spread_of<A>(a), one_over_sum = exp(-results.log_sum);
-    const A q = label_mass(on_target_of<A>(a, target.index), spread, mass_of(a, results.mass));
-    const GeneralGradient<A> gradient{
-        results.max, (upstream.g * q + upstream.softmax) * one_over_sum,
-        upstream.shifted * one_over_sum, upstream.g * spread, view.transform};
-    view.write(out, a.grad_layout.class_stride, gradient);
+    Upstream<A> upstream = upstream_of(a, row, grad_loss_of(a, scale, row), results);
+    add_entropy_gradient(upstream, a, row, results);
+    const RowLabels<A> labels = labels_of_row<A>(a, target.index);
+    const A mass = mass_of(a, results.mass);
+    view.write(out, a.grad_layout.class_stride,
+               {gradient_of_row(upstream, labels, mass, results), view.transform});
     if (!has_target) continue;
-    const A at_target = gradient_at_target(a, upstream, target.index, z, results);
+    const A at_target = gradient_at_target(upstream, labels, mass, results, z);
     out[target.index * a.grad_layout.class_stride] =
         from_acc<T>(at_target * view.transform.slope(x));
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
-    merge_general_parts(const __grid_constant__ Arguments a, int parts,
-                        const FullStats<Acc<T>>* partials) {
-  using A = Acc<T>;
-  const int64_t n_threads = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < a.n_rows;
-       row += n_threads) {
-    const Target target = read_target(a, row);
-    if (target.is_ignored || target.is_bad) continue;  // written by its first part
-    FullStats<A> stats = partials[row * parts];
-    for (int part = 1; part < parts; ++part) merge_stats(stats, partials[row * parts + part]);
-    const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
-    const A x = target.index < 0 ? A(0) : to_acc(logits[target.index]);
-    const auto results = results_of_row<A>(a, row, target.index, Transform<A>(a).logit(x), stats);
-    write_row(a, row, results);
-    write_statistics(a, row, entropy_of(stats, results.log_sum), stats.argmax);
   }
 }
 
@@ -235,20 +198,13 @@ cudaError_t general(const Arguments& a, const Plan& plan, void* workspace, bool 
                     bool has_backward, cudaStream_t stream) {
   const int team = plan.regime == Regime::columns ? plan.workers : plan.team;
   const dim3 grid = grid_for(a, plan, team);
-  const cudaError_t error = with_spread_types(a, [&](auto t, auto s) {
-    using T = typename decltype(t)::type;
-    using S = typename decltype(s)::type;
+  const cudaError_t error = with_spread_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
     general_rows<T, S><<<grid, plan.threads, 0, stream>>>(
         a, team, has_forward, has_backward, static_cast<FullStats<Acc<T>>*>(workspace));
     return cudaGetLastError();
   });
   if (error != cudaSuccess || plan.parts == 1 || !has_forward) return error;
-  return with_dtype(a.dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    merge_general_parts<T><<<blocks_for(a.n_rows, kMaxThreads), kMaxThreads, 0, stream>>>(
-        a, plan.parts, static_cast<const FullStats<Acc<T>>*>(workspace));
-    return cudaGetLastError();
-  });
+  return launch_merge_parts<FullStats>(a, plan, workspace, stream);
 }
 
 }  // namespace fused_xent::cuda

@@ -1,0 +1,46 @@
+// Targets and upstream gradients of rows on the CPU.
+#pragma once
+
+#include "../xent_rows.h"
+
+namespace fused_xent::cpu {
+
+using fused_xent::target_index;  // binding/cpu.cpp names it in this namespace
+
+// Calls body with the array of class indices, of its own type.
+template <typename Body>
+XENT_INLINE auto with_indices(const Params& p, const Body& body) {
+  switch (p.target_kind) {
+    case TargetKind::int64:
+      return body(static_cast<const int64_t*>(p.target));
+    case TargetKind::int32:
+      return body(static_cast<const int32_t*>(p.target));
+    default:
+      return body(static_cast<const uint8_t*>(p.target));
+  }
+}
+
+// True for rows that are ignored or have token weight 0: their logits are not read, their target is
+// not checked, and their loss and gradient are 0.
+XENT_INLINE bool is_left_out(const Params& p, int64_t row) {
+  return (has_indices(p) && target_index(p, row) == p.ignore_index) || token_weight(p, row) == 0;
+}
+
+// True if a row's loss is more than its cross-entropy, or its gradient more than that of its loss.
+XENT_INLINE bool has_row_options(const Params& p) {
+  return p.token_weight != nullptr || p.lse_square_scale != 0 || p.focal_gamma != 0 ||
+         p.grad_lse != nullptr || p.grad_entropy != nullptr;
+}
+
+XENT_INLINE double grad_loss_of(const Params& p, int64_t row) {
+  return acc_at(p, p.grad_loss, row * p.grad_loss_stride) * p.grad_scale;
+}
+
+XENT_INLINE Upstream<double> upstream_of(const Params& p, int64_t row,
+                                         const RowResults<double>& results) {
+  Upstream<double> upstream = upstream_of(p, row, grad_loss_of(p, row), results);
+  add_entropy_gradient(upstream, p, row, results);
+  return upstream;
+}
+
+}  // namespace fused_xent::cpu
