@@ -31,8 +31,8 @@ from .timing import Key, Samples, Timer, Workload, interleave
 Losses = list[tuple[str, Callable[..., Tensor]]]  # by provider
 Show = Callable[[str], None]
 MODES = ("forward", "both")
-CALLS = 50  # in a sample
-ROUNDS, QUICK_ROUNDS = 100, 20  # samples
+CALLS = 10  # in a sample: so few that a busy machine seldom interrupts it
+ROUNDS, QUICK_ROUNDS = 300, 60  # samples
 QUICK = ("tiny", "linear")
 
 

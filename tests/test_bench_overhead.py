@@ -60,8 +60,8 @@ def test_every_case_in_both_modes(tmp_path, threads, capsys):
 @pytest.mark.parametrize(
     ("arguments", "cases", "n_rounds"),
     [
-        ([], list(CASES), 100),
-        (["--quick"], ["tiny", "linear"], 20),
+        ([], list(CASES), 300),
+        (["--quick"], ["tiny", "linear"], 60),
         (["--rounds", "3", "small", "tiny", "small"], ["small", "tiny"], 3),
     ],
 )
