@@ -11,6 +11,7 @@ from importlib import import_module
 COMMANDS = {
     "loss": ("loss:main", "the loss of logits and its gradient, beside torch and others (default)"),
     "linear": ("linear:main", "a linear layer and its loss, beside the bare matrix products"),
+    "overhead": ("overhead:main", "the price of a call, on tiny inputs and one thread"),
     "sweep": ("loss:sweep_main", "the loss at 1000 to 262144 classes"),
     "roofline": ("roofline:main", "how near they come to what this machine can do"),
     "compare": ("compare:main", "two --json files: status 1 where the second is slower"),

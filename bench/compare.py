@@ -79,6 +79,11 @@ def baselines(before: Run, after: Run) -> float | None:
     return sorted(changes)[len(changes) // 2] if changes else None
 
 
+def milliseconds(seconds: float) -> str:
+    """With more digits where they are of a mere call."""
+    return f"{seconds * 1e3:.2f}" if seconds > 1e-3 else f"{seconds * 1e3:.4f}"
+
+
 def table_of(found: list[Difference]) -> Table:
     """Of one case."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
@@ -89,7 +94,7 @@ def table_of(found: list[Difference]) -> Table:
     for one in found:
         table.add_row(
             f"  {tables.MODE_TITLES[one.before.mode]}, {one.before.provider}",
-            *(f"{timing.median * 1e3:.2f}" for timing in (one.before, one.after)),
+            *(milliseconds(timing.median) for timing in (one.before, one.after)),
             f"{one.change:+.0%}",
             f"{one.noise:.0%}",
             one.verdict,

@@ -233,19 +233,9 @@ def measure(options: argparse.Namespace, result: Result, show: Callable[[str], N
     show("float64 reference")
     workload = Workload(result.shape, DTYPES[result.dtype], options.device)
     candidates, result.absent = gather(ADAPTERS, options.device, options.provider)
+    passed, peaks = check(workload, candidates, result, show)
     timers = [(BARE, lambda: {(STEP, BARE): workload.bare_seconds()})]
-    passed, peaks = {}, {}
-    for name, loss_function in candidates:
-        show(f"checking {name}")
-        try:
-            errors = workload.check(loss_function)
-            peaks[name] = workload.peak_bytes(loss_function)
-        except Exception as error:  # whatever one raises, the others are still measured
-            note_failure(result, name, error)
-        else:
-            result.errors[name] = errors
-            passed[name] = loss_function
-            timers.append((name, partial(step_samples, workload, name, loss_function)))
+    timers += [(name, partial(step_samples, workload, name, one)) for name, one in passed]
     workload.exact = ()  # its memory is of no use while it is timed
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     samples: dict[Key, list[float]] = {}
@@ -255,7 +245,7 @@ def measure(options: argparse.Namespace, result: Result, show: Callable[[str], N
             note_failure(result, name, error)
         show("checking again")
         workload.negate()  # whoever remembers an earlier result is found out
-        for name, loss_function in passed.items():
+        for name, loss_function in passed:
             try:
                 workload.check(loss_function)
             except Exception as error:
@@ -266,6 +256,24 @@ def measure(options: argparse.Namespace, result: Result, show: Callable[[str], N
             if name not in left_out:
                 work = workload.bytes, workload.operations
                 result.timings.append(Timing(STEP, name, *work, peaks.get(name), seconds))
+
+
+def check(
+    workload: Workload, candidates: Found, result: Result, show: Callable[[str], None]
+) -> tuple[Found, dict[str, int | None]]:
+    """The providers that tell the truth, and their memory. Others are noted in `result`."""
+    passed, peaks = [], {}
+    for name, loss_function in candidates:
+        show(f"checking {name}")
+        try:
+            errors = workload.check(loss_function)
+            peaks[name] = workload.peak_bytes(loss_function)
+        except Exception as error:  # whatever one raises, the others are still measured
+            note_failure(result, name, error)
+        else:
+            result.errors[name] = errors
+            passed.append((name, loss_function))
+    return passed, peaks
 
 
 def step_samples(workload: Workload, name: str, loss_function: LinearLoss) -> dict[Key, float]:

@@ -21,8 +21,9 @@ from .cases import DTYPES, MODES
 from .device import gpu_environment
 
 EAGER = "torch eager"  # whom every provider is compared with
-BENCHMARKS = ("loss", "linear")
+BENCHMARKS = ("loss", "linear", "overhead")
 BASELINES = ("copy", "read")  # modes of what the memory of the machine allows
+HOST_MODES = ("host forward", "host both")  # of the host alone, which runs ahead of a GPU
 Environment = dict[str, "str | int | float"]
 
 
@@ -36,6 +37,7 @@ class Timing:
     operations: int  # that it must compute
     peak_bytes: int | None = None  # at once, beyond inputs; where it could be measured
     seconds: list[float] = field(default_factory=list)
+    kernels: int | None = None  # that a call launches, where they were counted
 
     @property
     def median(self) -> float:
@@ -76,7 +78,7 @@ class Timing:
 class Result:
     """One case in one dtype, all timings from one interleaved run."""
 
-    benchmark: str  # "loss" or "linear"
+    benchmark: str  # one of BENCHMARKS
     case: str
     shape: tuple[int, ...]  # (N, C, ...) of logits; rows, features and classes of a linear layer
     dtype: str
@@ -179,7 +181,7 @@ class Run:
             *("benchmark", "case", "shape", "dtype", "labels", "options", "mode", "provider"),
             *("samples", "median_s", "first_quartile_s", "third_quartile_s", "bytes"),
             *("bytes_per_s", "share_of_copy", "operations", "times_faster_than_eager"),
-            *("peak_bytes", "largest_error"),
+            *("peak_bytes", "largest_error", "kernels"),
         )
         for result in self.results:
             shape = "x".join(map(str, result.shape))
@@ -192,6 +194,7 @@ class Run:
                     *(t.bandwidth, result.share(t, "copy"), t.operations),
                     *(result.ratio(t, EAGER), t.peak_bytes),
                     max(errors.values()) if errors else None,
+                    t.kernels,
                 )
 
 
@@ -216,9 +219,10 @@ def _result(content: dict) -> Result:
     if len(result.shape) < (3 if result.benchmark == "linear" else 2):
         raise ValueError(f"shape must have its dimensions, got {result.shape}")
     for timing in result.timings:
-        _expect(timing.mode, str, None, "mode", (*BASELINES, *MODES, "step"))
+        _expect(timing.mode, str, None, "mode", (*BASELINES, *MODES, "step", *HOST_MODES))
         _expect(timing.provider, str, None, "provider")
-        _expect([timing.bytes, timing.operations, timing.peak_bytes or 0], list, int, "bytes")
+        counts = timing.bytes, timing.operations, timing.peak_bytes or 0, timing.kernels or 0
+        _expect(list(counts), list, int, "bytes")
         _expect(timing.seconds, list, (int, float), "seconds")
         if not timing.seconds or not all(1e-12 < one < 1e12 for one in timing.seconds):
             raise ValueError("seconds must be some positive numbers")

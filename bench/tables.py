@@ -19,14 +19,19 @@ MODE_TITLES = {
     "backward": "backward",
     "both": "forward + backward",
     "step": "loss and both gradients",
+    "host forward": "forward (no grad), host alone",
+    "host both": "forward + backward, host alone",
 }
 LOSS_COLUMNS = ("", "ms", "±", "MB", "GB/s", "of copy", "vs eager", "memory MB")
 LINEAR_COLUMNS = ("", "ms", "±", "GFLOP/s", "x bare", "vs eager", "memory MB", "error")
+OVERHEAD_COLUMNS = ("", "us", "±", "x eager", "kernels")
 NOTES = {
     "loss": "MB: that must be moved. of copy: of its GB/s. memory: at once beyond logits and "
     "target; of a backward, that of the whole step.",
     "linear": "x bare: of the time of the bare products. memory: at once beyond inputs and "
     "gradients. error: of grad_weight, relative to float64's.",
+    "overhead": "us: microseconds a call. x eager: of torch eager's time. kernels: that a call "
+    "launches.",
 }
 DASH = "-"
 
@@ -47,22 +52,20 @@ class Output(Console):
 
 def show(result: Result, out: Output) -> None:
     """Prints one case's table."""
-    is_linear = result.benchmark == "linear"
-    columns = LINEAR_COLUMNS if is_linear else LOSS_COLUMNS
+    columns, cells_of = TABLES[result.benchmark]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for mode, title in MODE_TITLES.items():
         timings = [timing for timing in result.timings if timing.mode == mode]
-        if timings and not is_linear:
+        if timings and mode != "step":  # which a linear layer has alone
             table.add_row(title, style="italic")
         fastest = min((timing.median for timing in timings), default=0.0)
         for timing in timings:
             style = "bold" if timing.provider.startswith("fused_xent") else ""
-            cells = linear_cells(result, timing) if is_linear else loss_cells(result, timing)
             if timing.median == fastest:
                 style += " green"
-            table.add_row(f"  {timing.provider}", *cells, style=style)
+            table.add_row(f"  {timing.provider}", *cells_of(result, timing), style=style)
     for provider in result.failures:
         table.add_row(f"  {provider}", *[DASH] * (len(columns) - 1), style="red")
     out.print()
@@ -80,7 +83,7 @@ def show(result: Result, out: Output) -> None:
 
 def notes(results: Iterable[Result]) -> Iterator[str]:
     """What the columns mean."""
-    yield "ms: the median. ±: half of what is between the quartiles, as a part of the median."
+    yield "Times are medians. ±: half of what is between the quartiles, as a part of the median."
     yield from dict.fromkeys(NOTES[result.benchmark] for result in results)
 
 
@@ -120,6 +123,24 @@ def linear_cells(result: Result, timing: Timing) -> tuple[str, ...]:
     )
 
 
+def overhead_cells(result: Result, timing: Timing) -> tuple[str, ...]:
+    """A row's, but for its name."""
+    eager = result.find(timing.mode, EAGER)
+    return (
+        f"{timing.median * 1e6:.1f}",
+        f"{timing.noise / 2:.0%}",
+        f"{timing.median / eager.median:.2f}" if eager else DASH,
+        DASH if timing.kernels is None else str(timing.kernels),
+    )
+
+
+TABLES = {  # by benchmark: the columns, and what fills them
+    "loss": (LOSS_COLUMNS, loss_cells),
+    "linear": (LINEAR_COLUMNS, linear_cells),
+    "overhead": (OVERHEAD_COLUMNS, overhead_cells),
+}
+
+
 def percent(share: float | None) -> str:
     """Of one."""
     return DASH if share is None else f"{share:.0%}"
@@ -138,14 +159,19 @@ def megabytes(size: int | None) -> str:
 def markdown(results: Iterable[Result], mode: str | None = None) -> Iterator[str]:
     """Lines of the README's tables, of one mode alone where it is given."""
     results = list(results)
-    losses = [result for result in results if result.benchmark == "loss"]
-    linear = [result for result in results if result.benchmark == "linear"]
-    if losses:
-        yield from loss_markdown(losses, [mode] if mode else list(MODE_TITLES))
-    if losses and linear:
-        yield ""
-    if linear:
-        yield from linear_markdown(linear)
+    modes = [mode] if mode else list(MODE_TITLES)
+    parts = {
+        "loss": lambda found: loss_markdown(found, modes),
+        "linear": linear_markdown,
+        "overhead": lambda found: overhead_markdown(found, modes),
+    }
+    is_first = True
+    for benchmark, lines in parts.items():
+        if found := [result for result in results if result.benchmark == benchmark]:
+            if not is_first:
+                yield ""
+            yield from lines(found)
+            is_first = False
 
 
 def loss_markdown(results: list[Result], modes: list[str]) -> Iterator[str]:
@@ -194,3 +220,26 @@ def linear_markdown(results: list[Result]) -> Iterator[str]:
             title = ""
         for provider, reason in result.failures.items():
             yield f"| {title} | {provider}: {reason} | {DASH} | {DASH} | {DASH} | {DASH} |"
+
+
+def overhead_markdown(results: list[Result], modes: list[str]) -> Iterator[str]:
+    """A row for each case and mode, a column for each provider."""
+    timings = [t for result in results for t in result.timings if t.mode in modes]
+    names = dict.fromkeys(timing.provider for timing in timings)
+    yield f"| microseconds a call (x eager) | {' | '.join(names)} |"
+    yield "|---|" + "---:|" * len(names)
+    for result in results:
+        for mode in modes:
+            found = [result.find(mode, name) for name in names]
+            if any(found):
+                title = f"{result.title.replace('  ', ' ')}, {MODE_TITLES[mode]}"
+                cells = [overhead_markdown_cell(result, timing) for timing in found]
+                yield f"| {' | '.join([title, *cells])} |"
+
+
+def overhead_markdown_cell(result: Result, timing: Timing | None) -> str:
+    """Microseconds and, of others than torch eager, how many times its time."""
+    if timing is None:
+        return DASH
+    us, _, ratio, _ = overhead_cells(result, timing)
+    return us if timing.provider == EAGER or ratio == DASH else f"{us} ({ratio})"

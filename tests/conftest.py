@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from emulator import build
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +37,18 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for mark in item.iter_markers("cpu"):
             item.add_marker(pytest.mark.skip(reason=f"on the CPU alone: {mark.args[0]}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test's time limit starts here, so builds must have been made by its fixtures."""
+
+    def refuse(command):
+        raise RuntimeError(f"build in a fixture, not under the test's time limit: {command[0]}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "run", refuse)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,11 @@ import torch
 from emulator.build import CUDA, Harness
 from torch.utils.cpp_extension import include_paths
 
+from fused_xent import _ops
+
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 KERNELS = ("forward", "backward", "forward_backward", "columns", "per_class_options", "sums")
-OPERATORS = ("forward", "backward", "backward_", "forward_backward_", "scale_gradient_")
 MISSING = next(
     (
         f"{name} is not there"
@@ -96,8 +97,25 @@ def module(folder: Path, arch: str):
 
 
 def operators() -> dict:
-    """Return the emulated operators, by the names that they have in fused_xent._ops."""
-    return {name: getattr(torch.ops.fused_xent_emulated, name).default for name in OPERATORS}
+    """Return the emulated operators, by the names under which fused_xent._ops calls them.
+
+    That has some of them twice, and of these the kernels of the CPU before those of CUDA devices.
+    """
+    emulated = torch.ops.fused_xent_emulated
+
+    def pair(*names: str) -> tuple:
+        return tuple(getattr(emulated, name).default for name in names)
+
+    return {
+        "_of_loss": pair("forward", "forward_with_statistics"),
+        "_fused": pair("forward_backward_", "forward_backward_with_statistics_"),
+        "_backward": pair("backward", "backward_"),
+        "_plain_backward": pair("backward", "backward"),
+        "plain_loss": functools.partial(_ops._call_plain, pair("loss", "loss")),
+        "plain_forward": functools.partial(_ops._call_plain, pair("forward", "forward")),
+        "scale_gradient_": emulated.scale_gradient_.default,
+        "multiply_": emulated.multiply_.default,
+    }
 
 
 def environment(**settings) -> dict[str, str]:

@@ -104,7 +104,7 @@ def test_status_and_what_is_written(measures, status, cases, tmp_path, capsys):
     assert printed.err.count("FAILED case") == measures.count(wrong)
     for name in expected or []:
         assert f"{name}  10x100  float32" in printed.out
-    assert ("ms: the median." in printed.out) == bool(cases)
+    assert ("Times are medians." in printed.out) == bool(cases)
 
 
 def test_files_are_written_after_each_case(tmp_path):

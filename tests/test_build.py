@@ -185,6 +185,32 @@ def test_cuda_library_wherever_nvcc_is(setup_with, toolkit, tmp_path):
     assert setup_with(**on_path)[0]["cuda_home"]() in (None, Path("/usr/local/cuda"))
 
 
+@pytest.mark.parametrize("names", ["avx2", "portable", "avx512, avx512_bf16"])
+def test_a_partial_build_has_some_instruction_sets(names, setup_with):
+    """The others are neither compiled nor chosen, and the objects of a full build are kept."""
+    read, built = setup_with(FUSED_XENT_CUDA="0", FUSED_XENT_CPU_CAPABILITIES=names)
+    extension, wanted = built["fused_xent._C"], set(names.split(", "))
+    others = set(read["CAPABILITIES"]) - wanted
+    compiled = {Path(source).stem for source in extension.sources}
+    assert compiled & {*read["CAPABILITIES"]} == wanted
+    assert {"capability", "launch", "schemas"} <= compiled
+    without = {flag for flag in extension.extra_compile_args["cxx"] if "WITHOUT" in flag}
+    assert without == {f"-DFUSED_XENT_WITHOUT_{name.upper()}" for name in others}
+    chosen = (ROOT / "csrc/cpu/capability.cpp").read_text()
+    assert all(f"#ifndef {flag[2:]}\n" in chosen for flag in without)
+
+
+def test_a_partial_build_has_objects_of_its_own(setup_with):
+    folders = []
+    for names in ("", "avx2"):
+        build = setup_with(FUSED_XENT_CUDA="0", FUSED_XENT_CPU_CAPABILITIES=names)[0]["Build"]
+        command = build(setuptools.Distribution({"name": "fused_xent"}))
+        command.finalize_options()
+        assert command.force  # the library in place may be of the other build
+        folders.append(command.objects)
+    assert folders == [Path("build"), Path("build/partial")]
+
+
 def test_cuda_of_another_version_than_torchs(setup_with, toolkit, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     setup_with(CUDA_HOME=str(toolkit))
@@ -221,6 +247,11 @@ def test_architectures(names, setup_with, toolkit):
 
 WRONG = {
     "choice": ({"FUSED_XENT_CUDA": "yes"}, "FUSED_XENT_CUDA must be 0 or 1, got 'yes'"),
+    "capability": (
+        {"FUSED_XENT_CPU_CAPABILITIES": "sse"},
+        "FUSED_XENT_CPU_CAPABILITIES must be some of avx512_bf16, avx512, avx2, portable, "
+        "got 'sse'",
+    ),
     "nvcc": (
         {"FUSED_XENT_CUDA": "1", "CUDA_HOME": "/nowhere"},
         "FUSED_XENT_CUDA=1 needs nvcc, there is none in /nowhere",

@@ -358,21 +358,38 @@ def test_python_module_of_twins_for_sm_80(twins):
     assert twins.launch_in_pairs() == NOT_SUPPORTED  # before sm_90
 
 
-@pytest.mark.timeout(0)  # three builds
-def test_a_changed_header_is_noticed(cache, tmp_path):
-    header = tmp_path / "include" / "deep" / "value.h"
-    header.parent.mkdir(parents=True)
-    source = tmp_path / "source" / "value.cpp"
-    source.parent.mkdir()
-    other = tmp_path / "include" / "other.h"  # not included: its changes do not matter
-    source.write_text(
-        '#include <deep/value.h>\nextern "C" __attribute__((visibility("default"))) int value() '
-        "{ return VALUE; }\n"
-    )
+VALUE_OF_HEADER = """
+#include <deep/value.h>
+extern "C" __attribute__((visibility("default"))) int value() { return VALUE; }
+"""
+
+
+@pytest.fixture(scope="module")
+def builds_of_a_header(cache, tmp_path_factory):
+    """Libraries of one source, by the value that the header which it includes had."""
+    folder = tmp_path_factory.mktemp("header")
+    header, source = folder / "include/deep/value.h", folder / "source/value.cpp"
+    for path in (header, source):
+        path.parent.mkdir(parents=True)
+    source.write_text(VALUE_OF_HEADER)
     built = []
     for value in (1, 2, 2):
         header.write_text(f"#define VALUE {value}\n")
-        other.write_text(f"// {len(built)}\n")
-        built.append(Harness([], [source], include=[tmp_path / "include"]).library(cache))
-        assert ctypes.CDLL(str(built[-1])).value() == value
-    assert built[0] != built[1] == built[2]
+        # It is not included: its changes do not matter.
+        (folder / "include/other.h").write_text(f"// {len(built)}\n")
+        path = Harness([], [source], include=[folder / "include"]).library(cache)
+        built.append((value, path))
+    return built
+
+
+def test_a_changed_header_is_noticed(builds_of_a_header):
+    for value, path in builds_of_a_header:
+        assert ctypes.CDLL(str(path)).value() == value
+    first, second, third = (path for _, path in builds_of_a_header)
+    assert first != second == third
+
+
+def test_no_build_is_under_a_tests_time_limit(cache, tmp_path):
+    (tmp_path / "new.cpp").write_text("int value;\n")
+    with pytest.raises(RuntimeError, match="build in a fixture"):
+        Harness([], [tmp_path / "new.cpp"]).library(cache)

@@ -17,25 +17,35 @@ struct Capability {
 };
 
 #if defined(__x86_64__)
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
 #endif
 
-// Best first.
+// Best first. setup.py leaves out those that a partial build has no kernels of.
 const Capability kCapabilities[] = {
 #if defined(__x86_64__)
+#ifndef FUSED_XENT_WITHOUT_AVX512_BF16
     {"avx512_bf16", avx512_bf16_kernels, has_avx512_bf16},
+#endif
+#ifndef FUSED_XENT_WITHOUT_AVX512
     {"avx512", avx512_kernels, has_avx512},
+#endif
+#ifndef FUSED_XENT_WITHOUT_AVX2
     {"avx2", avx2_kernels, has_avx2},
 #endif
+#endif
+#ifndef FUSED_XENT_WITHOUT_PORTABLE
     {"portable", portable_kernels, [] { return true; }},
+#endif
 };
 
 const Capability& choose() {
@@ -47,7 +57,7 @@ const Capability& choose() {
   }
   throw std::invalid_argument(
       "FUSED_XENT_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or portable, got '" +
-      std::string(limit) + "'");
+      std::string(limit == nullptr ? "" : limit) + "'");
 }
 
 const Capability& in_use() {

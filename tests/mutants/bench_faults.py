@@ -10,7 +10,7 @@ def tests_of(module):
 
 of_providers, of_adapters, of_results = map(tests_of, ("providers", "adapters", "results"))
 of_timing, of_commands, of_tables = map(tests_of, ("timing", "command", "tables"))
-of_demo = tests_of("demo")
+of_demo, of_overhead = map(tests_of, ("demo", "overhead"))
 
 LIARS = of_providers("check_catches_liars")
 SLIGHT_LIARS = of_providers("check_catches_who_is_a_little_off")
@@ -217,8 +217,8 @@ COMPARE_FAULTS = {
     ),
     "a comparison is in microseconds": Fault(
         "bench/compare.py",
-        'f"{timing.median * 1e3:.2f}" for timing in (one',
-        'f"{timing.median * 1e6:.2f}" for timing in (one',
+        'f"{seconds * 1e3:.2f}" if seconds',
+        'f"{seconds * 1e6:.2f}" if seconds',
         of_results("table_of_a_comparison"),
     ),
 }
@@ -827,8 +827,8 @@ LINEAR_FAULTS = {
     ),
     "a linear layer is not checked after timing": Fault(
         "bench/linear.py",
-        "        for name, loss_function in passed.items():",
-        "        for name, loss_function in list(passed.items())[:0]:",
+        "        for name, loss_function in passed:",
+        "        for name, loss_function in passed[:0]:",
         of_providers("linear_provider_that_is_found_out_later_is_left_out"),
     ),
     "what a linear layer raises while it is timed is lost": Fault(
@@ -890,6 +890,111 @@ LINEAR_FAULTS = {
         "min(n_rows * n_classes, max(CHUNK, n_classes))",
         "(n_rows * n_classes)",
         of_commands("memory_that_a_linear_layer_needs"),
+    ),
+}
+
+OVERHEAD_FAULTS = {
+    "calls are timed in forms that overwrite the logits": Fault(
+        "bench/overhead.py",
+        '    candidates = [one for one in candidates if "forward" in one.modes]\n',
+        "",
+        of_overhead("every_case_in_both_modes"),
+    ),
+    "a call has as many threads as torch": Fault(
+        "bench/overhead.py",
+        "    torch.set_num_threads(1)\n",
+        "",
+        of_overhead("every_case_in_both_modes"),
+    ),
+    "torch keeps one thread": Fault(
+        "bench/overhead.py",
+        "        torch.set_num_threads(n_threads)\n",
+        "        pass\n",
+        of_overhead("every_case_in_both_modes"),
+    ),
+    "--quick has no effect on the samples of calls": Fault(
+        "bench/overhead.py",
+        "(QUICK_ROUNDS if options.quick else ROUNDS)",
+        "ROUNDS",
+        of_overhead("cases_and_rounds"),
+    ),
+    "the first calls are timed": Fault(
+        "bench/overhead.py",
+        '        interleave(timers, 1, 0.0, lambda _: show("warming up"), {})\n',
+        "",
+        of_overhead("cases_and_rounds"),
+    ),
+    "the module of torch is measured as ours": Fault(
+        "bench/overhead.py",
+        'Provider("fused_xent", fused_xent.CrossEntropyLoss())',
+        'Provider("fused_xent", torch.nn.CrossEntropyLoss())',
+        of_overhead("modules_are_called_where_they_are_asked_for"),
+    ),
+    "what a call raises is lost": Fault(
+        "bench/overhead.py",
+        "for name, error in raised.items():",
+        "for name, error in {}.items():",
+        of_overhead("who_raises_while_it_is_timed_is_left_out"),
+    ),
+    "a call that fails later is timed": Fault(
+        "bench/overhead.py",
+        "left_out = {**result.failures, **result.absent}",
+        "left_out = {}",
+        of_overhead("who_raises_while_it_is_timed_is_left_out"),
+    ),
+    "a call without a gradient makes a graph": Fault(
+        "bench/overhead.py",
+        'torch.set_grad_enabled(mode != "forward")',
+        "torch.set_grad_enabled(True)",
+        of_overhead("forward_has_no_graph_and_both_has_fresh_gradients"),
+    ),
+    "gradients of calls add up": Fault(
+        "bench/overhead.py",
+        "            leaf.grad = None\n",
+        "            pass\n",
+        of_overhead("forward_has_no_graph_and_both_has_fresh_gradients"),
+    ),
+    "providers share their inputs": Fault(
+        "bench/overhead.py",
+        "one.detach().clone() for one",
+        "one.detach() for one",
+        of_overhead("inputs_are_a_providers_own"),
+    ),
+    "a sample on a CPU is of all calls": Fault(
+        "bench/overhead.py",
+        "return {(mode, provider): (issued - start) / CALLS}",
+        "return {(mode, provider): issued - start}",
+        of_overhead("samples_of_a_cpu"),
+    ),
+    "the host's time is the GPU's": Fault(
+        "bench/overhead.py",
+        'of_host = {(f"host {mode}", provider): (issued - start) / CALLS}',
+        'of_host = {(f"host {mode}", provider): (done - start) / CALLS}',
+        of_overhead("samples_of_a_gpu_have_the_hosts_part"),
+    ),
+    "every event is a kernel": Fault(
+        "bench/overhead.py",
+        '"LaunchKernel" in event.name for',
+        "bool(event.name) for",
+        of_overhead("kernels_are_those_that_one_call_launches"),
+    ),
+    "a call is shown as how many times faster it is": Fault(
+        "bench/tables.py",
+        'f"{timing.median / eager.median:.2f}" if eager else',
+        'f"{eager.median / timing.median:.2f}" if eager else',
+        of_overhead("table", "markdown"),
+    ),
+    "Markdown of calls has every mode": Fault(
+        "bench/tables.py",
+        "overhead_markdown(found, modes)",
+        "overhead_markdown(found, list(MODE_TITLES))",
+        of_overhead("markdown"),
+    ),
+    "calls that are compared have no digits": Fault(
+        "bench/compare.py",
+        "if seconds > 1e-3 else",
+        "if seconds > 1e-6 else",
+        of_overhead("compared_times_of_a_call_have_their_digits"),
     ),
 }
 
@@ -1457,6 +1562,7 @@ FAULTS = {
     **COMMAND_FAULTS,
     **LOSS_FAULTS,
     **LINEAR_FAULTS,
+    **OVERHEAD_FAULTS,
     **PROVIDER_FAULTS,
     **RESULT_FAULTS,
     **SHOWN_FAULTS,

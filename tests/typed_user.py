@@ -1,0 +1,45 @@
+"""A user's file for `make lint`: mypy must accept every right use and find every wrong one.
+
+Nothing runs this file. A wrong use has a `type: ignore` that names its error. If mypy does not find
+the error, the comment is unused, which `mypy --strict` reports.
+"""
+
+import torch
+from torch import Tensor
+from typing_extensions import assert_type
+
+from fused_xent import (
+    CrossEntropyLoss,
+    CrossEntropyStatistics,
+    LinearCrossEntropyLoss,
+    cpu_capability,
+    cross_entropy,
+    cross_entropy_with_statistics,
+    linear_cross_entropy,
+    linear_cross_entropy_with_statistics,
+)
+
+logits = torch.randn(4, 9, requires_grad=True)
+hidden, weight = torch.randn(4, 8), torch.randn(9, 8)
+target = torch.tensor([0, 1, 2, 3])
+
+assert_type(cross_entropy(logits, target, label_smoothing=0.1, softcap=30.0), Tensor)
+assert_type(CrossEntropyLoss(reduction="sum", dim=-1).forward(logits, target), Tensor)
+statistics = cross_entropy_with_statistics(logits, target, lse_square_scale=1e-4)
+assert_type(statistics, CrossEntropyStatistics)
+assert_type(statistics.loss, Tensor)
+assert_type(statistics.correct, Tensor)
+
+assert_type(linear_cross_entropy(hidden, weight, target, logit_scale=0.5), Tensor)
+assert_type(LinearCrossEntropyLoss(8, 9, bias=True).forward(hidden, target), Tensor)
+of_linear = linear_cross_entropy_with_statistics(hidden, weight, target, shift=1)
+assert_type(of_linear, CrossEntropyStatistics)
+assert_type(cpu_capability(), str | None)
+
+cross_entropy(logits, target, soft_cap=30.0)  # type: ignore[call-arg]
+cross_entropy(logits, target, softcap="30")  # type: ignore[arg-type]
+cross_entropy_with_statistics(logits, target, soft_cap=30.0)  # type: ignore[call-arg]
+CrossEntropyLoss(label_smooth=0.1)  # type: ignore[call-arg]
+linear_cross_entropy(hidden, weight, target, shifts=1)  # type: ignore[call-arg]
+linear_cross_entropy_with_statistics(hidden, weight, target, shifts=1)  # type: ignore[call-arg]
+LinearCrossEntropyLoss(8, 9, chunk=4)  # type: ignore[call-arg]
