@@ -1,4 +1,5 @@
-// What every kernel launcher takes: raw pointers, sizes, strides and options. Plain C++, no torch.
+// The arguments of every kernel launcher: raw pointers, sizes, strides and options. Plain C++, no
+// torch.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@ enum class TargetKind { int64, int32, uint8, probabilities };
 
 constexpr int kMaxRowDims = 4;
 
-// Where element (row, class) of a tensor lies, in elements from its first one. Rows are numbered in
-// the order of the loss; their dimensions are merged where strides allow, outermost first.
+// The offset of element (row, class) of a tensor, in elements. Rows are numbered in the order of
+// the loss. Row dimensions are merged where strides allow, outermost first.
 struct Layout {
   int n_dims;  // 1 to kMaxRowDims
   int64_t size[kMaxRowDims];
@@ -34,10 +35,27 @@ XENT_INLINE int64_t row_offset(const Layout& layout, int64_t row) {
   return offset + row * layout.stride[0];
 }
 
+// The options of a loss: OPTION(C++ type, schema type, name, default). Params, the operators'
+// schemas and the binding that reads them follow from this list; fused_xent/_options.py has the
+// names, ranges and meanings that users see.
+#define FUSED_XENT_OPTIONS(OPTION)                                       \
+  OPTION(int64_t, "int", ignore_index, -100)                             \
+  OPTION(double, "float", label_smoothing, 0.0)                          \
+  OPTION(double, "float", lse_square_scale, 0.0)                         \
+  OPTION(double, "float", focal_gamma, 0.0) /* 0: plain cross-entropy */ \
+  OPTION(double, "float", softcap, 0.0)     /* 0: none */                \
+  OPTION(double, "float", logit_scale, 1.0)
+
+struct Options {
+#define FUSED_XENT_MEMBER(type, schema_type, name, default_value) type name = default_value;
+  FUSED_XENT_OPTIONS(FUSED_XENT_MEMBER)
+#undef FUSED_XENT_MEMBER
+};
+
 // "acc" below is the accumulation type: double for float64 logits, float for all others. A per-row
-// value is of type acc and contiguous, if not told otherwise; null pointers are what is not there
-// or not wanted.
-struct Params {
+// value is of type acc and contiguous unless its comment says otherwise. A null pointer means that
+// the input is not given or the output is not wanted.
+struct Params : Options {
   DType dtype;  // of logits and grad_logits
   int64_t n_rows;
   int64_t vocab_size;
@@ -49,14 +67,8 @@ struct Params {
   DType target_dtype;  // of probabilities: dtype, or float32 under 16-bit logits
   Layout target_layout;
   const void* weight;        // acc (vocab_size,), or null
-  double weight_sum;         // of all class weights; vocab_size without them. On the CPU alone
-  const void* token_weight;  // a row, or null: all 1. Rows of weight 0 are not read
-  int64_t ignore_index;
-  double label_smoothing;
-  double lse_square_scale;  // 0: no part of the loss
-  double focal_gamma;       // 0: plain cross-entropy
-  double softcap;           // 0: none
-  double logit_scale;
+  double weight_sum;         // of all class weights; vocab_size without them. Only used on the CPU
+  const void* token_weight;  // per row, or null: all 1. Rows of weight 0 are not read
 
   // Per row, written by forward, read by backward.
   void* row_loss;
@@ -80,11 +92,11 @@ struct Params {
   Layout grad_layout;
 };
 
-// Whether logits are transformed before the softmax.
+// True if the softmax sees transformed logits.
 XENT_INLINE bool has_transform(const Params& p) { return p.softcap != 0 || p.logit_scale != 1; }
 
-// Whether something is asked for that costs an instruction a class: that has kernels of its own.
-// All other options cost some a row.
+// True if a per-class option is on: those use the slower general kernels. All other options cost a
+// few instructions per row.
 XENT_INLINE bool is_general(const Params& p) {
   return has_transform(p) || p.entropy != nullptr || p.argmax != nullptr ||
          p.grad_entropy != nullptr;

@@ -1,5 +1,6 @@
 """Softmax cross-entropy of large vocabularies in one pass over memory, a drop-in for torch's."""
 
+from ._decompositions import decompositions
 from ._ops import cpu_capability
 from .functional import cross_entropy, cross_entropy_with_statistics
 from .linear import linear_cross_entropy, linear_cross_entropy_with_statistics
@@ -14,6 +15,7 @@ __all__ = [
     "cpu_capability",
     "cross_entropy",
     "cross_entropy_with_statistics",
+    "decompositions",
     "linear_cross_entropy",
     "linear_cross_entropy_with_statistics",
 ]

@@ -1,12 +1,12 @@
 """The operators of a linear layer and its loss, which hold no more logits than a chunk's.
 
 With ``N`` rows of ``H`` features, ``C`` classes in each of the positions ``D`` (mostly none), and
-``K`` the product of ``classes = (C, *D)``:
+``K`` the product of ``(C, *D)``:
 
-``linear_forward`` takes ``hidden`` (N, H), ``linear_weight`` (K, H), ``linear_bias`` (K,), and of
-the loss what the operators of ``_ops`` take beside logits of shape (N, C, *D). It returns the loss,
-the statistics (of no elements where they are not wanted), and the gradients of hidden, weight and
-bias for an upstream gradient of 1, of no elements but for those that ``needs`` names.
+``linear_forward`` takes ``hidden`` (N, H), ``linear_weight`` (C, *D, H), ``linear_bias`` (C, *D),
+and of the loss what the operators of ``_ops`` take beside logits of shape (N, C, *D). It returns
+the loss, the statistics (of no elements where they are not wanted), and the gradients of hidden,
+weight and bias for an upstream gradient of 1, of no elements but for those that ``needs`` names.
 ``linear_backward`` makes these gradients for any upstream gradient, from logits that it multiplies
 anew.
 
@@ -16,21 +16,46 @@ the features, the logits of all rows are instead kept class by class, in the mem
 weight's gradient will take: one matrix product each, and only a slab of logits beyond the outputs.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import _ops
+from . import _formulas, _ops
+from ._options import DEFAULTS, REDUCTIONS, Settings
+from ._problem import Problem, accumulation_dtype
+from ._torch_private import below_autograd, mkldnn_has
 
 # How many rows make a matrix product efficient, and how many bytes of logits a chunk may have.
 CPU_ROWS, CPU_BYTES = 256, 100 << 20
 GPU_ROWS, GPU_BYTES = 4096, 1 << 30
 FEW_BYTES = 32 << 20  # of logits, for which no layout is better than another
-SLAB_BYTES = 1 << 20
+SLAB_BYTES, GPU_SLAB_BYTES = 1 << 20, 256 << 20
 
 Turn = Callable[[Tensor, slice], None]  # logits (n, C, *D) into their gradient; of which rows
+
+
+# What both operators take by position: the fields of Inputs but the last.
+Arguments = tuple[
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    int,
+    torch.dtype,
+    torch.dtype,
+    bool,
+    int | None,
+    Sequence[int],
+]
 
 
 class Inputs(NamedTuple):
@@ -43,79 +68,96 @@ class Inputs(NamedTuple):
     weight: Tensor | None
     token_weight: Tensor | None
     normalizer: Tensor | None
-    classes: list[int]
-    ignore_index: int
-    numbers: list[float]
     reduction: int
+    logits_dtype: torch.dtype
     loss_dtype: torch.dtype
     statistics: bool
     chunk_rows: int | None
-    needs: list[bool]  # gradients of hidden, weight and bias
+    needs: Sequence[int]  # 1 for a gradient that is wanted, of hidden, weight and bias
+    options: dict[str, Any]
+
+    @property
+    def classes(self) -> torch.Size:
+        """The shape (C, *D) of a row's logits."""
+        return self.linear_weight.shape[:-1]
 
     @property
     def row_shape(self) -> list[int]:
         """The shape of the unreduced loss."""
         return [self.hidden.shape[0], *self.classes[1:]]
 
-    def of_loss(self, rows: slice, total: Tensor | None) -> tuple:
-        """Return what the loss of some rows' logits takes: the operands beside the logits."""
+    def problem(self, logits: Tensor, rows: slice, total: Tensor | None) -> Problem:
+        """Return the loss of some rows' logits; ``total`` divides the mean of all rows."""
         tokens = None if self.token_weight is None else self.token_weight[rows]
-        return self.target[rows], self.weight, tokens, total, 1, *self[8:11]
+        is_none = self.reduction == REDUCTIONS["none"]
+        loss_dtype = self.loss_dtype if is_none else torch.float64
+        ignore_index: Any
+        ignore_index = self.options.get("ignore_index", DEFAULTS["ignore_index"])
+        flags = (self.statistics, ignore_index, False, False)
+        settings = Settings(1, self.reduction, loss_dtype, *flags, self.options)
+        return Problem(logits, self.target[rows], self.weight, tokens, total, settings)
+
+    def problem_of_all(self, logits: Tensor) -> Problem:
+        """Return the loss of all logits."""
+        problem = self.problem(logits, slice(None), self.normalizer)
+        return problem._replace(settings=problem.settings._replace(loss_dtype=self.loss_dtype))
 
 
 _SIGNATURE = """(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target,
-Tensor? weight, Tensor? token_weight, Tensor? normalizer, SymInt[] classes, int ignore_index,
-float[] numbers, int reduction, ScalarType loss_dtype, bool statistics, SymInt? chunk_rows,
-bool[] needs) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor grad_hidden,
-Tensor grad_linear_weight, Tensor grad_linear_bias)"""
-_BACKWARD_SIGNATURE = _SIGNATURE.partition(" -> ")[0].replace(
-    "(", "(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, ", 1
-) + (" -> (Tensor grad_hidden, Tensor grad_linear_weight, Tensor grad_linear_bias)")
+Tensor? weight, Tensor? token_weight, Tensor? normalizer, int reduction, ScalarType logits_dtype,
+ScalarType loss_dtype, bool statistics, SymInt? chunk_rows, int[] needs, {options})"""
+_GRADIENTS = "Tensor grad_hidden, Tensor grad_linear_weight, Tensor grad_linear_bias)"
 
 
-@torch.library.custom_op("fused_xent::linear_forward", mutates_args=(), schema=_SIGNATURE)
-def forward(*arguments) -> tuple[Tensor, ...]:
+def _forward(*arguments: Unpack[Arguments], **options: Any) -> tuple[Tensor, ...]:
     """Return loss, lse, entropy, argmax and the gradients."""
-    inputs = Inputs(*arguments)
+    inputs = Inputs(*arguments, options)
     total = _total_weight(inputs)
-    is_reduced = inputs.reduction != _ops.REDUCTIONS["none"]
-    loss_dtype = torch.float64 if is_reduced else inputs.loss_dtype
     losses, statistics = [], []
 
     def turn(logits: Tensor, rows: slice) -> None:
-        operands = (*inputs.of_loss(rows, total), loss_dtype, inputs.statistics)
-        if any(inputs.needs):
-            loss, row_max, log_sum, *others = _ops.forward_backward_(logits, *operands)
+        problem = inputs.problem(logits, rows, total)
+        if not any(inputs.needs):
+            loss, _, _, *others = _ops.forward(problem)
+        elif inputs.statistics:
+            loss, *others = _ops.forward_backward_(problem)
         else:
-            loss, _, row_max, log_sum, _, _, *others = _ops.forward(logits, *operands)
+            loss, others = _ops.forward_backward_(problem), []
         losses.append(loss)
-        if inputs.statistics:
-            statistics.append((row_max + log_sum, *others))
+        statistics.append(others)
 
     gradients = _multiply(inputs, turn)
-    loss = torch.stack(losses).sum() if is_reduced else torch.cat(losses)
+    if inputs.reduction == REDUCTIONS["none"]:
+        loss = torch.cat(losses)
+    else:
+        loss = torch.stack(losses).sum().to(inputs.loss_dtype)
     if inputs.statistics:
         rows = [torch.cat(parts) for parts in zip(*statistics, strict=True)]
     else:
         rows = _empty_statistics(inputs)
-    return loss.to(inputs.loss_dtype), *rows, *gradients
+    return loss, *rows, *gradients
 
 
-@torch.library.custom_op("fused_xent::linear_backward", mutates_args=(), schema=_BACKWARD_SIGNATURE)
-def backward(grad_loss, grad_lse, grad_entropy, *arguments) -> tuple[Tensor, ...]:
+def _backward(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    *arguments: Unpack[Arguments],
+    **options: Any,
+) -> tuple[Tensor, ...]:
     """Return the gradients of hidden, weight and bias."""
-    inputs = Inputs(*arguments)
+    inputs = Inputs(*arguments, options)._replace(statistics=grad_entropy is not None)
     total = _total_weight(inputs)
 
     def turn(logits: Tensor, rows: slice) -> None:
         upstream = [
-            grad if grad is None or grad.dim() == 0 else grad[rows].contiguous()
+            grad if grad is None or grad.dim() == 0 else grad[rows]
             for grad in (grad_loss, grad_lse, grad_entropy)
         ]
-        operands = inputs.of_loss(rows, total)
-        _, *saved, _ = _ops.forward(logits, *operands, torch.float32, grad_entropy is not None)
-        target, weight, tokens, _, *options = operands
-        _ops.backward_(*upstream, logits, target, weight, tokens, *saved, *options)
+        problem = inputs.problem(logits, rows, total)
+        _, total_weight, state, *statistics = _ops.forward(problem)
+        entropy = statistics[1] if statistics else None
+        _ops.backward(problem, upstream, total_weight, state, entropy, inplace=True)
 
     return _multiply(inputs, turn)
 
@@ -123,53 +165,52 @@ def backward(grad_loss, grad_lse, grad_entropy, *arguments) -> tuple[Tensor, ...
 def _empty_statistics(inputs: Inputs) -> list[Tensor]:
     """Return memory for lse, entropy and argmax; of no elements where they are not wanted."""
     shape = inputs.row_shape if inputs.statistics else [0]
-    acc = _ops.accumulation_dtype(inputs.hidden.dtype)
+    acc = accumulation_dtype(inputs.logits_dtype)
     return [inputs.hidden.new_empty(shape, dtype=dtype) for dtype in (acc, acc, torch.int64)]
 
 
 def _empty_gradients(inputs: Inputs) -> list[Tensor]:
     """Return memory for those of hidden, weight and bias; of no elements for those not needed."""
-    tensors = (inputs.hidden, inputs.linear_weight, inputs.linear_bias)
+    tensors: tuple[Any, ...] = (inputs.hidden, inputs.linear_weight, inputs.linear_bias)
     return [
         inputs.hidden.new_empty(tensor.shape if needed else [0])
         for tensor, needed in zip(tensors, inputs.needs, strict=True)
     ]
 
 
-@forward.register_fake
-def _fake_forward(*arguments) -> tuple[Tensor, ...]:
-    inputs = Inputs(*arguments)
-    shape = inputs.row_shape if inputs.reduction == _ops.REDUCTIONS["none"] else []
+def empty_results(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return memory for all that ``linear_forward`` returns."""
+    shape = inputs.row_shape if inputs.reduction == REDUCTIONS["none"] else []
     loss = inputs.hidden.new_empty(shape, dtype=inputs.loss_dtype)
     return loss, *_empty_statistics(inputs), *_empty_gradients(inputs)
 
 
-@backward.register_fake
-def _fake_backward(grad_loss, grad_lse, grad_entropy, *arguments) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients(Inputs(*arguments)))
+def _fake_forward(*arguments: Unpack[Arguments], **options: Any) -> tuple[Tensor, ...]:
+    return empty_results(Inputs(*arguments, options))
+
+
+def _fake_backward(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    *arguments: Unpack[Arguments],
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    return tuple(_empty_gradients(Inputs(*arguments, options)))
 
 
 def _total_weight(inputs: Inputs) -> Tensor | None:
     """Return by what the mean of all chunks divides; None for other reductions."""
-    if inputs.reduction != _ops.REDUCTIONS["mean"]:
+    if inputs.reduction != REDUCTIONS["mean"]:
         return None
-    if inputs.normalizer is not None:
-        return inputs.normalizer
-    weights = inputs.hidden.new_ones(inputs.row_shape, dtype=torch.float64)
-    if inputs.token_weight is not None:
-        weights = weights * inputs.token_weight
-    if not inputs.target.is_floating_point():
-        target = inputs.target.to(torch.int64)  # in fewer bits, ignore_index would be another
-        left_out = (target == inputs.ignore_index) | (weights == 0)
-        if inputs.weight is not None:
-            weights = weights * inputs.weight[target.clamp(0, inputs.classes[0] - 1)]
-        weights = weights.masked_fill(left_out, 0)
-    return weights.sum()
+    logits = inputs.hidden.new_zeros(()).expand(inputs.hidden.shape[0], *inputs.classes)
+    return _formulas.total_weight(inputs.problem(logits, slice(None), inputs.normalizer))
 
 
 def _multiply(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
     """Multiply the logits, let each be turned into its gradient, and multiply by those."""
-    with torch.autocast(inputs.hidden.device.type, enabled=False):  # the dtypes are as they shall
+    # Tensors are already cast; turn autocast off.
+    with below_autograd(), torch.autocast(inputs.hidden.device.type, enabled=False):
         return (_by_classes if _is_by_classes(inputs) else _by_rows)(inputs, turn)
 
 
@@ -181,9 +222,8 @@ def _chunks(inputs: Inputs) -> Iterator[slice]:
     n_rows = inputs.hidden.shape[0]
     most = inputs.chunk_rows
     if most is None:
-        is_cpu = inputs.hidden.device.type == "cpu"
-        most, n_bytes = (CPU_ROWS, CPU_BYTES) if is_cpu else (GPU_ROWS, GPU_BYTES)
-        row_bytes = inputs.linear_weight.shape[0] * inputs.hidden.element_size()
+        most, n_bytes = (CPU_ROWS, CPU_BYTES) if inputs.hidden.is_cpu else (GPU_ROWS, GPU_BYTES)
+        row_bytes = math.prod(inputs.classes) * inputs.logits_dtype.itemsize
         most = max(1, min(most, n_bytes // row_bytes))
     n_chunks = -(-n_rows // most)
     size = -(-n_rows // n_chunks)
@@ -192,10 +232,10 @@ def _chunks(inputs: Inputs) -> Iterator[slice]:
 
 
 def _by_rows(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
-    hidden, linear_weight, linear_bias = inputs[:3]
+    hidden, linear_weight, linear_bias = _matrices(inputs)
     chunks = list(_chunks(inputs))
     gradients = _Gradients(inputs, len(chunks))
-    memory = hidden.new_empty(chunks[0].stop, linear_weight.shape[0])
+    memory = hidden.new_empty(chunks[0].stop, linear_weight.shape[0], dtype=inputs.logits_dtype)
     for rows in chunks:
         logits = memory[: rows.stop - rows.start]
         _product(hidden[rows], linear_weight.t(), logits, linear_bias)
@@ -204,11 +244,17 @@ def _by_rows(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
     return gradients.results()
 
 
+def _matrices(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden (N, H), weight (K, H) and bias (K,)."""
+    weight, bias = inputs.linear_weight, inputs.linear_bias
+    return inputs.hidden, weight.flatten(0, -2), None if bias is None else bias.flatten()
+
+
 class _Gradients:
     """The gradients of hidden, weight and bias, summed over chunks: in float32 of 16-bit ones."""
 
     def __init__(self, inputs: Inputs, n_chunks: int) -> None:
-        self.hidden, self.linear_weight, _ = inputs[:3]
+        self.hidden, self.linear_weight, _ = _matrices(inputs)
         sums = torch.float32 if self.hidden.element_size() == 2 else self.hidden.dtype
         dtypes = (None, sums if n_chunks > 1 else None, sums)
         self.grad_hidden, self.grad_weight, self.grad_bias = (
@@ -220,13 +266,15 @@ class _Gradients:
     def add(self, grad_logits: Tensor, rows: slice) -> None:
         """Add those of a chunk, the first of which starts at row 0."""
         needs_hidden, needs_weight, needs_bias = self.needs
+        is_first = rows.start == 0
         if needs_hidden:
             _product(grad_logits, self.linear_weight, self.grad_hidden[rows])
         if needs_weight:
-            _add_product(self.grad_weight, grad_logits.t(), self.hidden[rows], rows.start == 0)
+            total = self.grad_weight.flatten(0, -2)
+            _product(grad_logits.t(), self.hidden[rows], total, beta=0 if is_first else 1)
         if needs_bias:
-            summed = grad_logits.sum(0, dtype=self.grad_bias.dtype)
-            self.grad_bias = summed if rows.start == 0 else self.grad_bias.add_(summed)
+            summed = grad_logits.sum(0, dtype=self.grad_bias.dtype).view_as(self.grad_bias)
+            self.grad_bias = summed if is_first else self.grad_bias.add_(summed)
 
     def results(self) -> tuple[Tensor, ...]:
         """Return them in the dtype of the tensors whose gradients they are."""
@@ -234,50 +282,44 @@ class _Gradients:
         return tuple(gradient.to(self.hidden.dtype) for gradient in gradients)
 
 
-def _add_product(total: Tensor, one: Tensor, other: Tensor, is_first: bool) -> None:
-    """Add ``one @ other``, or write it over what is there, not rounded before it is added."""
-    if total.dtype == one.dtype:
-        _product(one, other, total) if is_first else total.addmm_(one, other)
-    elif total.is_cuda:
-        aten = torch.ops.aten
-        if is_first:
-            aten.mm.dtype_out(one, other, total.dtype, out=total)
-        else:
-            aten.addmm.dtype_out(total, one, other, total.dtype, out=total)
-    else:
-        _slab_by_slab(one, other, total, 0 if is_first else 1)
-
-
 # ---- products ----------------------------------------------------------------------------------
 
 
-def _product(one: Tensor, other: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """Write ``one @ other``, plus a bias of a shape that is expanded, summed in float32 or more."""
-    if not _is_slow(one):
-        torch.mm(one, other, out=out) if bias is None else torch.addmm(bias, one, other, out=out)
-    elif bias is None:
-        _slab_by_slab(one, other, out, 0)
+def _product(
+    one: Tensor, other: Tensor, out: Tensor, bias: Tensor | None = None, beta: int = 0
+) -> None:
+    """Write ``beta * out + one @ other``, or the product plus a bias of a shape that is expanded.
+
+    Summed in float32 or more, and rounded once, whatever the dtypes of the three.
+    """
+    if bias is not None:
+        out.copy_(bias)
+        beta = 1
+    is_one_dtype = one.dtype == other.dtype
+    if is_one_dtype and out.dtype == one.dtype and not _is_slow(one):
+        out.addmm_(one, other, beta=beta)
+    elif is_one_dtype and out.is_cuda and out.dtype == torch.float32:
+        if beta == 0:
+            torch.ops.aten.mm.dtype_out(one, other, out.dtype, out=out)
+        else:
+            torch.ops.aten.addmm.dtype_out(out, one, other, out.dtype, out=out)
     else:
-        _slab_by_slab(one, other, out.copy_(bias), 1)
+        _slab_by_slab(one, other, out, beta)
 
 
 def _is_slow(matrix: Tensor) -> bool:
-    """Whether torch multiplies such matrices element by element: 16-bit ones on most CPUs."""
-    if matrix.device.type != "cpu" or matrix.element_size() != 2:
-        return False
-    name = "bf16" if matrix.dtype == torch.bfloat16 else "fp16"
-    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
-    return is_supported is None or not is_supported()
+    """Return True if torch multiplies such matrices element by element: in 16 bits on most CPUs."""
+    return matrix.is_cpu and matrix.element_size() == 2 and not mkldnn_has(matrix.dtype)
 
 
 def _slab_by_slab(one: Tensor, other: Tensor, out: Tensor, beta: int) -> None:
-    """Write ``beta * out + one @ other``, of 16-bit matrices, by products in float32.
+    """Write ``beta * out + one @ other`` by products in float32.
 
     The longest dimension is cut into slabs, so that nothing large is there in float32.
     """
     sizes = (one.shape[0], one.shape[1], other.shape[1])
     longest = max(range(3), key=sizes.__getitem__)
-    slabs = _slabs(sizes[longest], 4 * (sum(sizes) - sizes[longest]))
+    slabs = _slabs(sizes[longest], 4 * (sum(sizes) - sizes[longest]), out.is_cuda)
 
     def product(one: Tensor, other: Tensor, out: Tensor, beta: int) -> Tensor:
         return torch.addmm(out.float(), one.float(), other.float(), beta=beta)
@@ -297,8 +339,8 @@ def _slab_by_slab(one: Tensor, other: Tensor, out: Tensor, beta: int) -> None:
         out.copy_(total)
 
 
-def _slabs(length: int, item_bytes: int) -> Iterator[slice]:
-    size = max(1, SLAB_BYTES // item_bytes)
+def _slabs(length: int, item_bytes: int, is_cuda: bool = False) -> Iterator[slice]:
+    size = max(1, (GPU_SLAB_BYTES if is_cuda else SLAB_BYTES) // item_bytes)
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
@@ -306,14 +348,15 @@ def _slabs(length: int, item_bytes: int) -> Iterator[slice]:
 # ---- all rows, class by class ------------------------------------------------------------------
 
 
-def _is_by_classes(inputs: Inputs) -> bool:
+def _is_by_classes(inputs: Inputs) -> bool | int:
     """Whether that takes less memory than chunks of rows, or repeats less."""
-    (n_rows, n_features), n_classes = inputs.hidden.shape, inputs.linear_weight.shape[0]
+    (n_rows, n_features), n_classes = inputs.hidden.shape, inputs.classes[0]
     size = inputs.hidden.element_size()
     # Beyond these, chunks take less: of 16-bit numbers, they need sums in float32.
     most = n_features * (3 if size == 2 else 1)
     return (
-        inputs.hidden.device.type == "cpu"
+        inputs.hidden.is_cpu
+        and inputs.logits_dtype == inputs.hidden.dtype
         and inputs.needs[1]
         and inputs.chunk_rows is None
         and len(inputs.classes) == 1
@@ -329,7 +372,7 @@ def _by_classes(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
     up to class c that takes c * H elements, and the logits of later classes start at
     K * (H - n) + c * n, which is no less.
     """
-    hidden, linear_weight, linear_bias = inputs[:3]
+    hidden, linear_weight, linear_bias = _matrices(inputs)
     (n_rows, n_features), n_classes = hidden.shape, linear_weight.shape[0]
     grad_hidden, grad_weight, grad_bias = _empty_gradients(inputs)
     n_first = min(n_rows, n_features)
@@ -346,7 +389,27 @@ def _by_classes(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
     for slab in _slabs(n_classes, n_rows * hidden.element_size()):
         grad_logits = torch.cat([block[slab] for block in blocks], 1)
         if inputs.needs[2]:
-            acc = _ops.accumulation_dtype(hidden.dtype)
+            acc = accumulation_dtype(hidden.dtype)
             grad_bias[slab] = grad_logits.sum(1, dtype=acc)
         _product(grad_logits, hidden, grad_weight[slab])
     return grad_hidden, grad_weight, grad_bias
+
+
+# ---- the operators -----------------------------------------------------------------------------
+
+
+def _define() -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+    schema = _ops.backward_schema()
+    options = ", ".join(
+        [f"{x.type} {x.name}={x.default_value}" for x in schema.arguments if x.kwarg_only]
+    )
+    signature = _SIGNATURE.format(options=f"*, {options}").replace("\n", " ")
+    of_forward = " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, " + _GRADIENTS
+    upstream = "(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, "
+    forward = _ops.define("linear_forward", signature + of_forward, _forward, _fake_forward)
+    of_backward = signature.replace("(", upstream, 1) + " -> (" + _GRADIENTS
+    return forward, _ops.define("linear_backward", of_backward, _backward, _fake_backward)
+
+
+if _ops.LOAD_ERROR is None:
+    forward, backward = _define()

@@ -1,137 +1,254 @@
-"""The autograd Function of a linear layer and its loss: what is saved, and what is made when."""
+"""The autograd Functions of a linear layer and its loss: what is saved, and what is made when."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import _autograd, _linear, _ops
-from ._autograd import Options, Tensors, is_batched
-from ._checks import is_autocast
+from ._autograd import Grads, Tensors, is_traced, needs_graph
+from ._linear import Arguments, Inputs
+from ._options import REDUCTIONS
+from ._problem import Problem, is_autocast
+from ._torch_private import apply_at_this_level, below_autograd, is_batched_by_autograd
+from .reference import CrossEntropyStatistics
 
-_NO_GRADIENTS = (None,) * 8  # of the inputs beside hidden, weight and bias
+_N_TENSORS: Final = 7  # of Inputs
+
+
+class Layer(NamedTuple):
+    """A linear layer and its inputs: (*rows, H), (C, *D, H) and (C, *D)."""
+
+    hidden: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+
+    def logits(self, dtype: torch.dtype) -> Tensor:
+        """Multiply all of them, (*rows, C, *D)."""
+        hidden: Any  # that these are no None is lost on the way
+        weight: Any
+        hidden, weight, bias = (
+            None if tensor is None else tensor.to(torch.promote_types(dtype, tensor.dtype))
+            for tensor in self
+        )
+        if weight.dim() == 2:
+            return F.linear(hidden, weight, bias)
+        flat_bias = None if bias is None else bias.flatten()
+        logits = F.linear(hidden, weight.flatten(0, -2), flat_bias)
+        return logits.unflatten(-1, weight.shape[:-1])  # type: ignore[no-any-return]
 
 
 def evaluate(
-    hidden: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    tensors: Tensors,
-    options: Options,
-    classes: list[int],
-    chunk_rows: int | None,
-) -> tuple:
-    """Return loss, lse, entropy and argmax; without statistics, only the loss of these is meant.
+    layer: Layer, problem: Problem, chunk_rows: int | None
+) -> tuple[Tensor] | CrossEntropyStatistics:
+    """Return the loss, and with statistics all of them.
 
-    Hidden is (N, H), linear_weight (K, H) and linear_bias (K,); the logits that the other tensors
-    belong to would be (N, *classes).
+    Hidden is (N, H); of the problem's logits, (N, C, *D), there are shape, dtype and device alone.
     """
-    layer, others = (hidden, linear_weight, linear_bias), tensors[1:]
-    is_recorded = torch.is_grad_enabled()
-    needs = [is_recorded and tensor is not None and tensor.requires_grad for tensor in layer]
-    if any(needs):
-        return LinearCrossEntropy.apply(*layer, *others, options, classes, chunk_rows, needs)
-    return _linear.forward(*_operands((*layer, *others), options, classes, chunk_rows, needs))[:4]
+    logits, target, *_, settings = problem
+    needs = [int(needs_graph(tensor)) for tensor in layer]
+    is_fused = settings.reduction != REDUCTIONS["none"] and layer.hidden.dtype != torch.float16
+    inputs = Inputs(
+        *layer,
+        target,
+        *problem[2:-1],
+        settings.reduction,
+        logits.dtype,
+        settings.loss_dtype or logits.dtype,
+        settings.statistics,
+        chunk_rows,
+        needs if is_fused else [0, 0, 0],
+        settings.of_operators,
+    )
+    if is_traced():
+        *arguments, options = inputs
+        results = _linear.forward(*arguments, **options)
+    elif any(needs):
+        results = LinearCrossEntropyInEager.apply(*inputs)
+    else:
+        results = _forward(inputs)
+    if settings.statistics:
+        return _autograd.complete(problem, *results[:4])
+    return (results[0],)
 
 
-def _operands(tensors, options: Options, classes, chunk_rows, needs) -> tuple:
-    _, *arguments = options.for_forward()
-    return *tensors, classes, *arguments, chunk_rows, needs
+def _forward(inputs: Inputs) -> Tensors:
+    *arguments, options = inputs
+    with below_autograd():
+        return _linear.forward(*arguments, **options)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients from one matrix product for each of logits, grad_hidden and grad_weight.
 
-    The gradients are made with the loss, for an upstream gradient of 1, and are given away once, in
-    the first backward; any later one makes them anew. They are made in the backward alone where
-    they depend on more than a factor, and in float16, whose range they need a loss scale to fit.
+    The gradients are made with the loss, for an upstream gradient of 1. They are made in the
+    backward alone where they depend on more than a factor, and in float16, whose range they need a
+    loss scale to fit. This is the formula of the operator.
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        """Return loss, lse, entropy and argmax.
+    def forward(ctx: Any, *inputs: Any) -> Tensors:
+        """Return what the operator does; the inputs are Inputs."""
+        results = _forward(Inputs(*inputs))
+        _save(ctx, Inputs(*inputs), results[4:])
+        n_differentiable = 3 if Inputs(*inputs).statistics else 1
+        ctx.mark_non_differentiable(*results[n_differentiable:])
+        return results
 
-        The inputs are hidden, weight and bias of the layer, all Tensors but logits, Options,
-        classes, chunk_rows and needs.
-        """
-        *tensors, ctx.options, ctx.classes, ctx.chunk_rows, ctx.needs = inputs
-        is_compiling = torch.compiler.is_compiling()
-        ctx.has_gradients = (
-            ctx.options.reduction != "none"
-            and tensors[0].dtype != torch.float16
-            # Compiled code gives zeros for those gradients of statistics that there are not.
-            and not (ctx.options.statistics and is_compiling)
-        )
-        needs = ctx.needs if ctx.has_gradients else [False] * 3
-        operands = _operands(tensors, ctx.options, ctx.classes, ctx.chunk_rows, needs)
-        *results, grad_hidden, grad_weight, grad_bias = _linear.forward(*operands)
-        gradients = (grad_hidden, grad_weight, grad_bias)
-        ctx.set_materialize_grads(False)
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Grads:
+        """Return the gradients of hidden, weight and bias."""
+        return _backward(ctx, upstream[:3], ctx.saved_tensors[_N_TENSORS:], _multiplied)
+
+
+class LinearCrossEntropyInEager(torch.autograd.Function):
+    """The same; the first backward gives the gradients away, and any later makes them anew."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensors:
+        """Return loss, lse, entropy and argmax."""
+        *results, grad_hidden, grad_weight, grad_bias = _forward(Inputs(*inputs))
+        _save(ctx, Inputs(*inputs), ())
+        # Not among what is saved: there, to be scaled in place would be an error.
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(results[3])
-        if is_compiling:
-            ctx.save_for_backward(*tensors, *gradients)
-        else:  # not among what is saved: there, to be scaled in place would be an error
-            ctx.gradients = gradients if ctx.has_gradients else None
-            ctx.save_for_backward(*tensors)
         return tuple(results)
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor | None) -> Grads:
         """Return the gradients of hidden, weight and bias."""
-        grad_loss, *of_statistics, _ = upstream
-        is_compiling = torch.compiler.is_compiling()
-        if is_compiling:
-            gradients = ctx.saved_tensors[7:] if ctx.has_gradients else None
-        else:  # kept no longer than what autograd saves, whether they are of use or not
-            gradients, ctx.gradients = ctx.gradients, None
-        if not ctx.options.statistics:  # compiled code gives zeros for them
-            of_statistics = [None, None]
-        upstream = (grad_loss, *of_statistics)
-        if all(grad is None for grad in upstream):
-            return None, None, None, *_NO_GRADIENTS
-        if torch.is_grad_enabled():
-            return *_with_graph(ctx, upstream), *_NO_GRADIENTS
-        if gradients is None or any(grad is not None for grad in of_statistics):
-            operands = _operands(
-                ctx.saved_tensors[:7], ctx.options, ctx.classes, ctx.chunk_rows, ctx.needs
-            )
-            gradients = _linear.backward(*upstream, *operands)
-        elif is_compiling or is_batched(grad_loss):
-            gradients = [(gradient * grad_loss).to(gradient.dtype) for gradient in gradients]
-        else:
-            for gradient, needed in zip(gradients, ctx.needs, strict=True):
-                if needed:
-                    _scale(gradient, grad_loss)
-        wanted = (
-            gradient if needed else None
-            for gradient, needed in zip(gradients, ctx.needs, strict=True)
-        )
-        return *wanted, *_NO_GRADIENTS
+        # Kept no longer than what autograd saves, whether they are of use or not.
+        gradients, ctx.gradients = ctx.gradients, None
+        return _backward(ctx, upstream[:3], gradients, _scaled)
 
 
-def _scale(gradient: Tensor, grad_loss: Tensor) -> None:
-    """Multiply in place; where that is by 1, without a pass over memory and unknown to the host."""
-    rows = gradient if gradient.dim() == 2 else gradient.unsqueeze(0)
-    target = rows.new_zeros(rows.shape[0], dtype=torch.uint8)
-    _ops.scale_gradient_(rows, grad_loss, target, None, 1, -1)
+def _save(ctx: Any, inputs: Inputs, gradients: Tensors) -> None:
+    ctx.save_for_backward(*inputs[:_N_TENSORS], *gradients)
+    ctx.arguments, ctx.made = inputs[_N_TENSORS:], inputs.needs
+    ctx.set_materialize_grads(False)
 
 
-def _with_graph(ctx, upstream: tuple) -> tuple:
-    """Return gradients that can be differentiated, by way of all logits."""
-    layer, others = ctx.saved_tensors[:3], ctx.saved_tensors[3:7]
-    device = layer[0].device
-    no_casts = torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
-    with no_casts:  # in the gradients of the product, either
-        logits = F.linear(*layer).view(-1, *ctx.classes)
-        loss, *results = _autograd.evaluate(Tensors(logits, *others), ctx.options, False)
-        entropy, _, lse = results[-3:] if ctx.options.statistics else (None, None, None)
-        outputs = [
-            (output, grad)
-            for output, grad in zip((loss, lse, entropy), upstream, strict=True)
-            if grad is not None
+def _backward(
+    ctx: Any,
+    upstream: Grads,
+    gradients: Tensors | None,
+    times: Callable[..., Tensor],
+) -> Grads:
+    needs = ctx.needs_input_grad[:3]
+    grad_loss, *of_statistics = upstream
+    if all(grad is None for grad in upstream):
+        found: Any = (None, None, None)
+    elif torch.is_grad_enabled():
+        found = _with_graph(_saved(ctx), upstream, needs)
+    elif (
+        gradients is None
+        or any(needed and not made for needed, made in zip(needs, ctx.made, strict=True))
+        or any(grad is not None for grad in of_statistics)
+    ):
+        found = _anew(_saved(ctx), upstream, needs)
+    else:
+        found = [
+            times(gradient, grad_loss) if needed else None
+            for gradient, needed in zip(gradients, needs, strict=True)
         ]
-        variables = [tensor for tensor, needed in zip(layer, ctx.needs, strict=True) if needed]
-        values, grads = zip(*outputs, strict=True)
-        gradients = iter(torch.autograd.grad(values, variables, grads, create_graph=True))
-    return tuple(next(gradients) if needed else None for needed in ctx.needs)
+    return (*found, *[None] * (len(Inputs._fields) - 3))
+
+
+def _saved(ctx: Any) -> Inputs:
+    return Inputs(*ctx.saved_tensors[:_N_TENSORS], *ctx.arguments)
+
+
+def _anew(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Return gradients from logits that are multiplied once more."""
+    *arguments, options = inputs._replace(needs=[int(needed) for needed in needs])
+    with below_autograd():
+        found = _linear.backward(*upstream, *arguments, **options)
+    return [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
+
+
+def _multiplied(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    return (gradient * grad_loss).to(gradient.dtype)
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """Multiply in place; where that is by 1, without a pass over memory and unknown to the host."""
+    if is_batched_by_autograd(grad_loss):
+        return _multiplied(gradient, grad_loss)
+    with below_autograd():
+        _ops.multiply_(gradient, grad_loss)
+    return gradient
+
+
+def _with_graph(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Return gradients that can be differentiated, by way of all logits."""
+    # Views, so that one tensor in two places has a gradient for each.
+    layer: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs[:3]]
+    inputs = Inputs._make([*layer, *inputs[3:]])
+    variables = [tensor for tensor, needed in zip(layer, needs, strict=True) if needed]
+    outputs = [
+        (output, grad)
+        for output, grad in zip(by_all_logits(inputs), upstream, strict=False)
+        if grad is not None
+    ]
+    values, grads = zip(*outputs, strict=True)
+    with _no_casts(inputs.hidden):  # in the gradients of the product, either
+        found = iter(torch.autograd.grad(values, variables, grads, create_graph=True))
+    return [next(found) if needed else None for needed in needs]
+
+
+def by_all_logits(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return loss, and with statistics lse, entropy and argmax, by way of all logits."""
+    with _no_casts(inputs.hidden):
+        logits = Layer(*inputs[:3]).logits(inputs.logits_dtype)
+        results = _autograd.evaluate(inputs.problem_of_all(logits))
+    if not inputs.statistics:
+        return results
+    results = cast(CrossEntropyStatistics, results)
+    return results.loss, results.lse, results.entropy, results.argmax
+
+
+def _no_casts(tensor: Tensor) -> Any:
+    if not is_autocast(tensor):
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+# ---- the operators' formulas ---------------------------------------------------------------------
+
+
+def _forward_formula(*arguments: Unpack[Arguments], **options: Any) -> Any:
+    inputs = Inputs(*arguments, options)
+    if needs_graph(*inputs[3:_N_TENSORS]):
+        results = by_all_logits(inputs)
+        return *results, *_linear.empty_results(inputs)[len(results) :]
+    if needs_graph(*inputs[:3]):
+        return apply_at_this_level(LinearCrossEntropy, *inputs)
+    return _forward(inputs)
+
+
+def _backward_formula(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    *arguments: Unpack[Arguments],
+    **options: Any,
+) -> Tensors:
+    inputs, upstream = Inputs(*arguments, options), (grad_loss, grad_lse, grad_entropy)
+    if needs_graph(*upstream, *inputs[:_N_TENSORS]):
+        raise RuntimeError(
+            "fused_xent::linear_backward has no derivative: for gradients of gradients, use "
+            "fused_xent.linear_cross_entropy"
+        )
+    with below_autograd():
+        return _linear.backward(*upstream, *arguments, **options)
+
+
+if _ops.LOAD_ERROR is None:
+    _ops.register_formula("linear_forward", _forward_formula)
+    _ops.register_formula("linear_backward", _backward_formula)

@@ -1,25 +1,39 @@
 """The native operators: loading their library, what each means, and their meta implementations.
 
-``forward`` returns the loss, and what ``backward`` needs of it: ``total_weight`` (float64 scalar,
-by what ``mean`` divides) and one value a row of ``row_max`` and ``log_sum`` (the logarithm of the
-sum of ``exp(logits - row_max)``, of the logits as the softmax sees them); then, of no elements
-where they are not wanted, of ``label_mass`` (the sum of the row's smoothed and weighted
-probabilities; not for class indices), ``loss_slope`` (the derivative of the focal loss by the
-cross-entropy), and the statistics ``entropy`` and ``argmax``. Rows have the shape of the unreduced
-loss and, but for ``argmax``, the accumulation type: float64 for float64 logits, float32 for all
-others. ``numbers`` are label_smoothing, lse_square_scale, focal_gamma, softcap (0: none) and
-logit_scale.
+``loss`` returns the loss; ``forward`` returns it and what ``backward`` needs: ``total_weight`` (a
+float64 scalar, the divisor of ``mean``) and ``state``, a few numbers a row, stacked before the
+rows' dimensions: ``row_max``, ``log_sum`` (the logarithm of the sum of ``exp(logits - row_max)``,
+of the logits as the softmax sees them), for probabilities ``label_mass`` (the sum of the row's
+smoothed and weighted probabilities), and for the focal loss ``loss_slope`` (its derivative by the
+cross-entropy).
+``forward_with_statistics`` returns ``lse``, ``entropy`` and ``argmax`` as well. ``backward`` takes
+``total_weight`` where ``forward`` takes a normalizer, then ``state``, the entropy, and the upstream
+gradients of loss, lse and entropy. ``forward_backward_`` writes the gradient over the logits.
+``scale_gradient_`` multiplies that by an upstream gradient, and leaves ignored rows 0;
+``multiply_`` multiplies a whole tensor. Rows have the shape of the unreduced loss and, but for
+``argmax``, the accumulation type: float64 for float64 logits, float32 for all others.
+
+The operators have autograd formulas, in ``_autograd``: those that overwrite raise where a gradient
+is recorded. Options are those of ``csrc/xent_params.h``, by name.
 """
 
+from __future__ import annotations
+
 import importlib.machinery
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from ._options import REDUCTIONS, Settings
+from ._problem import Problem, accumulation_dtype, row_shape
+from ._torch_private import below_autograd, kernels_of, redispatch_below_inplace
+
+T = TypeVar("T")
 
 
 def _load(name: str, missing: str) -> str | None:
@@ -53,11 +67,11 @@ CUDA_LOAD_ERROR = _load_cuda()
 _ops = torch.ops.fused_xent
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether native kernels serve tensors of this device; otherwise torch's operations do."""
-    if device.type == "cuda":
+def has_kernels(tensor: Tensor) -> bool:
+    """Return True if native kernels serve a tensor's device; otherwise torch's operations do."""
+    if tensor.is_cuda:
         return CUDA_LOAD_ERROR is None
-    return LOAD_ERROR is None and device.type in ("cpu", "meta")
+    return LOAD_ERROR is None and (tensor.is_cpu or tensor.is_meta)
 
 
 def cpu_capability() -> str | None:
@@ -70,110 +84,258 @@ def cpu_capability() -> str | None:
     return _ops.cpu_capability() if LOAD_ERROR is None else None
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which the kernels keep sums for logits of this type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def state_size(target: Tensor, options: dict[str, float]) -> int:
+    """Return how many numbers a row the state has."""
+    return 2 + target.is_floating_point() + (options.get("focal_gamma", 0) != 0)
 
 
-def _row_shape(logits: Tensor, dim: int) -> list:
-    return [*logits.shape[:dim], *logits.shape[dim + 1 :]]
-
-
-def _fake_loss(logits: Tensor, dim: int, reduction: int, loss_dtype: torch.dtype) -> Tensor:
-    shape = _row_shape(logits, dim) if reduction == REDUCTIONS["none"] else []
+def _fake_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | None,
+    dim: int,
+    reduction: int,
+    loss_dtype: torch.dtype | None = None,
+    **_: Any,
+) -> Tensor:
+    shape = row_shape(logits, dim) if reduction == REDUCTIONS["none"] else []
     return logits.new_empty(shape, dtype=loss_dtype)
 
 
 def _fake_forward(
-    logits,
-    target,
-    weight,
-    token_weight,
-    normalizer,
-    dim,
-    ignore_index,
-    numbers,
-    reduction,
-    loss_dtype,
-    statistics,
-):
-    acc = accumulation_dtype(logits.dtype)
-
-    def rows(is_wanted: bool = True, dtype: torch.dtype = acc) -> Tensor:
-        return logits.new_empty(_row_shape(logits, dim) if is_wanted else [0], dtype=dtype)
-
+    logits: Tensor, target: Tensor, *arguments: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc, rows = accumulation_dtype(logits.dtype), row_shape(logits, arguments[3])
     return (
-        _fake_loss(logits, dim, reduction, loss_dtype),
+        _fake_loss(logits, target, *arguments),
         logits.new_empty([], dtype=torch.float64),
-        rows(),
-        rows(),
-        rows(target.is_floating_point()),
-        rows(numbers[2] != 0),
-        rows(statistics),
-        rows(statistics, torch.int64),
+        logits.new_empty([state_size(target, options), *rows], dtype=acc),
     )
 
 
-def _fake_backward(grad_loss, grad_lse, grad_entropy, logits, *_):
-    return torch.empty_like(logits)
+def _fake_statistics(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | None,
+    dim: int,
+    *_: Any,
+    **__: Any,
+) -> tuple[Tensor, ...]:
+    acc, rows = accumulation_dtype(logits.dtype), row_shape(logits, dim)
+    return tuple(logits.new_empty(rows, dtype=dtype) for dtype in (acc, acc, torch.int64))
 
 
-def _fake_forward_backward(*arguments):
-    loss, _, row_max, log_sum, *_, entropy, argmax = _fake_forward(*arguments)
-    return loss, row_max, log_sum, entropy, argmax
+FAKES: dict[str, Callable[..., Any]] = {
+    "loss": _fake_loss,
+    "forward": _fake_forward,
+    "forward_with_statistics": lambda *arguments, **options: (
+        *_fake_forward(*arguments, **options),
+        *_fake_statistics(*arguments),
+    ),
+    "backward": lambda logits, *_, **__: torch.empty_like(logits),
+    "backward_": lambda *_, **__: None,
+    "forward_backward_": _fake_loss,
+    "forward_backward_with_statistics_": lambda *arguments, **_: (
+        _fake_loss(*arguments),
+        *_fake_statistics(*arguments),
+    ),
+    "scale_gradient_": lambda *_: None,
+    "multiply_": lambda *_: None,
+}
+OVERWRITING = tuple(name for name in FAKES if name.endswith("_"))  # their first argument
 
 
-def _in_turn(operator):
-    """Return the rule of vmap for an operator: sample by sample."""
+def _in_turn(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """Return the rule of vmap for an operator that returns one tensor: sample by sample."""
 
-    def rule(info, in_dims, *arguments):
-        def sample(i: int):
-            return operator(
+    def rule(
+        info: Any, in_dims: Sequence[int | None], *arguments: Any, **options: Any
+    ) -> tuple[Tensor, int]:
+        samples = [
+            operator(
                 *(
                     argument.select(dim, i) if isinstance(dim, int) else argument
                     for argument, dim in zip(arguments, in_dims, strict=True)
-                )
+                ),
+                **options,
             )
-
-        samples = [sample(i) for i in range(info.batch_size)]
-        if isinstance(samples[0], Tensor):
-            return torch.stack(samples), 0
-        results = tuple(torch.stack(results) for results in zip(*samples, strict=True))
-        return results, (0,) * len(results)
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(samples), 0
 
     return rule
 
 
-def _count_version(name: str, index: int) -> None:
-    """Let an operator raise the version of its argument that it overwrites, also in compiled code.
+def _count_version(name: str) -> None:
+    """Let an operator raise the version of what it overwrites, also in compiled code.
 
     By that autograd knows, wherever it needs the old values, that they are gone.
     """
     operator = getattr(_ops, name).default
 
-    def counted(keyset, *arguments):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            below = keyset & torch._C._after_ADInplaceOrView_keyset
-            results = operator.redispatch(below, *arguments)
-        increment_version(arguments[index])  # not before: what is refused stays as it was
+    def counted(keyset: Any, overwritten: Tensor, *arguments: Any, **options: Any) -> Any:
+        results = redispatch_below_inplace(operator, keyset, (overwritten, *arguments), options)
+        increment_version(overwritten)  # not before: what is refused stays as it was
         return results
 
     _library.impl(name, counted, "ADInplaceOrView", with_keyset=True)
 
 
+def register_formula(name: str, formula: Callable[..., Any]) -> None:
+    """Register the autograd formula of an operator: a function of its arguments."""
+    _library.impl(name, formula, "Autograd")
+
+
+def backward_schema() -> torch.FunctionSchema:
+    """Return the schema of ``backward``, which has all options."""
+    return _ops.backward.default._schema
+
+
+def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator that is written in Python, and return it."""
+    _definitions.define(name + schema)
+    _definitions.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_xent::{name}", fake)
+    return getattr(_ops, name).default
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    """Return the formula of an operator that overwrites its first argument."""
+    operator = getattr(_ops, name).default
+
+    def formula(*arguments: Any, **options: Any) -> Any:
+        recorded = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+        if recorded and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"fused_xent::{name} has no derivative: call it under torch.no_grad(), or use "
+                "fused_xent.cross_entropy"
+            )
+        with below_autograd():
+            return operator(*arguments, **options)
+
+    return formula
+
+
 if LOAD_ERROR is None:
     _library = torch.library.Library("fused_xent", "IMPL")
-    for _name, _index in (("backward_", 3), ("forward_backward_", 0), ("scale_gradient_", 0)):
-        _count_version(_name, _index)
-    torch.library.register_fake("fused_xent::forward", _fake_forward)
-    torch.library.register_fake("fused_xent::backward", _fake_backward)
-    torch.library.register_fake("fused_xent::backward_", lambda *_: None)
-    torch.library.register_fake("fused_xent::forward_backward_", _fake_forward_backward)
-    torch.library.register_fake("fused_xent::scale_gradient_", lambda *_: None)
+    _definitions = torch.library.Library("fused_xent", "FRAGMENT")
+    for _name, _fake in FAKES.items():
+        torch.library.register_fake(f"fused_xent::{_name}", _fake)
+    for _name in OVERWRITING:
+        _count_version(_name)
+        register_formula(_name, _refusal(_name))
     torch.library.register_vmap("fused_xent::backward", _in_turn(_ops.backward.default))
 
-    forward = _ops.forward.default
-    backward = _ops.backward.default
-    backward_ = _ops.backward_.default
-    forward_backward_ = _ops.forward_backward_.default
     scale_gradient_ = _ops.scale_gradient_.default
+    multiply_ = _ops.multiply_.default
+    _of_loss: tuple[Callable[..., tuple[Tensor, ...]], ...]
+    _of_loss = _ops.forward.default, _ops.forward_with_statistics.default
+    _fused = _ops.forward_backward_.default, _ops.forward_backward_with_statistics_.default
+    _backward = _ops.backward.default, _ops.backward_.default
+
+
+def _call(operator: Callable[..., T], problem: Problem, **inplace: bool) -> T:
+    logits, target, weight, token_weight, normalizer, settings = problem
+    return operator(
+        logits,
+        target,
+        weight,
+        token_weight,
+        normalizer,
+        settings.dim,
+        settings.reduction,
+        settings.loss_dtype,
+        **inplace,
+        **settings.of_operators,
+    )
+
+
+def forward(problem: Problem, **inplace: bool) -> tuple[Tensor, ...]:
+    """Return loss, total_weight and state; with statistics, after them lse, entropy and argmax."""
+    return _call(_of_loss[problem.settings.statistics], problem, **inplace)
+
+
+def forward_backward_(problem: Problem) -> Any:
+    """Return the loss; with statistics, after it lse, entropy and argmax."""
+    return _call(_fused[problem.settings.statistics], problem)
+
+
+def backward(
+    problem: Problem,
+    upstream: Sequence[Tensor | None],
+    total_weight: Tensor | None,
+    state: Tensor,
+    entropy: Tensor | None,
+    inplace: bool = False,
+) -> Any:
+    """Return the gradient of the logits, or write it over them."""
+    logits, target, weight, token_weight, _, settings = problem
+    return _backward[inplace](
+        logits,
+        target,
+        weight,
+        token_weight,
+        total_weight,
+        settings.dim,
+        settings.reduction,
+        state,
+        entropy,
+        *upstream,
+        **settings.of_operators,
+    )
+
+
+# ---- class indices beside logits, and nothing else: most calls, see _autograd.is_plain -----------
+
+
+def _call_plain(
+    kernels: tuple[Any, Any], logits: Tensor, target: Tensor, settings: Settings
+) -> Any:
+    return kernels[logits.is_cuda](
+        logits,
+        target,
+        None,
+        None,
+        None,
+        settings.dim,
+        settings.reduction,
+        settings.loss_dtype,
+        **settings.of_operators,
+    )
+
+
+def plain_backward(
+    logits: Tensor,
+    target: Tensor,
+    settings: Settings,
+    total_weight: Tensor,
+    state: Tensor,
+    grad_loss: Tensor,
+) -> Tensor:
+    """Return the gradient of the logits."""
+    return _plain_backward[logits.is_cuda](
+        logits,
+        target,
+        None,
+        None,
+        total_weight,
+        settings.dim,
+        settings.reduction,
+        state,
+        None,
+        grad_loss,
+        None,
+        None,
+        **settings.of_operators,
+    )
+
+
+if LOAD_ERROR is None:
+    _plain_backward: tuple[Callable[..., Tensor], ...] = kernels_of(_ops.backward)
+    plain_loss: Callable[..., Tensor] = partial(_call_plain, kernels_of(_ops.loss))
+    plain_forward: Callable[..., tuple[Tensor, ...]]
+    plain_forward = partial(_call_plain, kernels_of(_ops.forward))

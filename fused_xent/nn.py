@@ -4,22 +4,64 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from ._options import CrossEntropyOptions, LinearOptions, check_names
+from ._torch_private import WeightedLoss
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
 
-
-def _options_of(module: torch.nn.Module) -> str:
-    """Name the options of a module that are not at their defaults."""
-    parameters = inspect.signature(type(module)).parameters.values()
-    values = ((p.name, vars(module).get(p.name, p.default), p.default) for p in parameters)
-    return ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+OF_A_BATCH = ("token_weight", "normalizer")  # go to forward
+DEPRECATED = ("size_average", "reduce")  # torch's, which reduction says
+
+
+def _defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the options that a module of the function keeps, with their defaults."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not parameter.empty
+        and name not in (*OF_A_BATCH, *DEPRECATED, "weight", "linear_bias")
+    }
+
+
+class _Loss(WeightedLoss):
+    """What both modules share: an attribute of each option's name, which forward passes on."""
+
+    DEFAULTS: dict[str, Any]
+
+    def _keep(self, options: dict[str, Any]) -> None:
+        check_names(type(self).__name__, options, self.DEFAULTS)
+        for name, default in self.DEFAULTS.items():
+            setattr(self, name, options.get(name, default))
+
+    def _options(self) -> dict[str, Any]:
+        """Return all options; of a module that was pickled before one was there, its default."""
+        return {name: getattr(self, name, value) for name, value in self.DEFAULTS.items()}
+
+    def extra_repr(self) -> str:
+        """Name the options that are not at their defaults."""
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in self._options().items()
+            if not _is_default(value, self.DEFAULTS[name])
+        )
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Compare what can be compared: a tensor or an array has no one answer."""
+    return value is default or (isinstance(value, (int, float, str)) and value == default)
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Loss):
     """Module of :func:`fused_xent.cross_entropy`, equivalent to :class:`torch.nn.CrossEntropyLoss`.
 
     Takes torch's arguments and the options of the function, where each is explained, but for
@@ -27,11 +69,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     when the loss is computed. A subclass of torch's: state dicts and isinstance checks carry over.
     """
 
-    # Of a module that was made, and pickled, as torch's or before an option was there.
-    dim = softcap = loss_dtype = None
-    lse_square_scale = focal_gamma = 0.0
-    logit_scale = 1.0
-    inplace_backward = grad_in_forward = False
+    DEFAULTS = _defaults_of(cross_entropy)
 
     def __init__(
         self,
@@ -41,30 +79,16 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        *,
-        dim: int | None = None,
-        lse_square_scale: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        focal_gamma: float = 0.0,
-        loss_dtype: torch.dtype | None = None,
-        inplace_backward: bool = False,
-        grad_in_forward: bool = False,
+        **options: Unpack[CrossEntropyOptions],
     ) -> None:
         """Keep the arguments of the function, but for a batch's tensors."""
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.dim = dim
-        self.lse_square_scale = lse_square_scale
-        self.softcap = softcap
-        self.logit_scale = logit_scale
-        self.focal_gamma = focal_gamma
-        self.loss_dtype = loss_dtype
-        self.inplace_backward = inplace_backward
-        self.grad_in_forward = grad_in_forward
-
-    def extra_repr(self) -> str:
-        """Name the options that are not at their defaults."""
-        return _options_of(self)
+        own = {
+            "ignore_index": ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": label_smoothing,
+        }
+        self._keep({**options, **own})
 
     def forward(
         self,
@@ -78,23 +102,13 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             input,
             target,
             weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            dim=self.dim,
             token_weight=token_weight,
             normalizer=normalizer,
-            lse_square_scale=self.lse_square_scale,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            focal_gamma=self.focal_gamma,
-            loss_dtype=self.loss_dtype,
-            inplace_backward=self.inplace_backward,
-            grad_in_forward=self.grad_in_forward,
+            **self._options(),
         )
 
 
-class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
+class LinearCrossEntropyLoss(_Loss):
     """Module of :func:`fused_xent.linear_cross_entropy`: a linear layer and its loss.
 
     Takes the arguments, and has the parameters, of ``torch.nn.LinearCrossEntropyLoss``:
@@ -105,6 +119,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     when the loss is computed.
     """
 
+    DEFAULTS = _defaults_of(linear_cross_entropy)
+
     def __init__(
         self,
         in_features: int,
@@ -114,41 +130,16 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        reduction: str = "mean",
         weight: Tensor | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-        options: torch.nn.LinearCrossEntropyOptions | None = None,
-        lse_square_scale: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        focal_gamma: float = 0.0,
-        loss_dtype: torch.dtype | None = None,
-        shift: int = 0,
-        drop_ignored: bool = False,
-        chunk_rows: int | None = None,
+        **options: Unpack[LinearOptions],
     ) -> None:
         """Make the layer, and keep the arguments of the function."""
-        super().__init__(weight, reduction=reduction)
+        super().__init__(weight)
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
         n_outputs = math.prod(self.out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, n_outputs, bias, device=device, dtype=dtype)
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.options = options
-        self.lse_square_scale = lse_square_scale
-        self.softcap = softcap
-        self.logit_scale = logit_scale
-        self.focal_gamma = focal_gamma
-        self.loss_dtype = loss_dtype
-        self.shift = shift
-        self.drop_ignored = drop_ignored
-        self.chunk_rows = chunk_rows
-
-    def extra_repr(self) -> str:
-        """Name the options that are not at their defaults; the layer shows itself."""
-        return _options_of(self)
+        self._keep({**options})
 
     def forward(
         self,
@@ -158,6 +149,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         normalizer: Tensor | float | None = None,
     ) -> Tensor:
         """Return the loss; shapes as in :func:`fused_xent.linear_cross_entropy`."""
+        linear_weight: Tensor
+        linear_bias: Tensor | None
         linear_weight, linear_bias = self.linear.weight, self.linear.bias
         if self.out_features:
             shape = (self.num_classes, *self.out_features)
@@ -169,18 +162,26 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
             target,
             linear_bias=linear_bias,
             weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            options=self.options,
             token_weight=token_weight,
             normalizer=normalizer,
-            lse_square_scale=self.lse_square_scale,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            focal_gamma=self.focal_gamma,
-            loss_dtype=self.loss_dtype,
-            shift=self.shift,
-            drop_ignored=self.drop_ignored,
-            chunk_rows=self.chunk_rows,
+            **self._options(),
         )
+
+
+def _signature_of(module: type[_Loss], function: Callable[..., Any]) -> inspect.Signature:
+    """Return a module's signature, its options with the function's defaults and types."""
+    *named, _ = inspect.signature(module.__init__).parameters.values()
+    of_function = inspect.signature(function).parameters
+    names = {parameter.name for parameter in named}
+    options = [
+        of_function[name].replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name in module.DEFAULTS
+        if name not in names
+    ]
+    return inspect.Signature([*named, *options])
+
+
+CrossEntropyLoss.__init__.__signature__ = _signature_of(CrossEntropyLoss, cross_entropy)  # type: ignore[attr-defined]
+LinearCrossEntropyLoss.__init__.__signature__ = _signature_of(  # type: ignore[attr-defined]
+    LinearCrossEntropyLoss, linear_cross_entropy
+)

@@ -4,10 +4,11 @@ Tests and the benchmark compare with it in float64. It also serves where no kern
 without native kernels, and for gradients of gradients.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 
 class _Statistics(NamedTuple):
@@ -27,7 +28,7 @@ class CrossEntropyStatistics(_Statistics):
 
     __slots__ = ()
 
-    def __new__(cls, loss, *rows):
+    def __new__(cls, loss: Any, *rows: Tensor) -> Self:
         """Take the fields, or one iterable of them, as torch makes tuples of tensor subclasses."""
         return super().__new__(cls, *((loss, *rows) if rows else loss))
 
@@ -43,7 +44,7 @@ def transform(input: Tensor, softcap: float | None, logit_scale: float) -> Tenso
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
-def cross_entropy(input: Tensor, target: Tensor, *arguments, **options) -> Tensor:
+def cross_entropy(input: Tensor, target: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """Softmax cross-entropy, the first of :func:`cross_entropy_with_statistics`."""
     return cross_entropy_with_statistics(input, target, *arguments, **options).loss
 
@@ -116,7 +117,7 @@ def _reduce(row_loss: Tensor, reduction: str, normalizer: Tensor | float) -> Ten
     return row_loss.sum() / normalizer if reduction == "mean" else row_loss.sum()
 
 
-def _predictions(logits, target, kept, dim) -> tuple[Tensor, Tensor]:
+def _predictions(logits: Tensor, target: Tensor, kept: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     if logits.shape[dim] == 0:
         return torch.full_like(kept, -1, dtype=torch.int64), torch.zeros_like(kept)
     argmax = logits.detach().argmax(dim)
@@ -136,7 +137,9 @@ def _focal(cross_entropy: Tensor, mass: Tensor, gamma: float) -> Tensor:
     return ((-torch.expm1(-minus_log_p)) ** gamma * cross_entropy).masked_fill(zero, 0)
 
 
-def _probability_loss(log_prob, target, weight, label_smoothing, dim):
+def _probability_loss(
+    log_prob: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
     n_classes = log_prob.shape[dim]
     q = target
     if label_smoothing > 0:
@@ -148,7 +151,14 @@ def _probability_loss(log_prob, target, weight, label_smoothing, dim):
     return row_loss, torch.full_like(row_loss, has_weight), q.sum(dim)
 
 
-def _index_loss(log_prob, target, kept, weight, label_smoothing, dim):
+def _index_loss(
+    log_prob: Tensor,
+    target: Tensor,
+    kept: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     n_classes = log_prob.shape[dim]
     is_class = (target >= 0) & (target < n_classes)
     index = target.masked_fill(~(kept & is_class), 0).unsqueeze(dim)

@@ -73,6 +73,12 @@ def seed():
 
 
 @pytest.fixture
+def few_logits_in_chunks(monkeypatch):
+    """Lets small linear layers take the way of large ones."""
+    monkeypatch.setattr("fused_xent.linear.FEW_LOGITS", 0)
+
+
+@pytest.fixture
 def threads():
     """Sets the number of torch's threads, and restores it."""
     count = torch.get_num_threads()

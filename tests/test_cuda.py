@@ -348,11 +348,29 @@ def test_gradient_beyond_32_bits(emulated):
     loss, gradient = loss_and_gradient(logits, target)
     assert_loss(loss, exact, torch.float32)
     assert_gradient(gradient, exact, torch.bfloat16)
-    numbers = [0.0, 0.0, 0.0, 0.0, 1.0]
-    tensors, options = (logits, target, None, None), (1, -100, numbers, 1)
-    _, *saved, _ = _ops.forward(*tensors, None, *options, torch.float32, False)
-    _ops.backward_(torch.ones(()), None, None, *tensors, *saved, *options)
+    operators = torch.ops.fused_xent_emulated
+    tensors, mean = (logits, target, None, None), 1
+    _, total_weight, state = operators.forward(*tensors, None, 1, mean, torch.float32)
+    upstream = (torch.ones(()), None, None)
+    operators.backward_(*tensors, total_weight, 1, mean, state, None, *upstream)
     assert_gradient(logits, exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("factor", [1.3, float("nan"), float("inf"), 0.0, 1.0])
+@pytest.mark.parametrize("shape", [(7, 40), (5, 700), (2, 20000), (2, 3, 90)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_multiply(dtype, shape, factor):
+    """Every element, of rows of zeros as well, and nothing between them."""
+    memory = make_logits((*shape[:-1], 2 * shape[-1]), dtype)
+    memory[0] = 0
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    factor = torch.tensor(factor, dtype=torch.float64)  # cast to the type of sums
+    for view in (lambda x: x[..., : shape[-1]], lambda x: x[..., ::2], lambda x: x.mT):
+        expected = memory.clone()
+        view(expected).copy_((view(memory).to(acc) * factor.to(acc)).to(dtype))
+        actual = memory.clone()
+        _ops.multiply_(view(actual), factor)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_more_rows_or_classes_than_kernels_count():

@@ -73,6 +73,11 @@ REFUSED = {
         ValueError,
         r"logit_scale / softcap must be in \[1e-30, 1e\+30\], got 1e\+20 / 1e-20",
     ),
+    "cap below float32, not far below the scale": (
+        {"softcap": 1e-31, "logit_scale": 1e-30},
+        ValueError,
+        r"^softcap must be in \[1e-30, 1e\+30\], got 1e-31",
+    ),
     "bool for a number": (
         {"focal_gamma": True},
         TypeError,
@@ -93,12 +98,34 @@ REFUSED = {
         ValueError,
         r"weight must have shape \(9,\), got \(9, 1\)",
     ),
-    "weight of other dtype": (
-        {"weight": torch.ones(9).double()},
+    "integer weight": (
+        {"weight": torch.ones(9).long()},
         ValueError,
-        "weight must have input's dtype torch.float32, got torch.float64",
+        "weight must be float32, float64, bfloat16 or float16, got torch.int64",
     ),
-    "integer weight": ({"weight": torch.ones(9).long()}, ValueError, "weight must .*torch.int64"),
+    "bool weight": ({"weight": torch.ones(9).bool()}, ValueError, "weight must .*got torch.bool"),
+    "numpy's zero for a scale": (
+        {"logit_scale": np.float16(0)},
+        ValueError,
+        r"logit_scale must be in \[1e-30, 1e\+30\], got 0.0",
+    ),
+    "numpy's infinity for a cap": ({"softcap": np.float16("inf")}, ValueError, "softcap .*got inf"),
+    "numpy's NaN for a scale": ({"logit_scale": np.float16("nan")}, ValueError, "logit_.*got nan"),
+    "tensor of True for a number": (
+        {"focal_gamma": torch.tensor(True)},
+        TypeError,
+        "focal_gamma must be a number, got Tensor",
+    ),
+    "several numbers for a smoothing": (
+        {"label_smoothing": torch.ones(2)},
+        TypeError,
+        "label_smoothing must be a number, got Tensor",
+    ),
+    "class indices with a dimension of 1": (
+        {"input": torch.zeros(2, 9, 3, 4), "target": torch.zeros(2, 1, 3, 4).long()},
+        ValueError,
+        r"got \(2, 1, 3, 4\): target.squeeze\(1\) has the shape of class indices",
+    ),
     "target of other device": (
         {"target": TARGET.to("meta")},
         ValueError,
@@ -169,7 +196,6 @@ REFUSED = {
         ValueError,
         f"token_weight must be on input's device {INPUT.device}, got meta",
     ),
-    "normalizer 0": ({"normalizer": 0}, ValueError, "normalizer must be finite and not 0, got 0"),
     "infinite normalizer": ({"normalizer": float("inf")}, ValueError, "normalizer .*got inf"),
     "normalizer of a sum": (
         {"normalizer": 3, "reduction": "sum"},
@@ -179,7 +205,7 @@ REFUSED = {
     "several normalizers": (
         {"normalizer": torch.ones(4)},
         ValueError,
-        r"normalizer must be a number or a tensor of shape \(\).*got .*\(4,\)",
+        r"normalizer must be a number or a tensor of one real number, got .*\(4,\)",
     ),
     "word for a normalizer": ({"normalizer": "3"}, TypeError, "normalizer must be .*got str"),
     **{
@@ -233,17 +259,17 @@ REFUSED = {
     "complex normalizer": (
         {"normalizer": torch.tensor(1j)},
         ValueError,
-        r"normalizer must be .* of real numbers, got torch.complex64 of shape \(\)",
+        r"normalizer must be .* of one real number, got torch.complex64 of shape \(\)",
     ),
     "NaN for a normalizer": (
         {"normalizer": float("nan")},
         ValueError,
-        "normalizer must be finite and not 0, got nan",
+        "normalizer must be finite, got nan",
     ),
     "normalizer of minus infinity": (
         {"normalizer": -float("inf")},
         ValueError,
-        "normalizer must be finite and not 0, got -inf",
+        "normalizer must be finite, got -inf",
     ),
     "scale far below the cap": (
         {"softcap": 1e20, "logit_scale": 1e-20},
@@ -287,7 +313,8 @@ IN_FULL = {  # with the remedy
     },
     "target must hold floating-point probabilities where it has input's shape (4, 9), got "
     "torch.int64": {"target": PROBABILITIES.long()},
-    "ignore_index must be negative (without effect) where target holds probabilities, got 3": {
+    "ignore_index must be negative (without effect) where target holds probabilities, got 3: to "
+    "leave rows out, give them a token_weight of 0": {
         "target": PROBABILITIES,
         "ignore_index": 3,
     },
@@ -295,8 +322,9 @@ IN_FULL = {  # with the remedy
         "softcap": 1e-20,
         "logit_scale": 1e20,
     },
-    "normalizer must be a number or a tensor of shape () of real numbers, got torch.float32 of "
-    "shape (4,)": {"normalizer": torch.ones(4)},
+    "normalizer must be a number or a tensor of one real number, got torch.float32 of shape (4,)": {
+        "normalizer": torch.ones(4)
+    },
     "normalizer must be None unless reduction is 'mean', got 3 and 'none'": {
         "normalizer": 3,
         "reduction": "none",
@@ -307,8 +335,8 @@ IN_FULL = {  # with the remedy
         "inplace_backward": True,
         "grad_in_forward": True,
     },
-    "inplace_backward must be False where input is a leaf of the graph: its values are the "
-    "caller's, and would be overwritten by their gradient": {
+    "inplace_backward must be False where input is a leaf of the graph, or a view of "
+    "one: its values are the caller's, and would be overwritten by their gradient": {
         "input": LEAF,
         "inplace_backward": True,
     },
@@ -356,7 +384,7 @@ TAKEN = {  # each at the end of what is allowed
     "softcap": (1e-30, 9e29),
     "logit_scale": (1e-30, 1e30),
     "focal_gamma": (0, 1e30),
-    "normalizer": (-3, 1e-300, torch.tensor(3)),
+    "normalizer": (-3, 1e-300, torch.tensor(3), torch.tensor([3.0]), torch.ones(1, 1)),
 }
 
 
@@ -370,6 +398,57 @@ def test_taken(name):
     number = np.int64(value) if isinstance(value, int) else np.float32(1)
     plain = fused_xent.cross_entropy(INPUT, TARGET, **{name: number.item()})
     assert torch.equal(fused_xent.cross_entropy(INPUT, TARGET, **{name: number}), plain)
+
+
+@pytest.mark.parametrize("number", [np.float16(0.25), np.float64(0.25), torch.tensor(0.25)])
+@pytest.mark.parametrize("name", ["label_smoothing", "softcap", "logit_scale", "focal_gamma"])
+def test_numbers_of_numpy_and_tensors_of_one_number(name, number):
+    """A tensor is looked at in each call: it may have changed."""
+    loss = fused_xent.cross_entropy(INPUT, TARGET, **{name: number})
+    assert torch.equal(loss, fused_xent.cross_entropy(INPUT, TARGET, **{name: 0.25}))
+    if torch.is_tensor(number):
+        changed = number.clone()
+        fused_xent.cross_entropy(INPUT, TARGET, **{name: changed})
+        loss = fused_xent.cross_entropy(INPUT, TARGET, **{name: changed.fill_(0.5)})
+        assert torch.equal(loss, fused_xent.cross_entropy(INPUT, TARGET, **{name: 0.5}))
+
+
+@pytest.mark.parametrize("name", ["ignore_index", "label_smoothing", "focal_gamma"])
+def test_a_bool_is_refused_after_an_equal_number(name):
+    """Which is another key of what has been checked, and so are all others."""
+    for number in (1, 0):
+        loss = fused_xent.cross_entropy(INPUT, TARGET, **{name: number, "reduction": "none"}).sum()
+        assert not loss.isnan()
+        with pytest.raises(TypeError, match=f"{name} must be an? (int|number), got bool"):
+            fused_xent.cross_entropy(INPUT, TARGET, **{name: bool(number), "reduction": "none"})
+    fused_xent.cross_entropy(INPUT, TARGET, inplace_backward=False)
+    with pytest.raises(TypeError, match="inplace_backward must be a bool, got int"):
+        fused_xent.cross_entropy(INPUT, TARGET, inplace_backward=0)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), torch.tensor(0), torch.tensor([0.0])])
+def test_a_mean_by_0_is_nan(zero):
+    """One rule for numbers and tensors, and for loss and gradient."""
+    input = INPUT.clone().requires_grad_()
+    loss = fused_xent.cross_entropy(input, TARGET, normalizer=zero)
+    loss.backward()
+    assert loss.isnan()
+    assert input.grad[0].isnan().all()
+
+
+@pytest.mark.parametrize("mode", ["inplace_backward", "grad_in_forward"])
+def test_batches_of_gradients_have_no_place_in_the_logits(mode):
+    leaf = INPUT.clone().requires_grad_()
+    loss = fused_xent.cross_entropy(leaf * 1, TARGET, **{mode: True})
+    with pytest.raises(RuntimeError, match=f"{mode} must be False for is_grads_batched=True"):
+        torch.autograd.grad(loss, leaf, torch.ones(2), is_grads_batched=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*prototype")
+def test_nested_tensors_are_refused():
+    nested = torch.nested.nested_tensor([torch.randn(2, 9), torch.randn(3, 9)])
+    with pytest.raises(ValueError, match=r"input must be a dense tensor, .*pass its values\(\)"):
+        fused_xent.cross_entropy(nested, TARGET)
 
 
 def test_what_says_which_index_it_is():
@@ -474,7 +553,7 @@ CALLS = {
     "int32": {"target": TARGET.int()},
     "target out of range": {"target": TARGET + 7},
     "target of other shape": {"target": TARGET[1:]},
-    "weight of other dtype": {"weight": torch.rand(9).double()},
+    "weight of other shape": {"weight": torch.rand(8)},
 }
 
 

@@ -283,15 +283,13 @@ def test_statistics_change_no_bit_of_the_loss_without_a_transformation():
 def test_signature_of_the_statistics_is_that_of_the_loss():
     import inspect
 
-    from fused_xent.functional import _evaluate, prepare
+    from fused_xent._options import DEFAULTS
 
     loss, both = (inspect.signature(f) for f in (cross_entropy, cross_entropy_with_statistics))
     assert list(loss.parameters) == list(both.parameters)
-    parts = (inspect.signature(f).parameters for f in (_evaluate, prepare))
-    defaults = {name: p.default for part in parts for name, p in part.items()}
-    for name, parameter in loss.parameters.items():
-        if defaults[name] is not inspect.Parameter.empty:
-            assert defaults[name] == parameter.default
+    assert set(DEFAULTS) < set(loss.parameters)
+    for name, default in DEFAULTS.items():
+        assert loss.parameters[name].default == default
     assert both.return_annotation is fused_xent.CrossEntropyStatistics
     kinds = [parameter.kind.name for parameter in both.parameters.values()]
     assert kinds == ["POSITIONAL_OR_KEYWORD"] * 3 + ["KEYWORD_ONLY"] * (len(kinds) - 3)
@@ -303,7 +301,7 @@ def test_signature_of_the_statistics_is_that_of_the_loss():
         for f in (fused_xent.linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics)
     )
     assert loss.parameters == both.parameters
-    assert both.return_annotation == "CrossEntropyStatistics"
+    assert both.return_annotation is fused_xent.CrossEntropyStatistics
 
 
 # ---- precision ---------------------------------------------------------------------------------

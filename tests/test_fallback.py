@@ -25,7 +25,7 @@ D = torch.float64
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    monkeypatch.setattr(_ops, "has_kernels", lambda device: False)
+    monkeypatch.setattr(_ops, "has_kernels", lambda tensor: False)
     monkeypatch.delattr(_ops, "forward")  # whose use would show
 
 
@@ -54,6 +54,16 @@ def test_target_out_of_range(bad):
     message = rf"target must be in \[0, 9\) .*got {bad} at position \(1, 0\)"
     with pytest.raises(IndexError, match=message):
         fused_xent.cross_entropy(torch.zeros(2, 9, 2), target)
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("shape", [(9, 1), (3, 3), (1,), (8,)], ids=str)
+def test_weights_of_other_shapes_are_refused(shape):
+    """Here no kernel does."""
+    logits, target = torch.zeros(9, 9), torch.arange(9)
+    for name, rule in (("weight", "have shape"), ("token_weight", "have the unreduced loss's")):
+        with pytest.raises(ValueError, match=f"{name} must {rule}"):
+            fused_xent.cross_entropy(logits, target, **{name: torch.ones(shape)})
 
 
 def test_no_cuda_kernels_without_the_library_of_the_schemas(monkeypatch):
@@ -105,7 +115,10 @@ import sys, torch
 torch.version.cuda = sys.argv[1] or None
 from fused_xent import __main__, _ops
 print(_ops.CUDA_LOAD_ERROR)
-print([_ops.has_kernels(torch.device(name)) for name in ("cpu", "cuda")])
+with torch._subclasses.FakeTensorMode():  # which pretends that there is a GPU
+    tensors = [torch.empty(0, device=name) for name in ("cpu", "meta", "cuda")]
+assert [x.device.type for x in tensors] == ["cpu", "meta", "cuda"]
+print([_ops.has_kernels(tensor) for tensor in tensors])
 """
 
 
@@ -127,7 +140,7 @@ def test_cuda_library_that_does_not_load(library, cuda, reason, tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", WITH_CUDA, cuda], cwd=tmp_path, capture_output=True, text=True
     )
-    assert re.fullmatch(rf"{reason}\n\[True, False\]\n", result.stdout), result
+    assert re.fullmatch(rf"{reason}\n\[True, True, False\]\n", result.stdout), result
 
 
 def test_report_of_what_runs_here(run_python):

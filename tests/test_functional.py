@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import typing
 import warnings
 
 import pytest
@@ -168,6 +169,24 @@ def test_autocast(labels, label_smoothing, dtype, device):
     assert_gradient(leaf.grad, exact, dtype)
 
 
+def test_loss_dtype_beside_probabilities_and_under_autocast(device):
+    """What is asked for goes before what would be promoted to."""
+    input, soft = torch.randn(4, 9).bfloat16(), torch.rand(4, 9)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert fused_xent.cross_entropy(input, soft, loss_dtype=dtype).dtype == dtype
+        with torch.autocast(device, dtype=torch.bfloat16):
+            for target in (soft, torch.arange(4)):
+                assert fused_xent.cross_entropy(input, target, loss_dtype=dtype).dtype == dtype
+
+
+def test_autocast_of_logits_and_class_indices_alone(device):
+    leaf, target = torch.randn(4, 9).bfloat16().requires_grad_(), torch.arange(4)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = fused_xent.cross_entropy(leaf, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(leaf.float(), target))
+
+
 def test_autocast_with_a_float32_weight_beside_bfloat16_logits(device):
     """A module's weight stays float32 where autocast made the logits bfloat16."""
     input, target, weight = make_logits((4, 9), torch.bfloat16), torch.arange(4), torch.rand(9)
@@ -234,6 +253,9 @@ def test_legacy_reduction(size_average, reduce):
     with pytest.warns(UserWarning, match="size_average and reduce"):
         actual = fused_xent.cross_entropy(input, target, **legacy)
     torch.testing.assert_close(actual, expected)
+    with pytest.warns(UserWarning, match="size_average and reduce"):
+        results = fused_xent.cross_entropy_with_statistics(input, target, **legacy)
+    torch.testing.assert_close(results.loss, expected)
 
 
 def test_positional_arguments_are_torchs():
@@ -366,6 +388,22 @@ def test_tensor_subclasses_are_asked_first(argument, name):
     assert function(**arguments) == ("asked", "sum")
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_with_statistics"])
+def test_tensor_subclasses_are_given_all_arguments(name):
+    function, given = getattr(fused_xent, name), {}
+
+    class Asked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, called, types, args=(), kwargs=None):
+            given.update(kwargs or {})
+
+    tensors = {key: torch.ones(()) for key in ("weight", "token_weight", "normalizer")}
+    options = {"size_average": False, "reduce": True, "ignore_index": 3, "softcap": 2.0}
+    logits = torch.randn(4, 9).as_subclass(Asked)
+    function(logits, torch.arange(4), **tensors, **options)
+    assert {key: given[key] for key in (*tensors, *options)} == tensors | options
+
+
 def test_meta_tensors_have_shapes_and_dtypes():
     input = torch.empty(4, 9, 5, device="meta", dtype=torch.bfloat16, requires_grad=True)
     target = torch.empty(4, 5, device="meta", dtype=torch.int64)
@@ -379,7 +417,7 @@ def test_meta_tensors_have_shapes_and_dtypes():
 def test_normalizer_goes_to_the_logits_device(normalizer, monkeypatch):
     """A number of the host beside logits elsewhere."""
     given, forward = [], _ops.forward
-    monkeypatch.setattr(_ops, "forward", lambda *x: given.append(x[4]) or forward(*x))
+    monkeypatch.setattr(_ops, "forward", lambda p: given.append(p.normalizer) or forward(p))
     input = torch.empty(4, 9, device="meta", requires_grad=True)
     target = torch.empty(4, device="meta", dtype=torch.int64)
     loss = fused_xent.cross_entropy(input, target, normalizer=normalizer)
@@ -412,5 +450,15 @@ def test_torchs_arguments_come_first_with_torchs_defaults(ours, torchs):
     if torchs is None:
         pytest.skip("torch before 2.13 has no loss of a linear layer")
     ours, torchs = (inspect.signature(function).parameters for function in (ours, torchs))
-    given = [(p.name, p.default, p.kind) for p in torchs.values()]
-    assert [(p.name, p.default, p.kind) for p in ours.values()][: len(given)] == given
+    in_order = [name for name, p in torchs.items() if p.kind is not p.KEYWORD_ONLY]
+    assert list(ours)[: len(in_order)] == in_order
+    for name, torchs_own in torchs.items():
+        assert (ours[name].default, ours[name].kind) == (torchs_own.default, torchs_own.kind)
+
+
+@pytest.mark.parametrize("name", fused_xent.__all__)
+def test_types_can_be_asked_for(name):
+    """On any torch, also before it has the options of its own loss of a linear layer."""
+    public = getattr(fused_xent, name)
+    is_module = isinstance(public, type) and issubclass(public, torch.nn.Module)
+    assert typing.get_type_hints(public.__init__ if is_module else public)

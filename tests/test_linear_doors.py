@@ -31,7 +31,10 @@ import fused_xent
 from fused_xent import LinearCrossEntropyLoss, _linear, _ops, linear_cross_entropy, reference
 
 # Of torch's own forward-mode formulas, of linearize, and of torch.compile.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
+    pytest.mark.usefixtures("few_logits_in_chunks"),
+]
 DOUBLE = torch.float64
 EXTRAS = {"lse_square_scale": 0.1, "softcap": 4.0, "focal_gamma": 1.5, "label_smoothing": 0.1}
 
@@ -68,6 +71,29 @@ def test_finite_differences(reduction, options, check, layout):
 
     assert check(outputs, small_layer())
     assert check(lambda *layer: fused(layer, SMALL_TARGET, reduction=reduction), small_layer())
+
+
+@pytest.mark.parametrize("name", ["weight", "token_weight", "normalizer"])
+def test_gradient_of_one_option_alone(name):
+    layer = [x.detach() for x in small_layer()]
+    options = {"weight": torch.rand(6), "token_weight": torch.rand(4), "normalizer": torch.ones(())}
+    options = {key: x.double() for key, x in options.items()}
+    leaf = options[name].requires_grad_()
+    losses = fused(layer, SMALL_TARGET, **options)
+    exact = unfused(reference.cross_entropy, layer, SMALL_TARGET, **options)
+    torch.testing.assert_close(losses, exact)
+    torch.testing.assert_close(*(gradients_of(x, [leaf]) for x in (losses, exact)))
+
+
+def test_second_derivatives_of_several_positions():
+    """And under a normalizer."""
+    layer = make_layer(DOUBLE, (3,), (4, 2), n_features=3)
+    target, results = torch.randint(4, (3, 2)), []
+    exact = unfused(F.cross_entropy, layer, target, reduction="sum") / 2.5
+    for loss in (fused(layer, target, normalizer=2.5), exact):
+        firsts = torch.autograd.grad(loss, layer, create_graph=True)
+        results.append((*firsts, *gradients_of(sum(x.pow(2).sum() for x in firsts), layer)))
+    torch.testing.assert_close(*results)
 
 
 def test_gradients_of_all_that_may_have_one(layout):
@@ -140,7 +166,9 @@ def test_without_gradients_no_gradient_is_made(context, monkeypatch):
     """Which takes two matrix products more, and memory for it."""
     in_chunks(monkeypatch)
     products, product = [], _linear._product
-    monkeypatch.setattr(_linear, "_product", lambda *x: products.append(1) or product(*x))
+    monkeypatch.setattr(
+        _linear, "_product", lambda *x, **beta: products.append(1) or product(*x, **beta)
+    )
     layer, target = make_layer(), make_target()
     monkeypatch.setattr(_ops, "forward_backward_", None)
     with context():
@@ -153,10 +181,12 @@ def test_without_gradients_no_gradient_is_made(context, monkeypatch):
 def test_gradients_that_are_not_needed_have_no_elements(needs, dtype):
     """And those that are have the layer's dtype, of several chunks as well."""
     layer, target = [x.detach() for x in make_layer(dtype)], make_target()
-    inputs = (*layer, target, None, None, None, [C], -100, [0.0, 0.0, 0.0, 0.0, 1.0], 1)
+    inputs = (*layer, target, None, None, None, 1, dtype)
     for device in ("cpu", "meta"):
         moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs]
-        results = torch.ops.fused_xent.linear_forward(*moved, torch.float32, False, 4, needs)
+        results = torch.ops.fused_xent.linear_forward(
+            *moved, torch.float32, False, 4, list(map(int, needs))
+        )
         expected = [x.numel() if needed else 0 for x, needed in zip(layer, needs, strict=True)]
         assert [x.numel() for x in results[4:]] == expected
         assert [x.dtype for x in results[4:]] == [dtype] * 3
@@ -421,6 +451,15 @@ def test_graphs_of_dynamic_shapes(no_code_of_other_tests):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_one_graph_of_few_logits_and_of_many(no_code_of_other_tests, monkeypatch):
+    monkeypatch.setattr("fused_xent.linear.FEW_LOGITS", 12 * C)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n_rows in (20, 5):
+        layer, target = make_layer(rows=(n_rows,)), torch.randint(C, (n_rows,))
+        torch.testing.assert_close(compiled(layer, target), fused(layer, target))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_compiled_without_gradients(context, no_code_of_other_tests):
     layer, target = make_layer(), make_target()
@@ -435,13 +474,96 @@ def test_compiled_without_gradients(context, no_code_of_other_tests):
 def test_operators(soft, reduction, needs):
     hidden, linear_weight, bias = (x.detach() for x in make_layer())
     target = make_target(soft)
-    inputs = (hidden, linear_weight, bias, target, None, torch.rand(N), None, [C], -100)
-    inputs += ([0.1, 0.01, 0.0, 3.0, 1.0], reduction, torch.float32, True, 4, needs)
+    inputs = (hidden, linear_weight, bias, target, None, torch.rand(N), None, reduction)
+    inputs += (torch.float32, torch.float32, True, 4, [int(needed) for needed in needs])
     upstream = (torch.rand([N] if reduction == 0 else []), torch.rand(N), None)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    options = {"label_smoothing": 0.1, "lse_square_scale": 0.01, "softcap": 3.0}
     for operator, arguments in (("forward", inputs), ("backward", (*upstream, *inputs))):
         operator = getattr(torch.ops.fused_xent, f"linear_{operator}").default
-        torch.library.opcheck(operator, arguments, test_utils=tests)
+        torch.library.opcheck(operator, arguments, options)
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("needs", [[1, 1, 1], [0, 1, 0], [1, 0, 1]])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("statistics", [False, True], ids=["", "statistics"])
+def test_operators_where_gradients_are_recorded(statistics, soft, needs):
+    """The formula of ``linear_forward``: in a graph of operators, the same gradients."""
+    layer = [x.detach().requires_grad_(bool(n)) for x, n in zip(make_layer(), needs, strict=True)]
+    inputs = (*layer, make_target(soft), None, torch.rand(N), None, 1)
+    inputs += (torch.float32, torch.float32, statistics, 4, needs)
+    options = {"label_smoothing": 0.1, "lse_square_scale": 0.01, "softcap": 3.0}
+    torch.library.opcheck(torch.ops.fused_xent.linear_forward.default, inputs, options)
+
+
+def forward_of(layer, *tensors, statistics=True, needs=(1, 1, 1)):
+    """Call the operator of a loss of which target, weight and token weight are given."""
+    tensors = (*layer, *tensors, None, 1, DOUBLE, DOUBLE, statistics, 2, list(needs))
+    return torch.ops.fused_xent.linear_forward(*tensors, **EXTRAS)
+
+
+def test_operator_of_a_layer_under_the_gradient_of_torch_func():
+    layer = [x.detach() for x in small_layer()]
+
+    def loss(*layer):
+        return forward_of(layer, SMALL_TARGET, None, None)[0]
+
+    leaves = [x.clone().requires_grad_() for x in layer]
+    exact = unfused(reference.cross_entropy, leaves, SMALL_TARGET, **EXTRAS)
+    found = torch.func.grad(loss, (0, 1, 2))(*layer)
+    torch.testing.assert_close(found, gradients_of(exact, leaves))
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_what_has_no_gradient_of_a_layer(statistics):
+    results = forward_of(small_layer(), SMALL_TARGET, None, None, statistics=statistics)
+    assert [x.requires_grad for x in results] == [True, statistics, statistics, *[False] * 4]
+
+
+@pytest.mark.parametrize("name", ["linear_forward", "linear_backward"])
+def test_options_of_the_operators_of_a_layer_are_those_of_the_loss(name):
+    def options(operator):
+        arguments = operator.default._schema.arguments
+        return [(x.name, str(x.type), x.default_value) for x in arguments if x.kwarg_only]
+
+    operators = torch.ops.fused_xent
+    assert options(getattr(operators, name)) == options(operators.backward)
+    assert len(options(operators.backward)) == 6
+
+
+def test_the_backward_of_a_layer_has_no_derivative():
+    """Which is an error, and no gradient of 0."""
+    backward = torch.ops.fused_xent.linear_backward
+    layer, upstream = small_layer(), torch.ones((), dtype=DOUBLE)
+    others = (SMALL_TARGET, None, None, None, 1, DOUBLE, DOUBLE, False, None, [1, 1, 1])
+    with pytest.raises(RuntimeError, match="linear_backward has no derivative"):
+        backward(upstream, None, None, *layer, *others)
+    detached = [x.detach() for x in layer]
+    with pytest.raises(RuntimeError, match="linear_backward has no derivative"):
+        backward(upstream.requires_grad_(), None, None, *detached, *others)
+    with torch.no_grad():
+        gradients = backward(upstream, None, None, *layer, *others)
+    torch.testing.assert_close(gradients, gradients_of(fused(layer, SMALL_TARGET), layer))
+
+
+@pytest.mark.parametrize("of_weight", [False, True], ids=["of the layer", "of a weight as well"])
+def test_gradients_of_the_operator_of_a_layer(of_weight):
+    layer = leaves = small_layer()
+    weight = torch.rand(6, dtype=DOUBLE, requires_grad=of_weight)
+    if of_weight:
+        leaves = [*layer, weight]
+    results = forward_of(layer, SMALL_TARGET, weight, None)
+    assert [x.shape for x in results[4:]] == [x.shape for x in layer] or of_weight
+    assert len(results) == 7
+    exact = unfused(
+        reference.cross_entropy_with_statistics, layer, SMALL_TARGET, weight=weight, **EXTRAS
+    )
+    values = (
+        results[0] + (results[1] * results[2]).sum(),
+        exact.loss + (exact.lse * exact.entropy).sum(),
+    )
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(gradients_of(x, leaves) for x in values))
 
 
 @pytest.mark.parametrize(

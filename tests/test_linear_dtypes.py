@@ -15,7 +15,9 @@ from layers import (
     unfused,
 )
 
-from fused_xent import LinearCrossEntropyLoss, _linear
+from fused_xent import LinearCrossEntropyLoss, _linear, _ops
+
+pytestmark = pytest.mark.usefixtures("few_logits_in_chunks")
 
 N, C = 14, 200
 LAYOUTS = {"one chunk": lambda monkeypatch: None, "chunks": in_chunks, "classes": by_classes}
@@ -159,6 +161,63 @@ def test_loss_dtype(dtype, reduction, loss_dtype, layout):
     assert torch.equal(loss, exact[reduction].to(loss.dtype))
 
 
+# ---- logits in float32 of a layer in 16 bits ---------------------------------------------------
+
+HALVES = [torch.bfloat16, torch.float16]
+WAYS = ("one chunk", "chunks", "few logits", "sequences")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_logits_in_float32_of_a_layer_in_16_bits(dtype, way, monkeypatch):
+    """As a head in float32 has them; gradients have the layer's dtype."""
+    monkeypatch.setattr(_linear, "FEW_BYTES", 0)  # and yet not class by class, in 16 bits
+    if way == "few logits":
+        monkeypatch.setattr("fused_xent.linear.FEW_LOGITS", 1 << 20)
+    rows = (2, 7) if way == "sequences" else (N,)
+    layer, target = make_layer(dtype, rows, (30,)), torch.randint(30, rows)
+    options = {"chunk_rows": 4} if way == "chunks" else {}
+    loss = fused(layer, target, logits_dtype=torch.float32, **options)
+    exact_layer = doubled(layer)
+    hidden, *parameters = exact_layer
+    exact = F.cross_entropy(F.linear(hidden.flatten(0, -2), *parameters), target.flatten())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    gradients = (gradients_of(loss, layer), gradients_of(exact, exact_layer))
+    for one, right in zip(*gradients, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - right).norm() <= 4 * torch.finfo(dtype).eps * right.norm()
+
+
+@pytest.mark.parametrize(("logits_dtype", "expected"), [(None, [8, 8]), (torch.float32, [4] * 4)])
+def test_chunks_of_float32_logits_have_half_as_many_rows(logits_dtype, expected, monkeypatch):
+    for device in ("CPU", "GPU"):
+        monkeypatch.setattr(_linear, f"{device}_BYTES", 8 * 2 * C)
+    rows, run = [], _ops.forward_backward_
+    monkeypatch.setattr(
+        _ops, "forward_backward_", lambda problem: rows.append(len(problem.logits)) or run(problem)
+    )
+    layer = make_layer(torch.bfloat16, (16,), (C,))
+    fused(layer, torch.arange(16), logits_dtype=logits_dtype)
+    assert rows == expected
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
+def test_second_derivatives_have_the_loss_of_their_dtype(logits_dtype):
+    """By way of all logits: a reduced loss is rounded, and differentiated, in its own dtype."""
+    layer, target = make_layer(torch.bfloat16, (N,), (30,)), torch.arange(N)
+    loss = fused(layer, target, logits_dtype=logits_dtype)
+    firsts = torch.autograd.grad(loss, layer, create_graph=True)
+    seconds = gradients_of(sum(x.square().sum() for x in firsts), layer)
+    exact_layer = doubled(layer)
+    exact = unfused(F.cross_entropy, exact_layer, target)
+    exact_firsts = torch.autograd.grad(exact, exact_layer, create_graph=True)
+    exact_seconds = gradients_of(sum(x.square().sum() for x in exact_firsts), exact_layer)
+    for one, right in zip((*firsts, *seconds), (*exact_firsts, *exact_seconds), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - right).norm() <= 0.05 * right.norm()
+
+
 # ---- rows of several positions, some of them ignored -------------------------------------------
 
 
@@ -167,9 +226,9 @@ def multiplied(monkeypatch):
     """How many rows or classes each matrix product has."""
     found, product = [], _linear._product
 
-    def noting(one, *others):
+    def noting(one, *others, **beta):
         found.append(one.shape[0])
-        return product(one, *others)
+        return product(one, *others, **beta)
 
     monkeypatch.setattr(_linear, "_product", noting)
     return found

@@ -9,6 +9,7 @@ from fused_xent import linear_cross_entropy
 
 X, W = torch.ones(4, 3), torch.ones(5, 3)
 Y = torch.zeros(4, dtype=torch.int64)
+HAS_CHUNK_SIZE = type("Options", (), {"batch_chunk_size": 3})
 WRONG = {
     "input must be a tensor, got list": ([[1.0]], W, Y, {}),
     "input must be float32, float64, bfloat16 or float16, got torch.int64": (X.long(), W, Y, {}),
@@ -43,11 +44,47 @@ WRONG = {
     "linear_weight's classes, got (4, 3)": (X, W, torch.ones(4, 3), {}),
     "target must hold floating-point probabilities where it has the shape of input's rows and "
     "linear_weight's classes (4, 5), got torch.int64": (X, W, torch.ones(4, 5).long(), {}),
-    "options must be None or a LinearCrossEntropyOptions, got type": (X, W, Y, {"options": object}),
+    "options must be None or a LinearCrossEntropyOptions, got type": (
+        X,
+        W,
+        Y,
+        {"options": HAS_CHUNK_SIZE},
+    ),
     "weight must have shape (5,), got (3,)": (X, W, Y, {"weight": torch.ones(3)}),
     "shift must not be negative, got -1": (X, W, Y, {"shift": -1}),
     "shift must be an int, got float": (X, W, Y, {"shift": 1.0}),
     "shift must be 0 unless input has a dimension of positions": (X[0], W, Y[0], {"shift": 1}),
+    "shift must be less than the length 4 of input's sequences, or no row has a label, got 4": (
+        *(X, W, Y),
+        {"shift": 4},
+    ),
+    "target must have shape (4,) (class indices) or (4, 5) (probabilities) for input's rows and "
+    "linear_weight's classes, got (3,): with shift=1, pass the labels of all rows, not shifted": (
+        *(X, W, Y[:3]),
+        {"shift": 1},
+    ),
+    "target must have shape (4, 2) (class indices) or (4, 5, 2) (probabilities) for input's rows "
+    "and linear_weight's classes, got (2, 2): with shift=2, pass the labels of all rows": (
+        *(X, torch.ones(5, 2, 3), Y.view(2, 2)),
+        {"shift": 2},
+    ),
+    "logits_dtype must be None, torch.float32 or input's dtype torch.float32, and not narrower "
+    "than that, got torch.bfloat16": (X, W, Y, {"logits_dtype": torch.bfloat16}),
+    "logits_dtype must be None, torch.float32 or input's dtype torch.bfloat16, and not narrower "
+    "than that, got torch.float64": (
+        *(X.bfloat16(), W.bfloat16(), Y),
+        {"logits_dtype": torch.float64},
+    ),
+    "logits_dtype must be None, torch.float32 or input's dtype torch.float64, and not narrower "
+    "than that, got torch.float32": (
+        *(X.double(), W.double(), Y),
+        {"logits_dtype": torch.float32},
+    ),
+    "linear_bias must have shape (5,), got (1,)": (X, W, Y, {"linear_bias": torch.ones(1)}),
+    "linear_bias must be a dense tensor, got layout torch.sparse_coo": (
+        *(X, W, Y),
+        {"linear_bias": torch.ones(5).to_sparse()},
+    ),
     "drop_ignored must be a bool, got int": (X, W, Y, {"drop_ignored": 1}),
     "chunk_rows must be at least 1, got 0": (X, W, Y, {"chunk_rows": 0}),
     "chunk_rows must be an int, got str": (X, W, Y, {"chunk_rows": "all"}),

@@ -105,6 +105,35 @@ def test_copies_keep_all_options(duplicate, mode):
 def test_shows_its_options():
     module = fused_xent.CrossEntropyLoss(torch.rand(5), softcap=30.0, grad_in_forward=True)
     assert repr(module) == "CrossEntropyLoss(softcap=30.0, grad_in_forward=True)"
+    equal = fused_xent.CrossEntropyLoss(ignore_index=int("-100"), label_smoothing=float("0"))
+    assert repr(equal) == "CrossEntropyLoss()"
+
+
+@pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
+def test_unknown_options(function):
+    name = type(MODULES[function]()).__name__
+    for option in ("z_loss", "token_weight", "normalizer"):
+        rule = rf"{name}\(\) got an unexpected keyword argument '{option}'"
+        with pytest.raises(TypeError, match=rule):
+            MODULES[function](**{option: None})
+
+
+@pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
+def test_signatures_name_all_options(function):
+    """With the function's defaults; torch's arguments stay where torch has them."""
+    of_function = inspect.signature(getattr(fused_xent, function)).parameters
+    module = type(MODULES[function]())
+    found = inspect.signature(module).parameters
+    for name in OPTIONS:
+        assert (name in found) == (name in of_function)
+        if name in found:
+            assert found[name].default == of_function[name].default
+    torchs = inspect.signature(torch.nn.CrossEntropyLoss).parameters
+    positional = [
+        name for name, x in found.items() if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    first = list(torchs) if function == "cross_entropy" else ["in_features", "num_classes"]
+    assert positional == first
 
 
 def test_state_of_torchs_module_is_enough():
@@ -146,6 +175,7 @@ OPTIONS = {  # each unlike its default
     "shift": 1,
     "drop_ignored": True,
     "chunk_rows": 3,
+    "logits_dtype": torch.float32,
 }
 MODULES = {
     "cross_entropy": lambda **options: fused_xent.CrossEntropyLoss(**options),
@@ -193,6 +223,15 @@ def test_parameters_of_the_linear_module(bias):
     assert set(module.state_dict()) == {*layer, "weight"}
     assert module.out_features == (2, 3)
     assert isinstance(module, torch.nn.modules.loss._WeightedLoss)
+
+
+def test_shows_a_subclass_that_keeps_tensors_under_the_names_of_options():
+    class Scaled(fused_xent.CrossEntropyLoss):
+        def __init__(self, scale):
+            super().__init__(softcap=3.0)
+            self.scale, self.label_smoothing = scale, torch.rand(3)
+
+    assert "softcap=3.0" in repr(Scaled(torch.rand(4)))
 
 
 def test_state_of_a_module_of_before_an_option_was_there():

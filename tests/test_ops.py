@@ -2,71 +2,105 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from cases import LABELS, make_logits, make_options, make_target
+from cases import DTYPES, LABELS, make_logits, make_options, make_target
 from torch.library import opcheck
 
 import fused_xent
-from fused_xent import _ops
+from fused_xent import reference
 
 ops = torch.ops.fused_xent
 SHAPES = ((4, 9), (3, 200), (2, 9, 5), (9,), (2, 17000))
 KINDS = ("index", "index, uint8", "index, weighted and smoothed", "probabilities, all options")
+REAL = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+ALL_NUMBERS = {
+    "label_smoothing": 0.1,
+    "lse_square_scale": 0.01,
+    "focal_gamma": 2.0,
+    "softcap": 5.0,
+    "logit_scale": 0.5,
+}
+OPTIONS = ("ignore_index", *ALL_NUMBERS)
+OF_FORWARD = ("forward", "forward_with_statistics")
+OF_LOSS = ("loss", *OF_FORWARD)
+FUSED = ("forward_backward_", "forward_backward_with_statistics_")
+OF_BACKWARD = ("logits", "target", "weight", "token_weight", "dim", "reduction", *OPTIONS)
 
 
-PLAIN = [0.0, 0.0, 0.0, 0.0, 1.0]  # label_smoothing, lse_square_scale, focal_gamma, softcap, scale
-ALL_NUMBERS = [0.1, 0.01, 2.0, 5.0, 0.5]
-SAVED = ("total_weight", "row_max", "log_sum", "label_mass", "loss_slope", "entropy")
-SHARED = ("weight", "token_weight", "dim", "ignore_index", "numbers", "reduction")
+def accumulation_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def make_arguments(shape=(4, 9), dtype=torch.float32, kind="index", reduction=1, extras=False):
-    """Return the arguments of forward by name; with extras, all options and the statistics."""
+    """Return the arguments of forward by name; with extras, all that there are."""
     logits = make_logits(shape, dtype)
     labels = LABELS[kind]
     if labels.dtype == torch.uint8 and max(shape) > 255:
         labels = labels._replace(ignore_index=254)
     target = make_target(logits, labels)
-    options = make_options(logits, labels)
-    acc = _ops.accumulation_dtype(dtype)
     dim = 0 if len(shape) == 1 else 1
     rows = logits.select(dim, 0).shape
-    weight = options.get("weight")
+    options = make_options(logits, labels)
+    weight = options.pop("weight", None)
+    if extras and weight is not None:
+        weight = weight.abs() + 0.1  # the focal loss of a negative cross-entropy is NaN
     return {
         "logits": logits,
         "target": target,
-        "weight": None if weight is None else weight.to(acc),
-        "token_weight": torch.rand(rows, dtype=acc).round(decimals=1) if extras else None,
+        "weight": weight,
+        "token_weight": torch.rand(rows).round(decimals=1) if extras else None,
         "normalizer": torch.tensor(3.0, dtype=torch.float64) if extras else None,
         "dim": dim,
-        "ignore_index": options.get("ignore_index", -100),
-        "numbers": ALL_NUMBERS if extras else [options["label_smoothing"], *PLAIN[1:]],
         "reduction": reduction,
         "loss_dtype": torch.float32,
-        "statistics": extras,
+        **options,
+        **(ALL_NUMBERS if extras else {}),
     }
 
 
-def make_backward(forward):
+def call(name, arguments):
+    """Return a tuple of what an operator returns."""
+    results = getattr(ops, name)(**arguments)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def run_forward(forward, statistics=False):
+    """Return all that forward returns, by name."""
+    names = ("loss", "total_weight", "state", "lse", "entropy", "argmax")
+    outputs = getattr(ops, OF_FORWARD[statistics])(**forward)
+    return dict(zip(names, outputs, strict=statistics)) | {"outputs": outputs}
+
+
+def make_backward(forward, statistics=False):
     """Return the arguments of backward after these of forward, and what forward returned."""
-    outputs = ops.forward(**forward)
-    loss, *saved = outputs
-    rows = torch.ones_like(saved[1]) if forward["statistics"] else None
+    found = run_forward(forward, statistics)
+    rows = torch.ones_like(found["lse"]) if statistics else None
     backward = {
-        "grad_loss": torch.ones_like(loss),
+        **{name: forward[name] for name in OF_BACKWARD if name in forward},
+        "total_weight": found["total_weight"],
+        "state": found["state"],
+        "entropy": found.get("entropy"),
+        "grad_loss": torch.ones_like(found["loss"]),
         "grad_lse": rows,
         "grad_entropy": rows,
-        **{name: forward[name] for name in ("logits", "target", *SHARED)},
-        **dict(zip(SAVED, saved, strict=False)),
     }
-    return backward, outputs
+    return backward, found["outputs"]
+
+
+def clone(arguments, *names):
+    """Return the same arguments with copies of these tensors, or of all."""
+    return {
+        name: value.clone() if torch.is_tensor(value) and name in (names or arguments) else value
+        for name, value in arguments.items()
+    }
 
 
 OPCHECKED = [
     *((torch.float32, shape, kind) for shape in ((9,), (4, 9), (2, 9, 5)) for kind in KINDS),
-    *((dtype, (3, 200), "index") for dtype in _ops.DTYPES),
+    *((dtype, (3, 200), "index") for dtype in DTYPES),
 ]
 
 
@@ -74,72 +108,164 @@ OPCHECKED = [
 @pytest.mark.parametrize(("dtype", "shape", "kind"), OPCHECKED, ids=str)
 def test_opcheck(dtype, shape, kind, extras):
     forward = make_arguments(shape, dtype, kind, int(extras), extras)
-    opcheck(ops.forward.default, (), forward)
-    backward, (loss, *_) = make_backward(forward)
-    opcheck(ops.backward.default, (), backward)
-    opcheck(ops.backward_.default, (), backward | {"logits": forward["logits"].clone()})
-    opcheck(ops.forward_backward_.default, (), forward | {"logits": forward["logits"].clone()})
+    for name in OF_LOSS:
+        opcheck(getattr(ops, name).default, (), forward)
+    for statistics in (False, True):
+        backward, (loss, *_) = make_backward(forward, statistics)
+        opcheck(ops.backward.default, (), backward)
+        opcheck(ops.backward_.default, (), clone(backward, "logits"))
+    for name in FUSED:
+        opcheck(getattr(ops, name).default, (), clone(forward, "logits"))
     scale = {
         "grad_logits": ops.backward(**backward),
         "grad_loss": 2 * torch.ones_like(loss),
-        **{name: forward[name] for name in ("target", "token_weight", "dim", "ignore_index")},
+        "target": forward["target"],
+        "token_weight": forward["token_weight"],
+        "dim": forward["dim"],
+        "ignore_index": forward.get("ignore_index", -100),
     }
     opcheck(ops.scale_gradient_.default, (), scale)
+    opcheck(ops.multiply_.default, (scale["grad_logits"], torch.tensor(1.5)))
+
+
+def recorded(forward):
+    """Return the same arguments, of which all that have a gradient require it."""
+    names = ("logits", "target", "weight", "token_weight", "normalizer")
+    return {
+        name: value.clone().requires_grad_()
+        if name in names and value is not None and value.is_floating_point()
+        else value
+        for name, value in forward.items()
+    }
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_where_gradients_are_recorded(kind, extras):
+    """Of the formulas: that they are there, and that a compiled graph has the same gradients."""
+    forward = make_arguments(kind=kind, reduction=int(extras), extras=extras)
+    for name in OF_LOSS:
+        opcheck(getattr(ops, name).default, (), recorded(forward))
+    backward, _ = make_backward(forward, statistics=extras)
+    opcheck(ops.backward.default, (), recorded(backward))
+
+
+def test_losses_that_are_recorded_have_the_dtype_that_is_asked_for():
+    forward = recorded(make_arguments())
+    for dtype in (None, *DTYPES):
+        for name in OF_LOSS:
+            loss, *_ = call(name, forward | {"loss_dtype": dtype})
+            assert loss.requires_grad
+            assert loss.dtype == (dtype or torch.float32)
 
 
 def to_meta(arguments):
     return {name: x.to("meta") if torch.is_tensor(x) else x for name, x in arguments.items()}
 
 
+def assert_of_one_kind(real, fake):
+    assert [x.device.type for x in fake] == ["meta"] * len(fake)
+    assert [(x.shape, x.dtype, x.stride()) for x in real] == [
+        (x.shape, x.dtype, x.stride()) for x in fake
+    ]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
-def test_meta_implementations_agree_in_strides(extras, transposed, shape):
-    forward = make_arguments(shape, extras=extras)
+def test_meta_implementations_agree_in_strides(extras, reduction, transposed, shape):
+    forward = make_arguments(shape, reduction=reduction, extras=extras)
     if transposed and len(shape) > 1:
         forward["logits"] = forward["logits"].mT.contiguous().mT
-    backward, outputs = make_backward(forward)
-    real = (*outputs, ops.backward(**backward))
-    fake = (*ops.forward(**to_meta(forward)), ops.backward(**to_meta(backward)))
-    in_place = forward | {"logits": forward["logits"].clone()}
-    real += ops.forward_backward_(**in_place)
-    fake += ops.forward_backward_(**to_meta(in_place))
-    for one, other in zip(real, fake, strict=True):
-        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+    for name in (*OF_LOSS, *FUSED):
+        in_place = clone(forward, "logits")
+        assert_of_one_kind(call(name, in_place), call(name, to_meta(in_place)))
+    for statistics in (False, True):
+        backward, _ = make_backward(forward, statistics)
+        assert_of_one_kind(call("backward", backward), call("backward", to_meta(backward)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss_dtype", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_meta_implementations_agree_in_dtypes(reduction, loss_dtype, dtype):
+    """None is the logits' dtype."""
+    forward = make_arguments(dtype=dtype, reduction=reduction) | {"loss_dtype": loss_dtype}
+    for name in (*OF_LOSS, *FUSED):
+        real = call(name, clone(forward, "logits"))
+        assert_of_one_kind(real, call(name, to_meta(forward)))
+        assert real[0].dtype == (loss_dtype or dtype)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
-@pytest.mark.parametrize("number", range(5))
-def test_meta_implementations_agree_by_each_option_alone(number, soft):
+@pytest.mark.parametrize("name", ALL_NUMBERS)
+def test_meta_implementations_agree_by_each_option_alone(name, soft):
     """What is returned depends on some of them: the slope, and the mass of probabilities."""
-    numbers = [*PLAIN[:number], ALL_NUMBERS[number], *PLAIN[number + 1 :]]
-    forward = make_arguments(kind="probabilities" if soft else "index") | {"numbers": numbers}
-    both = (ops.forward(**forward), ops.forward(**to_meta(forward)))
-    for one, other in zip(*both, strict=True):
-        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+    forward = make_arguments(kind="probabilities" if soft else "index")
+    forward |= {name: ALL_NUMBERS[name]}
+    real = run_forward(forward)["outputs"]
+    assert_of_one_kind(real, ops.forward(**to_meta(forward)))
+    assert len(real[2]) == 2 + soft + (name == "focal_gamma")
 
 
-@pytest.mark.parametrize("name", ["backward_", "scale_gradient_"])
+@pytest.mark.parametrize("name", ["backward_", "scale_gradient_", "multiply_"])
 def test_meta_tensors_are_overwritten_by_nothing(name):
-    assert getattr(ops, name)(**to_meta(OVERWRITING[name][0])) is None
+    assert getattr(ops, name)(**to_meta(OVERWRITING[name].arguments)) is None
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", _ops.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_saves_what_its_documentation_says(dtype, shape):
     """row_max and log_sum, of their product the log-sum-exp, and total_weight in float64."""
     forward = make_arguments(shape, dtype)
     logits, dim = forward["logits"], forward["dim"]
-    weight = torch.rand(shape[dim], dtype=_ops.accumulation_dtype(dtype))
-    outputs = ops.forward(**forward | {"weight": weight, "loss_dtype": torch.float64})
-    _, total_weight, row_max, log_sum, *others = outputs
+    weight = torch.rand(shape[dim], dtype=accumulation_dtype(dtype))
+    _, total_weight, state = ops.forward(
+        **forward | {"weight": weight, "loss_dtype": torch.float64}
+    )
+    row_max, log_sum = state
     assert torch.equal(row_max, logits.amax(dim).to(row_max.dtype))
     torch.testing.assert_close(
         (row_max + log_sum).double(), logits.double().logsumexp(dim), rtol=1e-6, atol=1e-6
     )
     torch.testing.assert_close(total_weight, weight[forward["target"]].double().sum())
-    assert row_max.dtype == log_sum.dtype == _ops.accumulation_dtype(dtype)
-    assert all(other.numel() == 0 for other in others)
+    assert state.dtype == accumulation_dtype(dtype)
+    assert state.shape == (2, *logits.select(dim, 0).shape)
+    assert state.is_contiguous()
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_state_of_all_options(dtype, shape, soft):
+    """Of the logits as the softmax sees them; label_mass of probabilities; loss_slope."""
+    forward = make_arguments(
+        shape, dtype, "probabilities" if soft else "index", reduction=0, extras=True
+    )
+    logits, target, dim = (forward[name] for name in ("logits", "target", "dim"))
+    weight = torch.rand(shape[dim], dtype=accumulation_dtype(dtype)) + 0.1
+    tokens = torch.rand(logits.select(dim, 0).shape) + 0.5  # of which none is left out
+    forward |= {"weight": weight, "token_weight": tokens, "normalizer": None}
+    row_max, log_sum, *others = run_forward(forward)["state"]
+    seen = reference.transform(logits.double(), ALL_NUMBERS["softcap"], ALL_NUMBERS["logit_scale"])
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(row_max.double(), seen.amax(dim), **close)
+    torch.testing.assert_close((row_max + log_sum).double(), seen.logsumexp(dim), **close)
+    smoothing, gamma = ALL_NUMBERS["label_smoothing"], ALL_NUMBERS["focal_gamma"]
+    weight = weight.double().view([-1] + [1] * (logits.dim() - dim - 1))
+    n_classes = shape[dim]
+    if soft:
+        q = (1 - smoothing) * target.double() + smoothing / n_classes
+    else:
+        one_hot = torch.zeros_like(seen).scatter(dim, target.unsqueeze(dim), 1)
+        q = (1 - smoothing) * one_hot + smoothing / n_classes
+    q = q * weight
+    mass, cross_entropy = q.sum(dim), -(q * seen.log_softmax(dim)).sum(dim).requires_grad_()
+    focal = ((-torch.expm1(-cross_entropy / mass)) ** gamma * cross_entropy).sum()
+    (slope,) = torch.autograd.grad(focal, cross_entropy)
+    for actual, expected in zip(others, [*([mass] if soft else []), slope], strict=True):
+        torch.testing.assert_close(actual.double(), expected, **close)
 
 
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
@@ -147,9 +273,25 @@ def test_forward_saves_what_its_documentation_says(dtype, shape):
 def test_fused_mode_returns_what_forward_does(shape, extras):
     """For the statistics: the rows' results, in its order."""
     forward = make_arguments(shape, extras=extras)
-    loss, _, row_max, log_sum, _, _, entropy, argmax = ops.forward(**forward)
-    fused = ops.forward_backward_(**forward | {"logits": forward["logits"].clone()})
-    torch.testing.assert_close(fused, (loss, row_max, log_sum, entropy, argmax))
+    found = run_forward(forward, statistics=True)
+    with_statistics = [found[name] for name in ("loss", "lse", "entropy", "argmax")]
+    torch.testing.assert_close(found["lse"], found["state"][:2].sum(0))
+    fused = ops.forward_backward_with_statistics_(**clone(forward, "logits"))
+    torch.testing.assert_close(list(fused), with_statistics)
+    loss = ops.forward_backward_(**clone(forward, "logits"))
+    torch.testing.assert_close(loss, run_forward(forward)["loss"])
+    assert torch.equal(ops.loss(**forward), run_forward(forward)["loss"])
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
+def test_gradient_of_the_fused_mode_is_that_of_the_loss(extras):
+    """With statistics and without: those have no part in it."""
+    forward = make_arguments((3, 200), extras=extras)
+    backward, _ = make_backward(forward)
+    for name in FUSED:
+        in_place = clone(forward, "logits")
+        getattr(ops, name)(**in_place)
+        torch.testing.assert_close(in_place["logits"], ops.backward(**backward))
 
 
 def test_a_normalizer_divides_the_gradient():
@@ -159,6 +301,75 @@ def test_a_normalizer_divides_the_gradient():
     summed, _ = make_backward(forward | {"reduction": 2})
     torch.testing.assert_close(divided["total_weight"], normalizer)
     torch.testing.assert_close(ops.backward(**divided), ops.backward(**summed) / 2.5)
+
+
+def laid_out(tensor):
+    """Return the same values with a step between them."""
+    return torch.stack([tensor, torch.full_like(tensor, 99)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("other", [*REAL, torch.int32, torch.uint8, torch.bool], ids=str)
+def test_weights_of_rows_have_any_real_dtype_and_strides(other, dtype):
+    """And class weights any floating one."""
+    forward = make_arguments(dtype=dtype, extras=True)
+    tokens = torch.tensor([1, 0, 1, 1] if other == torch.bool else [2, 0, 3, 1]).to(other)
+    forward["token_weight"] = tokens
+    if other.is_floating_point:
+        forward["weight"] = (torch.rand(9) + 0.1).to(other)
+    acc = accumulation_dtype(dtype)
+    cast = {name: x.to(acc) for name, x in forward.items() if "weight" in name and x is not None}
+    strided = {name: laid_out(forward[name]) for name in cast}
+    assert not any(x.is_contiguous() for x in strided.values())
+    for statistics in (False, True):
+        expected, outputs = make_backward(forward | cast, statistics)
+        for given in (forward, forward | strided):
+            backward, actual = make_backward(given, statistics)
+            assert all(map(torch.equal, actual, outputs))
+            assert torch.equal(ops.backward(**backward), ops.backward(**expected))
+            in_place, cast_in_place = clone(given, "logits"), clone(forward | cast, "logits")
+            getattr(ops, FUSED[statistics])(**in_place)
+            getattr(ops, FUSED[statistics])(**cast_in_place)
+            assert torch.equal(in_place["logits"], cast_in_place["logits"])
+    gradient = expected["logits"].clone()
+    for weights in (tokens, laid_out(tokens)):
+        scaled = gradient.clone()
+        ops.scale_gradient_(scaled, torch.tensor(2.0), forward["target"], weights, 1, -100)
+        right = torch.where(tokens[:, None] != 0, 2 * gradient, 0)
+        torch.testing.assert_close(scaled, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("other", REAL, ids=str)
+def test_upstream_gradients_have_any_floating_dtype_and_strides(other, dtype):
+    forward = make_arguments(dtype=dtype, reduction=0, extras=True) | {"normalizer": None}
+    backward, _ = make_backward(forward, statistics=True)
+    names = ("grad_loss", "grad_lse", "grad_entropy")
+    given = {name: torch.arange(i, i + 4.0).to(other) for i, name in enumerate(names)}
+    cast = {name: x.to(accumulation_dtype(dtype)) for name, x in given.items()}
+    expected = ops.backward(**backward | cast)
+    assert expected.abs().max() > 0
+    for upstream in (given, {name: laid_out(x) for name, x in given.items()}):
+        assert torch.equal(ops.backward(**backward | upstream), expected)
+        in_place = clone(backward, "logits") | upstream
+        ops.backward_(**in_place)
+        assert torch.equal(in_place["logits"], expected)
+    expanded = torch.tensor(2.0).to(other).expand(4)
+    one = torch.tensor(2.0)
+    assert torch.equal(
+        ops.backward(**backward | {"grad_loss": expanded}),
+        ops.backward(**backward | {"grad_loss": one}),
+    )
+
+
+def test_upstream_gradients_that_there_are_not_are_0():
+    backward, _ = make_backward(make_arguments(reduction=0), statistics=True)
+    names = ("grad_loss", "grad_lse", "grad_entropy")
+    without = dict.fromkeys(names)
+    assert not ops.backward(**backward | without).any()
+    parts = [ops.backward(**backward | without | {name: backward[name]}) for name in names]
+    assert all(part.any() for part in parts)
+    torch.testing.assert_close(sum(parts), ops.backward(**backward))
 
 
 LOGITS, TARGET = torch.randn(4, 9), torch.arange(4)
@@ -171,11 +382,8 @@ FORWARD = {
     "token_weight": None,
     "normalizer": None,
     "dim": 1,
-    "ignore_index": -100,
-    "numbers": PLAIN,
     "reduction": 1,
     "loss_dtype": torch.float32,
-    "statistics": False,
 }
 WRONG_FORWARD = {
     "dim too high": {"dim": 2},
@@ -183,12 +391,14 @@ WRONG_FORWARD = {
     "dim of another target": {"dim": 0},
     "scalar logits": {"logits": torch.tensor(1.0), "target": torch.tensor(0), "dim": 0},
     "integer logits": {"logits": LOGITS.long()},
+    "complex logits": {"logits": LOGITS * 1j},
     "too few targets": {"target": TARGET[1:]},
     "too many targets": {"target": torch.zeros(5, dtype=torch.long)},
     "targets of two dimensions": {"target": TARGET[:, None]},
     "target out of range": {"target": TARGET + 100},
     "int16 targets": {"target": TARGET.short()},
     "bool targets": {"target": TARGET > 1},
+    "complex targets": {"target": SOFT * 1j},
     "probabilities of other shape": {"target": SOFT[:, 1:]},
     "probabilities of more precision": {"target": SOFT.double()},
     "probabilities of less precision": {"target": SOFT.half()},
@@ -197,74 +407,88 @@ WRONG_FORWARD = {
     "float64 probabilities under 16 bits": {"logits": LOGITS.half(), "target": SOFT.double()},
     "transposed probabilities": {"target": SOFT.mT},
     "short weight": {"weight": torch.ones(8)},
-    "weight of other dtype": {"weight": torch.ones(9).double()},
-    "weight with a step": {"weight": torch.ones(18)[::2]},
+    "long weight": {"weight": torch.ones(10)},
+    "integer weight": {"weight": torch.ones(9).long()},
+    "bool weight": {"weight": torch.ones(9).bool()},
+    "complex weight": {"weight": torch.ones(9) * 1j},
     "weight of two dimensions": {"weight": torch.ones(9, 1)},
     "short token_weight": {"token_weight": ROW_WEIGHT[1:]},
-    "token_weight of other dtype": {"token_weight": ROW_WEIGHT.double()},
-    "token_weight with a step": {"token_weight": torch.ones(8)[::2]},
+    "complex token_weight": {"token_weight": ROW_WEIGHT * 1j},
+    "complex128 token_weight": {"token_weight": ROW_WEIGHT.double() * 1j},
+    "token_weight of two dimensions": {"token_weight": torch.ones(4, 1)},
     "normalizer of float32": {"normalizer": torch.tensor(4.0)},
     "normalizer of one dimension": {"normalizer": torch.tensor([4.0]).double()},
-    "too few numbers": {"numbers": PLAIN[1:]},
-    "too many numbers": {"numbers": [*PLAIN, 0.0]},
-    "long weight": {"weight": torch.ones(10)},
-    "token_weight of two dimensions": {"token_weight": torch.ones(4, 1)},
+    "complex normalizer": {"normalizer": torch.tensor(4j, dtype=torch.complex128)},
     "unknown reduction": {"reduction": 3},
     "negative reduction": {"reduction": -1},
     "loss of integers": {"loss_dtype": torch.int64},
+    "complex loss": {"loss_dtype": torch.complex64},
     "target out of range beside a normalizer": {
         "target": TARGET + 6,
         "normalizer": torch.tensor(4.0).double(),
     },
-    "statistics of 2^31 classes": {
-        "logits": torch.ones(1, 1).expand(0, 2**31),
-        "target": TARGET[:0],
-        "statistics": True,
-    },
 }
-FOCAL = [0.0, 0.0, 2.0, 0.0, 1.0]
-BACKWARD, _ = make_backward(FORWARD)
-ROWS = BACKWARD["row_max"]
+FOCAL = {"focal_gamma": 2.0}
+BACKWARD, _ = make_backward(FORWARD, statistics=True)
+BACKWARD |= {"entropy": None, "grad_lse": None, "grad_entropy": None}
+STATE, ROWS = BACKWARD["state"], BACKWARD["state"][0]
+THREE, FOUR = torch.ones(3, 4), torch.ones(4, 4)  # states of more numbers a row
+WITH_ENTROPY = {"grad_entropy": ROWS, "entropy": ROWS}
 WRONG_BACKWARD = {
     "upstream of other shape": {"grad_loss": torch.ones(5)},
     "upstream of two dimensions": {"grad_loss": torch.ones(4, 9)},
-    "short row_max": {"row_max": ROWS[1:]},
-    "row_max of other dtype": {"row_max": ROWS.double()},
-    "row_max with a step": {"row_max": torch.ones(8)[::2]},
-    "short log_sum": {"log_sum": ROWS[1:]},
+    "upstream of one row": {"grad_loss": torch.ones(1)},
+    "complex upstream": {"grad_loss": torch.tensor(1j)},
+    "complex upstream of rows": {"grad_loss": ROWS * 1j},
+    "state of fewer rows": {"state": STATE[:, 1:].contiguous()},
+    "state of more rows": {"state": torch.ones(2, 5)},
+    "state of one number a row": {"state": STATE[:1]},
+    "state of three numbers a row": {"state": THREE},
+    "state without the rows": {"state": STATE.flatten()},
+    "state of a batch": {"state": STATE[None]},
+    "state after the rows": {"state": STATE.mT.contiguous()},
+    "state of float64": {"state": STATE.double()},
+    "state of 16 bits": {"state": STATE.half()},
+    "complex state": {"state": STATE * 1j},
+    "state of float32 under float64": {"logits": LOGITS.double()},
+    "state with a step": {"state": torch.ones(2, 8)[:, ::2]},
+    "state whose rows are adjacent": {"state": torch.ones(4, 2).mT},
+    "expanded state": {"state": torch.ones(2, 1).expand(2, 4)},
+    "probabilities without label_mass": {"target": SOFT},
+    "probabilities with a slope as well": {"target": SOFT, "state": FOUR},
+    "focal loss without its slope": FOCAL,
+    "focal loss of two slopes": FOCAL | {"state": FOUR},
+    "focal loss of probabilities without a slope": FOCAL | {"target": SOFT, "state": THREE},
+    "label_mass of other shape": {"target": SOFT, "state": torch.ones(3, 3)},
+    "label_mass of other dtype": {"target": SOFT, "state": THREE.double()},
+    "label_mass with a step": {"target": SOFT, "state": torch.ones(3, 8)[:, ::2]},
+    "slope of other shape": FOCAL | {"state": torch.ones(3, 3)},
+    "slope of other dtype": FOCAL | {"state": THREE.double()},
     "total_weight of float32": {"total_weight": torch.tensor(4.0)},
     "total_weight of one dimension": {"total_weight": torch.tensor([4.0]).double()},
-    "probabilities without label_mass": {"target": SOFT},
-    "label_mass of other shape": {"target": SOFT, "label_mass": ROWS[1:]},
+    "no total_weight of a mean": {"total_weight": None},
     "target out of range": {"target": TARGET + 100},
     "logits of other shape": {"logits": torch.randn(5, 9)},
-    "short grad_lse": {"grad_lse": ROWS[1:]},
-    "grad_lse of other dtype": {"grad_lse": ROWS.double()},
-    "grad_entropy with a step": {"grad_entropy": torch.ones(8)[::2], "entropy": ROWS},
-    "focal loss without its slope": {"numbers": FOCAL},
+    "integer weight": {"weight": torch.ones(9).long()},
+    "short weight": {"weight": torch.ones(8)},
     "short token_weight": {"token_weight": ROW_WEIGHT[1:]},
-    "log_sum of other dtype": {"log_sum": ROWS.double()},
-    "log_sum with a step": {"log_sum": torch.ones(8)[::2]},
-    "log_sum of two dimensions": {"log_sum": ROWS[:, None]},
-    "label_mass of other dtype": {"target": SOFT, "label_mass": ROWS.double()},
-    "label_mass with a step": {"target": SOFT, "label_mass": torch.ones(8)[::2]},
-    "slope of other dtype": {"numbers": FOCAL, "loss_slope": ROWS.double()},
-    "slope of other shape": {"numbers": FOCAL, "loss_slope": ROWS[1:]},
-    "entropy of other dtype": {"grad_entropy": ROWS, "entropy": ROWS.double()},
-    "short entropy": {"grad_entropy": ROWS, "entropy": ROWS[1:]},
-    "short grad_entropy": {"grad_entropy": ROWS[1:], "entropy": ROWS},
-    "grad_lse with a step": {"grad_lse": torch.ones(8)[::2]},
+    "complex token_weight": {"token_weight": ROW_WEIGHT * 1j},
+    "short grad_lse": {"grad_lse": ROWS[1:]},
+    "grad_lse of a scalar": {"grad_lse": torch.tensor(1.0)},
     "grad_lse of a batch": {"grad_lse": ROWS[None]},
-    "upstream of one row": {"grad_loss": torch.ones(1)},
+    "complex grad_lse": {"grad_lse": ROWS * 1j},
+    "short grad_entropy": {"grad_entropy": ROWS[1:], "entropy": ROWS},
+    "complex grad_entropy": {"grad_entropy": ROWS * 1j, "entropy": ROWS},
+    "grad_entropy without an entropy": {"grad_entropy": ROWS},
+    "short entropy": {"grad_entropy": ROWS, "entropy": ROWS[1:]},
+    "complex entropy": {"grad_entropy": ROWS, "entropy": ROWS * 1j},
     "unknown reduction": {"reduction": 3},
     "negative reduction": {"reduction": -1},
-    "too few numbers": {"numbers": PLAIN[1:]},
-    "grad_entropy without an entropy": {"grad_entropy": ROWS},
 }
 
 
 def skip_what_only_the_cpu_refuses(wrong, device):
-    if wrong == "target out of range" and device != "cpu":
+    if "target out of range" in wrong and device != "cpu":
         pytest.skip("such rows become NaN: test_cuda.py")
 
 
@@ -273,10 +497,17 @@ def test_wrong_arguments_of_forward_are_refused(wrong, device):
     skip_what_only_the_cpu_refuses(wrong, device)
     arguments = FORWARD | WRONG_FORWARD[wrong]
     before = arguments["logits"].clone()
-    for operator in (ops.forward, ops.forward_backward_):
+    for name in (*OF_LOSS, *FUSED):
         with pytest.raises((ValueError, RuntimeError, IndexError), match="must"):
-            operator(**arguments)
+            getattr(ops, name)(**arguments)
         assert torch.equal(arguments["logits"], before)
+
+
+def test_statistics_of_more_classes_than_lanes_count_are_refused():
+    logits = torch.ones(1, 1).expand(0, 2**31)
+    for name in (OF_FORWARD[1], FUSED[1]):
+        with pytest.raises((ValueError, RuntimeError), match="must"):
+            getattr(ops, name)(**FORWARD | {"logits": logits, "target": TARGET[:0]})
 
 
 @pytest.mark.parametrize("wrong", WRONG_BACKWARD)
@@ -284,10 +515,22 @@ def test_wrong_arguments_of_backward_are_refused(wrong, device):
     skip_what_only_the_cpu_refuses(wrong, device)
     arguments = BACKWARD | WRONG_BACKWARD[wrong]
     before = arguments["logits"].clone()
+    arguments = arguments | {"logits": before.clone()}
     for operator in (ops.backward, ops.backward_):
         with pytest.raises((ValueError, RuntimeError, IndexError), match="must"):
             operator(**arguments)
     assert torch.equal(arguments["logits"], before)
+
+
+def test_what_the_tables_of_wrong_arguments_change_is_right():
+    """Or else a refusal would say nothing about the change."""
+    for name in OF_LOSS:
+        getattr(ops, name)(**FORWARD)
+    for others in ({}, WITH_ENTROPY, {"reduction": 2, "total_weight": None}):
+        ops.backward(**BACKWARD | others)
+    ops.backward(**BACKWARD | {"target": SOFT, "state": THREE})
+    ops.backward(**BACKWARD | FOCAL | {"state": THREE})
+    ops.backward(**BACKWARD | FOCAL | {"target": SOFT, "state": FOUR})
 
 
 STRIDES = {  # of four rows or more, and whether elements share memory
@@ -317,7 +560,11 @@ def test_memory_of_gradients(strides):
     expected = ops.backward(**backward)
     before = logits.clone()
     if is_shared:
-        for operator in (lambda: ops.backward_(**backward), lambda: ops.scale_gradient_(*scale)):
+        for operator in (
+            lambda: ops.backward_(**backward),
+            lambda: ops.scale_gradient_(*scale),
+            lambda: ops.multiply_(logits, torch.tensor(2.0)),
+        ):
             with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
                 operator()
         assert torch.equal(logits, before)
@@ -326,6 +573,8 @@ def test_memory_of_gradients(strides):
         assert torch.equal(logits, expected)
         ops.scale_gradient_(*scale)
         torch.testing.assert_close(logits, 2 * expected)
+        ops.multiply_(logits, torch.tensor(2.0))
+        torch.testing.assert_close(logits, 4 * expected)
 
 
 def test_more_row_dimensions_than_are_counted_are_not_overwritten():
@@ -334,9 +583,17 @@ def test_more_row_dimensions_than_are_counted_are_not_overwritten():
     target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
     forward = FORWARD | {"logits": logits, "target": target}
     before = logits.clone()
+    for name in FUSED:
+        with pytest.raises((ValueError, RuntimeError), match="at most 4 row dimensions"):
+            getattr(ops, name)(**forward)
+    backward, _ = make_backward(forward)
     with pytest.raises((ValueError, RuntimeError), match="at most 4 row dimensions"):
-        ops.forward_backward_(**forward)
+        ops.backward_(**backward)
+    with pytest.raises((ValueError, RuntimeError), match="at most 4 row dimensions"):
+        ops.multiply_(logits, torch.tensor(2.0))
     assert torch.equal(logits, before)
+    expected = ops.backward(**backward | {"logits": logits.contiguous()})
+    torch.testing.assert_close(ops.backward(**backward), expected)
 
 
 def test_dimensions_of_size_1_are_no_row_dimensions():
@@ -355,16 +612,44 @@ def test_rows_of_no_classes(soft):
     """Their loss is 0, and no class the greatest."""
     logits = torch.empty(4, 0)
     target = torch.empty(4, 0) if soft else torch.full((4,), -100)
-    arguments = FORWARD | {"logits": logits, "target": target, "numbers": FOCAL, "reduction": 0}
-    outputs = ops.forward(**arguments | {"statistics": True})
-    loss, _, row_max, log_sum, mass, slope, entropy, argmax = outputs
-    for rows in (loss, row_max, log_sum, slope, entropy, *([mass] if soft else [])):
+    arguments = FORWARD | FOCAL | {"logits": logits, "target": target, "reduction": 0}
+    loss, _, state, lse, entropy, argmax = ops.forward_with_statistics(**arguments)
+    assert torch.equal(state, torch.zeros(3 + soft, 4))
+    for rows in (loss, lse, entropy, ops.forward(**arguments)[0], ops.loss(**arguments)):
         assert torch.equal(rows, torch.zeros(4))
     assert torch.equal(argmax, torch.full((4,), -1))
-    assert not ops.forward_backward_(**arguments)[0].any()
-    backward, _ = make_backward(arguments)
-    assert ops.backward(**backward).shape == (4, 0)
+    assert not ops.forward_backward_(**arguments).any()
+    fused = ops.forward_backward_with_statistics_(**arguments)
+    assert all(map(torch.equal, fused, (loss, lse, entropy, argmax)))
+    for statistics in (False, True):
+        backward, _ = make_backward(arguments, statistics)
+        assert ops.backward(**backward).shape == (4, 0)
+        ops.backward_(**backward)
     ops.scale_gradient_(logits, torch.tensor(2.0), target, None, 1, -100)
+    ops.multiply_(logits, torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_no_rows(reduction, soft):
+    logits = torch.empty(0, 9)
+    target = torch.empty(0, 9) if soft else torch.empty(0, dtype=torch.int64)
+    arguments = FORWARD | FOCAL | {"logits": logits, "target": target, "reduction": reduction}
+    backward, (loss, _, state, *rows) = make_backward(arguments, statistics=True)
+    assert state.shape == (3 + soft, 0)
+    assert [x.shape for x in rows] == [(0,)] * 3
+    assert loss.isnan() if reduction == 1 else loss.sum() == 0
+    assert ops.backward(**backward).shape == (0, 9)
+    ops.multiply_(logits, torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("ignore_index", [7, -1])
+def test_scaled_gradients_of_ignored_rows_stay_0(ignore_index):
+    gradient, target = torch.ones(4, 9), torch.tensor([1, ignore_index, 2, ignore_index])
+    gradient[1::2] = 0
+    upstream = torch.tensor([2.0, torch.nan, 3.0, torch.inf])
+    ops.scale_gradient_(gradient, upstream, target, None, 1, ignore_index)
+    assert torch.equal(gradient, torch.tensor([2.0, 0, 3, 0])[:, None].expand(4, 9))
 
 
 @pytest.mark.cpu("its memory alone")
@@ -391,41 +676,83 @@ def test_huge_pages_are_asked_for_within_the_gradient():
 
 def test_overlapping_memory_is_not_written_to():
     before = EXPANDED.clone()
-    with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
-        ops.backward_(**BACKWARD | {"logits": EXPANDED})
-    with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
-        ops.forward_backward_(**FORWARD | {"logits": EXPANDED})
-    with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
-        ops.scale_gradient_(EXPANDED, 2 * BACKWARD["grad_loss"], TARGET, None, 1, -100)
+    scale = (EXPANDED, 2 * BACKWARD["grad_loss"], TARGET, None, 1, -100)
+    for operator in (
+        lambda: ops.backward_(**BACKWARD | {"logits": EXPANDED}),
+        *(lambda f=name: getattr(ops, f)(**FORWARD | {"logits": EXPANDED}) for name in FUSED),
+        lambda: ops.scale_gradient_(*scale),
+        lambda: ops.multiply_(EXPANDED, torch.tensor(2.0)),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="must have one memory location"):
+            operator()
     assert torch.equal(EXPANDED, before)
 
 
-OVERWRITING = {  # each with the name of what it overwrites
-    "forward_backward_": (FORWARD, "logits"),
-    "backward_": (BACKWARD, "logits"),
-    "scale_gradient_": (
+class Overwriting(NamedTuple):
+    """A call of an operator that overwrites, and what makes it one that is refused."""
+
+    arguments: dict
+    overwritten: str
+    wrong: dict
+
+
+OVERWRITING = {
+    **{name: Overwriting(FORWARD, "logits", {"target": TARGET[1:]}) for name in FUSED},
+    "backward_": Overwriting(BACKWARD, "logits", {"target": TARGET[1:]}),
+    "scale_gradient_": Overwriting(
         {
-            **{name: FORWARD[name] for name in ("target", "token_weight", "dim", "ignore_index")},
             "grad_logits": LOGITS,
             "grad_loss": 2 * BACKWARD["grad_loss"],
+            "target": TARGET,
+            "token_weight": None,
+            "dim": 1,
+            "ignore_index": -100,
         },
         "grad_logits",
+        {"target": TARGET[1:]},
+    ),
+    "multiply_": Overwriting(
+        {"gradient": LOGITS, "factor": torch.tensor(2.0)}, "gradient", {"factor": torch.ones(1)}
     ),
 }
+
+
+def test_all_that_overwrite_are_tried():
+    """By the schemas: what is written is the first argument."""
+    operators = {name: getattr(ops, name) for name in dir(ops)}
+    arguments = {
+        name: operator.default._schema.arguments
+        for name, operator in operators.items()
+        if hasattr(operator, "default")
+    }
+    written = {name: [x.name for x in given if x.is_write] for name, given in arguments.items()}
+    found = {name: names for name, names in written.items() if names}
+    assert found == {name: [call.overwritten] for name, call in OVERWRITING.items()}
 
 
 @pytest.mark.parametrize("name", OVERWRITING)
 def test_version_of_what_is_overwritten(name):
     """One more after the call, of no other argument, and none after a refusal."""
-    arguments, overwritten = OVERWRITING[name]
-    arguments = {n: x.clone() if torch.is_tensor(x) else x for n, x in arguments.items()}
+    arguments, overwritten, wrong = OVERWRITING[name]
+    arguments = clone(arguments)
     before = {n: x._version for n, x in arguments.items() if torch.is_tensor(x)}
     with pytest.raises((ValueError, RuntimeError), match="must"):
-        getattr(ops, name)(**arguments | {"target": TARGET[1:]})
+        getattr(ops, name)(**arguments | wrong)
     assert {n: arguments[n]._version for n in before} == before
     getattr(ops, name)(**arguments)
     after = before | {overwritten: before[overwritten] + 1}
     assert {n: arguments[n]._version for n in before} == after
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_autograd_knows_that_a_saved_tensor_was_overwritten(name):
+    arguments, overwritten, _ = OVERWRITING[name]
+    arguments = clone(arguments)
+    scale = torch.ones((), requires_grad=True)
+    product = scale * arguments[overwritten]
+    getattr(ops, name)(**arguments)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -436,27 +763,427 @@ def test_version_of_what_is_overwritten(name):
         (LOGITS[1:], torch.ones(4), TARGET),
         (LOGITS, torch.ones(4), TARGET[1:]),
         (LOGITS.long(), torch.ones(4), TARGET),
+        (LOGITS, torch.ones(4) * 1j, TARGET),
+        (LOGITS, torch.tensor(1j), TARGET),
     ],
 )
 def test_wrong_arguments_of_scale_gradient_are_refused(gradient, upstream, target):
-    before = gradient.clone()
+    before, gradient = gradient, gradient.clone()
     with pytest.raises((ValueError, RuntimeError), match="must"):
         ops.scale_gradient_(gradient, upstream, target, None, 1, -100)
     assert torch.equal(gradient, before)
+
+
+# ---- multiply_ ---------------------------------------------------------------------------------
+
+
+def same_bits(one, other):
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.clone(),
+    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x.clone(),
+    "with a step": lambda x: laid_out(x),
+    "rows apart": lambda x: torch.cat([x, torch.full_like(x, 99)], -1)[..., : x.shape[-1]],
+    "backwards in its dimensions": lambda x: (
+        x.permute(*range(x.dim() - 1, -1, -1)).contiguous().permute(*range(x.dim() - 1, -1, -1))
+    ),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 10), (2, 3, 4, 70), (1, 40000)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_multiply(dtype, shape, layout):
+    """Each element, rounded once; and nothing beside them."""
+    gradient = LAYOUTS[layout](make_logits(shape, dtype))
+    memory = gradient.as_strided((gradient.untyped_storage().nbytes() // gradient.itemsize,), (1,))
+    factor = torch.tensor(1.3, dtype=accumulation_dtype(dtype))
+    expected = (gradient.to(factor.dtype) * factor).to(dtype)
+    beside = memory == 99
+    assert ops.multiply_(gradient, factor) is None
+    assert torch.equal(gradient, expected)
+    assert (memory[beside] == 99).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("other", REAL, ids=str)
+def test_multiply_by_a_factor_of_any_floating_dtype(other, dtype):
+    """It is cast to the type of sums, not to that of the gradient."""
+    gradient = make_logits((7, 50), dtype)
+    factor = torch.tensor(1 / 3, dtype=torch.float64).to(other)
+    acc = accumulation_dtype(dtype)
+    expected = (gradient.to(acc) * factor.to(acc)).to(dtype)
+    ops.multiply_(gradient, factor)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3e38])
+def test_multiply_as_ieee_754_says(factor, dtype):
+    """Also rows of zeros: 0 times infinity is NaN. A double beyond float32 is infinity there."""
+    acc = accumulation_dtype(dtype)
+    rows = [[0.0, -0.0, 1.0, -2.0], [0.0] * 4, [torch.inf, -torch.inf, torch.nan, 1.0]]
+    gradient = torch.tensor(rows).repeat(1, 70).to(dtype)
+    for value in (torch.tensor(factor, dtype=acc), torch.tensor(factor).double() * 10):
+        expected = (gradient.to(acc) * value.to(acc)).to(dtype)
+        actual = gradient.clone()
+        ops.multiply_(actual, value)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+        signs = expected.signbit() & ~expected.isnan()
+        assert torch.equal(actual.signbit() & ~actual.isnan(), signs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [torch.tensor(1.0), torch.tensor(1.0).double()], ids=str)
+def test_multiply_by_1_leaves_each_bit_and_counts_as_a_change(factor, dtype):
+    """Also of NaN, of which a product has another; nobody asks a device for the factor."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    gradient = torch.randint(-(2**15), 2**15, (40, 300)).to(bits)
+    gradient = (gradient << 8 * (dtype.itemsize - 2)).view(dtype)
+    assert gradient.isnan().any()
+    before, version, address = gradient.clone(), gradient._version, gradient.data_ptr()
+    ops.multiply_(gradient, factor)
+    assert same_bits(gradient, before)
+    assert gradient._version == version + 1
+    assert gradient.data_ptr() == address
+
+
+def test_multiply_rounds_the_factor_to_the_type_of_sums():
+    """1 + 2^-30 is 1 in float32, and is not in float64."""
+    factor = torch.tensor(1 + 2**-30, dtype=torch.float64)
+    for dtype in DTYPES:
+        gradient = make_logits((4, 9), dtype)
+        before = gradient.clone()
+        ops.multiply_(gradient, factor)
+        assert torch.equal(gradient, before) == (dtype != torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "factor"),
+    [
+        (LOGITS, torch.ones(1)),
+        (LOGITS, torch.ones(4)),
+        (LOGITS, torch.ones(4, 9)),
+        (LOGITS, torch.tensor(1j)),
+        (torch.tensor(2.0), torch.tensor(2.0)),
+        (LOGITS.long(), torch.tensor(2.0)),
+        (LOGITS * 1j, torch.tensor(2.0)),
+    ],
+)
+def test_wrong_arguments_of_multiply_are_refused(gradient, factor):
+    before, gradient = gradient, gradient.clone()
+    version = gradient._version
+    with pytest.raises((ValueError, RuntimeError), match="must"):
+        ops.multiply_(gradient, factor)
+    assert torch.equal(gradient, before)
+    assert gradient._version == version
+
+
+# ---- autograd formulas -------------------------------------------------------------------------
+
+TENSORS = ("logits", "target", "weight", "token_weight", "normalizer")
+UPSTREAM = ("grad_loss", "grad_lse", "grad_entropy")
+NAMES = {0: "none", 1: "mean", 2: "sum"}
+by_labels = pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+by_reduction = pytest.mark.parametrize("reduction", NAMES, ids=NAMES.values())
+
+
+def differentiable(soft, reduction):
+    """Return arguments of forward, all options on, in float64; one row is ignored, one weighs 0."""
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    target = torch.tensor([1, 4, -100, 0])
+    return {
+        "logits": logits,
+        "target": torch.randn(4, 5, dtype=torch.float64).softmax(1) if soft else target,
+        "weight": torch.rand(5, dtype=torch.float64) + 0.5,
+        "token_weight": torch.tensor([1.5, 0.0, 0.7, 0.4], dtype=torch.float64),
+        "normalizer": torch.tensor(2.5, dtype=torch.float64) if reduction == 1 else None,
+        "dim": 1,
+        "reduction": reduction,
+        **ALL_NUMBERS,
+        "lse_square_scale": 0.05,
+        "focal_gamma": 1.5,
+    }
+
+
+def variables_of(arguments, *names):
+    """Return the names of those tensors that have a gradient, and copies that require it."""
+    found = {
+        name: arguments[name].clone().requires_grad_()
+        for name in names
+        if arguments[name] is not None and arguments[name].is_floating_point()
+    }
+    return list(found), tuple(found.values())
+
+
+def kept_away_from_0(names, variables):
+    """Return token weights of which none is 0: there, a row begins to count."""
+    return [
+        x.detach().add(0.3).requires_grad_() if name == "token_weight" else x
+        for name, x in zip(names, variables, strict=True)
+    ]
+
+
+def exactly(arguments):
+    """Return loss, lse and entropy by the specification."""
+    options = {
+        name: value for name, value in arguments.items() if name not in ("logits", "loss_dtype")
+    }
+    options["reduction"] = NAMES[options["reduction"]]
+    return reference.cross_entropy_with_statistics(arguments["logits"], **options)
+
+
+def raw(name, arguments):
+    """Return what of an operator's results has a gradient."""
+    if name == "loss":
+        return call(name, arguments)
+    found = run_forward(arguments, name == OF_FORWARD[1])
+    return tuple(found[name] for name in ("loss", "lse", "entropy") if name in found)
+
+
+@by_reduction
+@by_labels
+@pytest.mark.parametrize("name", OF_LOSS)
+@pytest.mark.parametrize("of", [("logits",), TENSORS], ids=["logits", "all tensors"])
+def test_derivatives_of_forward(of, name, soft, reduction):
+    """Of the first and second order, one by one and in batches."""
+    forward = differentiable(soft, reduction)
+    names, variables = variables_of(forward, *of)
+    variables = kept_away_from_0(names, variables)
+
+    def function(*variables):
+        return raw(name, forward | dict(zip(names, variables, strict=True)))
+
+    assert torch.autograd.gradcheck(function, variables, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, variables)
+
+
+@by_reduction
+@by_labels
+def test_gradients_of_forward_are_those_of_the_specification(soft, reduction):
+    """Rows that are left out among them."""
+    forward = differentiable(soft, reduction)
+    names, variables = variables_of(forward, *TENSORS)
+    arguments = forward | dict(zip(names, variables, strict=True))
+    exact = exactly(arguments)
+    upstream = [torch.rand_like(x) for x in (exact.loss, exact.lse, exact.entropy)]
+    gradients = [
+        torch.autograd.grad(outputs, variables, upstream)
+        for outputs in (raw(OF_FORWARD[1], arguments), (exact.loss, exact.lse, exact.entropy))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@by_labels
+def test_what_has_no_gradient(soft):
+    forward = differentiable(soft, 1)
+    names, variables = variables_of(forward, *TENSORS)
+    found = run_forward(forward | dict(zip(names, variables, strict=True)), statistics=True)
+    having = {name for name, x in found.items() if name != "outputs" and x.requires_grad}
+    assert having == {"loss", "lse", "entropy"}
+
+
+@by_reduction
+@by_labels
+def test_derivatives_of_backward(soft, reduction):
+    """Of the logits, whose state is a function of them, and of all else."""
+    forward = differentiable(soft, reduction)
+    backward, _ = make_backward(forward, statistics=True)
+    backward |= {name: torch.rand_like(backward[name]) for name in UPSTREAM}
+    with_total = ("logits", "target", "weight", "token_weight", *UPSTREAM)
+    names, variables = variables_of(backward, *with_total, *["total_weight"][: reduction == 1])
+    variables = kept_away_from_0(names, variables)
+
+    def function(*variables):
+        arguments = backward | dict(zip(names, variables, strict=True))
+        with torch.no_grad():
+            saved = {name: arguments.get(name) for name in forward if name != "normalizer"}
+            found = run_forward(saved | {"normalizer": arguments["total_weight"]}, statistics=True)
+        saved = {name: found[name] for name in ("state", "entropy")}
+        return ops.backward(**arguments | saved)
+
+    assert torch.autograd.gradcheck(function, variables)
+    assert torch.autograd.gradgradcheck(function, variables, fast_mode=True)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("name", [*OF_LOSS, "backward"])
+def test_nothing_is_recorded_without_need(name, context):
+    forward = differentiable(False, 1)
+    backward, _ = make_backward(forward)
+    arguments = backward if name == "backward" else forward
+    if context is not torch.enable_grad:
+        arguments = arguments | {"logits": arguments["logits"].clone().requires_grad_()}
+    with context():
+        outputs = call(name, arguments)
+    assert not any(x.requires_grad for x in outputs)
+
+
+def test_gradient_of_forward_in_the_logits_memory():
+    """Once: it counts as a modification of the logits."""
+    forward = differentiable(False, 1)
+    _, (leaf,) = variables_of(forward, "logits")
+    logits = leaf * 1
+    loss, _, _ = ops.forward(**forward | {"logits": logits, "inplace_backward": True})
+    (expected,) = torch.autograd.grad(exactly(forward | {"logits": leaf}).loss, leaf)
+    version = logits._version
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    torch.testing.assert_close(gradient, expected)
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert logits._version == version + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradient_in_the_logits_memory_has_no_graph():
+    forward = differentiable(False, 1)
+    logits = forward["logits"].requires_grad_() * 1
+    loss, _, _ = ops.forward(**forward | {"logits": logits, "inplace_backward": True})
+    before = logits.detach().clone()
+    with pytest.raises(RuntimeError, match="inplace_backward must be False for create_graph=True"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+    assert torch.equal(logits, before)
+
+
+RECORDED = [  # each operator that overwrites, and a tensor whose gradient is recorded
+    *((name, of) for name in FUSED for of in ("logits", "weight", "token_weight", "normalizer")),
+    *(("backward_", of) for of in ("logits", "weight", "token_weight", "total_weight", *UPSTREAM)),
+    *(("scale_gradient_", of) for of in ("grad_logits", "grad_loss", "token_weight")),
+    *(("multiply_", of) for of in ("gradient", "factor")),
+]
+
+
+def overwriting(name):
+    """Return arguments that have all tensors, and the name of what is overwritten."""
+    forward = differentiable(False, 1)
+    backward, _ = make_backward(forward, statistics=True)
+    if name in FUSED:
+        return forward, "logits"
+    if name == "backward_":
+        return backward, "logits"
+    arguments, overwritten, _ = OVERWRITING[name]
+    if name == "scale_gradient_":
+        arguments = arguments | {"token_weight": ROW_WEIGHT}
+    return clone(arguments), overwritten
+
+
+@pytest.mark.parametrize(("name", "of"), RECORDED)
+def test_what_overwrites_has_no_derivative(name, of):
+    """It says so before anything is written, by whichever tensor a gradient is recorded."""
+    arguments, overwritten = overwriting(name)
+    leaf = arguments[of].clone().requires_grad_()
+    arguments = arguments | {of: leaf * 1}  # not a leaf, which torch would refuse itself
+    for given in (arguments, arguments | {of: leaf}):
+        before, version = given[overwritten].detach().clone(), given[overwritten]._version
+        with pytest.raises(RuntimeError, match=f"fused_xent::{name} has no derivative"):
+            getattr(ops, name)(**given)
+        assert torch.equal(given[overwritten], before)
+        assert given[overwritten]._version == version
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(("name", "of"), RECORDED)
+def test_what_overwrites_where_no_gradient_is_recorded(name, of, context):
+    """A leaf among the arguments, or made there."""
+    arguments, overwritten = overwriting(name)
+    plain = clone(arguments)
+    results = call(name, plain)
+    assert not torch.equal(plain[overwritten], arguments[overwritten])
+    leaf = arguments | {of: arguments[of].clone().requires_grad_()}
+    with context():
+        for given in (clone(leaf, overwritten), clone(leaf)):
+            found = call(name, given)
+            for one, other in zip(found, results, strict=True):
+                assert (one is other is None) or torch.equal(one, other)
+            assert torch.equal(given[overwritten], plain[overwritten])
+    if of == overwritten:
+        version = leaf[of]._version
+        with context():
+            getattr(ops, name)(**leaf)
+        assert torch.equal(leaf[of], plain[of])
+        assert leaf[of]._version == version + 1
+
+
+@by_labels
+@pytest.mark.parametrize("name", OF_LOSS)
+def test_forward_under_the_transforms_of_gradients(name, soft):
+    """torch.func.grad, once and twice, of each tensor; vjp; and all rows of a Jacobian."""
+    forward = differentiable(soft, 1)
+    names, variables = variables_of(forward, *TENSORS)
+    variables = [x.detach() for x in kept_away_from_0(names, variables)]
+
+    def ours(*variables):
+        outputs = raw(name, forward | dict(zip(names, variables, strict=True)))
+        return sum(output.sum() * (i + 1) for i, output in enumerate(outputs))
+
+    def theirs(*variables):
+        exact = exactly(forward | dict(zip(names, variables, strict=True)))
+        outputs = (exact.loss, exact.lse, exact.entropy)[: 3 if name == OF_FORWARD[1] else 1]
+        return sum(output.sum() * (i + 1) for i, output in enumerate(outputs))
+
+    numbers = tuple(range(len(variables)))
+    results = []
+    for function in (ours, theirs):
+        first = torch.func.grad(function, argnums=numbers)
+
+        def squares(*variables, first=first):
+            return sum(x.square().sum() for x in first(*variables))
+
+        _, vjp = torch.func.vjp(function, *variables)
+        second = torch.func.grad(squares, argnums=numbers)
+        jacobian = torch.func.jacrev(first, argnums=0)
+        results.append(
+            (
+                first(*variables),
+                torch.func.grad(function)(*variables),
+                second(*variables),
+                vjp(torch.tensor(2.0, dtype=torch.float64)),
+                jacobian(*variables),
+            )
+        )
+    torch.testing.assert_close(*results)
+
+
+@by_labels
+def test_backward_under_the_transforms_of_gradients(soft):
+    forward = differentiable(soft, 0)
+    backward, _ = make_backward(forward, statistics=True)
+
+    def function(upstream):
+        return ops.backward(**backward | {"grad_loss": upstream}).square().sum()
+
+    upstream = torch.rand(4, dtype=torch.float64)
+    leaf = upstream.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(function)(upstream), expected)
+    batch = torch.rand(3, 4, dtype=torch.float64)
+    gradients = torch.func.vmap(lambda g: ops.backward(**backward | {"grad_loss": g}))(batch)
+    each = [ops.backward(**backward | {"grad_loss": g}) for g in batch]
+    assert torch.equal(gradients, torch.stack(each))
+
+
+# ---- numbers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("n_classes", [64, 1024], ids=["one row a lane", "one class a lane"])
 @pytest.mark.parametrize("factor", [0.5, 1.5, 1 + 2**-8, 2**-9 * 1.25, 3e4, "NaN of all bits"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even(dtype, factor, n_classes):
+@pytest.mark.parametrize("name", ["scale_gradient_", "multiply_"])
+def test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even(name, dtype, factor, n_classes):
     """Infinities, NaN, numbers below the normal ones, and products halfway between two numbers."""
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, n_classes)
     target = torch.zeros(len(numbers), dtype=torch.int64)
     gradient = numbers.clone()
     if factor == "NaN of all bits":  # which rounding up would make a 0
         factor = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
-    ops.scale_gradient_(gradient, torch.as_tensor(factor), target, None, 1, -100)
+    if name == "multiply_":
+        ops.multiply_(gradient, torch.as_tensor(factor))
+    else:
+        ops.scale_gradient_(gradient, torch.as_tensor(factor), target, None, 1, -100)
     expected = (numbers.float() * factor).to(dtype)
     if dtype == torch.bfloat16 and fused_xent.cpu_capability() == "avx512_bf16":
         # The processor's own conversion takes numbers below the normal ones for 0.

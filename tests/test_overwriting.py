@@ -131,6 +131,20 @@ def test_without_grad_nothing_is_overwritten(context, mode):
 
 
 @by_mode
+def test_logits_without_a_gradient_are_not_overwritten(mode):
+    """Though something else has one."""
+    leaf, target = make_problem()
+    logits, tokens = leaf.detach() * 1, torch.ones(N_ROWS, requires_grad=True)
+    before = logits.clone()
+    loss = fused_xent.cross_entropy(
+        logits, target, token_weight=tokens, reduction="sum", **MODES[mode]
+    )
+    loss.backward()
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(tokens.grad, F.cross_entropy(before, target, reduction="none"))
+
+
+@by_mode
 def test_second_backward_is_refused(mode):
     leaf, target = make_problem()
     loss = fused_xent.cross_entropy(leaf * 1, target, **MODES[mode])

@@ -114,9 +114,27 @@ PARTS = {
     "rows with a step": lambda logits: logits[::2],
     "some classes": lambda logits: logits[:, 5:100],
     "classes with a step": lambda logits: logits[:, ::2],
-    "a chunk": lambda logits: logits.chunk(2)[1],
-    "an unbound row": lambda logits: logits.unbind()[2],
 }
+SEVERAL_VIEWS = {
+    "a chunk": lambda logits: logits.chunk(2)[1],
+    "a part of a split": lambda logits: logits.split(2)[0],
+    "an unbound row": lambda logits: logits.unbind()[2],
+    "a view of a chunk": lambda logits: logits.chunk(2)[1].view(-1, logits.shape[-1]),
+}
+
+
+@by_mode
+@pytest.mark.parametrize("view", SEVERAL_VIEWS)
+def test_one_of_several_views(view, mode):
+    """Refused at the call: autograd would raise an error in the backward. The advice helps."""
+    leaf, _ = make_problem()
+    logits = SEVERAL_VIEWS[view](leaf * 1)
+    target = torch.randint(0, logits.shape[-1], logits.shape[:-1])
+    with pytest.raises(RuntimeError, match=r"must be False .*chunk, split or unbind.*: clone it"):
+        fused_xent.cross_entropy(logits, target, **MODES[mode])
+    expected = gradient_of(lambda: F.cross_entropy(SEVERAL_VIEWS[view](leaf * 1), target), leaf)
+    loss = fused_xent.cross_entropy(logits.clone(), target, **MODES[mode])
+    torch.testing.assert_close(gradient_of(lambda: loss, leaf), expected)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -187,3 +205,32 @@ def test_memory_that_the_target_shares(soft, mode):
     with pytest.raises(RuntimeError, match=r"must be False where target shares input's memory"):
         fused_xent.cross_entropy(logits, target, **MODES[mode])
     assert torch.equal(logits, before)
+
+
+def test_memory_that_the_target_shares_beside_the_logits():
+    """Of one storage: what lies where in it is not looked at."""
+    memory = torch.randn(8, 9, requires_grad=True) * 1
+    with pytest.raises(RuntimeError, match=r"must be False where target shares input's memory"):
+        fused_xent.cross_entropy(memory[:4], memory[4:].detach(), inplace_backward=True)
+
+
+@by_mode
+def test_a_view_of_a_tensor_that_autograd_has_not_recorded(mode):
+    """As of DTensor.full_tensor: no leaf of the graph, and the message does not say that it is."""
+
+    class Gathered(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, local):
+            return local.clone().view(N_ROWS, -1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    leaf, target = make_problem()
+    logits = Gathered.apply(leaf)
+    with pytest.raises(RuntimeError, match=r"of a tensor that autograd has not .*: clone it"):
+        fused_xent.cross_entropy(logits, target, **MODES[mode])
+    expected = gradient_of(lambda: F.cross_entropy(leaf * 1, target), leaf)
+    loss = fused_xent.cross_entropy(Gathered.apply(leaf).clone(), target, **MODES[mode])
+    torch.testing.assert_close(gradient_of(lambda: loss, leaf), expected)

@@ -16,17 +16,28 @@ CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 
 # Each module, and the modules of the package that it may import: those below it.
 LAYERS = {
+    "_torch_private": set(),
     "reference": set(),
-    "_ops": set(),
-    "_autograd": {"_ops", "reference"},
-    "_checks": {"_ops", "reference"},
-    "functional": {"_autograd", "_checks", "_ops", "reference"},
-    "_linear": {"_ops"},
-    "_linear_autograd": {"_autograd", "_checks", "_linear", "_ops"},
-    "linear": {"_autograd", "_checks", "_linear_autograd", "_ops", "functional", "reference"},
-    "nn": {"functional", "linear"},
-    "__init__": {"_ops", "functional", "linear", "nn", "reference"},
-    "__main__": {"__init__", "_ops", "functional", "nn", "reference"},
+    "_options": set(),
+    "_problem": {"_options", "_torch_private"},
+    "_ops": {"_options", "_problem", "_torch_private"},
+    "_formulas": {"_options", "_problem", "reference"},
+    "_autograd": {"_formulas", "_ops", "_options", "_problem", "_torch_private", "reference"},
+    "functional": {"_autograd", "_options", "_problem", "_torch_private", "reference"},
+    "_linear": {"_formulas", "_ops", "_options", "_problem", "_torch_private"},
+    "_linear_autograd": {
+        *("_autograd", "_linear", "_ops", "_options", "_problem", "_torch_private", "reference"),
+    },
+    "linear": {
+        *("_autograd", "_linear_autograd", "_options", "_problem", "_torch_private", "reference"),
+    },
+    "_decompositions": {
+        *("_autograd", "_formulas", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),
+        "reference",
+    },
+    "nn": {"_options", "_torch_private", "functional", "linear"},
+    "__init__": {"_decompositions", "_ops", "functional", "linear", "nn", "reference"},
+    "__main__": {"__init__", "_ops", "_options", "reference"},
 }
 
 
@@ -48,6 +59,23 @@ def package_imports(path):
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
 def test_modules_import_only_what_is_below_them(path):
     assert package_imports(path) <= LAYERS[path.stem]
+
+
+def test_each_module_is_above_all_that_it_may_import():
+    """In the order of the table: no arrow runs up, so that there is no circle."""
+    modules = list(LAYERS)
+    assert sorted(modules) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+    for i, module in enumerate(modules):
+        assert LAYERS[module] <= set(modules[:i]), module
+
+
+def test_private_names_of_torch_are_used_in_one_module():
+    """All others ask it: torch changes such names without notice."""
+    private = re.compile(r"torch(\.\w+)*(\._[a-zA-Z]|\S* import _)")
+    files = [path for path in PACKAGE.glob("*.py") if path.stem != "_torch_private"]
+    assert len(files) > 10
+    code = {path.name: re.sub(r"#.*", "", path.read_text()) for path in files}
+    assert not [name for name, text in code.items() if private.search(text)]
 
 
 def test_torch_is_included_in_the_binding_alone():
@@ -75,6 +103,7 @@ def test_public_names():
         "cpu_capability",
         "cross_entropy",
         "cross_entropy_with_statistics",
+        "decompositions",
         "linear_cross_entropy",
         "linear_cross_entropy_with_statistics",
     }

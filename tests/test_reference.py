@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import LABELS, REDUCTIONS, SHAPES, class_dim, make_logits, make_options, make_target
 
-from fused_xent.reference import cross_entropy
+from fused_xent.reference import cross_entropy, cross_entropy_with_statistics
 
 pytestmark = pytest.mark.cpu("torch operations alone")
 
@@ -81,3 +81,18 @@ def test_the_square_of_a_great_lse_is_no_part_of_a_loss_without_it():
     """In float32 it is infinite."""
     logits = torch.tensor([[1e30, 2e30, 0.0]])
     assert cross_entropy(logits, torch.tensor([0])).item() == pytest.approx(1e30)
+
+
+def test_entropy_of_masked_classes():
+    """Classes of logit minus infinity add 0, and get the gradient 0."""
+    logits = torch.randn(3, 7, dtype=torch.float64)
+    logits[:, [1, 4]] = -torch.inf
+    rest = logits[:, [0, 2, 3, 5, 6]].requires_grad_()
+    leaf = logits.requires_grad_()
+    results = cross_entropy_with_statistics(leaf, torch.tensor([0, 2, 3]))
+    exact = torch.distributions.Categorical(logits=rest).entropy()
+    torch.testing.assert_close(results.entropy, exact)
+    (gradient,) = torch.autograd.grad(results.entropy.sum(), leaf)
+    assert (gradient[:, [1, 4]] == 0).all()
+    (expected,) = torch.autograd.grad(exact.sum(), rest)
+    torch.testing.assert_close(gradient[:, [0, 2, 3, 5, 6]], expected)

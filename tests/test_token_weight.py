@@ -275,6 +275,18 @@ def test_mean_by_weights_that_cancel(way):
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_token_weights_of_the_loss_alone(reduction):
+    logits, target = torch.randn(4, C, requires_grad=True), torch.tensor([0, 3, 6, 2])
+    tokens = torch.tensor([1.0, 0.5, 0.0, -2.0])
+    loss = cross_entropy(logits, target, token_weight=tokens, reduction=reduction)
+    rows = F.cross_entropy(logits, target, reduction="none") * tokens
+    exact = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / tokens.sum()}[reduction]
+    torch.testing.assert_close(loss, exact)
+    gradients = [torch.autograd.grad(x.sum(), logits)[0] for x in (loss, exact)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.cpu("a target that is no class is an error there alone")
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("vmap", "dual level")])
 def test_position_of_a_target_that_is_no_class(way):

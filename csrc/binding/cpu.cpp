@@ -18,22 +18,13 @@ cpu::Threads torch_threads() {
           }};
 }
 
-double value_of(const Tensor& scalar) {
-  return *static_cast<const double*>(scalar.const_data_ptr());
-}
-
 struct Call {
   Problem problem;
-  Params& params;
-  const cpu::Threads threads;
+  Params& params = problem.params;
+  const cpu::Threads threads = torch_threads();
 
-  Call(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-       const OptionalTensor& token_weight, int64_t dim, int64_t ignore_index,
-       const Numbers& numbers)
-      : problem(logits, target, weight, token_weight, dim, ignore_index, numbers),
-        params(problem.params),
-        threads(torch_threads()) {
-    if (!weight) return;
+  explicit Call(Problem checked) : problem(std::move(checked)) {
+    if (!problem.weight) return;
     params.weight_sum = 0;
     for (int64_t j = 0; j < params.vocab_size; ++j) {
       params.weight_sum += params.dtype == DType::float64
@@ -47,25 +38,26 @@ struct Call {
     advise_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
   }
 
-  std::tuple<Tensor, Tensor> forward(const Rows& rows, const Total& total,
-                                     ScalarType loss_dtype) const {
-    const double total_weight = total_weight_of(total);
-    if (params.vocab_size > 0) cpu::forward(params, threads);
-    return {reduce(rows.loss, total.reduction, total_weight, loss_dtype),
-            torch::stable::full({}, total_weight, ScalarType::Double)};
+  Tensor loss(const Rows& rows, ScalarType loss_dtype) const {
+    return loss_by(total_weight_of_rows(), rows, loss_dtype);
   }
 
-  Tensor forward_backward(const Rows& rows, const Total& total, ScalarType loss_dtype) {
-    const double total_weight = total_weight_of(total);
-    const Tensor one = problem.set_grad_loss(params, torch::stable::full({}, 1, problem.acc_dtype));
-    params.grad_scale = total.reduction == kMean ? mean_of(1, total_weight) : 1;
+  std::tuple<Tensor, Tensor> forward(const Rows& rows, ScalarType loss_dtype) const {
+    const double total_weight = total_weight_of_rows();
+    return {loss_by(total_weight, rows, loss_dtype), filled(total_weight, ScalarType::Double)};
+  }
+
+  Tensor forward_backward(const Rows& rows, ScalarType loss_dtype) {
+    const double total_weight = total_weight_of_rows();
+    const Tensor one = problem.set_grad_loss(params, filled(1, problem.acc_dtype));
+    params.grad_scale = problem.reduction == kMean ? mean_of(1, total_weight) : 1;
     if (params.vocab_size > 0) cpu::forward_backward(params, threads);
-    return reduce(rows.loss, total.reduction, total_weight, loss_dtype);
+    return reduce(rows.loss, total_weight, loss_dtype);
   }
 
-  void backward(const Tensor* total_weight) {
+  void backward() {
     scan();  // the targets, once more
-    params.grad_scale = total_weight == nullptr ? 1 : mean_of(1, value_of(*total_weight));
+    params.grad_scale = problem.reduction == kMean ? mean_of(1, normalizer()) : 1;
     cpu::backward(params, threads);
   }
 
@@ -85,18 +77,38 @@ struct Call {
                             " at position " + problem.position(scan.bad_row));
   }
 
-  double total_weight_of(const Total& total) const {
-    const double of_rows = scan();
-    return total.normalizer == nullptr ? of_rows : value_of(*total.normalizer);
+  double normalizer() const {
+    return *static_cast<const double*>(problem.normalizer->const_data_ptr());
   }
 
-  Tensor reduce(const Tensor& row_loss, int64_t reduction, double total_weight,
-                ScalarType loss_dtype) const {
-    if (reduction == kNone) return torch::stable::to(row_loss, loss_dtype);
+  double total_weight_of_rows() const {
+    const double of_rows = scan();
+    return problem.normalizer ? normalizer() : of_rows;
+  }
+
+  Tensor loss_by(double total_weight, const Rows& rows, ScalarType loss_dtype) const {
+    if (params.vocab_size > 0) cpu::forward(params, threads);
+    return reduce(rows.loss, total_weight, loss_dtype);
+  }
+
+  // A scalar of the value, which may be beyond the dtype.
+  Tensor filled(double value, ScalarType dtype) const {
+    const bool is_float = dtype == ScalarType::Float;
+    const Tensor scalar = problem.scalar(is_float ? dtype : ScalarType::Double);
+    if (is_float) {
+      *static_cast<float*>(scalar.mutable_data_ptr()) = static_cast<float>(value);
+    } else {
+      *static_cast<double*>(scalar.mutable_data_ptr()) = value;
+    }
+    return is_float || dtype == ScalarType::Double ? scalar : torch::stable::to(scalar, dtype);
+  }
+
+  Tensor reduce(const Tensor& row_loss, double total_weight, ScalarType loss_dtype) const {
+    if (problem.reduction == kNone) {
+      return loss_dtype == problem.acc_dtype ? row_loss : torch::stable::to(row_loss, loss_dtype);
+    }
     const double sum = cpu::sum_rows(params, threads);
-    const double loss =
-        reduction == kMean ? mean_of(sum, total_weight) : sum;  // may be beyond loss_dtype
-    return torch::stable::to(torch::stable::full({}, loss, ScalarType::Double), loss_dtype);
+    return filled(problem.reduction == kMean ? mean_of(sum, total_weight) : sum, loss_dtype);
   }
 };
 

@@ -27,40 +27,39 @@ Plan plan_for(const char* operation, Plan (*choose)(const cuda::Shape&, const cu
               const cuda::Arguments& a) {
   cuda::Device device{};
   check_cuda(cuda::describe_device(&device), operation);
-  check(device.capability >= cuda::kLeastCapability,
-        "logits must be on a CUDA device of compute capability 8.0 or more, got " +
-            std::to_string(device.capability / 10) + "." + std::to_string(device.capability % 10));
+  FUSED_XENT_CHECK(device.capability >= cuda::kLeastCapability,
+                   "logits must be on a CUDA device of compute capability 8.0 or more, got " +
+                       std::to_string(device.capability / 10) + "." +
+                       std::to_string(device.capability % 10));
   const cuda::Shape shape = cuda::shape_of(a);
   const std::lock_guard<std::mutex> lock(forced_mutex);
   const auto forced = forced_plans.find(operation);
   if (forced == forced_plans.end()) return choose(shape, device);
   const char* why = cuda::why_not(forced->second, shape, device);
-  check(why == nullptr, std::string("plan of ") + operation + ": " + (why == nullptr ? "" : why));
+  FUSED_XENT_CHECK(why == nullptr, std::string("plan of ") + operation + ": " + why);
   return forced->second;
 }
 
 // ---- one call of an operator -----------------------------------------------------------------
 
 struct Call {
-  DeviceGuard guard;
   Problem problem;
+  DeviceGuard guard;
   cuda::Arguments params{};
   cudaStream_t stream;
   Tensor scratch;  // for the class weights' sum, and for partial sums over rows
 
-  Call(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-       const OptionalTensor& token_weight, int64_t dim, int64_t ignore_index,
-       const Numbers& numbers)
-      : guard(logits),
-        problem(logits, target, weight, token_weight, dim, ignore_index, numbers),
-        stream(static_cast<cudaStream_t>(current_stream(logits))),
-        scratch(torch::stable::new_empty(problem.logits, {1 + 2 * cuda::kMaxSumBlocks},
-                                         ScalarType::Double)) {
+  explicit Call(Problem checked)
+      : problem(std::move(checked)),
+        guard(problem.logits),
+        stream(static_cast<cudaStream_t>(current_stream(problem.logits))),
+        scratch(problem.empty({1 + 2 * cuda::kMaxSumBlocks}, ScalarType::Double)) {
     static_cast<Params&>(params) = problem.params;
-    check(params.n_rows <= cuda::kMaxRows && params.vocab_size <= cuda::kMaxClasses,
-          "logits must have less than 2^31 rows and at most 2^30 classes on CUDA devices, got " +
-              std::to_string(params.n_rows) + " and " + std::to_string(params.vocab_size));
-    if (weight && has_indices() && params.label_smoothing != 0) {
+    FUSED_XENT_CHECK(
+        params.n_rows <= cuda::kMaxRows && params.vocab_size <= cuda::kMaxClasses,
+        "logits must have less than 2^31 rows and at most 2^30 classes on CUDA devices, got " +
+            std::to_string(params.n_rows) + " and " + std::to_string(params.vocab_size));
+    if (problem.weight && has_indices() && params.label_smoothing != 0) {
       params.weight_sum_on_device = scratch_data();
       check_cuda(cuda::sum_class_weights(params, scratch_data(), stream), "sum of weight");
     }
@@ -68,35 +67,38 @@ struct Call {
 
   void prepare(const Tensor&) const {}
 
-  std::tuple<Tensor, Tensor> forward(const Rows& rows, const Total& total, ScalarType loss_dtype) {
-    if (!is_empty()) {
-      const Plan plan = plan_for("forward", cuda::plan_forward, params);
-      const Tensor workspace = torch::stable::new_empty(
-          problem.logits, {cuda::workspace_bytes(params, plan)}, ScalarType::Byte);
-      check_cuda(cuda::forward(params, plan, workspace.mutable_data_ptr(), stream), "forward");
-    }
-    const Tensor total_weight = scalar(ScalarType::Double);
-    const Tensor loss = reduce(rows.loss, data_of(total_weight), total, loss_dtype);
-    return {loss, total_weight};
+  Tensor loss(const Rows& rows, ScalarType loss_dtype) {
+    return std::get<0>(forward(rows, loss_dtype));
   }
 
-  Tensor forward_backward(const Rows& rows, const Total& total, ScalarType loss_dtype) {
+  std::tuple<Tensor, Tensor> forward(const Rows& rows, ScalarType loss_dtype) {
+    if (!is_empty()) {
+      const Plan plan = plan_for("forward", cuda::plan_forward, params);
+      const Tensor workspace =
+          problem.empty({cuda::workspace_bytes(params, plan)}, ScalarType::Byte);
+      check_cuda(cuda::forward(params, plan, workspace.mutable_data_ptr(), stream), "forward");
+    }
+    const Tensor total_weight = problem.scalar(ScalarType::Double);
+    return {reduce(rows.loss, data_of(total_weight), loss_dtype), total_weight};
+  }
+
+  Tensor forward_backward(const Rows& rows, ScalarType loss_dtype) {
     params.grad_scale = 1;
-    const Tensor total_weight = scalar(ScalarType::Double);
-    if (total.reduction == kMean) {
-      sum_rows(data_of(total_weight), nullptr, total, DType::float32);
+    const Tensor total_weight = problem.scalar(ScalarType::Double);
+    if (problem.reduction == kMean) {
+      sum_rows(data_of(total_weight), nullptr, DType::float32);
       params.total_weight = data_of(total_weight);
     }
     if (!is_empty()) {
       const Plan plan = plan_for("forward_backward", cuda::plan_forward_backward, params);
       check_cuda(cuda::forward_backward(params, plan, stream), "forward_backward");
     }
-    return reduce(rows.loss, nullptr, total, loss_dtype);
+    return reduce(rows.loss, nullptr, loss_dtype);
   }
 
-  void backward(const Tensor* total_weight) {
+  void backward() {
     params.grad_scale = 1;
-    if (total_weight != nullptr) params.total_weight = data_of(*total_weight);
+    if (problem.reduction == kMean) params.total_weight = data_of(*problem.normalizer);
     const Plan plan = plan_for("backward", cuda::plan_backward, params);
     check_cuda(cuda::backward(params, plan, stream), "backward");
   }
@@ -116,28 +118,23 @@ struct Call {
     return static_cast<double*>(scalar.mutable_data_ptr());
   }
   double* scratch_data() const { return data_of(scratch); }
-  Tensor scalar(ScalarType dtype) const {
-    return torch::stable::new_empty(problem.logits, {}, dtype);
-  }
 
   // The sum over row_loss, if a loss is wanted, and of the rows' weights.
-  void sum_rows(double* total_weight, const Tensor* loss, const Total& total,
-                DType loss_dtype) const {
-    const double* normalizer = total.normalizer == nullptr ? nullptr : data_of(*total.normalizer);
+  void sum_rows(double* total_weight, const Tensor* loss, DType loss_dtype) const {
+    const double* normalizer = problem.normalizer ? data_of(*problem.normalizer) : nullptr;
     const cuda::Sums sums{total_weight, loss == nullptr ? nullptr : loss->mutable_data_ptr(),
-                          loss_dtype, total.reduction == kMean, normalizer};
+                          loss_dtype, problem.reduction == kMean, normalizer};
     check_cuda(cuda::sum_rows(params, sums, scratch_data() + 1, stream), "sum over rows");
   }
 
   // The reduced loss. Writes total_weight where it is not null.
-  Tensor reduce(const Tensor& row_loss, double* total_weight, const Total& total,
-                ScalarType loss_dtype) const {
-    if (total.reduction == kNone) {
-      if (total_weight != nullptr) sum_rows(total_weight, nullptr, total, DType::float32);
+  Tensor reduce(const Tensor& row_loss, double* total_weight, ScalarType loss_dtype) const {
+    if (problem.reduction == kNone) {
+      if (total_weight != nullptr) sum_rows(total_weight, nullptr, DType::float32);
       return torch::stable::to(row_loss, loss_dtype);
     }
-    const Tensor loss = scalar(loss_dtype);
-    sum_rows(total_weight, &loss, total, dtype_of("loss", loss));
+    const Tensor loss = problem.scalar(loss_dtype);
+    sum_rows(total_weight, &loss, dtype_of("loss", loss_dtype));
     return loss;
   }
 };
@@ -148,12 +145,14 @@ void implement_on_cuda(torch::stable::detail::StableLibrary& m) { Operators<Call
 
 void force_cuda_plan(const std::string& operation, const std::vector<int64_t>& plan) {
   const std::lock_guard<std::mutex> lock(forced_mutex);
-  check(operation == "forward" || operation == "backward" || operation == "forward_backward",
-        "operation must be 'forward', 'backward' or 'forward_backward', got '" + operation + "'");
+  FUSED_XENT_CHECK(
+      operation == "forward" || operation == "backward" || operation == "forward_backward",
+      "operation must be 'forward', 'backward' or 'forward_backward', got '" + operation + "'");
   forced_plans.erase(operation);
   if (plan.empty()) return;
-  check(plan.size() == 8, "plan must have 8 members or none, got " + std::to_string(plan.size()));
-  check(0 <= plan[0] && plan[0] <= 3, "plan's regime must be 0 to 3");
+  FUSED_XENT_CHECK(plan.size() == 8,
+                   "plan must have 8 members or none, got " + std::to_string(plan.size()));
+  FUSED_XENT_CHECK(0 <= plan[0] && plan[0] <= 3, "plan's regime must be 0 to 3");
   const auto at = [&](int i) { return static_cast<int>(plan[i]); };
   forced_plans[operation] =
       Plan{static_cast<cuda::Regime>(plan[0]), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};

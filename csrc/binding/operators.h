@@ -1,11 +1,12 @@
-// The operators' arguments, on any device: tensors to pointers, what they return, what they check.
+// The operators on any device: reads their arguments, checks them, allocates what they return.
 //
-// Call is one call on a device, cpu.cpp's or cuda.cpp's. It is made of Problem's arguments, and has
+// Call is one call on a device, cpu.cpp's or cuda.cpp's. It is made of a Problem, and has
 //   problem, params
-//   forward(rows, total, loss_dtype)    the loss and total_weight, rows filled
-//   forward_backward(rows, total, loss_dtype)    the loss; rows and params.grad_logits filled
-//   backward(total_weight)              params.grad_logits filled; total_weight may be null: 1
-//   scale_gradient()
+//   loss(rows, loss_dtype)              the loss; fills rows
+//   forward(rows, loss_dtype)           the loss and total_weight; fills rows
+//   forward_backward(rows, loss_dtype)  the loss; fills rows and params.grad_logits
+//   backward()                          fills params.grad_logits
+//   scale_gradient()                    multiplies params.grad_logits
 //   prepare(gradient)                   fresh memory, which is about to be written
 #pragma once
 
@@ -15,131 +16,163 @@
 
 namespace fused_xent::binding {
 
-// How the rows' losses become one.
-struct Total {
-  int64_t reduction;
-  const Tensor* normalizer;  // divides the sum under mean; null: the rows' weights do
+// Takes an operator's arguments off the stack, in the order of its schema. Takes all of them before
+// anything can throw: each owns its memory.
+class Reader {
+ public:
+  explicit Reader(StableIValue* stack) : next_(stack) {}
+
+  template <typename T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+
+  Inputs inputs() {  // braces evaluate from left to right
+    return {take<Tensor>(),         take<Tensor>(),  take<OptionalTensor>(), take<OptionalTensor>(),
+            take<OptionalTensor>(), take<int64_t>(), take<int64_t>()};
+  }
+
+  Options options() {
+    Options options;
+#define FUSED_XENT_READ(type, schema_type, name, default_value) options.name = take<type>();
+    FUSED_XENT_OPTIONS(FUSED_XENT_READ)
+#undef FUSED_XENT_READ
+    return options;
+  }
+
+ private:
+  StableIValue* next_;
 };
+
+// Puts an operator's results on the stack.
+template <typename... Results>
+void return_to(StableIValue* stack, Results... results) {
+  ((*stack++ = torch::stable::detail::from(std::move(results))), ...);
+}
 
 template <typename Call>
 struct Operators {
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-      const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-      const OptionalTensor& token_weight, const OptionalTensor& normalizer, int64_t dim,
-      int64_t ignore_index, const Numbers& numbers, int64_t reduction, ScalarType loss_dtype,
-      bool statistics) {
-    check_reduction(reduction, loss_dtype);
-    Call call(logits, target, weight, token_weight, dim, ignore_index, numbers);
-    const Total total = total_of(call.problem, reduction, normalizer);
-    const Rows rows(call.problem, call.params, statistics);
-    const auto [loss, total_weight] = call.forward(rows, total, loss_dtype);
-    return {loss,         total_weight, rows.max, rows.log_sum, rows.label_mass, rows.loss_slope,
-            rows.entropy, rows.argmax};
+  static void loss(StableIValue* stack, uint64_t, uint64_t) {
+    Reader in(stack);
+    const Inputs inputs = in.inputs();
+    const auto loss_dtype = in.take<std::optional<ScalarType>>();
+    Call call(Problem(inputs, in.options()));
+    const Rows rows(call.problem, call.params, false);
+    return_to(stack, call.loss(rows, call.problem.loss_dtype(loss_dtype)));
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_(
-      const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-      const OptionalTensor& token_weight, const OptionalTensor& normalizer, int64_t dim,
-      int64_t ignore_index, const Numbers& numbers, int64_t reduction, ScalarType loss_dtype,
-      bool statistics) {
-    check_reduction(reduction, loss_dtype);
-    Call call(logits, target, weight, token_weight, dim, ignore_index, numbers);
-    const Total total = total_of(call.problem, reduction, normalizer);
-    set_grad_logits(call.params, "logits", logits, dim);
+  template <bool statistics>
+  static void forward(StableIValue* stack, uint64_t, uint64_t) {
+    Reader in(stack);
+    const Inputs inputs = in.inputs();
+    const auto loss_dtype = in.take<std::optional<ScalarType>>();
+    Call call(Problem(inputs, in.options()));
     const Rows rows(call.problem, call.params, statistics);
-    const Tensor loss = call.forward_backward(rows, total, loss_dtype);
-    return {loss, rows.max, rows.log_sum, rows.entropy, rows.argmax};
+    auto [loss, total_weight] = call.forward(rows, call.problem.loss_dtype(loss_dtype));
+    if constexpr (statistics) {
+      return_to(stack, loss, total_weight, rows.state, rows.lse(), rows.entropy, rows.argmax);
+    } else {
+      return_to(stack, loss, total_weight, rows.state);
+    }
   }
 
-  static Tensor backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                         const OptionalTensor& grad_entropy, const Tensor& logits,
-                         const Tensor& target, const OptionalTensor& weight,
-                         const OptionalTensor& token_weight, const Tensor& total_weight,
-                         const Tensor& row_max, const Tensor& log_sum, const Tensor& label_mass,
-                         const Tensor& loss_slope, const Tensor& entropy, int64_t dim,
-                         int64_t ignore_index, const Numbers& numbers, int64_t reduction) {
-    Call call(logits, target, weight, token_weight, dim, ignore_index, numbers);
-    const Tensor grad_logits = empty_gradient(logits, dim);
+  template <bool statistics>
+  static void forward_backward_(StableIValue* stack, uint64_t, uint64_t) {
+    Reader in(stack);
+    const Inputs inputs = in.inputs();
+    const auto loss_dtype = in.take<std::optional<ScalarType>>();
+    Call call(Problem(inputs, in.options()));
+    set_grad_logits(call.params, "logits", inputs.logits, inputs.dim);
+    const Rows rows(call.problem, call.params, statistics);
+    const Tensor loss = call.forward_backward(rows, call.problem.loss_dtype(loss_dtype));
+    if constexpr (statistics) {
+      return_to(stack, loss, rows.lse(), rows.entropy, rows.argmax);
+    } else {
+      return_to(stack, loss);
+    }
+  }
+
+  static void backward(StableIValue* stack, uint64_t, uint64_t) {
+    Reader in(stack);
+    const Inputs inputs = in.inputs();
+    const Upstream upstream = upstream_of(in);
+    Call call(Problem(inputs, in.options()));
+    const Tensor grad_logits = empty_gradient(inputs.logits, inputs.dim);
     call.prepare(grad_logits);
-    backward_into(grad_logits, call, {grad_loss, grad_lse, grad_entropy},
-                  {total_weight, row_max, log_sum, label_mass, loss_slope, entropy}, dim,
-                  reduction);
-    return grad_logits;
+    backward_into(grad_logits, call, upstream);
+    return_to(stack, grad_logits);
   }
 
-  static void backward_(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                        const OptionalTensor& grad_entropy, const Tensor& logits,
-                        const Tensor& target, const OptionalTensor& weight,
-                        const OptionalTensor& token_weight, const Tensor& total_weight,
-                        const Tensor& row_max, const Tensor& log_sum, const Tensor& label_mass,
-                        const Tensor& loss_slope, const Tensor& entropy, int64_t dim,
-                        int64_t ignore_index, const Numbers& numbers, int64_t reduction) {
-    Call call(logits, target, weight, token_weight, dim, ignore_index, numbers);
-    backward_into(logits, call, {grad_loss, grad_lse, grad_entropy},
-                  {total_weight, row_max, log_sum, label_mass, loss_slope, entropy}, dim,
-                  reduction);
+  static void backward_(StableIValue* stack, uint64_t, uint64_t) {
+    Reader in(stack);
+    const Inputs inputs = in.inputs();
+    const Upstream upstream = upstream_of(in);
+    Call call(Problem(inputs, in.options()));
+    backward_into(inputs.logits, call, upstream);
   }
 
   static void scale_gradient_(const Tensor& grad_logits, const Tensor& grad_loss,
                               const Tensor& target, const OptionalTensor& token_weight, int64_t dim,
                               int64_t ignore_index) {
-    Call call(grad_logits, target, std::nullopt, token_weight, dim, ignore_index,
-              Numbers{0, 0, 0, 0, 1});
-    const Tensor upstream = call.problem.set_grad_loss(call.params, grad_loss);
-    set_grad_logits(call.params, "grad_logits", grad_logits, dim);
-    if (call.params.vocab_size > 0) call.scale_gradient();
+    Options options;
+    options.ignore_index = ignore_index;
+    const Inputs inputs{grad_logits, target, {}, token_weight, {}, dim, kSum};
+    scale(Call(Problem(inputs, options)), grad_logits, grad_loss, dim);
+  }
+
+  static void multiply_(const Tensor& gradient, const Tensor& factor) {
+    FUSED_XENT_CHECK(gradient.dim() > 0 && factor.dim() == 0,
+                     "factor must have shape () and gradient a dimension, got shapes " +
+                         tuple_of(factor.sizes()) + " and " + tuple_of(gradient.sizes()));
+    scale(Call(Problem(gradient, gradient.dim() - 1)), gradient, factor, gradient.dim() - 1);
   }
 
   template <typename Library>
   static void implement(Library& m) {
-    m.impl("forward", TORCH_BOX(&forward));
-    m.impl("backward", TORCH_BOX(&backward));
-    m.impl("backward_", TORCH_BOX(&backward_));
-    m.impl("forward_backward_", TORCH_BOX(&forward_backward_));
+    m.impl("loss", &loss);
+    m.impl("forward", &forward<false>);
+    m.impl("forward_with_statistics", &forward<true>);
+    m.impl("backward", &backward);
+    m.impl("backward_", &backward_);
+    m.impl("forward_backward_", &forward_backward_<false>);
+    m.impl("forward_backward_with_statistics_", &forward_backward_<true>);
     m.impl("scale_gradient_", TORCH_BOX(&scale_gradient_));
+    m.impl("multiply_", TORCH_BOX(&multiply_));
   }
 
  private:
   struct Upstream {
-    const OptionalTensor &loss, &lse, &entropy;
-  };
-  struct Saved {
-    const Tensor &total_weight, &row_max, &log_sum, &label_mass, &loss_slope, &entropy;
+    Tensor state;
+    OptionalTensor entropy, grad_loss, grad_lse, grad_entropy;
   };
 
-  // On the logits' device.
-  static Tensor zero(const Call& call) {
-    Tensor zero = torch::stable::new_empty(call.problem.logits, {}, call.problem.acc_dtype);
-    return torch::stable::zero_(zero);
+  static Upstream upstream_of(Reader& in) {
+    return {in.take<Tensor>(), in.take<OptionalTensor>(), in.take<OptionalTensor>(),
+            in.take<OptionalTensor>(), in.take<OptionalTensor>()};
   }
 
-  static Total total_of(const Problem& problem, int64_t reduction,
-                        const OptionalTensor& normalizer) {
-    return {reduction, normalizer ? &problem.check_scalar("normalizer", *normalizer) : nullptr};
-  }
-
-  static void backward_into(const Tensor& grad_logits, Call& call, const Upstream& upstream,
-                            const Saved& saved, int64_t dim, int64_t reduction) {
+  static void backward_into(const Tensor& grad_logits, Call& call, const Upstream& upstream) {
     const Problem& problem = call.problem;
     Params& p = call.params;
-    check_reduction(reduction, problem.acc_dtype);
-    problem.check_scalar("total_weight", saved.total_weight);
-    p.row_max = problem.check_rows("row_max", saved.row_max).data_ptr();
-    p.log_sum = problem.check_rows("log_sum", saved.log_sum).data_ptr();
-    if (p.target_kind == TargetKind::probabilities) {
-      p.label_mass = problem.check_rows("label_mass", saved.label_mass).data_ptr();
-    }
-    if (p.focal_gamma != 0) {
-      p.loss_slope = problem.check_rows("loss_slope", saved.loss_slope).data_ptr();
-    }
-    const Tensor grad_loss = problem.set_grad_loss(p, upstream.loss ? *upstream.loss : zero(call));
-    if (upstream.lse) p.grad_lse = problem.check_rows("grad_lse", *upstream.lse).data_ptr();
-    if (upstream.entropy) {
-      p.grad_entropy = problem.check_rows("grad_entropy", *upstream.entropy).data_ptr();
-      p.entropy = problem.check_rows("entropy", saved.entropy).data_ptr();
-    }
-    set_grad_logits(p, "grad_logits", grad_logits, dim);
-    if (p.vocab_size > 0) call.backward(reduction == kMean ? &saved.total_weight : nullptr);
+    FUSED_XENT_CHECK(problem.reduction != kMean || problem.normalizer,
+                     "total_weight must be given where reduction is 1 (mean), got none");
+    problem.set_state(p, upstream.state);
+    const Tensor grad_loss = problem.set_grad_loss(p, upstream.grad_loss);
+    const auto grad_lse = problem.rows_of("grad_lse", upstream.grad_lse, p.grad_lse);
+    const auto grad_entropy =
+        problem.rows_of("grad_entropy", upstream.grad_entropy, p.grad_entropy);
+    FUSED_XENT_CHECK(!grad_entropy || upstream.entropy,
+                     "entropy must be given with grad_entropy, got none");
+    const auto entropy =
+        problem.rows_of("entropy", grad_entropy ? upstream.entropy : std::nullopt, p.entropy);
+    set_grad_logits(p, "grad_logits", grad_logits, problem.dim);
+    if (p.vocab_size > 0) call.backward();
+  }
+
+  static void scale(Call call, const Tensor& gradient, const Tensor& factor, int64_t dim) {
+    const Tensor upstream = call.problem.set_grad_loss(call.params, factor);
+    set_grad_logits(call.params, "grad_logits", gradient, dim);
+    if (call.params.vocab_size > 0) call.scale_gradient();
   }
 };
 

@@ -1,38 +1,49 @@
-// The operators, for every device. Python (fused_xent/_ops.py) gives their meaning and their meta
-// implementations; operators.h takes their arguments, cpu.cpp and cuda.cpp implement them.
+// The operators' schemas, for every device. fused_xent/_ops.py says what each operator means and
+// has the meta implementations; operators.h reads the arguments; cpu.cpp and cuda.cpp implement
+// them.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+#include "../xent_params.h"
+
 namespace fused_xent::binding {
 
-// "numbers" are label_smoothing, lse_square_scale, focal_gamma, softcap (0: none) and logit_scale.
+// One schema per operator. The options of a loss are keyword-only, in the order of
+// FUSED_XENT_OPTIONS.
 template <typename Library>
 void define_operators(Library& m) {
-  m.def(
-      "forward(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, "
-      "Tensor? normalizer, int dim, int ignore_index, float[] numbers, int reduction, "
-      "ScalarType loss_dtype, bool statistics) "
-      "-> (Tensor loss, Tensor total_weight, Tensor row_max, Tensor log_sum, Tensor label_mass, "
-      "Tensor loss_slope, Tensor entropy, Tensor argmax)");
-  m.def(
-      "backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor logits, "
-      "Tensor target, Tensor? weight, Tensor? token_weight, Tensor total_weight, Tensor row_max, "
-      "Tensor log_sum, Tensor label_mass, Tensor loss_slope, Tensor entropy, int dim, "
-      "int ignore_index, float[] numbers, int reduction) -> Tensor grad_logits");
-  m.def(
-      "backward_(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor(a!) logits, "
-      "Tensor target, Tensor? weight, Tensor? token_weight, Tensor total_weight, Tensor row_max, "
-      "Tensor log_sum, Tensor label_mass, Tensor loss_slope, Tensor entropy, int dim, "
-      "int ignore_index, float[] numbers, int reduction) -> ()");
-  m.def(
-      "forward_backward_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? token_weight, "
-      "Tensor? normalizer, int dim, int ignore_index, float[] numbers, int reduction, "
-      "ScalarType loss_dtype, bool statistics) "
-      "-> (Tensor loss, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor argmax)");
-  m.def(
+#define FUSED_XENT_SCHEMA(type, schema_type, name, default_value) \
+  ", " schema_type " " #name "=" #default_value
+  const std::string options = ", *" FUSED_XENT_OPTIONS(FUSED_XENT_SCHEMA);
+#undef FUSED_XENT_SCHEMA
+  const std::string labels = " logits, Tensor target, Tensor? weight, Tensor? token_weight, ";
+  const std::string of_loss =
+      labels + "Tensor? normalizer, int dim, int reduction, ScalarType? loss_dtype=None" + options;
+  const std::string of_backward = labels +
+                                  "Tensor? total_weight, int dim, int reduction, Tensor state, "
+                                  "Tensor? entropy, Tensor? grad_loss, Tensor? grad_lse, "
+                                  "Tensor? grad_entropy" +
+                                  options;
+  const std::string statistics = ", Tensor lse, Tensor entropy, Tensor argmax)";
+  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
+  // inplace_backward is read by the autograd formula alone.
+  const std::string inplace =
+      ", bool inplace_backward=False) -> (Tensor loss, Tensor total_weight, ";
+  define("loss(Tensor" + of_loss + ") -> Tensor loss");
+  define("forward(Tensor" + of_loss + inplace + "Tensor state)");
+  define("forward_with_statistics(Tensor" + of_loss + inplace + "Tensor state" + statistics);
+  define("backward(Tensor" + of_backward + ") -> Tensor grad_logits");
+  define("backward_(Tensor(a!)" + of_backward + ") -> ()");
+  define("forward_backward_(Tensor(a!)" + of_loss + ") -> Tensor loss");
+  define("forward_backward_with_statistics_(Tensor(a!)" + of_loss + ") -> (Tensor loss" +
+         statistics);
+  define(
       "scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss, Tensor target, "
       "Tensor? token_weight, int dim, int ignore_index) -> ()");
+  define("multiply_(Tensor(a!) gradient, Tensor factor) -> ()");
 }
 
 }  // namespace fused_xent::binding

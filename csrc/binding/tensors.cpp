@@ -1,22 +1,19 @@
 #include "tensors.h"
 
 #include <algorithm>
-#include <stdexcept>
+#include <utility>
 
 namespace fused_xent::binding {
 namespace {
 
-template <typename Values>
-std::string tuple_of(const Values& values) {
-  std::string text = "(";
-  for (const int64_t value : values) text += std::to_string(value) + ", ";
-  if (values.size() > 0) text.erase(text.size() - (values.size() == 1 ? 1 : 2));
-  return text + ")";
-}
-
 std::vector<int64_t> shape_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return {sizes.begin(), sizes.end()};
+}
+
+bool has_shape(const Tensor& tensor, Sizes shape) {
+  const auto sizes = tensor.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
 // Every element has an address of its own if each stride steps over all that smaller ones reach.
@@ -55,8 +52,16 @@ bool merge_rows(const Tensor& tensor, int64_t dim, Layout& layout) {
   return true;
 }
 
-TargetKind target_kind(const Tensor& target) {
-  switch (target.scalar_type()) {
+// Sets the layout of a tensor to read from; of a contiguous copy where its rows cannot be merged.
+Tensor with_layout(const Tensor& tensor, int64_t dim, Layout& layout) {
+  if (merge_rows(tensor, dim, layout)) return tensor;
+  Tensor copy = torch::stable::contiguous(tensor);
+  merge_rows(copy, dim, layout);
+  return copy;
+}
+
+TargetKind target_kind(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Long:
       return TargetKind::int64;
     case ScalarType::Int:
@@ -68,14 +73,28 @@ TargetKind target_kind(const Tensor& target) {
   }
 }
 
-}  // namespace
-
-void check(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
+bool is_complex(ScalarType dtype) {
+  return dtype == ScalarType::ComplexHalf || dtype == ScalarType::ComplexFloat ||
+         dtype == ScalarType::ComplexDouble;
 }
 
-DType dtype_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+// The tensor itself where it is so already, without a call of torch.
+Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
+  const Tensor cast = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+  return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
+}
+
+}  // namespace
+
+std::string tuple_of(Sizes values) {
+  std::string text = "(";
+  for (const int64_t value : values) text += std::to_string(value) + ", ";
+  if (values.size() > 0) text.erase(text.size() - (values.size() == 1 ? 1 : 2));
+  return text + ")";
+}
+
+DType dtype_of(const char* name, ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return DType::float32;
     case ScalarType::Double:
@@ -90,19 +109,6 @@ DType dtype_of(const char* name, const Tensor& tensor) {
   }
 }
 
-Layout layout_of(const char* name, const Tensor& tensor, int64_t dim) {
-  Layout layout{};
-  check(merge_rows(tensor, dim, layout),
-        std::string(name) + " must have at most 4 row dimensions that cannot be merged, got " +
-            "shape " + tuple_of(tensor.sizes()) + " with strides " + tuple_of(tensor.strides()));
-  return layout;
-}
-
-Tensor with_layout(const Tensor& tensor, int64_t dim) {
-  Layout layout{};
-  return merge_rows(tensor, dim, layout) ? tensor : torch::stable::contiguous(tensor);
-}
-
 Tensor empty_gradient(const Tensor& logits, int64_t dim) {
   Layout layout{};
   const Tensor gradient = torch::stable::empty_like(logits);
@@ -110,147 +116,193 @@ Tensor empty_gradient(const Tensor& logits, int64_t dim) {
                                            : torch::stable::new_empty(logits, logits.sizes());
 }
 
-void check_reduction(int64_t reduction, ScalarType loss_dtype) {
-  check(reduction == kNone || reduction == kMean || reduction == kSum,
-        "reduction must be 0, 1 or 2, got " + std::to_string(reduction));
-  check(loss_dtype == ScalarType::Float || loss_dtype == ScalarType::Double ||
-            loss_dtype == ScalarType::BFloat16 || loss_dtype == ScalarType::Half,
-        "loss_dtype must be float32, float64, bfloat16 or float16");
-}
-
 void set_grad_logits(Params& params, const char* name, const Tensor& tensor, int64_t dim) {
-  check(!overlaps_itself(tensor), std::string(name) +
-                                      " must have one memory location per element, got strides " +
-                                      tuple_of(tensor.strides()));
+  FUSED_XENT_CHECK(!overlaps_itself(tensor),
+                   std::string(name) + " must have one memory location per element, got strides " +
+                       tuple_of(tensor.strides()));
+  FUSED_XENT_CHECK(merge_rows(tensor, dim, params.grad_layout),
+                   std::string(name) +
+                       " must have at most 4 row dimensions that cannot be merged, got shape " +
+                       tuple_of(tensor.sizes()) + " with strides " + tuple_of(tensor.strides()));
   params.grad_logits = tensor.mutable_data_ptr();
-  params.grad_layout = layout_of(name, tensor, dim);
 }
 
-Problem::Problem(const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_,
-                 const OptionalTensor& token_weight_, int64_t dim, int64_t ignore_index,
-                 const Numbers& numbers)
-    : logits(logits_),
-      target(target_),
-      weight(weight_),
-      token_weight(token_weight_),
-      row_shape(shape_of(logits_)) {
-  check(numbers.size() == 5, "numbers must be 5, got " + std::to_string(numbers.size()));
-  check(0 <= dim && dim < logits.dim(),
-        "dim must be in [0, " + std::to_string(logits.dim()) + "), got " + std::to_string(dim));
-  params.dtype = dtype_of("logits", logits);
+Problem::Problem(const Inputs& inputs, const Options& options)
+    : logits(inputs.logits),
+      target(inputs.target),
+      normalizer(inputs.normalizer),
+      dim(inputs.dim),
+      reduction(inputs.reduction) {
+  static_cast<Options&>(params) = options;
+  set_logits();
+  set_target();
+  set_weights(inputs);
+  FUSED_XENT_CHECK(reduction == kNone || reduction == kMean || reduction == kSum,
+                   "reduction must be 0, 1 or 2, got " + std::to_string(reduction));
+  if (!normalizer) return;
+  check_device("normalizer", *normalizer);
+  FUSED_XENT_CHECK(normalizer->dim() == 0 && normalizer->scalar_type() == ScalarType::Double,
+                   "normalizer and total_weight must be float64 scalars, got shape " +
+                       tuple_of(normalizer->sizes()));
+}
+
+Problem::Problem(const Tensor& logits_, int64_t dim_) : logits(logits_), dim(dim_) {
+  set_logits();
+  params.target_kind = TargetKind::probabilities;  // of which no row is left out, nor read
+  params.target_layout = params.logits_layout;
+}
+
+void Problem::set_logits() {
+  FUSED_XENT_CHECK(
+      0 <= dim && dim < logits.dim(),
+      "dim must be in [0, " + std::to_string(logits.dim()) + "), got " + std::to_string(dim));
+  row_shape = shape_of(logits);
+  params.dtype = dtype_of("logits", logits.scalar_type());
   acc_dtype = params.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  logits = with_layout(logits, dim);
+  logits = with_layout(logits, dim, params.logits_layout);
+  params.logits = logits.const_data_ptr();
   params.vocab_size = row_shape[dim];
+  params.weight_sum = static_cast<double>(params.vocab_size);
   row_shape.erase(row_shape.begin() + dim);
   params.n_rows = 1;
   for (const int64_t size : row_shape) params.n_rows *= size;
-  params.logits = logits.const_data_ptr();
-  params.logits_layout = layout_of("logits", logits, dim);
-  params.ignore_index = ignore_index;
-  params.label_smoothing = numbers[0];
-  params.lse_square_scale = numbers[1];
-  params.focal_gamma = numbers[2];
-  params.softcap = numbers[3];
-  params.logit_scale = numbers[4];
-  params.weight_sum = static_cast<double>(params.vocab_size);
-  if (weight) {
-    check_device("weight", *weight);
-    check(weight->scalar_type() == acc_dtype && weight->is_contiguous() && weight->dim() == 1 &&
-              weight->size(0) == params.vocab_size,
-          "weight must be contiguous, of the accumulation type and shape (" +
-              std::to_string(params.vocab_size) + ",), got shape " + tuple_of(weight->sizes()));
+}
+
+void Problem::set_weights(const Inputs& inputs) {
+  if (inputs.weight) {
+    check_device("weight", *inputs.weight);
+    dtype_of("weight", inputs.weight->scalar_type());
+    FUSED_XENT_CHECK(has_shape(*inputs.weight, {params.vocab_size}),
+                     "weight must have shape (" + std::to_string(params.vocab_size) + ",), got " +
+                         tuple_of(inputs.weight->sizes()));
+    weight = contiguous_as(*inputs.weight, acc_dtype);
     params.weight = weight->const_data_ptr();
   }
-  if (token_weight) {
-    params.token_weight = check_rows("token_weight", *token_weight).const_data_ptr();
-  }
-  set_target(dim);
+  token_weight = rows_of("token_weight", inputs.token_weight, params.token_weight);
 }
 
 void Problem::check_device(const char* name, const Tensor& tensor) const {
-  check(tensor.device() == logits.device(),
-        std::string(name) + " must be on the logits' device, got another one");
+  FUSED_XENT_CHECK(tensor.device() == logits.device(),
+                   std::string(name) + " must be on the logits' device, got another one");
 }
 
-void Problem::set_target(int64_t dim) {
-  check_device("target", target);
-  params.target_kind = target_kind(target);
-  if (params.target_kind == TargetKind::probabilities) {
-    params.target_dtype = dtype_of("target", target);
-    check(shape_of(target) == shape_of(logits), "target must have the logits' shape " +
-                                                    tuple_of(logits.sizes()) + ", got " +
-                                                    tuple_of(target.sizes()));
-    const bool half = params.dtype == DType::bfloat16 || params.dtype == DType::float16;
-    check(params.target_dtype == params.dtype || (half && params.target_dtype == DType::float32),
-          "target must have the logits' dtype, or be float32 under 16-bit logits");
-    target = with_layout(target, dim);
-    params.target_layout = layout_of("target", target, dim);
+void Problem::set_target() {
+  check_device("target", *target);
+  params.target_kind = target_kind(target->scalar_type());
+  const bool is_indices = params.target_kind != TargetKind::probabilities;
+  const auto shape = is_indices ? Sizes(row_shape) : logits.sizes();
+  FUSED_XENT_CHECK(has_shape(*target, shape), "target must have shape " + tuple_of(shape) +
+                                                  ", got " + tuple_of(target->sizes()));
+  if (is_indices) {
+    target = contiguous_as(*target, target->scalar_type());
   } else {
-    check(shape_of(target) == row_shape,
-          "target must have shape " + tuple_of(row_shape) + ", got " + tuple_of(target.sizes()));
-    target = torch::stable::contiguous(target);
+    params.target_dtype = dtype_of("target", target->scalar_type());
+    const bool is_half = element_size(params.dtype) == 2;
+    FUSED_XENT_CHECK(
+        params.target_dtype == params.dtype || (is_half && params.target_dtype == DType::float32),
+        "target must have the logits' dtype, or be float32 under 16-bit logits");
+    target = with_layout(*target, dim, params.target_layout);
   }
-  params.target = target.const_data_ptr();
+  params.target = target->const_data_ptr();
 }
 
-Tensor Problem::empty_rows(ScalarType dtype) const {
-  return torch::stable::new_empty(logits, row_shape, dtype);
+Tensor Problem::empty(Sizes sizes, ScalarType dtype) const {
+  int64_t strides[64], stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
+    strides[d] = stride;
+  }
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(logits.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(logits.get(), &device_index));
+  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides, dtype_code, device_type, device_index,
+                                                  &handle));
+  return Tensor(handle);
 }
 
-Tensor Problem::no_rows(ScalarType dtype) const {
-  return torch::stable::new_empty(logits, {0}, dtype);
-}
-
-const Tensor& Problem::check_rows(const char* name, const Tensor& rows) const {
+Tensor Problem::rows_of(const char* name, const Tensor& rows) const {
   check_device(name, rows);
-  check(shape_of(rows) == row_shape && rows.scalar_type() == acc_dtype && rows.is_contiguous(),
-        std::string(name) + " must be contiguous, of the accumulation type and shape " +
-            tuple_of(row_shape) + ", got shape " + tuple_of(rows.sizes()));
-  return rows;
+  FUSED_XENT_CHECK(has_shape(rows, row_shape) && !is_complex(rows.scalar_type()),
+                   std::string(name) + " must hold real numbers of shape " + tuple_of(row_shape) +
+                       ", got shape " + tuple_of(rows.sizes()));
+  return contiguous_as(rows, acc_dtype);
 }
 
-Tensor Problem::set_grad_loss(Params& p, const Tensor& grad_loss) const {
-  check_device("grad_loss", grad_loss);
-  const bool is_scalar = grad_loss.dim() == 0;
-  check(is_scalar || shape_of(grad_loss) == row_shape, "grad_loss must have shape () or " +
-                                                           tuple_of(row_shape) + ", got " +
-                                                           tuple_of(grad_loss.sizes()));
-  Tensor rows = torch::stable::contiguous(torch::stable::to(grad_loss, acc_dtype));
+ScalarType Problem::loss_dtype(std::optional<ScalarType> given) const {
+  const ScalarType dtype = given ? *given : logits.scalar_type();
+  dtype_of("loss_dtype", dtype);
+  return dtype;
+}
+
+Tensor Problem::set_grad_loss(Params& p, const OptionalTensor& grad_loss) const {
+  Tensor rows = grad_loss ? *grad_loss : scalar(acc_dtype);
+  if (!grad_loss) torch::stable::zero_(rows);
+  check_device("grad_loss", rows);
+  const bool is_scalar = rows.dim() == 0;
+  FUSED_XENT_CHECK((is_scalar || has_shape(rows, row_shape)) && !is_complex(rows.scalar_type()),
+                   "grad_loss must hold real numbers of shape () or " + tuple_of(row_shape) +
+                       ", got shape " + tuple_of(rows.sizes()));
+  rows = contiguous_as(rows, acc_dtype);
   p.grad_loss = rows.const_data_ptr();
   p.grad_loss_stride = is_scalar ? 0 : 1;
   return rows;
 }
 
-const Tensor& Problem::check_scalar(const char* name, const Tensor& scalar) const {
-  check_device(name, scalar);
-  check(scalar.dim() == 0 && scalar.scalar_type() == ScalarType::Double,
-        std::string(name) + " must be a float64 scalar, got shape " + tuple_of(scalar.sizes()));
-  return scalar;
+int64_t Problem::state_size() const {
+  return 2 + (params.target_kind == TargetKind::probabilities) + (params.focal_gamma != 0);
+}
+
+void Problem::set_state(Params& p, const Tensor& state) const {
+  check_device("state", state);
+  std::vector<int64_t> shape = row_shape;
+  shape.insert(shape.begin(), state_size());
+  FUSED_XENT_CHECK(
+      has_shape(state, shape) && state.scalar_type() == acc_dtype && state.is_contiguous(),
+      "state must be contiguous, of the accumulation type and shape " + tuple_of(shape) +
+          ", got shape " + tuple_of(state.sizes()));
+  point_to_state(p, state.data_ptr());
+}
+
+void Problem::point_to_state(Params& p, void* state) const {
+  char* next = static_cast<char*>(state);
+  const auto take = [&] {
+    return std::exchange(next, next + p.n_rows * (acc_dtype == ScalarType::Double ? 8 : 4));
+  };
+  p.row_max = take();
+  p.log_sum = take();
+  if (p.target_kind == TargetKind::probabilities) p.label_mass = take();
+  if (p.focal_gamma != 0) p.loss_slope = take();
 }
 
 Rows::Rows(const Problem& problem, Params& p, bool statistics)
-    : loss(problem.empty_rows()), max(problem.empty_rows()), log_sum(problem.empty_rows()) {
-  check(!statistics || p.vocab_size < INT32_MAX,
-        "logits must have less than 2^31 classes for statistics, got " +
-            std::to_string(p.vocab_size));
-  const auto set = [&](auto*& pointer, Tensor& rows, bool is_wanted, ScalarType dtype) {
-    rows = is_wanted ? problem.empty_rows(dtype) : problem.no_rows(dtype);
-    using Pointer = std::remove_reference_t<decltype(pointer)>;
-    if (is_wanted) pointer = static_cast<Pointer>(rows.mutable_data_ptr());
-  };
+    : loss(problem.empty(problem.row_shape, problem.acc_dtype)) {
+  FUSED_XENT_CHECK(!statistics || p.vocab_size < INT32_MAX,
+                   "logits must have less than 2^31 classes for statistics, got " +
+                       std::to_string(p.vocab_size));
+  std::vector<int64_t> shape = problem.row_shape;
+  shape.insert(shape.begin(), problem.state_size());
+  state = problem.empty(shape, problem.acc_dtype);
   p.row_loss = loss.mutable_data_ptr();
-  p.row_max = max.mutable_data_ptr();
-  p.log_sum = log_sum.mutable_data_ptr();
-  const ScalarType acc = problem.acc_dtype;
-  set(p.label_mass, label_mass, p.target_kind == TargetKind::probabilities, acc);
-  set(p.loss_slope, loss_slope, p.focal_gamma != 0, acc);
-  set(p.entropy, entropy, statistics, acc);
-  set(p.argmax, argmax, statistics, ScalarType::Long);
-  if (p.vocab_size > 0) return;
-  for (Tensor* rows : {&loss, &max, &log_sum, &label_mass, &loss_slope, &entropy}) {
-    torch::stable::zero_(*rows);
+  problem.point_to_state(p, state.mutable_data_ptr());
+  if (statistics) {
+    entropy = problem.empty(problem.row_shape, problem.acc_dtype);
+    argmax = problem.empty(problem.row_shape, ScalarType::Long);
+    p.entropy = entropy.mutable_data_ptr();
+    p.argmax = static_cast<int64_t*>(argmax.mutable_data_ptr());
   }
+  if (p.vocab_size > 0) return;
+  torch::stable::zero_(loss);
+  torch::stable::zero_(state);
+  if (!statistics) return;
+  torch::stable::zero_(entropy);
   torch::stable::fill_(argmax, -1);
+}
+
+Tensor Rows::lse() const {
+  return torch::stable::subtract(torch::stable::select(state, 0, 0),
+                                 torch::stable::select(state, 0, 1), -1);
 }
 
 std::string Problem::position(int64_t row) const {

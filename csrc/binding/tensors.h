@@ -1,5 +1,5 @@
 // From torch's tensors to the kernels' Params, with every check that keeps a kernel inside memory.
-// What a user can get wrong is checked, and said better, in fused_xent/functional.py.
+// fused_xent/_problem.py checks what a user can get wrong first, and names the user's argument.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -16,61 +17,88 @@ namespace fused_xent::binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };  // torch.nn._reduction
 
-using OptionalTensor = std::optional<Tensor>;
-// Of the schemas: label_smoothing, lse_square_scale, focal_gamma, softcap, logit_scale.
-using Numbers = std::vector<double>;
+// Throws Python's ValueError: "<argument> must be <rule>, got <value>". The message is built only
+// where the condition does not hold.
+#define FUSED_XENT_CHECK(condition, message) \
+  if (!(condition)) throw std::invalid_argument(message)
 
-// The arguments that all operators share, checked against each other. Holds the tensors alive.
-struct Problem {
-  Params params{};
+std::string tuple_of(Sizes values);
+
+// What the operators of a loss take besides options, in the order of their schemas.
+struct Inputs {
   Tensor logits, target;
   OptionalTensor weight, token_weight;
+  OptionalTensor
+      normalizer;  // the mean's divisor; without it, forward divides by the rows' weights
+  int64_t dim, reduction;
+};
+
+// The inputs, checked against each other, and the Params made of them. Owns the tensors.
+struct Problem {
+  Params params{};
+  Tensor logits;
+  OptionalTensor target, weight, token_weight, normalizer;
+  int64_t dim, reduction = kSum;
   std::vector<int64_t> row_shape;  // the logits' without dim: the shape of the unreduced loss
   ScalarType acc_dtype;
 
-  Problem(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-          const OptionalTensor& token_weight, int64_t dim, int64_t ignore_index,
-          const Numbers& numbers);
+  Problem(const Inputs& inputs, const Options& options);
+  // Rows of logits that are only multiplied: none is left out.
+  Problem(const Tensor& logits, int64_t dim);
 
-  void check_device(const char* name, const Tensor& tensor) const;
-  Tensor empty_rows() const { return empty_rows(acc_dtype); }
-  Tensor empty_rows(ScalarType dtype) const;
-  Tensor no_rows(ScalarType dtype) const;  // what stands for a result that is not wanted
-  // A per-row tensor that a caller passes: acc, contiguous, row_shape.
-  const Tensor& check_rows(const char* name, const Tensor& rows) const;
-  // A scalar of float64 that a caller passes.
-  const Tensor& check_scalar(const char* name, const Tensor& scalar) const;
-  // Sets p.grad_loss; the result owns its memory.
-  Tensor set_grad_loss(Params& p, const Tensor& grad_loss) const;
+  // Unwritten memory on the logits' device.
+  Tensor empty(Sizes sizes, ScalarType dtype) const;
+  Tensor scalar(ScalarType dtype) const { return empty({}, dtype); }
+  // A per-row tensor that a caller passes, of shape row_shape: contiguous, of the accumulation
+  // type.
+  Tensor rows_of(const char* name, const Tensor& rows) const;
+  // The same, if there is one; `pointer` is set to it.
+  template <typename Pointer>
+  OptionalTensor rows_of(const char* name, const OptionalTensor& rows, Pointer& pointer) const {
+    if (!rows) return {};
+    OptionalTensor found = rows_of(name, *rows);
+    pointer = found->data_ptr();
+    return found;
+  }
+  // The loss's dtype: by default the logits'.
+  ScalarType loss_dtype(std::optional<ScalarType> given) const;
+  // Sets p.grad_loss, to 0 without one; the result owns its memory.
+  Tensor set_grad_loss(Params& p, const OptionalTensor& grad_loss) const;
+  // Checks the state that forward returned, and points p's pointers to it.
+  void set_state(Params& p, const Tensor& state) const;
+  // How many per-row values the state has: row_max, log_sum, for probabilities label_mass, and for
+  // the focal loss loss_slope.
+  int64_t state_size() const;
+  // Points p's pointers to these rows of the state.
+  void point_to_state(Params& p, void* state) const;
   // "(3, 1)" for row 7 of a (4, 2) loss.
   std::string position(int64_t row) const;
 
  private:
-  void set_target(int64_t dim);
+  void set_logits();
+  void set_weights(const Inputs& inputs);
+  void set_target();
+  void check_device(const char* name, const Tensor& tensor) const;
 };
 
-// Per-row tensors that forward writes, and p points to; without elements where they are not wanted.
-// Rows of no classes have loss 0.
+// Per-row tensors that forward writes, and p points to. Rows of no classes have loss 0.
 struct Rows {
-  Tensor loss, max, log_sum, label_mass, loss_slope, entropy, argmax;
+  Tensor loss;
+  Tensor state;            // (k, *row_shape), what backward reads: see Problem::set_state
+  Tensor entropy, argmax;  // with statistics
 
   Rows(const Problem& problem, Params& p, bool statistics);
+  Tensor lse() const;
 };
 
-// Throws std::invalid_argument, Python's ValueError: "<argument> must be <rule>, got <value>".
-void check(bool condition, const std::string& message);
-
-DType dtype_of(const char* name, const Tensor& tensor);
-// At most kMaxRowDims row dimensions that cannot be merged; see with_layout.
-Layout layout_of(const char* name, const Tensor& tensor, int64_t dim);
-// The tensor, or a contiguous copy where layout_of would refuse it.
-Tensor with_layout(const Tensor& tensor, int64_t dim);
+DType dtype_of(const char* name, ScalarType dtype);
 // Unwritten memory for the logits' gradient, laid out as they are where possible.
 Tensor empty_gradient(const Tensor& logits, int64_t dim);
-void check_reduction(int64_t reduction, torch::headeronly::ScalarType loss_dtype);
 // Sets params.grad_logits: a tensor to write to, each of whose elements has memory of its own.
 void set_grad_logits(Params& params, const char* name, const Tensor& tensor, int64_t dim);
 

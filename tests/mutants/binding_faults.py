@@ -2,14 +2,23 @@
 
 from .fault import Fault
 
+CPU = "csrc/binding/cpu.cpp"
+HUGE = "csrc/binding/huge_pages.h"
+OPERATORS = "csrc/binding/operators.h"
+TENSORS = "csrc/binding/tensors.cpp"
+SCHEMAS = "csrc/binding/schemas.h"
+
 OPS = "tests/test_ops.py::"
 FORWARD = (f"{OPS}test_wrong_arguments_of_forward_are_refused",)
 BACKWARD = (f"{OPS}test_wrong_arguments_of_backward_are_refused",)
-SCALE = (f"{OPS}test_wrong_arguments_of_scale_gradient_are_refused",)
+MULTIPLY = (f"{OPS}test_wrong_arguments_of_multiply_are_refused",)
 MEMORY = (f"{OPS}test_memory_of_gradients",)
 NO_CLASSES = (f"{OPS}test_rows_of_no_classes",)
 HUGE_PAGES = (f"{OPS}test_huge_pages_are_asked_for_within_the_gradient",)
 MEAN = ("tests/test_extras.py::test_mean_by_a_sum_of_0_is_nan",)
+FUSED = (f"{OPS}test_fused_mode_returns_what_forward_does",)
+STATE = (f"{OPS}test_state_of_all_options",)
+WEIGHTS = (f"{OPS}test_weights_of_rows_have_any_real_dtype_and_strides",)
 
 
 def option(regime: str, name: str, labels: str, dtype: str = "float32") -> tuple[str]:
@@ -17,413 +26,430 @@ def option(regime: str, name: str, labels: str, dtype: str = "float32") -> tuple
     return (f"tests/test_regimes.py::test_option_in_regime[{regime}-{name}-{dtype}-{labels}]",)
 
 
-CALL = {
+CALL_FAULTS = {
     "a mean by 0 is infinite": Fault(
-        "csrc/binding/cpu.cpp",
-        "reduction == kMean ? mean_of(sum, total_weight) : sum;",
-        "reduction == kMean ? sum / total_weight : sum;",
+        CPU,
+        "problem.reduction == kMean ? mean_of(sum, total_weight) : sum",
+        "problem.reduction == kMean ? sum / total_weight : sum",
         MEAN,
     ),
     "the gradient of a mean by 0 is infinite": Fault(
-        "csrc/binding/cpu.cpp",
-        "total_weight == nullptr ? 1 : mean_of(1, value_of(*total_weight));",
-        "total_weight == nullptr ? 1 : 1 / value_of(*total_weight);",
+        CPU,
+        "problem.reduction == kMean ? mean_of(1, normalizer()) : 1;",
+        "problem.reduction == kMean ? 1 / normalizer() : 1;",
         MEAN,
     ),
     "the gradient of a mean by 0 is infinite in fused mode": Fault(
-        "csrc/binding/cpu.cpp",
-        "total.reduction == kMean ? mean_of(1, total_weight) : 1;",
-        "total.reduction == kMean ? 1 / total_weight : 1;",
+        CPU,
+        "problem.reduction == kMean ? mean_of(1, total_weight) : 1;",
+        "problem.reduction == kMean ? 1 / total_weight : 1;",
         MEAN,
     ),
     "a mean is a sum in fused mode": Fault(
-        "csrc/binding/cpu.cpp",
-        "params.grad_scale = total.reduction == kMean ?",
-        "params.grad_scale = total.reduction == kSum ?",
+        CPU,
+        "problem.reduction == kMean ? mean_of(1, total_weight) : 1;",
+        "problem.reduction == kSum ? mean_of(1, total_weight) : 1;",
         ("tests/test_overwriting.py::test_gradient_is_the_default_modes_and_in_the_logits",),
     ),
     "the class weights' sum is the number of classes": Fault(
-        "csrc/binding/cpu.cpp",
-        "    if (!weight) return;\n",
+        CPU,
+        "    if (!problem.weight) return;\n",
         "    return;\n",
         option("rows", "none", "index, weighted and smoothed"),
     ),
     "the class weights' sum has one weight more": Fault(
-        "csrc/binding/cpu.cpp",
+        CPU,
         "    params.weight_sum = 0;\n",
         "    params.weight_sum = 1;\n",
         option("rows", "none", "index, weighted and smoothed"),
     ),
     "targets are not judged again by the backward": Fault(
-        "csrc/binding/cpu.cpp",
+        CPU,
         "    scan();  // the targets, once more\n",
         "",
-        ("tests/test_errors.py::test_target_changed_unseen_by_autograd", *BACKWARD),
+        (
+            "tests/test_errors.py::test_target_changed_unseen_by_autograd",
+            *BACKWARD,
+        ),
     ),
     "a normalizer spares the targets' judgement": Fault(
-        "csrc/binding/cpu.cpp",
+        CPU,
         "    const double of_rows = scan();\n"
-        "    return total.normalizer == nullptr ? of_rows : value_of(*total.normalizer);",
-        "    return total.normalizer == nullptr ? scan() : value_of(*total.normalizer);",
+        "    return problem.normalizer ? normalizer() : of_rows;\n",
+        "    return problem.normalizer ? normalizer() : scan();\n",
         FORWARD,
     ),
     "a normalizer is forgotten": Fault(
-        "csrc/binding/cpu.cpp",
-        "return total.normalizer == nullptr ? of_rows : value_of(*total.normalizer);",
+        CPU,
+        "return problem.normalizer ? normalizer() : of_rows;",
         "return of_rows;",
         ("tests/test_extras.py::test_normalizer",),
     ),
     "a loss is rounded to float32 on its way": Fault(
-        "csrc/binding/cpu.cpp",
-        "torch::stable::to(torch::stable::full({}, loss, ScalarType::Double), loss_dtype)",
-        "torch::stable::to(torch::stable::full({}, loss, ScalarType::Float), loss_dtype)",
+        CPU,
+        "*static_cast<double*>(scalar.mutable_data_ptr()) = value;",
+        "*static_cast<double*>(scalar.mutable_data_ptr()) = static_cast<float>(value);",
         ("tests/test_functional.py::test_totals_of_many_rows",),
     ),
     "total_weight is that of no normalizer": Fault(
-        "csrc/binding/cpu.cpp",
-        "torch::stable::full({}, total_weight, ScalarType::Double)};",
-        "torch::stable::full({}, scan(), ScalarType::Double)};",
-        ("tests/test_extras.py::test_normalizer", f"{OPS}test_a_normalizer_divides_the_gradient"),
+        CPU,
+        "filled(total_weight, ScalarType::Double)}",
+        "filled(scan(), ScalarType::Double)}",
+        (
+            "tests/test_extras.py::test_normalizer",
+            f"{OPS}test_a_normalizer_divides_the_gradient",
+        ),
     ),
     "an error names the row, not its position": Fault(
-        "csrc/binding/cpu.cpp",
+        CPU,
         "problem.position(scan.bad_row)",
         "std::to_string(scan.bad_row)",
         ("tests/test_errors.py::test_target_out_of_range",),
     ),
     "an error names another target": Fault(
-        "csrc/binding/cpu.cpp",
+        CPU,
         "cpu::target_index(params, scan.bad_row)",
         "cpu::target_index(params, 0)",
         ("tests/test_errors.py::test_target_out_of_range",),
     ),
     "rows of no classes have the loss of a kernel": Fault(
-        "csrc/binding/cpu.cpp",
+        CPU,
         "if (params.vocab_size > 0) cpu::forward(params, threads);",
         "cpu::forward(params, threads);",
         NO_CLASSES,
     ),
     "no huge pages for the gradient": Fault(
-        "csrc/binding/cpu.cpp",
+        CPU,
         "advise_huge_pages(gradient.mutable_data_ptr(), ",
         "advise_huge_pages(gradient.mutable_data_ptr(), 0 * ",
         HUGE_PAGES,
     ),
     "huge pages for half of the gradient": Fault(
-        "csrc/binding/cpu.cpp",
-        "gradient.numel() * gradient.element_size()",
-        "gradient.numel()",
-        HUGE_PAGES,
+        CPU, "gradient.numel() * gradient.element_size()", "gradient.numel()", HUGE_PAGES
     ),
+    "the backward of a mean is that of a sum": Fault(
+        CPU,
+        "params.grad_scale = problem.reduction == kMean ? mean_of(1, normalizer()) : 1;",
+        "params.grad_scale = problem.reduction == kSum ? mean_of(1, normalizer()) : 1;",
+        ("tests/test_kernels.py::test_shape[two dimensions-index-float32]",),
+    ),
+    "a scalar of float32 is written as float64": Fault(
+        CPU,
+        "    if (is_float) {\n",
+        "    if (false) {\n",
+        ("tests/test_functional.py::test_loss_dtype",),
+    ),
+    "a loss of 16 bits stays float64": Fault(
+        CPU,
+        "return is_float || dtype == ScalarType::Double ? scalar : torch::stable::to(scalar, "
+        "dtype);",
+        "return scalar;",
+        ("tests/test_functional.py::test_loss_dtype",),
+    ),
+    "losses of rows stay in the type of sums": Fault(
+        CPU,
+        "return loss_dtype == problem.acc_dtype ? row_loss : torch::stable::to(row_loss, "
+        "loss_dtype);",
+        "return row_loss;",
+        ("tests/test_functional.py::test_loss_dtype",),
+    ),
+    "no reduction is a sum": Fault(
+        CPU,
+        "    if (problem.reduction == kNone) {\n",
+        "    if (false) {\n",
+        (f"{OPS}test_meta_implementations_agree_in_dtypes",),
+    ),
+    "the loss alone judges no target": Fault(
+        CPU,
+        "return loss_by(total_weight_of_rows(), rows, loss_dtype);",
+        "return loss_by(1, rows, loss_dtype);",
+        ("tests/test_errors.py::test_first_of_several_targets_out_of_range",),
+    ),
+    "rows of no classes are read in fused mode": Fault(
+        CPU,
+        "if (params.vocab_size > 0) cpu::forward_backward(params, threads);",
+        "cpu::forward_backward(params, threads);",
+        NO_CLASSES,
+    ),
+    "a scaled gradient is of the last mean": Fault(
+        CPU,
+        "  void scale_gradient() {\n    params.grad_scale = 1;\n",
+        "  void scale_gradient() {\n    params.grad_scale = 2;\n",
+        (f"{OPS}test_multiply",),
+    ),
+}
+
+HUGE_PAGES_FAULTS = {
     "huge pages before the gradient's begin": Fault(
-        "csrc/binding/huge_pages.h",
+        HUGE,
         "(reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;",
         "reinterpret_cast<uintptr_t>(data) / kPage * kPage;",
         HUGE_PAGES,
     ),
     "huge pages after the gradient's end": Fault(
-        "csrc/binding/huge_pages.h",
+        HUGE,
         "(reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;",
         "(reinterpret_cast<uintptr_t>(data) + bytes + kPage - 1) / kPage * kPage;",
         HUGE_PAGES,
     ),
 }
 
-OPERATORS = {
+OPERATORS_FAULTS = {
     "statistics are never wanted": Fault(
-        "csrc/binding/operators.h",
-        "const Rows rows(call.problem, call.params, statistics);\n    const auto [loss",
-        "const Rows rows(call.problem, call.params, false && statistics);\n    const auto [loss",
-        ("tests/test_extras.py::test_argmax_is_the_first_of_the_greatest",),
-    ),
-    "row_max and log_sum are returned in the other order": Fault(
-        "csrc/binding/operators.h",
-        "return {loss,         total_weight, rows.max, rows.log_sum,",
-        "return {loss,         total_weight, rows.log_sum, rows.max,",
-        (f"{OPS}test_forward_saves_what_its_documentation_says",),
-    ),
-    "row_max and log_sum are returned in the other order in fused mode": Fault(
-        "csrc/binding/operators.h",
-        "return {loss, rows.max, rows.log_sum, rows.entropy, rows.argmax};",
-        "return {loss, rows.log_sum, rows.max, rows.entropy, rows.argmax};",
-        (f"{OPS}test_fused_mode_returns_what_forward_does",),
-    ),
-    "any reduction passes in fused mode": Fault(
-        "csrc/binding/operators.h",
-        "    check_reduction(reduction, loss_dtype);\n"
-        "    Call call(logits, target, weight, token_weight, dim, ignore_index, numbers);\n"
-        "    const Total total = total_of(call.problem, reduction, normalizer);\n"
-        "    set_grad",
-        "    Call call(logits, target, weight, token_weight, dim, ignore_index, numbers);\n"
-        "    const Total total = total_of(call.problem, reduction, normalizer);\n"
-        "    set_grad",
-        FORWARD,
-    ),
-    "any reduction passes in the backward": Fault(
-        "csrc/binding/operators.h",
-        "    check_reduction(reduction, problem.acc_dtype);\n",
-        "",
-        BACKWARD,
-    ),
-    "a normalizer may be of any dtype and shape": Fault(
-        "csrc/binding/operators.h",
-        '&problem.check_scalar("normalizer", *normalizer)',
-        "&*normalizer",
-        FORWARD,
-    ),
-    "total_weight may be of any dtype and shape": Fault(
-        "csrc/binding/operators.h",
-        '    problem.check_scalar("total_weight", saved.total_weight);\n',
-        "",
-        BACKWARD,
-    ),
-    "row_max may be of any dtype and shape": Fault(
-        "csrc/binding/operators.h",
-        'problem.check_rows("row_max", saved.row_max).data_ptr()',
-        "saved.row_max.data_ptr()",
-        BACKWARD,
-    ),
-    "log_sum may be of any dtype and shape": Fault(
-        "csrc/binding/operators.h",
-        'problem.check_rows("log_sum", saved.log_sum).data_ptr()',
-        "saved.log_sum.data_ptr()",
-        BACKWARD,
-    ),
-    "label_mass may be of any dtype and shape": Fault(
-        "csrc/binding/operators.h",
-        'problem.check_rows("label_mass", saved.label_mass).data_ptr()',
-        "saved.label_mass.data_ptr()",
-        BACKWARD,
-    ),
-    "the focal loss's slope may be of any dtype and shape": Fault(
-        "csrc/binding/operators.h",
-        'problem.check_rows("loss_slope", saved.loss_slope).data_ptr()',
-        "saved.loss_slope.data_ptr()",
-        BACKWARD,
-    ),
-    "an entropy may be of any dtype and shape": Fault(
-        "csrc/binding/operators.h",
-        'problem.check_rows("entropy", saved.entropy).data_ptr()',
-        "saved.entropy.data_ptr()",
-        BACKWARD,
-    ),
-    "the gradient of the lse may be of any dtype and shape": Fault(
-        "csrc/binding/operators.h",
-        'problem.check_rows("grad_lse", *upstream.lse).data_ptr()',
-        "upstream.lse->data_ptr()",
-        BACKWARD,
-    ),
-    "the gradient of the entropy may be of any dtype and shape": Fault(
-        "csrc/binding/operators.h",
-        'problem.check_rows("grad_entropy", *upstream.entropy).data_ptr()',
-        "upstream.entropy->data_ptr()",
-        BACKWARD,
+        OPERATORS,
+        "    const Rows rows(call.problem, call.params, statistics);\n    auto [loss",
+        "    const Rows rows(call.problem, call.params, statistics && false);\n    auto [loss",
+        (
+            f"{OPS}test_opcheck",
+            "tests/test_extras.py::test_argmax_is_the_first_of_the_greatest",
+        ),
     ),
     "the gradients of lse and entropy are swapped": Fault(
-        "csrc/binding/operators.h",
-        "backward_into(grad_logits, call, {grad_loss, grad_lse, grad_entropy},",
-        "backward_into(grad_logits, call, {grad_loss, grad_entropy, grad_lse},",
+        OPERATORS,
+        'problem.rows_of("grad_lse", upstream.grad_lse, p.grad_lse);\n'
+        "    const auto grad_entropy =\n"
+        '        problem.rows_of("grad_entropy", upstream.grad_entropy, p.grad_entropy);',
+        'problem.rows_of("grad_lse", upstream.grad_lse, p.grad_entropy);\n'
+        "    const auto grad_entropy =\n"
+        '        problem.rows_of("grad_entropy", upstream.grad_entropy, p.grad_lse);',
         ("tests/test_regimes.py::test_statistics_where_the_target_is_impossible",),
-    ),
-    "no gradient of the loss is a gradient of 1": Fault(
-        "csrc/binding/operators.h",
-        "return torch::stable::zero_(zero);",
-        "return torch::stable::fill_(zero, 1);",
-        ("tests/test_regimes.py::test_statistics_where_the_target_is_impossible",),
-    ),
-    "the backward of a mean is that of a sum": Fault(
-        "csrc/binding/operators.h",
-        "call.backward(reduction == kMean ? &saved.total_weight : nullptr);",
-        "call.backward(reduction != kNone ? &saved.total_weight : nullptr);",
-        ("tests/test_kernels.py::test_shape[two dimensions-index-float32]",),
     ),
     "token weights are forgotten when a gradient is scaled": Fault(
-        "csrc/binding/operators.h",
-        "Call call(grad_logits, target, std::nullopt, token_weight, dim, ignore_index,",
-        "Call call(grad_logits, target, std::nullopt, std::nullopt, dim, ignore_index,",
+        OPERATORS,
+        "const Inputs inputs{grad_logits, target, {}, token_weight, {}, dim, kSum};",
+        "const Inputs inputs{grad_logits, target, {}, {}, {}, dim, kSum};",
         ("tests/test_layouts.py::test_upstream_of_rows_left_out_may_be_anything",),
     ),
     "any gradient is scaled in place": Fault(
-        "csrc/binding/operators.h",
-        'set_grad_logits(call.params, "grad_logits", grad_logits, dim);',
-        "call.params.grad_logits = grad_logits.mutable_data_ptr();\n"
-        '    call.params.grad_layout = layout_of("grad_logits", grad_logits, dim);',
+        OPERATORS,
+        '    set_grad_logits(call.params, "grad_logits", gradient, dim);\n',
+        "    call.params.grad_logits = gradient.mutable_data_ptr();\n"
+        "    call.params.grad_layout = call.params.logits_layout;\n",
         MEMORY,
+    ),
+    "a softcap is taken for a logit_scale": Fault(
+        OPERATORS,
+        "    FUSED_XENT_OPTIONS(FUSED_XENT_READ)\n",
+        "    FUSED_XENT_OPTIONS(FUSED_XENT_READ)\n"
+        "    std::swap(options.softcap, options.logit_scale);\n",
+        option("tile", "none", "index"),
+    ),
+    "the fused mode writes to a copy of many dimensions": Fault(
+        OPERATORS,
+        'set_grad_logits(call.params, "logits", inputs.logits, inputs.dim);',
+        'set_grad_logits(call.params, "logits", call.problem.logits, inputs.dim);',
+        (f"{OPS}test_more_row_dimensions_than_are_counted_are_not_overwritten",),
+    ),
+    "a gradient of the entropy goes without it": Fault(
+        OPERATORS,
+        "FUSED_XENT_CHECK(!grad_entropy || upstream.entropy,",
+        "FUSED_XENT_CHECK(true || !grad_entropy || upstream.entropy,",
+        BACKWARD,
+    ),
+    "a mean without a total weight is computed": Fault(
+        OPERATORS,
+        "FUSED_XENT_CHECK(problem.reduction != kMean || problem.normalizer,",
+        "FUSED_XENT_CHECK(true || problem.reduction != kMean || problem.normalizer,",
+        BACKWARD,
+    ),
+    "ignored rows are scaled": Fault(
+        OPERATORS,
+        "    options.ignore_index = ignore_index;\n",
+        "",
+        (f"{OPS}test_scaled_gradients_of_ignored_rows_stay_0",),
+    ),
+    "several factors multiply a gradient": Fault(
+        OPERATORS,
+        "FUSED_XENT_CHECK(gradient.dim() > 0 && factor.dim() == 0,",
+        "FUSED_XENT_CHECK(gradient.dim() > 0,",
+        MULTIPLY,
+    ),
+    "a gradient is multiplied along its first dimension": Fault(
+        OPERATORS,
+        "scale(Call(Problem(gradient, gradient.dim() - 1)), gradient, factor, gradient.dim() - 1);",
+        "scale(Call(Problem(gradient, gradient.dim() - 1)), gradient, factor, 0);",
+        (f"{OPS}test_multiply",),
+    ),
+    "the backward with statistics forgets the entropy": Fault(
+        OPERATORS,
+        'problem.rows_of("entropy", grad_entropy ? upstream.entropy : std::nullopt, p.entropy);',
+        'problem.rows_of("entropy", std::nullopt, p.entropy);',
+        (
+            f"{OPS}test_derivatives_of_forward",
+            "tests/test_doors.py::test_upstream_gradients_of_any_strides",
+        ),
+    ),
+    "lse and entropy are returned in the other order": Fault(
+        OPERATORS,
+        "rows.state, rows.lse(), rows.entropy, rows.argmax);",
+        "rows.state, rows.entropy, rows.lse(), rows.argmax);",
+        FUSED,
+    ),
+    "lse and entropy are returned in the other order in fused mode": Fault(
+        OPERATORS,
+        "return_to(stack, loss, rows.lse(), rows.entropy, rows.argmax);",
+        "return_to(stack, loss, rows.entropy, rows.lse(), rows.argmax);",
+        FUSED,
+    ),
+    "the memory of the gradient is not prepared": Fault(
+        OPERATORS, "    call.prepare(grad_logits);\n", "", HUGE_PAGES
+    ),
+    "z-loss and focal loss are swapped": Fault(
+        OPERATORS,
+        "    FUSED_XENT_OPTIONS(FUSED_XENT_READ)\n",
+        "    FUSED_XENT_OPTIONS(FUSED_XENT_READ)\n"
+        "    std::swap(options.lse_square_scale, options.focal_gamma);\n",
+        ("tests/test_extras.py::test_formula",),
     ),
 }
 
-TENSORS = {
+TENSORS_FAULTS = {
+    "no gradient of the loss is a gradient of 1": Fault(
+        TENSORS,
+        "if (!grad_loss) torch::stable::zero_(rows);",
+        "if (!grad_loss) torch::stable::fill_(rows, 1);",
+        (f"{OPS}test_upstream_gradients_that_there_are_not_are_0",),
+    ),
     "the last size of a text has no comma": Fault(
-        "csrc/binding/tensors.cpp",
+        TENSORS,
         "text.erase(text.size() - (values.size() == 1 ? 1 : 2));",
         "text.erase(text.size() - 2);",
         ("tests/test_errors.py::test_target_out_of_range",),
     ),
     "rows that share one element pass": Fault(
-        "csrc/binding/tensors.cpp",
-        "if (stride <= reach) return true;",
-        "if (stride < reach) return true;",
-        MEMORY,
+        TENSORS, "if (stride <= reach) return true;", "if (stride < reach) return true;", MEMORY
     ),
     "what smaller strides reach is forgotten": Fault(
-        "csrc/binding/tensors.cpp",
-        "reach += stride * (size - 1);",
-        "reach = stride * (size - 1);",
-        MEMORY,
+        TENSORS, "reach += stride * (size - 1);", "reach = stride * (size - 1);", MEMORY
     ),
     "dimensions of size 1 overlap": Fault(
-        "csrc/binding/tensors.cpp",
+        TENSORS,
         "if (tensor.size(d) > 1) dims.emplace_back(",
         "if (tensor.size(d) > 0) dims.emplace_back(",
         MEMORY,
     ),
     "strides are compared in the order of the dimensions": Fault(
-        "csrc/binding/tensors.cpp",
+        TENSORS,
         "  std::sort(dims.begin(), dims.end());\n",
         "  std::reverse(dims.begin(), dims.end());\n",
         MEMORY,
     ),
     "dimensions of size 1 are row dimensions": Fault(
-        "csrc/binding/tensors.cpp",
+        TENSORS,
         "if (d == dim || size == 1) continue;",
         "if (d == dim) continue;",
         (f"{OPS}test_dimensions_of_size_1_are_no_row_dimensions",),
     ),
     "row dimensions with a gap are merged": Fault(
-        "csrc/binding/tensors.cpp",
+        TENSORS,
         "if (last >= 0 && layout.stride[last] == size * stride) {",
         "if (last >= 0 && layout.stride[last] >= size * stride) {",
         ("tests/test_layouts.py::test_strides_of_logits",),
     ),
     "a merged dimension keeps the stride of the outer": Fault(
-        "csrc/binding/tensors.cpp",
+        TENSORS,
         "      layout.stride[last] = stride;\n",
         "",
         ("tests/test_layouts.py::test_strides_of_logits",),
     ),
     "bfloat16 is taken for float16": Fault(
-        "csrc/binding/tensors.cpp",
+        TENSORS,
         "      return DType::bfloat16;",
         "      return DType::float16;",
         option("rows", "none", "index", "bfloat16"),
     ),
-    "the number of numbers is not checked": Fault(
-        "csrc/binding/tensors.cpp",
-        "numbers.size() == 5",
-        "numbers.size() >= 5",
-        FORWARD,
-    ),
     "negative dimensions pass": Fault(
-        "csrc/binding/tensors.cpp",
-        "check(0 <= dim && dim < logits.dim(),",
-        "check(dim < logits.dim(),",
-        FORWARD,
-    ),
-    "a softcap is taken for a logit_scale": Fault(
-        "csrc/binding/tensors.cpp",
-        "  params.softcap = numbers[3];\n  params.logit_scale = numbers[4];",
-        "  params.softcap = numbers[4];\n  params.logit_scale = numbers[3];",
-        option("tile", "none", "index"),
-    ),
-    "class weights of any dtype are read": Fault(
-        "csrc/binding/tensors.cpp",
-        "weight->scalar_type() == acc_dtype && weight->is_contiguous()",
-        "weight->is_contiguous()",
-        FORWARD,
+        TENSORS, "0 <= dim && dim < logits.dim(),", "dim < logits.dim(),", FORWARD
     ),
     "class weights with a step are read without": Fault(
-        "csrc/binding/tensors.cpp",
-        "weight->scalar_type() == acc_dtype && weight->is_contiguous()",
-        "weight->scalar_type() == acc_dtype",
-        FORWARD,
+        TENSORS,
+        "weight = contiguous_as(*inputs.weight, acc_dtype);",
+        "weight = torch::stable::to(*inputs.weight, acc_dtype);",
+        WEIGHTS,
     ),
     "class weights may be more than the classes": Fault(
-        "csrc/binding/tensors.cpp",
-        "weight->size(0) == params.vocab_size",
-        "weight->size(0) >= params.vocab_size",
+        TENSORS,
+        "FUSED_XENT_CHECK(has_shape(*inputs.weight, {params.vocab_size}),",
+        "FUSED_XENT_CHECK(inputs.weight->dim() == 1 && inputs.weight->size(0) >= "
+        "params.vocab_size,",
         FORWARD,
     ),
     "class weights may have two dimensions": Fault(
-        "csrc/binding/tensors.cpp",
-        "weight->is_contiguous() && weight->dim() == 1 &&",
-        "weight->is_contiguous() &&",
+        TENSORS,
+        "FUSED_XENT_CHECK(has_shape(*inputs.weight, {params.vocab_size}),",
+        "FUSED_XENT_CHECK(inputs.weight->numel() == params.vocab_size,",
         FORWARD,
     ),
     "tensors of another device are read": Fault(
-        "csrc/binding/tensors.cpp",
-        "check(tensor.device() == logits.device(),",
-        "check(true || tensor.device() == logits.device(),",
+        TENSORS,
+        "FUSED_XENT_CHECK(tensor.device() == logits.device(),",
+        "FUSED_XENT_CHECK(true || tensor.device() == logits.device(),",
         FORWARD,
         unseen="The library has kernels of one device; a tensor on meta goes to meta's operators.",
     ),
     "probabilities of any shape are read": Fault(
-        "csrc/binding/tensors.cpp",
-        "check(shape_of(target) == shape_of(logits),",
-        "check(target.numel() == logits.numel(),",
+        TENSORS,
+        'FUSED_XENT_CHECK(has_shape(*target, shape), "target',
+        "FUSED_XENT_CHECK(target->numel() == logits.numel() || (is_indices && "
+        'has_shape(*target, shape)), "target',
         FORWARD,
     ),
     "probabilities of float32 are read under float64": Fault(
-        "csrc/binding/tensors.cpp",
-        "(half && params.target_dtype == DType::float32)",
+        TENSORS,
+        "(is_half && params.target_dtype == DType::float32)",
         "params.target_dtype == DType::float32",
         FORWARD,
     ),
     "probabilities of another 16-bit type are read": Fault(
-        "csrc/binding/tensors.cpp",
-        "check(params.target_dtype == params.dtype || (half &&",
-        "check(element_size(params.target_dtype) == element_size(params.dtype) || (half &&",
+        TENSORS,
+        "params.target_dtype == params.dtype || (is_half &&",
+        "element_size(params.target_dtype) == element_size(params.dtype) || (is_half &&",
         FORWARD,
     ),
-    "probabilities in more dimensions than the kernels count are refused": Fault(
-        "csrc/binding/tensors.cpp",
-        "    target = with_layout(target, dim);\n",
-        "",
-        ("tests/test_errors.py::test_rows_of_more_dimensions_than_the_kernels_count",),
-    ),
     "class indices of any number are read": Fault(
-        "csrc/binding/tensors.cpp",
-        "check(shape_of(target) == row_shape,",
-        "check(target.numel() >= params.n_rows,",
+        TENSORS,
+        'FUSED_XENT_CHECK(has_shape(*target, shape), "target',
+        'FUSED_XENT_CHECK(target->numel() >= params.n_rows || has_shape(*target, shape), "target',
         FORWARD,
     ),
     "class indices with a step are read without": Fault(
-        "csrc/binding/tensors.cpp",
-        "    target = torch::stable::contiguous(target);\n  }",
-        "  }",
+        TENSORS,
+        "    target = contiguous_as(*target, target->scalar_type());\n",
+        "",
         ("tests/test_layouts.py::test_strides_of_class_indices",),
     ),
     "rows with a step are read without": Fault(
-        "csrc/binding/tensors.cpp",
-        "rows.scalar_type() == acc_dtype && rows.is_contiguous(),",
-        "rows.scalar_type() == acc_dtype,",
-        FORWARD,
+        TENSORS,
+        "  return contiguous_as(rows, acc_dtype);\n",
+        "  return torch::stable::to(rows, acc_dtype);\n",
+        WEIGHTS,
     ),
     "rows of any dtype are read": Fault(
-        "csrc/binding/tensors.cpp",
-        "rows.scalar_type() == acc_dtype && rows.is_contiguous(),",
-        "rows.is_contiguous(),",
-        FORWARD,
+        TENSORS,
+        "  return contiguous_as(rows, acc_dtype);\n",
+        "  return contiguous_as(rows, rows.scalar_type());\n",
+        WEIGHTS,
     ),
     "an upstream gradient of any shape is read": Fault(
-        "csrc/binding/tensors.cpp",
-        "check(is_scalar || shape_of(grad_loss) == row_shape,",
-        "check(is_scalar || grad_loss.numel() >= 1,",
+        TENSORS,
+        "(is_scalar || has_shape(rows, row_shape)) && ",
+        "rows.numel() >= 1 && ",
         BACKWARD,
     ),
     "an upstream gradient of any dtype is read as it lies": Fault(
-        "csrc/binding/tensors.cpp",
-        "torch::stable::contiguous(torch::stable::to(grad_loss, acc_dtype));",
-        "torch::stable::contiguous(grad_loss);",
+        TENSORS,
+        "  rows = contiguous_as(rows, acc_dtype);\n",
+        "  rows = contiguous_as(rows, rows.scalar_type());\n",
         ("tests/test_functional.py::test_loss_dtype",),
     ),
     "an expanded upstream gradient is read beyond its end": Fault(
-        "csrc/binding/tensors.cpp",
-        "torch::stable::contiguous(torch::stable::to(grad_loss, acc_dtype));",
-        "torch::stable::to(grad_loss, acc_dtype);",
+        TENSORS,
+        "  rows = contiguous_as(rows, acc_dtype);\n",
+        "  rows = torch::stable::to(rows, acc_dtype);\n",
         ("tests/test_layouts.py::test_strides_of_upstream_gradient",),
     ),
     "one upstream gradient is read as one a row": Fault(
-        "csrc/binding/tensors.cpp",
+        TENSORS,
         "p.grad_loss_stride = is_scalar ? 0 : 1;",
         "p.grad_loss_stride = 1;",
         (
@@ -431,56 +457,242 @@ TENSORS = {
             "tests/test_kernels.py::test_shape[two dimensions-index-float32]",
         ),
     ),
-    "a scalar of any dtype is read as float64": Fault(
-        "csrc/binding/tensors.cpp",
-        "scalar.dim() == 0 && scalar.scalar_type() == ScalarType::Double",
-        "scalar.dim() == 0",
-        BACKWARD,
-    ),
     "statistics of more classes than the lanes count": Fault(
-        "csrc/binding/tensors.cpp",
-        "check(!statistics || p.vocab_size < INT32_MAX,",
-        "check(!statistics || p.vocab_size <= INT64_MAX,",
-        FORWARD,
+        TENSORS,
+        "FUSED_XENT_CHECK(!statistics || p.vocab_size < INT32_MAX,",
+        "FUSED_XENT_CHECK(!statistics || p.vocab_size <= INT64_MAX,",
+        (f"{OPS}test_statistics_of_more_classes_than_lanes_count_are_refused",),
     ),
     "rows of no classes keep what memory held": Fault(
-        "csrc/binding/tensors.cpp",
-        "  if (p.vocab_size > 0) return;\n",
-        "  return;\n",
-        NO_CLASSES,
+        TENSORS, "  if (p.vocab_size > 0) return;\n", "  return;\n", NO_CLASSES
     ),
     "of rows of no classes the first is the argmax": Fault(
-        "csrc/binding/tensors.cpp",
-        "torch::stable::fill_(argmax, -1);",
-        "torch::stable::fill_(argmax, 0);",
-        NO_CLASSES,
+        TENSORS, "torch::stable::fill_(argmax, -1);", "torch::stable::fill_(argmax, 0);", NO_CLASSES
     ),
     "a position counts the last dimension first": Fault(
-        "csrc/binding/tensors.cpp",
+        TENSORS,
         "for (size_t d = row_shape.size(); d-- > 0; row /= row_shape[d]) index[d]",
         "for (size_t d = 0; d < row_shape.size(); row /= row_shape[d++]) index[d]",
         ("tests/test_errors.py::test_target_out_of_range",),
     ),
+    "row_max and log_sum lie in the other order": Fault(
+        TENSORS,
+        "  p.row_max = take();\n  p.log_sum = take();\n",
+        "  p.log_sum = take();\n  p.row_max = take();\n",
+        (f"{OPS}test_forward_saves_what_its_documentation_says",),
+    ),
+    "any reduction passes": Fault(
+        TENSORS,
+        "FUSED_XENT_CHECK(reduction == kNone || reduction == kMean || reduction == kSum,",
+        "FUSED_XENT_CHECK(reduction >= kNone,",
+        FORWARD,
+    ),
+    "a normalizer may be of any dtype": Fault(
+        TENSORS,
+        "FUSED_XENT_CHECK(normalizer->dim() == 0 && normalizer->scalar_type() == "
+        "ScalarType::Double,",
+        "FUSED_XENT_CHECK(normalizer->dim() == 0,",
+        FORWARD,
+    ),
+    "total_weight may be of any shape": Fault(
+        TENSORS,
+        "FUSED_XENT_CHECK(normalizer->dim() == 0 && normalizer->scalar_type() == "
+        "ScalarType::Double,",
+        "FUSED_XENT_CHECK(normalizer->scalar_type() == ScalarType::Double,",
+        BACKWARD,
+    ),
+    "a state may be of any shape": Fault(
+        TENSORS,
+        "has_shape(state, shape) && state.scalar_type() == acc_dtype && state.is_contiguous(),",
+        "state.scalar_type() == acc_dtype && state.is_contiguous(),",
+        BACKWARD,
+    ),
+    "a state may be of any dtype": Fault(
+        TENSORS,
+        "has_shape(state, shape) && state.scalar_type() == acc_dtype && state.is_contiguous(),",
+        "has_shape(state, shape) && state.is_contiguous(),",
+        BACKWARD,
+    ),
+    "a state has no place for label_mass": Fault(
+        TENSORS,
+        "return 2 + (params.target_kind == TargetKind::probabilities) + (params.focal_gamma != 0);",
+        "return 2 + (params.focal_gamma != 0);",
+        BACKWARD,
+    ),
+    "a state has no place for the focal loss's slope": Fault(
+        TENSORS,
+        "return 2 + (params.target_kind == TargetKind::probabilities) + (params.focal_gamma != 0);",
+        "return 2 + (params.target_kind == TargetKind::probabilities);",
+        BACKWARD,
+    ),
+    "a state with a step is read without": Fault(
+        TENSORS,
+        "has_shape(state, shape) && state.scalar_type() == acc_dtype && state.is_contiguous(),",
+        "has_shape(state, shape) && state.scalar_type() == acc_dtype,",
+        BACKWARD,
+    ),
+    "label_mass and slope lie in the other order": Fault(
+        TENSORS,
+        "  if (p.target_kind == TargetKind::probabilities) p.label_mass = take();\n"
+        "  if (p.focal_gamma != 0) p.loss_slope = take();\n",
+        "  if (p.focal_gamma != 0) p.loss_slope = take();\n"
+        "  if (p.target_kind == TargetKind::probabilities) p.label_mass = take();\n",
+        STATE,
+    ),
+    "numbers of a float64 state are 4 bytes": Fault(
+        TENSORS, "(acc_dtype == ScalarType::Double ? 8 : 4)", "4", STATE
+    ),
+    "a state's numbers lie after the rows": Fault(
+        TENSORS,
+        "  shape.insert(shape.begin(), problem.state_size());\n",
+        "  shape.push_back(problem.state_size());\n",
+        (f"{OPS}test_forward_saves_what_its_documentation_says",),
+    ),
+    "the lse is a difference": Fault(
+        TENSORS,
+        "torch::stable::select(state, 0, 1), -1);",
+        "torch::stable::select(state, 0, 1), 1);",
+        FUSED,
+    ),
+    "the lse is a multiple": Fault(
+        TENSORS,
+        "torch::stable::select(state, 0, 1), -1);",
+        "torch::stable::select(state, 0, 0), -1);",
+        FUSED,
+    ),
+    "rows may be of any shape": Fault(
+        TENSORS,
+        "FUSED_XENT_CHECK(has_shape(rows, row_shape) && !is_complex(rows.scalar_type()),",
+        "FUSED_XENT_CHECK(!is_complex(rows.scalar_type()),",
+        BACKWARD,
+    ),
+    "rows may be complex": Fault(
+        TENSORS,
+        "FUSED_XENT_CHECK(has_shape(rows, row_shape) && !is_complex(rows.scalar_type()),",
+        "FUSED_XENT_CHECK(has_shape(rows, row_shape),",
+        BACKWARD,
+    ),
+    "complex numbers of 32 bits pass": Fault(
+        TENSORS,
+        "  return dtype == ScalarType::ComplexHalf || dtype == ScalarType::ComplexFloat ||\n"
+        "         dtype == ScalarType::ComplexDouble;",
+        "  return dtype == ScalarType::ComplexHalf || dtype == ScalarType::ComplexDouble;",
+        FORWARD,
+    ),
+    "complex numbers of 64 bits pass": Fault(
+        TENSORS,
+        "  return dtype == ScalarType::ComplexHalf || dtype == ScalarType::ComplexFloat ||\n"
+        "         dtype == ScalarType::ComplexDouble;",
+        "  return dtype == ScalarType::ComplexHalf || dtype == ScalarType::ComplexFloat;",
+        FORWARD,
+    ),
+    "class weights of any dtype are read as they lie": Fault(
+        TENSORS,
+        "weight = contiguous_as(*inputs.weight, acc_dtype);",
+        "weight = contiguous_as(*inputs.weight, inputs.weight->scalar_type());",
+        WEIGHTS,
+    ),
+    "class weights of integers are cast": Fault(
+        TENSORS, '    dtype_of("weight", inputs.weight->scalar_type());\n', "", FORWARD
+    ),
+    "probabilities in more dimensions than the kernels count are read in some": Fault(
+        TENSORS,
+        "    target = with_layout(*target, dim, params.target_layout);\n",
+        "    merge_rows(*target, dim, params.target_layout);\n",
+        ("tests/test_errors.py::test_rows_of_more_dimensions_than_the_kernels_count",),
+    ),
+    "contiguous tensors of another dtype are not cast": Fault(
+        TENSORS,
+        "const Tensor cast = tensor.scalar_type() == dtype ? tensor : "
+        "torch::stable::to(tensor, dtype);",
+        "const Tensor cast = tensor.is_contiguous() ? tensor : torch::stable::to(tensor, dtype);",
+        WEIGHTS,
+    ),
+    "shapes are compared up to the shorter": Fault(
+        TENSORS,
+        "return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());",
+        "return std::equal(sizes.begin(), sizes.begin() + std::min(sizes.size(), "
+        "shape.size()), shape.begin());",
+        FORWARD,
+    ),
+    "a gradient of many dimensions has no layout": Fault(
+        TENSORS,
+        "  return merge_rows(gradient, dim, layout) ? gradient\n"
+        "                                           : torch::stable::new_empty(logits, "
+        "logits.sizes());",
+        "  return gradient;",
+        ("tests/test_errors.py::test_rows_of_more_dimensions_than_the_kernels_count",),
+    ),
+    "logits of many dimensions are read in some": Fault(
+        TENSORS,
+        "  logits = with_layout(logits, dim, params.logits_layout);\n",
+        "  merge_rows(logits, dim, params.logits_layout);\n",
+        ("tests/test_errors.py::test_rows_of_more_dimensions_than_the_kernels_count",),
+    ),
+    "memory is laid out in another order": Fault(
+        TENSORS,
+        "for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {",
+        "for (size_t d = 0; d < sizes.size(); stride *= std::max<int64_t>(sizes[d++], 1)) {",
+        (f"{OPS}test_meta_implementations_agree_in_strides",),
+    ),
+    "the loss is in the accumulation type": Fault(
+        TENSORS,
+        "const ScalarType dtype = given ? *given : logits.scalar_type();",
+        "const ScalarType dtype = given ? *given : acc_dtype;",
+        (f"{OPS}test_meta_implementations_agree_in_dtypes",),
+    ),
+    "losses of integers pass": Fault(TENSORS, '  dtype_of("loss_dtype", dtype);\n', "", FORWARD),
+    "the options are their defaults": Fault(
+        TENSORS,
+        "  static_cast<Options&>(params) = options;\n",
+        "",
+        (
+            "tests/test_extras.py::test_any_combination_of_many_options",
+            f"{OPS}test_gradients_of_forward_are_those_of_the_specification",
+        ),
+    ),
+    "int32 targets are read as int64": Fault(
+        TENSORS,
+        "      return TargetKind::int32;",
+        "      return TargetKind::int64;",
+        ("tests/test_token_weight.py::test_token_weights",),
+    ),
+}
+
+SCHEMAS_FAULTS = {
     "scale_gradient_ does not say that it writes": Fault(
-        "csrc/binding/schemas.h",
+        SCHEMAS,
         '"scale_gradient_(Tensor(a!) grad_logits,',
         '"scale_gradient_(Tensor grad_logits,',
         (f"{OPS}test_opcheck",),
     ),
-}
-
-FROM_OUTSIDE = {
-    "the fused mode writes to a copy of many dimensions": Fault(
-        "csrc/binding/operators.h",
-        'set_grad_logits(call.params, "logits", logits, dim);',
-        'set_grad_logits(call.params, "logits", call.problem.logits, dim);',
-        ("tests/test_ops.py::test_more_row_dimensions_than_are_counted_are_not_overwritten",),
+    "multiply_ does not say that it writes": Fault(
+        SCHEMAS,
+        '"multiply_(Tensor(a!) gradient, ',
+        '"multiply_(Tensor gradient, ',
+        (f"{OPS}test_opcheck",),
+    ),
+    "the fused mode does not say that it writes": Fault(
+        SCHEMAS,
+        'define("forward_backward_(Tensor(a!)"',
+        'define("forward_backward_(Tensor"',
+        (f"{OPS}test_opcheck",),
+    ),
+    "the loss's dtype must be given": Fault(
+        SCHEMAS,
+        "ScalarType? loss_dtype=None",
+        "ScalarType? loss_dtype",
+        (
+            f"{OPS}test_derivatives_of_forward",
+            "tests/test_export.py::test_decompositions_are_the_operators",
+        ),
+    ),
+    "backward_ does not say that it writes": Fault(
+        SCHEMAS,
+        'define("backward_(Tensor(a!)"',
+        'define("backward_(Tensor"',
+        (f"{OPS}test_opcheck",),
     ),
 }
 
-FAULTS = {
-    **CALL,
-    **OPERATORS,
-    **TENSORS,
-    **FROM_OUTSIDE,
-}
+FAULTS = CALL_FAULTS | HUGE_PAGES_FAULTS | OPERATORS_FAULTS | TENSORS_FAULTS | SCHEMAS_FAULTS

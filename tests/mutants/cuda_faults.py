@@ -861,20 +861,20 @@ BINDING = {
     "a backward does not divide by the total weight": emulated(
         "binding/cuda.cpp",
         "test_cuda.py::test_forced_plans",
-        "if (total_weight != nullptr) params.total_weight = data_of(*total_weight);",
-        "(void)total_weight;",
+        "    if (problem.reduction == kMean) params.total_weight = data_of(*problem.normalizer);\n",
+        "",
     ),
     "forced plans are not checked": emulated(
         "binding/cuda.cpp",
         "test_cuda.py::test_plan_that_cannot_serve",
-        "  check(why == nullptr, std::string",
-        "  check(true, std::string",
+        "  FUSED_XENT_CHECK(why == nullptr, ",
+        "  FUSED_XENT_CHECK(true, ",
     ),
     "rows beyond 2^31 are counted": emulated(
         "binding/cuda.cpp",
         "test_cuda.py::test_more_rows_or_classes_than_kernels_count",
-        "check(params.n_rows <= cuda::kMaxRows && params.vocab_size",
-        "check(params.vocab_size",
+        "params.n_rows <= cuda::kMaxRows && params.vocab_size",
+        "params.vocab_size",
     ),
 }
 

@@ -2,12 +2,16 @@
 
 from .fault import Fault
 
+OPTIONS = "fused_xent/_options.py"
+PROBLEM = "fused_xent/_problem.py"
 FUNCTIONAL = "fused_xent/functional.py"
-CHECKS = "fused_xent/_checks.py"
 LINEAR = "fused_xent/linear.py"
 PRODUCTS = "fused_xent/_linear.py"
 LINEAR_AUTOGRAD = "fused_xent/_linear_autograd.py"
 AUTOGRAD = "fused_xent/_autograd.py"
+FORMULAS = "fused_xent/_formulas.py"
+DECOMPOSITIONS = "fused_xent/_decompositions.py"
+PRIVATE = "fused_xent/_torch_private.py"
 OPS = "fused_xent/_ops.py"
 REFERENCE = "fused_xent/reference.py"
 NN = "fused_xent/nn.py"
@@ -20,6 +24,7 @@ NARROW = ("tests/test_linear_dtypes.py::test_narrow_targets",)
 PROBABILITIES = ("tests/test_linear_dtypes.py::test_probabilities_of_another_dtype",)
 REFUSED = ("tests/test_errors.py::test_refused",)
 TAKEN = ("tests/test_errors.py::test_taken",)
+FULL = ("tests/test_errors.py::test_messages_in_full",)
 LINEAR_ERRORS = ("tests/test_linear_errors.py::test_errors",)
 MODULES = ("tests/test_nn.py::test_every_option_reaches_the_function",)
 REPORT = ("tests/test_fallback.py::test_report_of_a_kernel_that_is_wrong",)
@@ -32,253 +37,775 @@ FORMULA = ("tests/test_extras.py::test_formula",)
 SUBCLASSES = ("tests/test_functional.py::test_tensor_subclasses_are_asked_first",)
 USED_BEFORE = ("tests/test_overwriting_shared.py::test_logits_used_before_the_loss_too",)
 OPERATORS = ("tests/test_ops.py::test_meta_implementations_agree_in_strides",)
+DECOMPOSED = ("tests/test_export.py::test_decompositions_are_the_operators",)
+DECOMPOSED_PROGRAMS = (
+    "tests/test_export.py::test_decomposed_programs_have_no_operator_of_ours_and_train",
+)
+TRACED = ("tests/test_export.py::test_traced_graphs_train",)
 
-FUNCTIONAL_FAULTS = {
+OPTIONS_FAULTS = {
+    "inplace_backward may be any object": Fault(
+        OPTIONS,
+        "inplace_backward: Annotated[bool, check_flag] = False",
+        "inplace_backward: Annotated[bool, lambda _, value: bool(value)] = False",
+        REFUSED,
+    ),
+    "a scale may be 0": Fault(
+        OPTIONS,
+        "logit_scale: Annotated[float, Number(1e-30, 1e30)] = 1.0",
+        "logit_scale: Annotated[float, Number(0, 1e30)] = 1.0",
+        REFUSED,
+    ),
+    "z-loss at most 1": Fault(
+        OPTIONS,
+        "lse_square_scale: Annotated[float, Number(0, 1e30)] = 0.0",
+        "lse_square_scale: Annotated[float, Number(0, 1)] = 0.0",
+        TAKEN,
+    ),
+    "scale and cap are not compared": Fault(
+        OPTIONS,
+        "        _check_softcap(options.softcap, options.logit_scale)\n",
+        "        pass\n",
+        REFUSED,
+    ),
+    "loss_dtype has no effect": Fault(
+        OPTIONS,
+        "        options.loss_dtype,\n        statistics,\n",
+        "        None,\n        statistics,\n",
+        ("tests/test_functional.py::test_loss_dtype",),
+    ),
+    "a bool is an index": Fault(
+        OPTIONS,
+        "if isinstance(value, bool) or not isinstance(value, (int, SupportsIndex)):",
+        "if not isinstance(value, (int, SupportsIndex)):",
+        REFUSED,
+    ),
+    "an index of numpy is refused": Fault(
+        OPTIONS, "not isinstance(value, (int, SupportsIndex))", "not isinstance(value, int)", TAKEN
+    ),
+    "2**63 fits in 64 bits": Fault(
+        OPTIONS, "if not -(2**63) <= value < 2**63:", "if not -(2**63) <= value <= 2**63:", REFUSED
+    ),
+    "the least number of 64 bits is refused": Fault(
+        OPTIONS, "if not -(2**63) <= value < 2**63:", "if not -(2**63) < value < 2**63:", TAKEN
+    ),
+    "a dimension beyond the last": Fault(
+        OPTIONS,
+        "    if not -n_dims <= dim < n_dims:",
+        "    if not -n_dims <= dim <= n_dims:",
+        REFUSED,
+    ),
+    "a dimension from the end is kept negative": Fault(
+        OPTIONS,
+        "    return dim % n_dims\n",
+        "    return dim\n",
+        ("tests/test_extras.py::test_dim",),
+    ),
+    "NaN is in every interval": Fault(
+        OPTIONS,
+        "        if not self.least <= number <= self.most:\n",
+        "        if number < self.least or number > self.most:\n",
+        REFUSED,
+    ),
+    "the ends of an interval are refused": Fault(
+        OPTIONS,
+        "        if not self.least <= number <= self.most:\n",
+        "        if not self.least < number < self.most:\n",
+        TAKEN,
+    ),
+    "a bool is a number": Fault(
+        OPTIONS,
+        "if isinstance(value, bool) or not isinstance(value, (float, Real)):",
+        "if not isinstance(value, (float, Real)):",
+        REFUSED,
+    ),
+    "the value is lost in a message": Fault(
+        OPTIONS,
+        "{name} must be in [{self.least:g}, {self.most:g}], got {value}",
+        "{name} must be in [{self.least:g}, {self.most:g}]",
+        REFUSED,
+    ),
+    "scale far below the cap": Fault(
+        OPTIONS, "    if not 1e-30 <= ratio <= 1e30:", "    if not ratio <= 1e30:", REFUSED
+    ),
+    "loss of any dtype": Fault(
+        OPTIONS,
+        "    if value not in DTYPES:\n",
+        "    if not isinstance(value, torch.dtype):\n",
+        REFUSED,
+    ),
+    "both modes at once": Fault(
+        OPTIONS,
+        "    if options.inplace_backward and options.grad_in_forward:\n",
+        "    if False:\n",
+        REFUSED,
+    ),
+    "float16 is no dtype": Fault(
+        OPTIONS,
+        "torch.float64, torch.bfloat16, torch.float16)",
+        "torch.float64, torch.bfloat16)",
+        ("tests/test_functional.py::test_loss_dtype",),
+    ),
+    "mean and sum are swapped": Fault(
+        OPTIONS, '"mean": 1, "sum": 2', '"mean": 2, "sum": 1', TOKENS
+    ),
+    "an index stays the object it was": Fault(
+        OPTIONS,
+        "    value = operator.index(value)\n    if not -(2**63)",
+        "    if not -(2**63)",
+        ("tests/test_errors.py::test_what_says_which_index_it_is",),
+    ),
+    "a cap may be 0": Fault(
+        OPTIONS,
+        "softcap: Annotated[float | None, Number(1e-30, 1e30)] = None",
+        "softcap: Annotated[float | None, Number(-1e30, 1e30)] = None",
+        REFUSED,
+    ),
+    "a cap is at most 1e29": Fault(
+        OPTIONS,
+        "softcap: Annotated[float | None, Number(1e-30, 1e30)] = None",
+        "softcap: Annotated[float | None, Number(1e-30, 1e29)] = None",
+        TAKEN,
+    ),
+    "a cap may be beyond float32": Fault(
+        OPTIONS,
+        "softcap: Annotated[float | None, Number(1e-30, 1e30)] = None",
+        "softcap: Annotated[float | None, Number(1e-38, 1e30)] = None",
+        REFUSED,
+    ),
+    "a scale may be beyond float32": Fault(
+        OPTIONS,
+        "logit_scale: Annotated[float, Number(1e-30, 1e30)] = 1.0",
+        "logit_scale: Annotated[float, Number(1e-30, 1e38)] = 1.0",
+        REFUSED,
+    ),
+    "z-loss may be negative": Fault(
+        OPTIONS,
+        "lse_square_scale: Annotated[float, Number(0, 1e30)] = 0.0",
+        "lse_square_scale: Annotated[float, Number(-1, 1e30)] = 0.0",
+        REFUSED,
+    ),
+    "z-loss may be beyond float32": Fault(
+        OPTIONS,
+        "lse_square_scale: Annotated[float, Number(0, 1e30)] = 0.0",
+        "lse_square_scale: Annotated[float, Number(0, 1e38)] = 0.0",
+        REFUSED,
+    ),
+    "focal loss of a negative gamma": Fault(
+        OPTIONS,
+        "focal_gamma: Annotated[float, Number(0, 1e30)] = 0.0",
+        "focal_gamma: Annotated[float, Number(-1, 1e30)] = 0.0",
+        REFUSED,
+    ),
+    "focal loss beyond float32": Fault(
+        OPTIONS,
+        "focal_gamma: Annotated[float, Number(0, 1e30)] = 0.0",
+        "focal_gamma: Annotated[float, Number(0, 1e38)] = 0.0",
+        REFUSED,
+    ),
+    "smoothing above 1": Fault(
+        OPTIONS,
+        "label_smoothing: Annotated[float, Number(0, 1)] = 0.0",
+        "label_smoothing: Annotated[float, Number(0, 2)] = 0.0",
+        REFUSED,
+    ),
+    "smoothing below 0": Fault(
+        OPTIONS,
+        "label_smoothing: Annotated[float, Number(0, 1)] = 0.0",
+        "label_smoothing: Annotated[float, Number(-1, 1)] = 0.0",
+        REFUSED,
+    ),
+    "smoothing is at most a half": Fault(
+        OPTIONS,
+        "label_smoothing: Annotated[float, Number(0, 1)] = 0.0",
+        "label_smoothing: Annotated[float, Number(0, 0.5)] = 0.0",
+        TAKEN,
+    ),
+    "another ignored index by default": Fault(
+        OPTIONS,
+        "ignore_index: Annotated[int, check_index] = -100",
+        "ignore_index: Annotated[int, check_index] = -1",
+        ("tests/test_linear.py::test_all_rows_ignored",),
+    ),
+    "numbers are compared before they are floats": Fault(
+        OPTIONS,
+        "        number = float(value)  # before it is compared: numpy's float16 warns of 1e30\n",
+        "        number = value\n",
+        ("tests/test_errors.py::test_numbers_of_numpy_and_tensors_of_one_number",),
+    ),
+    "tensors of one number are no numbers": Fault(
+        OPTIONS,
+        "            value = value.item()\n",
+        "            pass\n",
+        ("tests/test_errors.py::test_numbers_of_numpy_and_tensors_of_one_number",),
+    ),
+    "a tensor of True is a number": Fault(OPTIONS, " and value.dtype != torch.bool:", ":", REFUSED),
+    "several numbers are a number": Fault(
+        OPTIONS,
+        "isinstance(value, Tensor) and value.dim() == 0 and",
+        "isinstance(value, Tensor) and",
+        REFUSED,
+    ),
+    "any reduction": Fault(
+        OPTIONS,
+        "    if not isinstance(value, str) or value not in REDUCTIONS:\n",
+        "    if not isinstance(value, str):\n",
+        REFUSED,
+    ),
+    "a list of reductions is an error of Python's": Fault(
+        OPTIONS,
+        "    if not isinstance(value, str) or value not in REDUCTIONS:\n",
+        "    if value not in REDUCTIONS:\n",
+        REFUSED,
+    ),
+    "flags may be numbers": Fault(
+        OPTIONS,
+        '    if not isinstance(value, bool):\n        raise TypeError(f"{name} must be a bool',
+        '    if not isinstance(value, int):\n        raise TypeError(f"{name} must be a bool',
+        REFUSED,
+    ),
+    "None is every option's default": Fault(
+        OPTIONS,
+        "value if value is None and DEFAULTS[name] is None else",
+        "value if value is None else",
+        REFUSED,
+    ),
+    "None is no default": Fault(
+        OPTIONS,
+        "value if value is None and DEFAULTS[name] is None else CHECKS[name](name, value)",
+        "CHECKS[name](name, value)",
+        ("tests/test_functional.py::test_loss_dtype",),
+    ),
+    "tensors are remembered as options": Fault(
+        OPTIONS,
+        "    if any(isinstance(value, Tensor) for value in values):\n",
+        "    if False:\n",
+        ("tests/test_errors.py::test_numbers_of_numpy_and_tensors_of_one_number",),
+    ),
+    "True is remembered as 1": Fault(
+        OPTIONS,
+        "@functools.lru_cache(maxsize=256, typed=True)\n",
+        "@functools.lru_cache(maxsize=256)\n",
+        ("tests/test_errors.py::test_a_bool_is_refused_after_an_equal_number",),
+    ),
+    "options are remembered for all dimensions": Fault(
+        OPTIONS,
+        "return resolve_once(n_dims, statistics, tuple(given), *given.values())",
+        "return resolve_once(2, statistics, tuple(given), *given.values())",
+        TOKENS,
+    ),
+    "options are remembered for both functions": Fault(
+        OPTIONS,
+        "return resolve_once(n_dims, statistics, tuple(given), *given.values())",
+        "return resolve_once(n_dims, False, tuple(given), *given.values())",
+        ("tests/test_extras.py::test_argmax_is_the_first_of_the_greatest",),
+    ),
+    "the ratio of scale and cap upside down": Fault(
+        OPTIONS, "    ratio = logit_scale / softcap\n", "    ratio = softcap / logit_scale\n", FULL
+    ),
+    "scale far beyond the cap": Fault(
+        OPTIONS, "    if not 1e-30 <= ratio <= 1e30:", "    if not 1e-30 <= ratio:", REFUSED
+    ),
+    "classes of a vector are its second dimension, as options": Fault(
+        OPTIONS,
+        "        return 0 if n_dims == 1 else 1\n",
+        "        return 1\n",
+        ("tests/test_autograd.py::test_gradcheck",),
+    ),
+    "classes are torch's whatever dim says": Fault(
+        OPTIONS,
+        "    if dim is None:  # torch's",
+        "    if True:  # torch's",
+        ("tests/test_extras.py::test_dim",),
+    ),
+    "a scalar has classes": Fault(OPTIONS, "    if n_dims == 0:\n", "    if False:\n", REFUSED),
+    "options that are defaults reach the operators as None": Fault(
+        OPTIONS,
+        "            if value != DEFAULTS[name] and name not in OF_PYTHON\n",
+        "            if name not in OF_PYTHON\n",
+        ("tests/test_functional.py::test_loss_dtype",),
+    ),
+    "the ignored index stays behind": Fault(
+        OPTIONS, "        options.ignore_index,\n", "        -100,\n", TOKENS
+    ),
+    "modes are swapped": Fault(
+        OPTIONS,
+        "        options.inplace_backward,\n        options.grad_in_forward,\n",
+        "        options.grad_in_forward,\n        options.inplace_backward,\n",
+        (
+            "tests/test_overwriting.py::test_second_backward_is_refused",
+            "tests/test_overwriting.py::test_gradient_is_the_default_modes_and_in_the_logits",
+            "tests/test_overwriting.py::test_a_leaf_is_refused",
+        ),
+    ),
+    "any name of an option": Fault(
+        OPTIONS,
+        "        if name not in known:\n",
+        "        if False:\n",
+        ("tests/test_errors.py::test_unknown_arguments",),
+    ),
+}
+
+PROBLEM_FAULTS = {
     "token weights in float32 beside float64 probabilities": Fault(
-        FUNCTIONAL,
-        "dtype = torch.float64 if target.dtype == torch.float64 else input.dtype",
-        "dtype = input.dtype",
-        TOKENS,
-    ),
-    "token weights of another dtype reach the kernels": Fault(
-        FUNCTIONAL,
-        "token_weight.to(_ops.accumulation_dtype(dtype)).contiguous()",
-        "token_weight.contiguous()",
-        TOKENS,
-    ),
-    "token weights with a step reach the kernels": Fault(
-        FUNCTIONAL,
-        "token_weight.to(_ops.accumulation_dtype(dtype)).contiguous()",
-        "token_weight.to(_ops.accumulation_dtype(dtype))",
-        TOKENS,
-    ),
-    "class weights with a step reach the kernels": Fault(
-        FUNCTIONAL,
-        "weight=tensors.weight.to(acc).contiguous()",
-        "weight=tensors.weight.to(acc)",
-        ("tests/test_functional.py::test_weight_of_any_stride_that_is_a_view",),
-    ),
-    "class weights in the dtype of the logits": Fault(
-        FUNCTIONAL,
-        "acc = _ops.accumulation_dtype(tensors.logits.dtype)",
-        "acc = tensors.logits.dtype",
-        PROBABILITIES,
-    ),
-    "z-loss of an ignored row of NaN weight": Fault(
-        FUNCTIONAL,
-        "z_loss * token_weight.masked_fill(argmax < 0, 0)",
-        "z_loss * token_weight",
-        TOKENS,
-    ),
-    "z-loss without its token weight": Fault(
-        FUNCTIONAL,
-        "z_loss = z_loss * token_weight.masked_fill(argmax < 0, 0)",
-        "pass",
-        TOKENS,
-    ),
-    "z-loss of the lse, not squared": Fault(
-        FUNCTIONAL,
-        "options.lse_square_scale * lse.square()",
-        "options.lse_square_scale * lse",
-        TOKENS,
-    ),
-    "ignored rows are correct where ignore_index is -1": Fault(
-        FUNCTIONAL,
-        "correct = (argmax == target) & (argmax >= 0)",
-        "correct = argmax == target",
+        PROBLEM,
+        "token_weight = token_weight.to(accumulation_dtype(logits.dtype))",
+        "token_weight = token_weight.to(accumulation_dtype(input.dtype))",
         TOKENS,
     ),
     "range of targets without the rows of weight 0": Fault(
-        FUNCTIONAL,
-        "_checks.check_range(target, token_weight, n_classes, options.ignore_index)",
-        "_checks.check_range(target, None, n_classes, options.ignore_index)",
-        TOKENS,
-    ),
-    "no range of targets by torch operations": Fault(
-        FUNCTIONAL,
-        "if not target.is_floating_point() and has_values(target):",
-        "if False:",
-        POSITION,
-    ),
-    "values of targets are looked at under vmap": Fault(
-        FUNCTIONAL,
-        "if not target.is_floating_point() and has_values(target):",
-        "if not target.is_floating_point():",
+        PROBLEM,
+        "    _, target, _, token_weight, _, settings = problem\n    if target",
+        "    (_, target, *_, settings), token_weight = problem, None\n    if target",
         TOKENS,
     ),
     "ignore_index of the range is the default": Fault(
-        FUNCTIONAL,
-        "_checks.check_range(target, token_weight, n_classes, options.ignore_index)",
-        "_checks.check_range(target, token_weight, n_classes, -100)",
-        TOKENS,
-    ),
-    "loss by torch operations in their dtype": Fault(
-        FUNCTIONAL,
-        "return results._replace(loss=results.loss.to(options.loss_dtype))",
-        "return results",
+        PROBLEM,
+        "n_classes, ignore_index = problem.logits.shape[settings.dim], settings.ignore_index",
+        "n_classes, ignore_index = problem.logits.shape[settings.dim], -100",
         TOKENS,
     ),
     "logits not promoted beside float64 probabilities": Fault(
-        FUNCTIONAL,
-        "logits.to(torch.float64) if is_promoted else logits",
-        "logits",
+        PROBLEM,
+        "return input.to(dtype), target.to(dtype), dtype",
+        "return input, target.to(dtype), dtype",
         TOKENS,
     ),
     "class weights do not promote": Fault(
-        FUNCTIONAL,
+        PROBLEM,
         "dtype = torch.promote_types(dtype, weight.dtype)",
         "pass",
         ("tests/test_functional.py::test_dtype_of_mixed_probabilities",),
     ),
     "float32 probabilities rounded to 16 bits": Fault(
-        FUNCTIONAL,
+        PROBLEM,
         "target = target.to(torch.float32)",
         "target = target.to(input.dtype)",
         PROBABILITIES,
     ),
     "float64 loss cast under autocast": Fault(
-        FUNCTIONAL,
-        "if is_autocast(input.device) and dtype != torch.float64:",
-        "if is_autocast(input.device):",
+        PROBLEM,
+        "    elif input.dtype != torch.float64 and is_autocast(input):\n",
+        "    elif is_autocast(input):\n",
         ("tests/test_functional.py::test_autocast",),
     ),
     "loss in 16 bits under autocast": Fault(
-        FUNCTIONAL,
-        "if is_autocast(input.device) and dtype != torch.float64:",
-        "if False:",
+        PROBLEM,
+        "    elif input.dtype != torch.float64 and is_autocast(input):\n",
+        "    elif False:\n",
         ("tests/test_functional.py::test_autocast",),
     ),
-    "reduce without size_average is ignored": Fault(
-        FUNCTIONAL,
-        "if size_average is not None or reduce is not None:",
-        "if size_average is not None:",
-        ("tests/test_functional.py::test_legacy_reduction",),
-    ),
-    "all scales must want a gradient": Fault(
-        FUNCTIONAL,
-        "or any(tensor is not None and tensor.requires_grad for tensor in scales)",
-        "or all(tensor is not None and tensor.requires_grad for tensor in scales)",
-        ("tests/test_autograd.py::test_gradient_to_a_weight",),
-    ),
-    "focal loss of probabilities that want a gradient": Fault(
-        FUNCTIONAL,
-        "or (options.focal_gamma != 0 and target.requires_grad)",
-        "",
-        ("tests/test_doors.py::test_all_options",),
-    ),
-    "no classes reach the kernels": Fault(
-        FUNCTIONAL,
-        "or tensors.logits.shape[options.dim] == 0",
-        "",
-        ("tests/test_functional.py::test_probabilities_of_no_classes",),
-    ),
-    "vmap reaches the kernels": Fault(
-        FUNCTIONAL, "in (kinds.Vmap, kinds.Jvp)", "in (kinds.Jvp,)", TRANSFORMS
-    ),
-    "all levels must be vmap or jvp": Fault(
-        FUNCTIONAL,
-        "return any(interpreter.key() in",
-        "return bool(stack) and all(interpreter.key() in",
-        TRANSFORMS,
-    ),
-    "dual numbers reach the kernels": Fault(
-        FUNCTIONAL,
-        "forward_ad._current_level >= 0",
-        "forward_ad._current_level > 0",
-        ("tests/test_doors.py::test_dual_numbers",),
-    ),
-    "values of meta tensors are looked at": Fault(
-        FUNCTIONAL,
-        'if torch.compiler.is_compiling() or tensor.device.type == "meta":',
-        "if torch.compiler.is_compiling():",
-        ("tests/test_linear_doors.py::test_tensors_without_memory",),
-    ),
-    "values of fake tensors are looked at": Fault(
-        FUNCTIONAL,
-        "return not (_is_transformed() or isinstance(tensor, FakeTensor))",
-        "return not _is_transformed()",
-        ("tests/test_linear_doors.py::test_fake_tensors_outside_their_mode",),
-    ),
     "normalizer keeps its dtype": Fault(
-        FUNCTIONAL,
-        "return normalizer.to(input.device, torch.float64)",
-        "return normalizer.to(input.device)",
-        ("tests/test_extras.py::test_normalizer",),
+        PROBLEM,
+        "return normalizer.reshape(()).to(input.device, torch.float64)",
+        "return normalizer.reshape(()).to(input.device)",
+        (
+            "tests/test_extras.py::test_normalizer",
+            "tests/test_functional.py::test_normalizer_goes_to_the_logits_device",
+        ),
     ),
     "normalizer stays on its device": Fault(
-        FUNCTIONAL,
-        "return normalizer.to(input.device, torch.float64)",
-        "return normalizer.to(torch.float64)",
+        PROBLEM,
+        "return normalizer.reshape(()).to(input.device, torch.float64)",
+        "return normalizer.reshape(()).to(torch.float64)",
         ("tests/test_functional.py::test_normalizer_goes_to_the_logits_device",),
     ),
     "normalizer of a number on the default device": Fault(
-        FUNCTIONAL,
+        PROBLEM,
         "return input.new_full((), float(normalizer), dtype=torch.float64)",
         "return torch.full((), float(normalizer), dtype=torch.float64)",
         ("tests/test_functional.py::test_normalizer_goes_to_the_logits_device",),
     ),
     "normalizer cut to an integer": Fault(
-        FUNCTIONAL,
+        PROBLEM,
         "input.new_full((), float(normalizer)",
         "input.new_full((), int(normalizer)",
         ("tests/test_extras.py::test_any_combination_of_many_options",),
     ),
-    "offset of the overwritten logits is lost": Fault(
-        FUNCTIONAL,
-        "logits.stride(), logits.storage_offset())",
-        "logits.stride(), 0)",
-        ("tests/test_layouts.py::test_nothing_is_written_outside_the_logits",),
-    ),
-    "strides of the overwritten logits are lost": Fault(
-        FUNCTIONAL,
-        "view = (logits.size(), logits.stride(),",
-        "view = (logits.size(), logits.contiguous().stride(),",
-        ("tests/test_layouts.py::test_strides_of_overwritten_logits",),
-    ),
-    "the view is marked dirty, not its owner": Fault(
-        FUNCTIONAL,
-        "memory = logits if logits._base is None else logits._base",
-        "memory = logits",
-        ("tests/test_overwriting_shared.py::test_logits_used_after_the_loss_too",),
-    ),
-    "compiled fused mode overwrites nothing": Fault(
-        FUNCTIONAL,
-        "inplace_backward = True  # compiled",
-        "pass  # compiled",
-        ("tests/test_compile.py::test_logits_from_outside_that_are_needed_after_that",),
-    ),
-    "logits without a gradient are overwritten": Fault(
-        FUNCTIONAL,
-        "if grad_in_forward and torch.is_grad_enabled() and tensors.logits.requires_grad:",
-        "if grad_in_forward and torch.is_grad_enabled():",
-        ("tests/test_overwriting.py::test_without_grad_nothing_is_overwritten",),
-    ),
-    "logits are overwritten without grad mode": Fault(
-        FUNCTIONAL,
-        "if grad_in_forward and torch.is_grad_enabled() and tensors.logits.requires_grad:",
-        "if grad_in_forward and tensors.logits.requires_grad:",
-        ("tests/test_overwriting.py::test_without_grad_nothing_is_overwritten",),
-    ),
-    "inplace_backward may be any object": Fault(
-        FUNCTIONAL, '    _checks.check_flag("inplace_backward", inplace_backward)\n', "", REFUSED
-    ),
     "logits of inplace_backward are not checked": Fault(
-        FUNCTIONAL,
-        "if inplace_backward or grad_in_forward:",
-        "if grad_in_forward:",
+        PROBLEM,
+        "    if settings.inplace_backward or settings.grad_in_forward:\n",
+        "    if settings.grad_in_forward:\n",
         ("tests/test_overwriting.py::test_a_leaf_is_refused",),
     ),
-    "modes are swapped where they are checked": Fault(
-        FUNCTIONAL,
-        "options.dim, inplace_backward, grad_in_forward\n",
-        "options.dim, grad_in_forward, inplace_backward\n",
+    "autocast of a device that has none": Fault(
+        PROBLEM,
+        "return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)",
+        "return torch.is_autocast_enabled(device.type)",
+        ("tests/test_functional.py::test_meta_tensors_have_shapes_and_dtypes",),
+    ),
+    "sparse tensors are taken": Fault(
+        PROBLEM, "if tensor.layout != torch.strided:", "if False:", REFUSED
+    ),
+    "the name of a sparse tensor is lost": Fault(
+        PROBLEM,
+        "{name} must be a dense tensor, got layout",
+        "input must be a dense tensor, got layout",
+        REFUSED,
+    ),
+    "targets of other devices": Fault(
+        PROBLEM, '    check_device("target", target, input)\n', "", REFUSED
+    ),
+    "class weights of other devices": Fault(
+        PROBLEM, '    check_device("weight", weight, input)\n', "", REFUSED
+    ),
+    "token weights of other devices": Fault(
+        PROBLEM, '    check_device("token_weight", token_weight, input)\n', "", REFUSED
+    ),
+    "int16 targets": Fault(
+        PROBLEM,
+        "(torch.int64, torch.int32, torch.uint8)",
+        "(torch.int64, torch.int32, torch.int16, torch.uint8)",
+        REFUSED,
+    ),
+    "int32 targets are refused": Fault(
+        PROBLEM, "(torch.int64, torch.int32, torch.uint8)", "(torch.int64, torch.uint8)", NARROW
+    ),
+    "class 0 is ignored beside probabilities": Fault(
+        PROBLEM,
+        "        if settings.ignore_index >= 0:\n",
+        "        if settings.ignore_index > 0:\n",
+        REFUSED,
+    ),
+    "integer class weights beside probabilities": Fault(
+        PROBLEM, '    check_floating("weight", weight)\n', "", REFUSED
+    ),
+    "complex token weights": Fault(
+        PROBLEM, "    if token_weight.dtype.is_complex:", "    if False:", REFUSED
+    ),
+    "complex normalizer": Fault(
+        PROBLEM,
+        "if normalizer.numel() != 1 or normalizer.dtype.is_complex:",
+        "if normalizer.numel() != 1:",
+        REFUSED,
+    ),
+    "several normalizers": Fault(
+        PROBLEM,
+        "if normalizer.numel() != 1 or normalizer.dtype.is_complex:",
+        "if normalizer.dtype.is_complex:",
+        REFUSED,
+    ),
+    "normalizer of a sum": Fault(
+        PROBLEM, '    if reduction != REDUCTIONS["mean"]:\n', "    if False:\n", REFUSED
+    ),
+    "normalizer of minus infinity": Fault(
+        PROBLEM,
+        "    if not math.isfinite(normalizer):\n",
+        "    if not normalizer < math.inf:\n",
+        REFUSED,
+    ),
+    "negative normalizer is refused": Fault(
+        PROBLEM,
+        "    if not math.isfinite(normalizer):\n",
+        "    if not 0 <= normalizer < math.inf:\n",
+        TAKEN,
+    ),
+    "five row dimensions are written": Fault(
+        PROBLEM,
+        "return len(merged) <= 4",
+        "return len(merged) <= 5",
+        ("tests/test_errors.py::test_rows_of_one_dimension_too_many",),
+    ),
+    "four row dimensions are refused": Fault(
+        PROBLEM,
+        "return len(merged) <= 4",
+        "return len(merged) <= 3",
+        ("tests/test_errors.py::test_rows_of_as_many_dimensions_as_the_kernels_count",),
+    ),
+    "dimensions of size 1 are counted": Fault(
+        PROBLEM,
+        "if d == dim or size == 1:",
+        "if d == dim:",
+        ("tests/test_errors.py::test_rows_of_as_many_dimensions_as_the_kernels_count",),
+    ),
+    "the dimension of the classes is counted": Fault(
+        PROBLEM,
+        "if d == dim or size == 1:",
+        "if size == 1:",
+        ("tests/test_errors.py::test_rows_of_as_many_dimensions_as_the_kernels_count",),
+    ),
+    "dimensions that merge are counted": Fault(
+        PROBLEM,
+        "if merged and merged[-1] == size * stride:",
+        "if False:",
+        ("tests/test_errors.py::test_rows_of_many_dimensions_that_are_one",),
+    ),
+    "a target in the logits' memory": Fault(
+        PROBLEM,
+        "    if not is_compiling and _torch_private.share_memory(target, input):\n",
+        "    if False:\n",
+        ("tests/test_overwriting_shared.py::test_memory_that_the_target_shares",),
+    ),
+    "the mode in a message is the other": Fault(
+        PROBLEM,
+        'name = "grad_in_forward" if settings.grad_in_forward else "inplace_backward"',
+        'name = "grad_in_forward"',
         ("tests/test_overwriting.py::test_a_leaf_is_refused",),
     ),
-    "modes are dropped before the kernels": Fault(
+    "views of a leaf are overwritten": Fault(
+        PROBLEM,
+        "if input.is_leaf or (memory.is_leaf and memory.requires_grad):",
+        "if input.is_leaf:",
+        ("tests/test_overwriting.py::test_a_leaf_is_refused",),
+    ),
+    "shared elements are overwritten": Fault(
+        PROBLEM, "stride == 0 < size - 1 for", "stride < 0 for", FULL
+    ),
+    "a dimension of size 1 and stride 0 is refused": Fault(
+        PROBLEM,
+        "stride == 0 < size - 1 for",
+        "stride == 0 < size for",
+        ("tests/test_errors.py::test_a_dimension_of_size_1_shares_no_memory",),
+    ),
+    "a view of other signs is overwritten": Fault(
+        PROBLEM,
+        "    if not is_compiling and input.is_neg():",
+        "    if False:",
+        ("tests/test_errors.py::test_overwriting_a_view_of_other_signs",),
+    ),
+    "overwriting under torch.func": Fault(
+        PROBLEM,
+        "    if not is_compiling and _torch_private.is_under_torch_func():\n",
+        "    if False:\n",
+        ("tests/test_errors.py::test_overwriting_under_torch_func",),
+    ),
+    "probabilities that want a gradient in fused mode": Fault(
+        PROBLEM,
+        "    if target.requires_grad:\n",
+        "    if False:\n",
+        ("tests/test_overwriting.py::test_gradient_of_probabilities_in_fused_mode",),
+    ),
+    "float16 in fused mode": Fault(
+        PROBLEM,
+        "    if input.dtype == torch.float16:\n",
+        "    if False:\n",
+        ("tests/test_errors.py::test_float16_has_no_gradient_in_forward",),
+    ),
+    "a part of a tensor in fused mode": Fault(
+        PROBLEM,
+        "    if memory.numel() != input.numel() or memory.dtype != input.dtype:\n",
+        "    if memory.dtype != input.dtype:\n",
+        ("tests/test_overwriting_shared.py::test_part_of_a_tensor_has_no_gradient_in_forward",),
+    ),
+    "memory of another dtype in fused mode": Fault(
+        PROBLEM,
+        "    if memory.numel() != input.numel() or memory.dtype != input.dtype:\n",
+        "    if memory.numel() != input.numel():\n",
+        (
+            "tests/test_overwriting_shared.py::"
+            "test_the_real_part_of_complex_numbers_has_no_gradient_in_forward",
+        ),
+    ),
+    "the range in fewer bits": Fault(
+        PROBLEM,
+        "    target = target.to(torch.int64)  # in fewer bits",
+        "    # in fewer bits",
+        ("tests/test_linear_dtypes.py::test_narrow_targets_that_are_no_class",),
+    ),
+    "negative targets are classes": Fault(
+        PROBLEM,
+        "((target < 0) | (target >= n_classes))",
+        "(target >= n_classes)",
+        ("tests/test_fallback.py::test_target_out_of_range",),
+    ),
+    "the target after the last class": Fault(
+        PROBLEM,
+        "(target >= n_classes))",
+        "(target > n_classes))",
+        (
+            "tests/test_fallback.py::test_target_out_of_range",
+            *POSITION,
+        ),
+    ),
+    "the last bad target is named": Fault(
+        PROBLEM, "bad.nonzero()[0].tolist()", "bad.nonzero()[-1].tolist()", POSITION
+    ),
+    "rows of weight 0 may hold no other target": Fault(
+        PROBLEM, "        bad = bad & (token_weight != 0)\n", "        pass\n", POSITION
+    ),
+    "rows of weight 0 alone are checked": Fault(
+        PROBLEM, "bad & (token_weight != 0)", "bad & (token_weight == 0)", POSITION
+    ),
+    "sums of float64 in float32": Fault(
+        PROBLEM,
+        "return torch.float64 if dtype == torch.float64 else torch.float32",
+        "return torch.float32",
+        TOKENS,
+    ),
+    "the remedy for a target's shape is lost": Fault(
+        PROBLEM, 'return "for classes elsewhere, see dim"', 'return ""', FULL
+    ),
+    "the dimension in a message is the last": Fault(
+        PROBLEM, 'f"dimension {dim}, got', 'f"dimension {input.dim() - 1}, got', FULL
+    ),
+    "the remedy for float16 is lost": Fault(
+        PROBLEM,
+        "falls below float16's range; use inplace_backward",
+        "falls below float16's range",
+        FULL,
+    ),
+    "the strides in a message are the shape": Fault(
+        PROBLEM,
+        'strides = f"got strides {input.stride()} of shape',
+        'strides = f"got strides {input.shape} of shape',
+        FULL,
+    ),
+    "the range in a message is a class too far": Fault(
+        PROBLEM,
+        'f"target must be in [0, {n_classes}) or',
+        'f"target must be in [0, {n_classes}] or',
+        ("tests/test_fallback.py::test_target_out_of_range",),
+    ),
+    "the value of a bad target is the first": Fault(
+        PROBLEM,
+        "{target[position].item()} at position",
+        "{target.flatten()[0].item()} at position",
+        ("tests/test_fallback.py::test_target_out_of_range",),
+    ),
+    "float64 class weights alone do not promote the sums": Fault(
+        PROBLEM,
+        "    if dtype == torch.float64:\n        return input.to(dtype)",
+        "    if torch.float64 in (input.dtype, target.dtype):\n        return input.to(dtype)",
+        ("tests/test_functional.py::test_float64_class_weights_promote_the_sums",),
+    ),
+    "token weights of any shape of as many numbers": Fault(
+        PROBLEM,
+        "    if token_weight.shape != rows:\n",
+        "    if token_weight.numel() != rows.numel():\n",
+        REFUSED,
+    ),
+    "logits are checked before they are promoted": Fault(
+        PROBLEM,
+        "        _check_overwritable(problem)\n",
+        "        _check_overwritable(problem._replace(logits=input))\n",
+        ("tests/test_overwriting.py::test_a_leaf_that_is_promoted_is_not_overwritten",),
+    ),
+    "range of targets by the last dimension": Fault(
+        PROBLEM,
+        "n_classes, ignore_index = problem.logits.shape[settings.dim], settings.ignore_index",
+        "n_classes, ignore_index = problem.logits.shape[-1], settings.ignore_index",
+        ("tests/test_linear.py::test_a_loss_in_each_of_many_positions",),
+    ),
+    "a target of no tensor": Fault(PROBLEM, '    check_dense("target", target)\n', "", REFUSED),
+    "class weights may be sparse": Fault(
+        PROBLEM, '    check_dense("weight", weight)\n', "", REFUSED
+    ),
+    "token weights may be sparse": Fault(
+        PROBLEM, '    check_dense("token_weight", token_weight)\n', "", REFUSED
+    ),
+    "nested tensors are taken": Fault(
+        PROBLEM,
+        " and not tensor.is_nested:\n",
+        ":\n",
+        ("tests/test_errors.py::test_nested_tensors_are_refused",),
+    ),
+    "logits of integers": Fault(PROBLEM, '    check_floating("input", input)\n', "", REFUSED),
+    "complex logits": Fault(
+        PROBLEM,
+        "    if tensor.dtype not in DTYPES:\n",
+        "    if tensor.dtype not in (*DTYPES, torch.complex64):\n",
+        REFUSED,
+    ),
+    "class weights of any shape of as many numbers": Fault(
+        PROBLEM,
+        "    if weight.shape != (n_classes,):\n",
+        "    if weight.numel() != n_classes:\n",
+        ("tests/test_fallback.py::test_weights_of_other_shapes_are_refused",),
+    ),
+    "a target of one more dimension has no hint": Fault(
+        PROBLEM, "    if ones:\n", "    if False:\n", REFUSED
+    ),
+    "integer probabilities": Fault(
+        PROBLEM,
+        '        check_probabilities(target, f"input\'s shape {tuple(input.shape)}")\n',
+        "",
+        REFUSED,
+    ),
+    "a bool is a normalizer": Fault(
+        PROBLEM,
+        "isinstance(normalizer, bool) or not isinstance(normalizer, Real)",
+        "not isinstance(normalizer, Real)",
+        REFUSED,
+    ),
+    "a normalizer of one number has a dimension": Fault(
+        PROBLEM, "normalizer.reshape(()).to", "normalizer.to", TAKEN
+    ),
+    "class indices keep the loss's dtype under autocast": Fault(
+        PROBLEM,
+        "        loss_dtype = torch.float32\n",
+        "        pass\n",
+        ("tests/test_functional.py::test_autocast",),
+    ),
+    "probabilities keep the loss's dtype under autocast": Fault(
+        PROBLEM,
+        "torch.float32 if is_autocast(input) else dtype",
+        "dtype",
+        ("tests/test_functional.py::test_autocast",),
+    ),
+    "loss_dtype gives way to what is promoted": Fault(
+        PROBLEM,
+        "loss_dtype is not None and settings.loss_dtype is None and",
+        "loss_dtype is not None and",
+        ("tests/test_functional.py::test_loss_dtype_beside_probabilities_and_under_autocast",),
+    ),
+    "the loss of probabilities is the logits'": Fault(
+        PROBLEM,
+        "    if loss_dtype is not None and settings.loss_dtype is None and loss_dtype != "
+        "logits.dtype:\n",
+        "    if False:\n",
+        ("tests/test_functional.py::test_dtype_of_mixed_probabilities",),
+    ),
+    "outputs of unbind are overwritten": Fault(
+        PROBLEM,
+        "        if not is_compiling and _torch_private.is_one_of_several_views(input):\n",
+        "        if False:\n",
+        ("tests/test_overwriting_shared.py::test_one_of_several_views",),
+    ),
+    "views of what autograd has not seen are overwritten": Fault(
+        PROBLEM,
+        "        if memory.is_leaf:\n",
+        "        if False:\n",
+        (
+            "tests/test_overwriting_shared.py::"
+            "test_a_view_of_a_tensor_that_autograd_has_not_recorded",
+        ),
+    ),
+    "leaves are refused without grad mode": Fault(
+        PROBLEM,
+        "    if torch.is_grad_enabled() and input.requires_grad:\n",
+        "    if input.requires_grad:\n",
+        ("tests/test_overwriting.py::test_without_grad_nothing_is_overwritten",),
+    ),
+    "many row dimensions are overwritten": Fault(
+        PROBLEM, "    if not _has_layout(input, settings.dim):\n", "    if False:\n", FULL
+    ),
+    "targets on a GPU are waited for": Fault(
+        PROBLEM,
+        ' or target.device.type != "cpu"',
+        "",
+        ("tests/test_fallback.py::test_target_out_of_range",),
+        unseen="Of all devices here, the CPU alone has tensors with values.",
+    ),
+    "autocast of CUDA's for the CPU": Fault(
+        PROBLEM,
+        '        return torch.is_autocast_enabled("cpu")\n',
+        '        return torch.is_autocast_enabled("cuda")\n',
+        ("tests/test_functional.py::test_autocast",),
+    ),
+    "the unreduced loss is without the next dimension": Fault(
+        PROBLEM,
+        "    return shape[:dim] + shape[dim + 1 :]\n",
+        "    return shape[:dim] + shape[dim + 2 :]\n",
+        ("tests/test_autograd.py::test_gradcheck",),
+    ),
+}
+
+FUNCTIONAL_FAULTS = {
+    "reduce without size_average is ignored": Fault(
         FUNCTIONAL,
-        "return compute(tensors, options, inplace_backward, grad_in_forward)",
-        "return compute(tensors, options)",
-        ("tests/test_nn.py::test_copies_keep_all_options",),
+        "if size_average is not None or reduce is not None:",
+        "if size_average is not None:",
+        ("tests/test_functional.py::test_legacy_reduction",),
     ),
     "subclasses of weights are not asked": Fault(
         FUNCTIONAL,
@@ -286,53 +813,9 @@ FUNCTIONAL_FAULTS = {
         "tensors = (input, target, None, token_weight, normalizer)\n    options = {",
         SUBCLASSES,
     ),
-    "a cap is not checked": Fault(
-        FUNCTIONAL,
-        'None if softcap is None else check_number("softcap", softcap, 1e-30, 1e30)',
-        "softcap",
-        REFUSED,
-    ),
-    "a scale may be 0": Fault(
-        FUNCTIONAL,
-        'check_number("logit_scale", logit_scale, 1e-30, 1e30)',
-        'check_number("logit_scale", logit_scale, 0, 1e30)',
-        REFUSED,
-    ),
-    "z-loss at most 1": Fault(
-        FUNCTIONAL,
-        'check_number("lse_square_scale", lse_square_scale, 0, 1e30)',
-        'check_number("lse_square_scale", lse_square_scale, 0, 1)',
-        TAKEN,
-    ),
-    "scale and cap are not compared": Fault(
-        FUNCTIONAL,
-        "    _checks.check_transform(options.softcap, options.logit_scale)\n",
-        "",
-        REFUSED,
-    ),
-    "z-loss and focal loss are swapped": Fault(
-        FUNCTIONAL,
-        '        check_number("lse_square_scale", lse_square_scale, 0, 1e30),\n'
-        '        check_number("focal_gamma", focal_gamma, 0, 1e30),\n',
-        '        check_number("focal_gamma", focal_gamma, 0, 1e30),\n'
-        '        check_number("lse_square_scale", lse_square_scale, 0, 1e30),\n',
-        FORMULA,
-    ),
-    "loss_dtype has no effect": Fault(
-        FUNCTIONAL,
-        "loss_dtype or result_dtype",
-        "result_dtype",
-        ("tests/test_functional.py::test_loss_dtype",),
-    ),
-    "lse and entropy are swapped": Fault(
-        FUNCTIONAL,
-        "return CrossEntropyStatistics(loss, lse, z_loss, entropy, argmax, correct)",
-        "return CrossEntropyStatistics(loss, entropy, z_loss, lse, argmax, correct)",
-        TOKENS,
-    ),
     "names of options are not checked": Fault(
         FUNCTIONAL,
-        '    _checks.check_names("cross_entropy_with_statistics", options, _NAMES)\n',
+        '    check_names("cross_entropy_with_statistics", options, _SIGNATURE.parameters)\n',
         "",
         ("tests/test_errors.py::test_unknown_arguments",),
     ),
@@ -344,12 +827,18 @@ FUNCTIONAL_FAULTS = {
     ),
     "ignored class 0 by default": Fault(
         FUNCTIONAL,
-        "    size_average: bool | None = None,\n    ignore_index: int = -100,\n"
-        '    reduce: bool | None = None,\n    reduction: str = "mean",\n'
-        "    label_smoothing: float = 0.0,\n    *,",
-        "    size_average: bool | None = None,\n    ignore_index: int = -1,\n"
-        '    reduce: bool | None = None,\n    reduction: str = "mean",\n'
-        "    label_smoothing: float = 0.0,\n    *,",
+        "    size_average: bool | None = None,\n"
+        "    ignore_index: int = -100,\n"
+        "    reduce: bool | None = None,\n"
+        '    reduction: str = "mean",\n'
+        "    label_smoothing: float = 0.0,\n"
+        "    *,",
+        "    size_average: bool | None = None,\n"
+        "    ignore_index: int = -1,\n"
+        "    reduce: bool | None = None,\n"
+        '    reduction: str = "mean",\n'
+        "    label_smoothing: float = 0.0,\n"
+        "    *,",
         ("tests/test_functional.py::test_torchs_arguments_come_first_with_torchs_defaults",),
     ),
     "signature of the statistics is the loss's": Fault(
@@ -358,329 +847,88 @@ FUNCTIONAL_FAULTS = {
         "",
         ("tests/test_extras.py::test_signature_of_the_statistics_is_that_of_the_loss",),
     ),
+    "weights of the statistics are positional": Fault(
+        FUNCTIONAL,
+        "if i > 2 else parameter",
+        "if i > 3 else parameter",
+        ("tests/test_extras.py::test_signature_of_the_statistics_is_that_of_the_loss",),
+    ),
+    "deprecated arguments of the statistics are ignored": Fault(
+        FUNCTIONAL,
+        "    if legacy != (None, None):\n",
+        "    if False:\n",
+        ("tests/test_functional.py::test_legacy_reduction",),
+    ),
+    "subclasses' deprecated arguments are lost": Fault(
+        FUNCTIONAL,
+        "cross_entropy, *tensors, size_average=size_average, reduce=reduce, **options",
+        "cross_entropy, *tensors, **options",
+        ("tests/test_functional.py::test_tensor_subclasses_are_given_all_arguments",),
+    ),
+    "modes take the short way": Fault(
+        FUNCTIONAL,
+        "if is_plain(*tensors) and not (inplace_backward or grad_in_forward):",
+        "if is_plain(*tensors):",
+        ("tests/test_overwriting.py::test_gradient_is_the_default_modes_and_in_the_logits",),
+    ),
+    "the short way's errors are the kernels'": Fault(
+        FUNCTIONAL, "        except CALL_ERRORS:\n", "        except KeyError:\n", REFUSED
+    ),
+    "the long way is never taken for granted": Fault(
+        FUNCTIONAL,
+        "    return evaluate(prepare(*tensors, False, options))[0]\n",
+        "    return evaluate(prepare(*tensors, True, options))[0].clone()\n",
+        ("tests/test_autograd.py::test_allocated_is_the_gradient_alone",),
+    ),
 }
 
-CHECKS_FAULTS = {
-    "autocast of a device that has none": Fault(
-        CHECKS,
-        "return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)",
-        "return torch.is_autocast_enabled(device.type)",
-        ("tests/test_functional.py::test_meta_tensors_have_shapes_and_dtypes",),
-    ),
-    "a bool is an index": Fault(
-        CHECKS,
-        "if isinstance(value, bool) or not isinstance(value, (int, SupportsIndex)):",
-        "if not isinstance(value, (int, SupportsIndex)):",
-        REFUSED,
-    ),
-    "an index of numpy is refused": Fault(
-        CHECKS,
-        "not isinstance(value, (int, SupportsIndex))",
-        "not isinstance(value, int)",
-        TAKEN,
-    ),
-    "2**63 fits in 64 bits": Fault(
-        CHECKS, "if not -(2**63) <= value < 2**63:", "if not -(2**63) <= value <= 2**63:", REFUSED
-    ),
-    "the least number of 64 bits is refused": Fault(
-        CHECKS, "if not -(2**63) <= value < 2**63:", "if not -(2**63) < value < 2**63:", TAKEN
-    ),
-    "a dimension beyond the last": Fault(
-        CHECKS, "<= index < input.dim():", "<= index <= input.dim():", REFUSED
-    ),
-    "a dimension from the end is kept negative": Fault(
-        CHECKS, "return index % input.dim()", "return index", ("tests/test_extras.py::test_dim",)
-    ),
-    "sparse tensors are taken": Fault(
-        CHECKS, "if tensor.layout != torch.strided:", "if False:", REFUSED
-    ),
-    "the name of a sparse tensor is lost": Fault(
-        CHECKS, "{name} must be a dense tensor", "input must be a dense tensor", REFUSED
-    ),
-    "targets of other devices": Fault(
-        CHECKS, '    _check_device("target", target, input)\n', "", REFUSED
-    ),
-    "class weights of other devices": Fault(
-        CHECKS, '    _check_device("weight", weight, input)\n', "", REFUSED
-    ),
-    "token weights of other devices": Fault(
-        CHECKS, '    _check_device("token_weight", token_weight, input)\n', "", REFUSED
-    ),
+LINEAR_FAULTS = {
     "layers of other devices": Fault(
-        CHECKS, '    _check_device("linear_weight", linear_weight, input)\n', "", LINEAR_ERRORS
+        LINEAR, '    check_device("linear_weight", linear_weight, input)\n', "", LINEAR_ERRORS
     ),
     "biases of other devices": Fault(
-        CHECKS, '        _check_device("linear_bias", linear_bias, input)\n', "", LINEAR_ERRORS
-    ),
-    "int16 targets": Fault(
-        CHECKS,
-        "(torch.int64, torch.int32, torch.uint8)",
-        "(torch.int64, torch.int32, torch.int16, torch.uint8)",
-        REFUSED,
-    ),
-    "int32 targets are refused": Fault(
-        CHECKS,
-        "(torch.int64, torch.int32, torch.uint8)",
-        "(torch.int64, torch.uint8)",
-        NARROW,
-    ),
-    "class 0 is ignored beside probabilities": Fault(
-        CHECKS, "        if ignore_index >= 0:", "        if ignore_index > 0:", REFUSED
-    ),
-    "integer class weights beside probabilities": Fault(
-        CHECKS,
-        "if weight.dtype not in _ops.DTYPES or (weight.dtype != input.dtype and not promotes):",
-        "if weight.dtype != input.dtype and not promotes:",
-        REFUSED,
-    ),
-    "class weights of a module under autocast are refused": Fault(
-        CHECKS,
-        "promotes = target.is_floating_point() or is_autocast(input.device)",
-        "promotes = target.is_floating_point()",
-        ("tests/test_functional.py::test_autocast_with_a_float32_weight_beside_bfloat16_logits",),
-    ),
-    "class weights of any dtype beside indices": Fault(
-        CHECKS,
-        "promotes = target.is_floating_point() or is_autocast(input.device)",
-        "promotes = True",
-        REFUSED,
-    ),
-    "complex token weights": Fault(
-        CHECKS, "    if token_weight.dtype.is_complex:", "    if False:", REFUSED
-    ),
-    "complex normalizer": Fault(
-        CHECKS,
-        "elif normalizer.dim() != 0 or normalizer.dtype.is_complex:",
-        "elif normalizer.dim() != 0:",
-        REFUSED,
-    ),
-    "several normalizers": Fault(
-        CHECKS,
-        "elif normalizer.dim() != 0 or normalizer.dtype.is_complex:",
-        "elif normalizer.dtype.is_complex:",
-        REFUSED,
-    ),
-    "normalizer of a sum": Fault(CHECKS, '    if reduction != "mean":', "    if False:", REFUSED),
-    "normalizer of minus infinity": Fault(
-        CHECKS,
-        "if normalizer == 0 or not -math.inf < normalizer < math.inf:",
-        "if normalizer == 0 or not normalizer < math.inf:",
-        REFUSED,
-    ),
-    "negative normalizer is refused": Fault(
-        CHECKS,
-        "if normalizer == 0 or not -math.inf < normalizer < math.inf:",
-        "if not 0 < normalizer < math.inf:",
-        TAKEN,
-    ),
-    "NaN is in every interval": Fault(
-        CHECKS,
-        "    if not least <= value <= most:",
-        "    if value < least or value > most:",
-        REFUSED,
-    ),
-    "the ends of an interval are refused": Fault(
-        CHECKS, "    if not least <= value <= most:", "    if not least < value < most:", TAKEN
-    ),
-    "a bool is a number": Fault(
-        CHECKS,
-        "if isinstance(value, bool) or not isinstance(value, (float, Real)):",
-        "if not isinstance(value, (float, Real)):",
-        REFUSED,
-    ),
-    "the value is lost in a message": Fault(
-        CHECKS,
-        "{name} must be in [{least:g}, {most:g}], got {value}",
-        "{name} must be in [{least:g}, {most:g}]",
-        REFUSED,
-    ),
-    "scale far below the cap": Fault(
-        CHECKS,
-        "not 1e-30 <= logit_scale / softcap <= 1e30",
-        "not logit_scale / softcap <= 1e30",
-        REFUSED,
-    ),
-    "loss of any dtype": Fault(
-        CHECKS,
-        "if loss_dtype is not None and loss_dtype not in _ops.DTYPES:",
-        "if loss_dtype is not None and not isinstance(loss_dtype, torch.dtype):",
-        REFUSED,
-    ),
-    "five row dimensions are written": Fault(
-        CHECKS,
-        "return len(merged) <= 4",
-        "return len(merged) <= 5",
-        ("tests/test_errors.py::test_rows_of_one_dimension_too_many",),
-    ),
-    "four row dimensions are refused": Fault(
-        CHECKS,
-        "return len(merged) <= 4",
-        "return len(merged) <= 3",
-        ("tests/test_errors.py::test_rows_of_as_many_dimensions_as_the_kernels_count",),
-    ),
-    "dimensions of size 1 are counted": Fault(
-        CHECKS,
-        "if d == dim or size == 1:",
-        "if d == dim:",
-        ("tests/test_errors.py::test_rows_of_as_many_dimensions_as_the_kernels_count",),
-    ),
-    "the dimension of the classes is counted": Fault(
-        CHECKS,
-        "if d == dim or size == 1:",
-        "if size == 1:",
-        ("tests/test_errors.py::test_rows_of_as_many_dimensions_as_the_kernels_count",),
-    ),
-    "dimensions that merge are counted": Fault(
-        CHECKS,
-        "if merged and merged[-1] == size * stride:",
-        "if False:",
-        ("tests/test_errors.py::test_rows_of_many_dimensions_that_are_one",),
-    ),
-    "a target in the logits' memory": Fault(
-        CHECKS,
-        "if not is_compiling and _share_memory(target, input):",
-        "if False:",
-        ("tests/test_overwriting_shared.py::test_memory_that_the_target_shares",),
-    ),
-    "both modes at once": Fault(
-        CHECKS, "    if inplace_backward and grad_in_forward:", "    if False:", REFUSED
-    ),
-    "the mode in a message is the other": Fault(
-        CHECKS,
-        'name = "grad_in_forward" if grad_in_forward else "inplace_backward"',
-        'name = "grad_in_forward"',
-        ("tests/test_overwriting.py::test_a_leaf_is_refused",),
-    ),
-    "views of a leaf are overwritten": Fault(
-        CHECKS,
-        "(input.is_leaf or memory.is_leaf)",
-        "input.is_leaf",
-        ("tests/test_overwriting.py::test_a_leaf_is_refused",),
-    ),
-    "shared elements are overwritten": Fault(
-        CHECKS,
-        "stride == 0 < size - 1 for",
-        "stride < 0 for",
-        ("tests/test_errors.py::test_messages_in_full",),
-    ),
-    "a dimension of size 1 and stride 0 is refused": Fault(
-        CHECKS,
-        "stride == 0 < size - 1 for",
-        "stride == 0 < size for",
-        ("tests/test_errors.py::test_a_dimension_of_size_1_shares_no_memory",),
-    ),
-    "a view of other signs is overwritten": Fault(
-        CHECKS,
-        "    if not is_compiling and input.is_neg():",
-        "    if False:",
-        ("tests/test_errors.py::test_overwriting_a_view_of_other_signs",),
-    ),
-    "overwriting under torch.func": Fault(
-        CHECKS,
-        "    if not is_compiling and torch._C._functorch.get_interpreter_stack():",
-        "    if False:",
-        ("tests/test_errors.py::test_overwriting_under_torch_func",),
-    ),
-    "probabilities that want a gradient in fused mode": Fault(
-        CHECKS,
-        "    if grad_in_forward and target.requires_grad:",
-        "    if False:",
-        ("tests/test_overwriting.py::test_gradient_of_probabilities_in_fused_mode",),
-    ),
-    "float16 in fused mode": Fault(
-        CHECKS,
-        "    if grad_in_forward and input.dtype == torch.float16:",
-        "    if False:",
-        ("tests/test_errors.py::test_float16_has_no_gradient_in_forward",),
-    ),
-    "a part of a tensor in fused mode": Fault(
-        CHECKS,
-        "(memory.numel() != input.numel() or memory.dtype != input.dtype)",
-        "memory.dtype != input.dtype",
-        ("tests/test_overwriting_shared.py::test_part_of_a_tensor_has_no_gradient_in_forward",),
-    ),
-    "memory of another dtype in fused mode": Fault(
-        CHECKS,
-        "(memory.numel() != input.numel() or memory.dtype != input.dtype)",
-        "memory.numel() != input.numel()",
-        (
-            "tests/test_overwriting_shared.py::"
-            "test_the_real_part_of_complex_numbers_has_no_gradient_in_forward",
-        ),
-    ),
-    "the range in fewer bits": Fault(
-        CHECKS,
-        "    target = target.to(torch.int64)  # in fewer bits",
-        "    # in fewer bits",
-        ("tests/test_linear_dtypes.py::test_narrow_targets_that_are_no_class",),
-    ),
-    "negative targets are classes": Fault(
-        CHECKS,
-        "((target < 0) | (target >= n_classes))",
-        "(target >= n_classes)",
-        ("tests/test_fallback.py::test_target_out_of_range",),
-    ),
-    "the target after the last class": Fault(
-        CHECKS,
-        "(target >= n_classes))",
-        "(target > n_classes))",
-        ("tests/test_fallback.py::test_target_out_of_range", *POSITION),
-    ),
-    "the last bad target is named": Fault(
-        CHECKS, "bad.nonzero()[0].tolist()", "bad.nonzero()[-1].tolist()", POSITION
-    ),
-    "rows of weight 0 may hold no other target": Fault(
-        CHECKS, "        bad = bad & (token_weight != 0)\n", "        pass\n", POSITION
-    ),
-    "rows of weight 0 alone are checked": Fault(
-        CHECKS, "bad & (token_weight != 0)", "bad & (token_weight == 0)", POSITION
+        LINEAR, '        check_device("linear_bias", linear_bias, input)\n', "", LINEAR_ERRORS
     ),
     "a layer of one dimension": Fault(
-        CHECKS, "    if linear_weight.dim() < 2:", "    if linear_weight.dim() < 1:", LINEAR_ERRORS
+        LINEAR, "    if linear_weight.dim() < 2:", "    if linear_weight.dim() < 1:", LINEAR_ERRORS
     ),
     "features that do not fit": Fault(
-        CHECKS,
-        "    if linear_weight.shape[-1] != input.shape[-1]:",
-        "    if False:",
-        LINEAR_ERRORS,
+        LINEAR, "    if linear_weight.shape[-1] != input.shape[-1]:", "    if False:", LINEAR_ERRORS
     ),
     "a bias of another shape": Fault(
-        CHECKS,
+        LINEAR,
         "        if linear_bias.shape != linear_weight.shape[:-1]:",
         "        if False:",
         LINEAR_ERRORS,
     ),
     "a bias of another dtype": Fault(
-        CHECKS,
+        LINEAR,
         '(("linear_weight", linear_weight), ("linear_bias", linear_bias))',
         '(("linear_weight", linear_weight),)',
         LINEAR_ERRORS,
     ),
     "ignore_index beside probabilities of a layer": Fault(
-        CHECKS, "        if ignore_index is not None:", "        if False:", LINEAR_ERRORS
+        LINEAR, "        if ignore_index is not None:", "        if False:", LINEAR_ERRORS
     ),
-    "a negative shift": Fault(CHECKS, "    if shift < 0:", "    if False:", LINEAR_ERRORS),
+    "a negative shift": Fault(LINEAR, "    if shift < 0:", "    if False:", LINEAR_ERRORS),
     "a shift of no sequence": Fault(
-        CHECKS, "    if shift > 0 and input.dim() < 2:", "    if False:", LINEAR_ERRORS
+        LINEAR, "    if input.dim() < 2:\n", "    if input.dim() < 1:\n", LINEAR_ERRORS
     ),
     "a shift of True is refused": Fault(
-        CHECKS,
+        LINEAR,
         'shift = int(shift) if isinstance(shift, bool) else check_index("shift", shift)',
         'shift = check_index("shift", shift)',
         ("tests/test_linear.py::test_next_tokens_without_weights",),
     ),
     "torch's chunk size is ignored": Fault(
-        CHECKS, "    if chunk_rows is None and is_given:", "    if False:", CHUNKS
+        LINEAR, "    if chunk_rows is None and is_given:", "    if False:", CHUNKS
     ),
     "torch's chunk size goes before chunk_rows": Fault(
-        CHECKS, "    if chunk_rows is None and is_given:", "    if is_given:", CHUNKS
+        LINEAR, "    if chunk_rows is None and is_given:", "    if is_given:", CHUNKS
     ),
     "chunks of no rows": Fault(
-        CHECKS, "    if chunk_rows < 1:", "    if chunk_rows < 0:", LINEAR_ERRORS
+        LINEAR, "    if chunk_rows < 1:", "    if chunk_rows < 0:", LINEAR_ERRORS
     ),
-}
-
-LINEAR_FAULTS = {
     "a row is dropped where any of its positions is ignored": Fault(
         LINEAR,
         "counts.flatten(1).any(1)",
@@ -689,8 +937,8 @@ LINEAR_FAULTS = {
     ),
     "kept rows by an ignored index of fewer bits": Fault(
         LINEAR,
-        "is_label = target.to(torch.int64) != ignore_index",
-        "is_label = target != ignore_index",
+        "target.to(torch.int64) != problem.settings.ignore_index",
+        "target != problem.settings.ignore_index",
         NARROW,
     ),
     "ignored rows of a token weight are kept": Fault(
@@ -713,13 +961,13 @@ LINEAR_FAULTS = {
     ),
     "layers are not cast by autocast": Fault(
         LINEAR,
-        "    if not _checks.is_autocast(device):",
-        "    if True:",
+        "    if not is_autocast(layer.hidden):\n",
+        "    if True:\n",
         ("tests/test_linear_dtypes.py::test_autocast_of_layers_of_any_dtype",),
     ),
     "autocast's dtype is another device's": Fault(
         LINEAR,
-        "torch.get_autocast_dtype(device.type)",
+        "torch.get_autocast_dtype(layer.hidden.device.type)",
         'torch.get_autocast_dtype("cuda")',
         ("tests/test_linear_dtypes.py::test_autocast_of_layers_of_any_dtype",),
     ),
@@ -731,50 +979,43 @@ LINEAR_FAULTS = {
     ),
     "probabilities that want a gradient get none": Fault(
         LINEAR,
-        "        or (torch.is_grad_enabled() and target.requires_grad)\n",
-        "",
+        "or _autograd.needs_graph(target, weight, token_weight, normalizer)",
+        "or _autograd.needs_graph(weight, token_weight, normalizer)",
         ("tests/test_linear_doors.py::test_gradients_of_probabilities",),
     ),
     "chunks under torch.func": Fault(
         LINEAR,
-        "        or (not torch.compiler.is_compiling() and is_under_torch_func())\n",
+        "        or (not is_compiling and is_under_torch_func())\n",
         "",
         ("tests/test_linear_doors.py::test_transforms_of_torch_func",),
     ),
     "chunks of no positions": Fault(
         LINEAR,
-        "        or 0 in tensors.logits.shape\n",
+        "        or 0 in problem.logits.shape\n",
         "",
-        ("tests/test_linear_doors.py::test_module_of_no_positions",),
+        ("tests/test_linear.py::test_chunks_of_nothing",),
     ),
     "labels beyond a sequence are the next one's": Fault(
         LINEAR,
-        "return torch.cat([torch.zeros_like(first), others], dim)",
-        "return torch.cat([first, others], dim)",
+        "return torch.cat([torch.zeros_like(first), others], dim - 1)",
+        "return torch.cat([first, others], dim - 1)",
         SHIFT,
     ),
     "labels before the shift are checked": Fault(
         LINEAR,
-        "    if shift > 0:\n        tensors = tensors._replace(token_weight="
-        "_without_first(tensors, len(rows), shift))\n",
-        "    if shift > len(rows):\n        tensors = tensors._replace(token_weight="
-        "_without_first(tensors, len(rows), shift))\n",
+        "    if shift > 0:\n"
+        "        problem = problem._replace(token_weight=_without_first(problem, shift))\n"
+        "    check_range(problem)\n",
+        "    check_range(problem)\n"
+        "    if shift > 0:\n"
+        "        problem = problem._replace(token_weight=_without_first(problem, shift))\n",
         ("tests/test_linear_errors.py::test_position_of_a_target_that_is_no_class",),
     ),
     "token weights are not shifted": Fault(
-        LINEAR, "flat(token_weight)[shift:]", "flat(token_weight)[: n_rows - shift]", SHIFT
+        LINEAR, "flat(tokens)[shift:]", "flat(tokens)[: n_rows - shift]", SHIFT
     ),
     "targets are not shifted": Fault(
-        LINEAR,
-        "Tensors(logits, flat(target)[shift:],",
-        "Tensors(logits, flat(target)[: n_rows - shift],",
-        SHIFT,
-    ),
-    "weights of a shift in float32": Fault(
-        LINEAR,
-        "token_weight = logits.new_ones(logits.select(n_row_dims, 0).shape, dtype=acc)",
-        "token_weight = logits.new_ones(logits.select(n_row_dims, 0).shape, dtype=torch.float32)",
-        STATISTICS,
+        LINEAR, "flat(problem.target)[shift:]", "flat(problem.target)[: n_rows - shift]", SHIFT
     ),
     "argmax of a row that is left out is 0": Fault(
         LINEAR, "restore(argmax, -1)", "restore(argmax)", STATISTICS
@@ -789,168 +1030,307 @@ LINEAR_FAULTS = {
         SHIFT,
     ),
     "the loss of no reduction is not restored": Fault(
-        LINEAR, '    if reduction == "none":\n        loss = restore(loss)\n', "", SHIFT
+        LINEAR, "    if is_none:\n        loss = restore(loss)\n", "", SHIFT
     ),
     "the target of all rows beside kept ones": Fault(
         LINEAR,
-        "target = target.index_select(0, kept)",
-        "target = target[: kept.numel()]",
+        "target=problem.target.index_select(0, kept)",
+        "target=problem.target[: kept.numel()]",
         NARROW,
     ),
     "the token weight of all rows beside kept ones": Fault(
         LINEAR,
-        "None if token_weight is None else token_weight.index_select(0, kept)",
-        "None if token_weight is None else token_weight[: kept.numel()]",
+        "None if tokens is None else tokens.index_select(0, kept)",
+        "None if tokens is None else tokens[: kept.numel()]",
         SHIFT,
     ),
     "rows are dropped unasked": Fault(
         LINEAR,
-        "if drop_ignored and functional.has_values(tensors.target):",
-        "if functional.has_values(tensors.target):",
+        "if drop_ignored and has_values(problem.target):",
+        "if has_values(problem.target):",
         ("tests/test_linear_dtypes.py::test_the_module_drops_what_it_is_told_to",),
     ),
     "rows are dropped in compiled code": Fault(
         LINEAR,
-        "if drop_ignored and functional.has_values(tensors.target):",
+        "if drop_ignored and has_values(problem.target):",
         "if drop_ignored:",
         ("tests/test_linear_doors.py::test_in_one_graph",),
     ),
     "any object drops rows": Fault(
-        LINEAR, '    _checks.check_flag("drop_ignored", drop_ignored)\n', "", LINEAR_ERRORS
+        LINEAR, '    check_flag("drop_ignored", drop_ignored)\n', "", LINEAR_ERRORS
     ),
     "dtypes of a layer are not compared": Fault(
-        LINEAR, "    _checks.check_linear_dtypes(*layer)\n", "", LINEAR_ERRORS
+        LINEAR,
+        "        if tensor is not None and tensor.dtype != dtype:\n",
+        "        if False:\n",
+        LINEAR_ERRORS,
     ),
     "dtypes are compared before autocast": Fault(
         LINEAR,
-        "    layer = _autocast(_Layer(input, linear_weight, linear_bias))\n"
-        "    _checks.check_linear_dtypes(*layer)\n",
-        "    layer = _Layer(input, linear_weight, linear_bias)\n"
-        "    _checks.check_linear_dtypes(*layer)\n    layer = _autocast(layer)\n",
+        "    layer = _autocast(Layer(input, linear_weight, linear_bias))\n"
+        "    logits_dtype = _check_dtypes(layer, logits_dtype)\n",
+        "    layer = Layer(input, linear_weight, linear_bias)\n"
+        "    logits_dtype = _check_dtypes(layer, logits_dtype)\n"
+        "    layer = _autocast(layer)\n",
         ("tests/test_linear_dtypes.py::test_autocast_of_a_layer_of_several_dtypes",),
     ),
     "targets of a layer are not checked": Fault(
-        LINEAR,
-        "    _checks.check_linear_target(target, rows, classes, ignore_index)\n",
-        "",
-        LINEAR_ERRORS,
-    ),
-    "range of a layer's targets by the default index": Fault(
-        LINEAR,
-        "_check_range(tensors, classes[0], ignore_index)",
-        "_check_range(tensors, classes[0], IGNORE_INDEX)",
-        NARROW,
-    ),
-    "range of a layer's targets by its last dimension": Fault(
-        LINEAR,
-        "_check_range(tensors, classes[0], ignore_index)",
-        "_check_range(tensors, classes[-1], ignore_index)",
-        ("tests/test_linear.py::test_a_loss_in_each_of_many_positions",),
-    ),
-    "another ignored index by default": Fault(
-        LINEAR, "IGNORE_INDEX = -100", "IGNORE_INDEX = -1", NARROW
+        LINEAR, "    _check_target(target, rows, classes, ignore_index, shift)\n", "", LINEAR_ERRORS
     ),
     "classes are still behind all rows": Fault(
         LINEAR,
-        "loss_options._replace(dim=1)",
-        "loss_options",
+        "        settings=problem.settings._replace(dim=1),\n",
+        "",
         ("tests/test_linear.py::test_rows_of_any_shape",),
     ),
     "chunk_rows has no effect": Fault(
         LINEAR,
-        "        *layer, tensors, options, classes, chunk_rows\n",
-        "        *layer, tensors, options, classes, None\n",
+        "_linear_autograd.evaluate(layer, problem, chunk_rows)",
+        "_linear_autograd.evaluate(layer, problem, None)",
         CHUNKS,
-    ),
-    "subclasses of a layer's class weights are not asked": Fault(
-        LINEAR,
-        "tensors = (input, linear_weight, target, linear_bias, weight, token_weight, normalizer)",
-        "tensors = (input, linear_weight, target, linear_bias, None, token_weight, normalizer)",
-        ("tests/test_linear_doors.py::test_tensor_subclasses_are_asked_first",),
     ),
     "subclasses of a layer's token weights are not asked": Fault(
         LINEAR,
-        'others = ("linear_bias", "weight", "token_weight", "normalizer")',
-        'others = ("linear_bias", "weight", "normalizer")',
+        "    if has_torch_function_variadic(*tensors, *others):\n"
+        "        return _overridden(linear_cross_entropy_with_statistics, ",
+        "    if has_torch_function_variadic(*tensors, *others[:2]):\n"
+        "        return _overridden(linear_cross_entropy_with_statistics, ",
         ("tests/test_linear_doors.py::test_tensor_subclasses_are_asked_first",),
     ),
     "statistics of a layer take any name": Fault(
         LINEAR,
-        '    _checks.check_names("linear_cross_entropy_with_statistics", options, _NAMES)\n',
+        '    check_names("linear_cross_entropy_with_statistics", options, _NAMES)\n',
         "",
         ("tests/test_linear_errors.py::test_unknown_names",),
     ),
     "logits of all rows are not promoted": Fault(
         LINEAR,
-        "functional.compute(functional.with_logits(tensors, logits), options)",
-        "functional.compute(tensors._replace(logits=logits), options)",
+        "layer.logits(logits_dtype).to(problem.logits.dtype)",
+        "layer.logits(logits_dtype)",
         PROBABILITIES,
     ),
-    "class weights of a layer in its own dtype": Fault(
-        LINEAR, "    tensors = functional.for_kernels(tensors)\n", "", PROBABILITIES
-    ),
-    "the bias of all logits is lost": Fault(
+    "signature of a layer's statistics": Fault(
         LINEAR,
-        "logits = F.linear(*layer).reshape(tensors.logits.shape)",
-        "logits = F.linear(*layer[:2]).reshape(tensors.logits.shape)",
-        ("tests/test_linear_doors.py::test_transforms_of_torch_func",),
+        "    _SIGNATURE.replace(return_annotation=CrossEntropyStatistics)\n",
+        "    _SIGNATURE\n",
+        ("tests/test_extras.py::test_signature_of_the_statistics_is_that_of_the_loss",),
+    ),
+    "a layer's statistics know no reduction": Fault(
+        LINEAR, "[3:]", "[6:]", ("tests/test_linear_doors.py::test_finite_differences",)
+    ),
+    "a layer's ignored index is the default": Fault(
+        LINEAR, '        loss_options["ignore_index"] = ignore_index\n', "        pass\n", NARROW
+    ),
+    "subclasses of a layer's bias are not asked": Fault(
+        LINEAR,
+        "    if has_torch_function_variadic(*tensors, *others):\n        given =",
+        "    if has_torch_function_variadic(*tensors, *others[1:]):\n        given =",
+        ("tests/test_linear_doors.py::test_tensor_subclasses_are_asked_first",),
+    ),
+    "biases of a layer may be sparse": Fault(
+        LINEAR, '        check_dense("linear_bias", linear_bias)\n', "", LINEAR_ERRORS
+    ),
+    "weights of a layer may be sparse": Fault(
+        LINEAR, '    check_dense("linear_weight", linear_weight)\n', "", LINEAR_ERRORS
+    ),
+    "layers of integers": Fault(LINEAR, '    check_floating("input", input)\n', "", LINEAR_ERRORS),
+    "a shift of all of a sequence": Fault(
+        LINEAR, "    if shift >= input.shape[-2]:", "    if shift > input.shape[-2]:", LINEAR_ERRORS
+    ),
+    "labels that are shifted already have no hint": Fault(
+        LINEAR,
+        "        if shift and target.shape == (*rows[:-1], rows[-1] - shift, *classes[1:]):",
+        "        if False:",
+        LINEAR_ERRORS,
+    ),
+    "the hint for shifted labels forgets positions": Fault(
+        LINEAR,
+        "(*rows[:-1], rows[-1] - shift, *classes[1:])",
+        "(*rows[:-1], rows[-1] - shift)",
+        LINEAR_ERRORS,
+    ),
+    "a class of options is taken for options": Fault(
+        LINEAR, "isinstance(options, type) or not hasattr", "not hasattr", LINEAR_ERRORS
+    ),
+    "any object is torch's options": Fault(
+        LINEAR,
+        '(isinstance(options, type) or not hasattr(options, "batch_chunk_size"))',
+        "isinstance(options, type)",
+        LINEAR_ERRORS,
+    ),
+    "logits of a layer in any dtype": Fault(
+        LINEAR,
+        "    if logits_dtype != torch.float32 or dtype == torch.float64:\n",
+        "    if dtype == torch.float64:\n",
+        LINEAR_ERRORS,
+    ),
+    "logits narrower than a float64 layer": Fault(
+        LINEAR,
+        "    if logits_dtype != torch.float32 or dtype == torch.float64:\n",
+        "    if logits_dtype != torch.float32:\n",
+        LINEAR_ERRORS,
+    ),
+    "logits_dtype has no effect": Fault(
+        LINEAR,
+        "    return torch.float32\n",
+        "    return dtype\n",
+        ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
+    ),
+    "the dtype of the logits is that of all, not of chunks": Fault(
+        LINEAR,
+        "layer.hidden.new_zeros((), dtype=logits_dtype).expand(*rows, *classes)",
+        "layer.hidden.new_zeros(()).expand(*rows, *classes)",
+        ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
+    ),
+    "flattened rows have logits of the layer's dtype": Fault(
+        LINEAR,
+        "problem.logits.new_zeros(()).expand(hidden.shape[0],",
+        "hidden.new_zeros(()).expand(hidden.shape[0],",
+        ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
+    ),
+    "all logits at once are in the layer's dtype": Fault(
+        LINEAR,
+        "layer.logits(logits_dtype).to(problem.logits.dtype)",
+        "layer.logits(layer.hidden.dtype).to(problem.logits.dtype)",
+        ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
+    ),
+    "few logits are in chunks": Fault(
+        LINEAR,
+        "    return problem.logits.numel() <= FEW_LOGITS\n",
+        "    return False\n",
+        ("tests/test_linear.py::test_few_logits_are_computed_at_once",),
+    ),
+    "logits are always few": Fault(
+        LINEAR,
+        "    return problem.logits.numel() <= FEW_LOGITS\n",
+        "    return True\n",
+        ("tests/test_linear.py::test_few_logits_are_computed_at_once",),
+    ),
+    "few logits are a number of rows": Fault(
+        LINEAR,
+        "    return problem.logits.numel() <= FEW_LOGITS\n",
+        "    return problem.logits.shape[0] <= FEW_LOGITS\n",
+        ("tests/test_linear.py::test_few_logits_are_computed_at_once",),
+    ),
+    "few logits in spite of chunk_rows": Fault(
+        LINEAR,
+        "    if chunk_rows is not None or torch.compiler.is_compiling():\n",
+        "    if torch.compiler.is_compiling():\n",
+        ("tests/test_linear.py::test_few_logits_are_computed_at_once",),
+    ),
+    "few logits make two graphs": Fault(
+        LINEAR,
+        "    if chunk_rows is not None or torch.compiler.is_compiling():\n",
+        "    if chunk_rows is not None:\n",
+        ("tests/test_linear_doors.py::test_one_graph_of_few_logits_and_of_many",),
+    ),
+    "class weights that want a gradient get none": Fault(
+        LINEAR,
+        "or _autograd.needs_graph(target, weight, token_weight, normalizer)",
+        "or _autograd.needs_graph(target, token_weight, normalizer)",
+        ("tests/test_linear_doors.py::test_gradient_of_one_option_alone",),
+    ),
+    "a normalizer that wants a gradient gets none": Fault(
+        LINEAR,
+        "or _autograd.needs_graph(target, weight, token_weight, normalizer)",
+        "or _autograd.needs_graph(target, weight, token_weight)",
+        ("tests/test_linear_doors.py::test_gradient_of_one_option_alone",),
+    ),
+    "chunks where torch operations compute": Fault(
+        LINEAR,
+        "        _autograd.is_for_torch(problem)\n        or ",
+        "        ",
+        ("tests/test_linear_doors.py::test_dual_numbers",),
+    ),
+    "the last rows of sequences have a place in the loss": Fault(
+        LINEAR, "rows[-1] - shift) if shift else values", "rows[-1]) if shift else values", SHIFT
+    ),
+    "any layer goes the short way": Fault(
+        LINEAR, "        and isinstance(linear_weight, Tensor)\n", "", LINEAR_ERRORS
+    ),
+    "layers that are not ordinary go the short way": Fault(
+        LINEAR, "        and are_ordinary(input, linear_weight)\n", "", LINEAR_ERRORS
+    ),
+    "sequences and positions go the short way": Fault(
+        LINEAR,
+        "        and input.dim() == linear_weight.dim() == 2\n",
+        "",
+        ("tests/test_linear.py::test_few_logits_are_right",),
+    ),
+    "any number of logits goes the short way": Fault(
+        LINEAR,
+        "        and 0 < input.size(0) * linear_weight.size(0) <= FEW_LOGITS\n",
+        "",
+        ("tests/test_linear.py::test_few_logits_are_computed_at_once",),
+    ),
+    "a bias that is expanded goes the short way": Fault(
+        LINEAR,
+        "(isinstance(linear_bias, Tensor) and linear_bias.shape == linear_weight.shape[:1])",
+        "isinstance(linear_bias, Tensor)",
+        LINEAR_ERRORS,
+    ),
+    "a shift goes the short way": Fault(
+        LINEAR,
+        "    if is_default and type(shift) is int and shift == 0 and _is_plain",
+        "    if is_default and _is_plain",
+        ("tests/test_linear.py::test_few_logits_are_right",),
+    ),
+    "drop_ignored may be anything on the short way": Fault(
+        LINEAR, "    is_default = is_default and drop_ignored is False\n", "", LINEAR_ERRORS
+    ),
+    "chunk_rows goes the short way": Fault(
+        LINEAR,
+        "    is_default = options is None and logits_dtype is None and chunk_rows is None\n",
+        "    is_default = options is None and logits_dtype is None\n",
+        ("tests/test_linear.py::test_few_logits_are_computed_at_once",),
+    ),
+    "logits_dtype goes the short way": Fault(
+        LINEAR,
+        "    is_default = options is None and logits_dtype is None and chunk_rows is None\n",
+        "    is_default = options is None and chunk_rows is None\n",
+        (
+            "tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",
+            *LINEAR_ERRORS,
+        ),
+    ),
+    "the short way has no bias": Fault(
+        LINEAR,
+        "F.linear(input, linear_weight, linear_bias)",
+        "F.linear(input, linear_weight)",
+        ("tests/test_linear.py::test_few_logits_are_right",),
+    ),
+    "the short way's errors of a layer are torch's": Fault(
+        LINEAR, "        except CALL_ERRORS:\n", "        except KeyError:\n", LINEAR_ERRORS
+    ),
+    "the short way has no ignored index": Fault(
+        LINEAR,
+        '        of_loss["ignore_index"] = ignore_index\n',
+        "        pass\n",
+        (
+            "tests/test_linear.py::test_few_logits_are_right",
+            *NARROW,
+        ),
     ),
 }
 
 PRODUCTS_FAULTS = {
-    "weights of narrow targets": Fault(
-        PRODUCTS, "target = inputs.target.to(torch.int64)", "target = inputs.target", NARROW
-    ),
     "chunks' sums in loss_dtype": Fault(
         PRODUCTS,
-        "loss_dtype = torch.float64 if is_reduced else inputs.loss_dtype",
-        "loss_dtype = inputs.loss_dtype",
+        "loss_dtype = self.loss_dtype if is_none else torch.float64",
+        "loss_dtype = self.loss_dtype",
         ("tests/test_linear_dtypes.py::test_loss_dtype",),
     ),
     "chunks' sums in float32": Fault(
         PRODUCTS,
-        "loss_dtype = torch.float64 if is_reduced else inputs.loss_dtype",
-        "loss_dtype = torch.float32 if is_reduced else inputs.loss_dtype",
+        "loss_dtype = self.loss_dtype if is_none else torch.float64",
+        "loss_dtype = self.loss_dtype if is_none else torch.float32",
         ("tests/test_linear.py::test_against_float64",),
     ),
     "loss of no reduction in float64": Fault(
         PRODUCTS,
-        "return loss.to(inputs.loss_dtype), *rows, *gradients",
-        "return loss, *rows, *gradients",
+        "loss_dtype = self.loss_dtype if is_none else torch.float64",
+        "loss_dtype = torch.float64",
         ("tests/test_linear_dtypes.py::test_loss_dtype",),
-    ),
-    "rows of weight 0 have a part in the mean": Fault(
-        PRODUCTS,
-        "left_out = (target == inputs.ignore_index) | (weights == 0)",
-        "left_out = target == inputs.ignore_index",
-        ("tests/test_linear.py::test_a_row_that_is_left_out_has_no_part_in_the_mean",),
-    ),
-    "ignored rows have a part in the mean": Fault(
-        PRODUCTS,
-        "left_out = (target == inputs.ignore_index) | (weights == 0)",
-        "left_out = weights == 0",
-        NARROW,
-    ),
-    "mean without token weights": Fault(
-        PRODUCTS, "        weights = weights * inputs.token_weight\n", "        pass\n", SHIFT
-    ),
-    "mean without class weights": Fault(
-        PRODUCTS,
-        "weights = weights * inputs.weight[target.clamp(0, inputs.classes[0] - 1)]",
-        "pass",
-        NARROW,
-    ),
-    "an ignored index is looked up": Fault(
-        PRODUCTS,
-        "inputs.weight[target.clamp(0, inputs.classes[0] - 1)]",
-        "inputs.weight[target]",
-        NARROW,
-    ),
-    "normalizer has no effect": Fault(
-        PRODUCTS,
-        "    if inputs.normalizer is not None:",
-        "    if False:",
-        ("tests/test_linear.py::test_against_float64",),
     ),
     "chunk_rows is not read": Fault(
         PRODUCTS, "    most = inputs.chunk_rows\n", "    most = None\n", CHUNKS
@@ -963,8 +1343,8 @@ PRODUCTS_FAULTS = {
     ),
     "bytes of a row of features": Fault(
         PRODUCTS,
-        "row_bytes = inputs.linear_weight.shape[0] * inputs.hidden.element_size()",
-        "row_bytes = inputs.linear_weight.shape[1] * inputs.hidden.element_size()",
+        "row_bytes = math.prod(inputs.classes) * inputs.logits_dtype.itemsize",
+        "row_bytes = inputs.linear_weight.shape[-1] * inputs.logits_dtype.itemsize",
         CHUNKS,
     ),
     "16-bit gradients are summed in 16 bits": Fault(
@@ -987,32 +1367,20 @@ PRODUCTS_FAULTS = {
     ),
     "every chunk's weight gradient is the first": Fault(
         PRODUCTS,
-        "self.hidden[rows], rows.start == 0)",
-        "self.hidden[rows], True)",
+        "beta=0 if is_first else 1",
+        "beta=0",
         ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
     ),
     "every chunk's bias gradient is the first": Fault(
         PRODUCTS,
-        "self.grad_bias = summed if rows.start == 0 else self.grad_bias.add_(summed)",
+        "self.grad_bias = summed if is_first else self.grad_bias.add_(summed)",
         "self.grad_bias = summed",
-        ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
-    ),
-    "slabs add to what was in memory": Fault(
-        PRODUCTS,
-        "_slab_by_slab(one, other, total, 0 if is_first else 1)",
-        "_slab_by_slab(one, other, total, 1)",
         ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
     ),
     "slabs of the inner dimension forget the first": Fault(
         PRODUCTS,
         "beta if slab.start == 0 else 1)",
         "beta)",
-        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
-    ),
-    "slabs without the bias": Fault(
-        PRODUCTS,
-        "_slab_by_slab(one, other, out.copy_(bias), 1)",
-        "_slab_by_slab(one, other, out.copy_(bias), 0)",
         ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
     ),
     "by classes without a gradient of the weight": Fault(
@@ -1053,27 +1421,15 @@ PRODUCTS_FAULTS = {
     ),
     "products are cast by autocast": Fault(
         PRODUCTS,
-        "with torch.autocast(inputs.hidden.device.type, enabled=False):",
-        "with torch.autocast(inputs.hidden.device.type, enabled=torch.is_autocast_enabled('cpu')):",
+        "with below_autograd(), torch.autocast(inputs.hidden.device.type, enabled=False):",
+        "with below_autograd():",
         ("tests/test_linear_doors.py::test_autocast_casts_the_layer_and_nothing_else",),
-    ),
-    "expanded upstream gradients reach the kernels": Fault(
-        PRODUCTS,
-        "else grad[rows].contiguous()",
-        "else grad[rows]",
-        ("tests/test_linear_doors.py::test_upstream_gradients_that_are_expanded",),
     ),
     "the backward has no entropy": Fault(
         PRODUCTS,
-        "*operands, torch.float32, grad_entropy is not None)",
-        "*operands, torch.float32, False)",
+        "_replace(statistics=grad_entropy is not None)",
+        "_replace(statistics=False)",
         ("tests/test_linear_doors.py::test_finite_differences",),
-    ),
-    "lse without the maximum": Fault(
-        PRODUCTS,
-        "statistics.append((row_max + log_sum, *others))",
-        "statistics.append((log_sum, *others))",
-        STATISTICS,
     ),
     "token weights of the first chunk for all": Fault(
         PRODUCTS,
@@ -1089,9 +1445,9 @@ PRODUCTS_FAULTS = {
     ),
     "a scalar loss in compiled code": Fault(
         PRODUCTS,
-        'shape = inputs.row_shape if inputs.reduction == _ops.REDUCTIONS["none"] else []',
+        'shape = inputs.row_shape if inputs.reduction == REDUCTIONS["none"] else []',
         "shape = []",
-        ("tests/test_linear_doors.py::test_operators",),
+        ("tests/test_linear_doors.py::test_in_one_graph",),
     ),
     "gradients that are not needed in compiled code": Fault(
         PRODUCTS,
@@ -1099,19 +1455,196 @@ PRODUCTS_FAULTS = {
         "inputs.hidden.new_empty([0] if tensor is None else tensor.shape)",
         ("tests/test_linear_doors.py::test_gradients_that_are_not_needed_have_no_elements",),
     ),
+    "32-bit products are slow": Fault(
+        PRODUCTS,
+        "matrix.is_cpu and matrix.element_size() == 2 and",
+        "matrix.is_cpu and",
+        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
+    ),
+    "products of other devices are slow": Fault(
+        PRODUCTS,
+        "matrix.is_cpu and matrix.element_size() == 2 and",
+        "matrix.element_size() == 2 and",
+        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
+    ),
+    "chunks of a GPU on a CPU": Fault(
+        PRODUCTS,
+        "CPU_ROWS, CPU_BYTES = 256, 100 << 20",
+        "CPU_ROWS, CPU_BYTES = 4096, 100 << 20",
+        ("tests/test_linear.py::test_limits_are_those_of_the_documentation",),
+    ),
+    "chunks of 4 GiB": Fault(
+        PRODUCTS,
+        "GPU_ROWS, GPU_BYTES = 4096, 1 << 30",
+        "GPU_ROWS, GPU_BYTES = 4096, 1 << 32",
+        ("tests/test_linear.py::test_limits_are_those_of_the_documentation",),
+    ),
+    "limits of the other device": Fault(
+        PRODUCTS,
+        "(CPU_ROWS, CPU_BYTES) if inputs.hidden.is_cpu else (GPU_ROWS, GPU_BYTES)",
+        "(GPU_ROWS, GPU_BYTES) if inputs.hidden.is_cpu else (CPU_ROWS, CPU_BYTES)",
+        CHUNKS,
+    ),
+    "the first chunk's gradient adds to what was in memory": Fault(
+        PRODUCTS,
+        "beta=0 if is_first else 1",
+        "beta=1",
+        (
+            "tests/test_linear.py::test_both_ways_to_multiply_16_bits",
+            "tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",
+        ),
+    ),
+    "products without the bias": Fault(
+        PRODUCTS,
+        "        out.copy_(bias)\n        beta = 1\n",
+        "        out.copy_(bias)\n",
+        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
+    ),
+    "chunks have the upstream gradients of the first": Fault(
+        PRODUCTS,
+        "else grad[rows]\n",
+        "else grad[: rows.stop - rows.start]\n",
+        ("tests/test_linear_doors.py::test_finite_differences",),
+    ),
+    "the sum of chunks is not cast": Fault(
+        PRODUCTS,
+        "torch.stack(losses).sum().to(inputs.loss_dtype)",
+        "torch.stack(losses).sum()",
+        ("tests/test_linear_dtypes.py::test_loss_dtype",),
+    ),
+    "chunks have the targets of the first": Fault(
+        PRODUCTS,
+        "self.target[rows], self.weight",
+        "self.target[: len(logits)], self.weight",
+        ("tests/test_linear.py::test_against_float64",),
+    ),
+    "a normalizer divides all chunks and each": Fault(
+        PRODUCTS,
+        "return _formulas.total_weight(inputs.problem(logits, slice(None), inputs.normalizer))",
+        "return _formulas.total_weight(inputs.problem(logits, slice(None), None))",
+        ("tests/test_linear.py::test_against_float64",),
+    ),
+    "an ignored index of a layer is the default": Fault(
+        PRODUCTS, 'self.options.get("ignore_index",', 'self.options.get("",', NARROW
+    ),
+    "without gradients the logits are overwritten": Fault(
+        PRODUCTS,
+        "        if not any(inputs.needs):\n",
+        "        if False:\n",
+        ("tests/test_linear_doors.py::test_without_gradients_no_gradient_is_made",),
+    ),
+    "dtypes of all logits are float64 in a reduced loss": Fault(
+        PRODUCTS,
+        "_replace(settings=problem.settings._replace(loss_dtype=self.loss_dtype))",
+        "_replace()",
+        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+    ),
+    "all logits are divided by their own weights": Fault(
+        PRODUCTS,
+        "problem = self.problem(logits, slice(None), self.normalizer)",
+        "problem = self.problem(logits, slice(None), None)",
+        ("tests/test_linear_doors.py::test_second_derivatives_of_several_positions",),
+    ),
+    "by classes of float32 logits of a 16-bit layer": Fault(
+        PRODUCTS,
+        "        and inputs.logits_dtype == inputs.hidden.dtype\n",
+        "",
+        ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
+    ),
+    "memory of chunks in the layer's dtype": Fault(
+        PRODUCTS,
+        "linear_weight.shape[0], dtype=inputs.logits_dtype)",
+        "linear_weight.shape[0])",
+        ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
+    ),
+    "bytes of a row of the layer's dtype": Fault(
+        PRODUCTS,
+        "inputs.logits_dtype.itemsize",
+        "inputs.hidden.element_size()",
+        ("tests/test_linear_dtypes.py::test_chunks_of_float32_logits_have_half_as_many_rows",),
+    ),
+    "one chunk's weight gradient in float32": Fault(
+        PRODUCTS,
+        "dtypes = (None, sums if n_chunks > 1 else None, sums)",
+        "dtypes = (None, sums, sums)",
+        ("tests/test_linear.py::test_gradients_of_one_chunk_take_no_memory_beside",),
+    ),
+    "many chunks' weight gradient in 16 bits": Fault(
+        PRODUCTS,
+        "dtypes = (None, sums if n_chunks > 1 else None, sums)",
+        "dtypes = (None, None, sums)",
+        ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
+    ),
+    "the bias's gradient in 16 bits": Fault(
+        PRODUCTS,
+        "dtypes = (None, sums if n_chunks > 1 else None, sums)",
+        "dtypes = (None, sums if n_chunks > 1 else None, None)",
+        ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
+    ),
+    "the rows' slabs are those of the first": Fault(
+        PRODUCTS,
+        "out[slab] = product(one[slab], other, out[slab], beta)",
+        "out[slab] = product(one[slab], other, out[: slab.stop - slab.start], beta)",
+        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
+    ),
+    "the columns' slabs add nothing": Fault(
+        PRODUCTS,
+        "out[:, slab] = product(one, other[:, slab], out[:, slab], beta)",
+        "out[:, slab] = product(one, other[:, slab], out[:, slab], 0)",
+        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
+    ),
+    "products of 16 bits are summed in 16 bits": Fault(
+        PRODUCTS,
+        "torch.addmm(out.float(), one.float(), other.float(), beta=beta)",
+        "torch.addmm(out, one.to(out.dtype), other.to(out.dtype), beta=beta)",
+        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
+    ),
+    "slabs of any length": Fault(
+        PRODUCTS,
+        "size = max(1, (GPU_SLAB_BYTES if is_cuda else SLAB_BYTES) // item_bytes)",
+        "size = length",
+        ("tests/test_linear.py::test_slabs_are_as_many_bytes_as_they_may",),
+    ),
+    "options of a layer have other defaults": Fault(
+        PRODUCTS,
+        "{x.type} {x.name}={x.default_value}",
+        "{x.type} {x.name}=0",
+        (
+            "tests/test_linear_doors.py::"
+            "test_options_of_the_operators_of_a_layer_are_those_of_the_loss",
+        ),
+    ),
+    "no fake of a layer's backward": Fault(
+        PRODUCTS,
+        "_backward, _fake_backward)",
+        "_backward, _fake_forward)",
+        ("tests/test_linear_doors.py::test_operators",),
+    ),
+    "no fake of a layer's forward": Fault(
+        PRODUCTS,
+        "_forward, _fake_forward)\n    of",
+        "_forward, _fake_backward)\n    of",
+        ("tests/test_linear_doors.py::test_in_one_graph",),
+    ),
 }
 
 LINEAR_AUTOGRAD_FAULTS = {
+    "the bias of all logits is lost": Fault(
+        LINEAR_AUTOGRAD,
+        "return F.linear(hidden, weight, bias)",
+        "return F.linear(hidden, weight)",
+        ("tests/test_linear_doors.py::test_transforms_of_torch_func",),
+    ),
     "float16 gradients without a loss scale": Fault(
         LINEAR_AUTOGRAD,
-        "            and tensors[0].dtype != torch.float16\n",
-        "",
+        " and layer.hidden.dtype != torch.float16\n",
+        "\n",
         ("tests/test_linear_doors.py::test_loss_scale",),
     ),
     "gradients of no reduction are made in the forward": Fault(
         LINEAR_AUTOGRAD,
-        '            ctx.options.reduction != "none"\n            and ',
-        "            ",
+        'is_fused = settings.reduction != REDUCTIONS["none"] and layer',
+        "is_fused = layer",
         ("tests/test_linear_doors.py::test_batched_upstream_gradients",),
     ),
     "gradients are kept beside the loss": Fault(
@@ -1122,209 +1655,292 @@ LINEAR_AUTOGRAD_FAULTS = {
     ),
     "zeros for gradients that never come": Fault(
         LINEAR_AUTOGRAD,
-        "        ctx.set_materialize_grads(False)\n",
+        "    ctx.set_materialize_grads(False)\n",
         "",
         ("tests/test_linear.py::test_logits_are_made_once_for_a_loss_and_its_gradient",),
     ),
     "gradients are not scaled": Fault(
-        LINEAR_AUTOGRAD,
-        "                    _scale(gradient, grad_loss)\n",
-        "                    pass\n",
-        SHIFT,
-    ),
-    "rows of the scaled gradient are ignored": Fault(
-        LINEAR_AUTOGRAD,
-        "_ops.scale_gradient_(rows, grad_loss, target, None, 1, -1)",
-        "_ops.scale_gradient_(rows, grad_loss, target, None, 1, 0)",
-        SHIFT,
+        LINEAR_AUTOGRAD, "        _ops.multiply_(gradient, grad_loss)\n", "        pass\n", SHIFT
     ),
     "batches of upstream gradients in place": Fault(
         LINEAR_AUTOGRAD,
-        "elif is_compiling or is_batched(grad_loss):",
-        "elif is_compiling:",
+        "    if is_batched_by_autograd(grad_loss):\n",
+        "    if False:\n",
         ("tests/test_linear_doors.py::test_batched_upstream_gradients",),
     ),
     "a second derivative under autocast": Fault(
         LINEAR_AUTOGRAD,
-        "torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()",
-        "nullcontext()",
+        "    with _no_casts(inputs.hidden):  # in",
+        "    with nullcontext():  # in",
         ("tests/test_linear_doors.py::test_autocast_casts_the_layer_and_nothing_else",),
     ),
     "gradients of statistics are left out": Fault(
         LINEAR_AUTOGRAD,
-        "if gradients is None or any(grad is not None for grad in of_statistics):",
-        "if gradients is None:",
+        "        or any(grad is not None for grad in of_statistics)\n",
+        "",
         STATISTICS,
     ),
     "gradients for a graph have none": Fault(
         LINEAR_AUTOGRAD,
-        "        if torch.is_grad_enabled():\n            return *_with_graph",
-        "        if False:\n            return *_with_graph",
+        "    elif torch.is_grad_enabled():\n",
+        "    elif False:\n",
         ("tests/test_linear_doors.py::test_batched_upstream_gradients",),
     ),
     "lse and entropy of a graph are swapped": Fault(
         LINEAR_AUTOGRAD,
-        "zip((loss, lse, entropy), upstream, strict=True)",
-        "zip((loss, entropy, lse), upstream, strict=True)",
+        "    return results.loss, results.lse, results.entropy, results.argmax\n",
+        "    return results.loss, results.entropy, results.lse, results.argmax\n",
         ("tests/test_linear_doors.py::test_upstream_gradients_that_are_expanded",),
     ),
     "a gradient that is not needed for a graph": Fault(
         LINEAR_AUTOGRAD,
-        "return tuple(next(gradients) if needed else None for needed in ctx.needs)",
-        "return (*gradients, None, None)[:3]",
+        "    return [next(found) if needed else None for needed in needs]\n\n\ndef by_all",
+        "    return [next(found, None) for needed in needs]\n\n\ndef by_all",
         ("tests/test_linear_doors.py::test_second_derivatives_of_some_of_the_layer",),
-    ),
-    "gradients without grad mode": Fault(
-        LINEAR_AUTOGRAD,
-        "[is_recorded and tensor is not None and tensor.requires_grad for tensor in layer]",
-        "[tensor is not None and tensor.requires_grad for tensor in layer]",
-        ("tests/test_linear_doors.py::test_without_gradients_no_gradient_is_made",),
     ),
     "the bias wants no gradient": Fault(
         LINEAR_AUTOGRAD,
-        "    if any(needs):\n",
-        "    if any(needs[:2]):\n",
+        "    elif any(needs):\n",
+        "    elif any(needs[:2]):\n",
         ("tests/test_linear.py::test_whichever_of_the_layer_wants_a_gradient",),
     ),
     "all of the layer must want a gradient": Fault(
         LINEAR_AUTOGRAD,
-        "    if any(needs):\n",
-        "    if all(needs):\n",
+        "    elif any(needs):\n",
+        "    elif all(needs):\n",
         ("tests/test_linear.py::test_whichever_of_the_layer_wants_a_gradient",),
+    ),
+    "compiled gradients are the saved inputs": Fault(
+        LINEAR_AUTOGRAD,
+        "_backward(ctx, upstream[:3], ctx.saved_tensors[_N_TENSORS:], _multiplied)",
+        "_backward(ctx, upstream[:3], ctx.saved_tensors[:3], _multiplied)",
+        ("tests/test_linear_doors.py::test_graphs_of_dynamic_shapes",),
+    ),
+    "one tensor in two places has both gradients twice": Fault(
+        LINEAR_AUTOGRAD,
+        "tensor.view_as(tensor) for tensor in inputs[:3]",
+        "tensor for tensor in inputs[:3]",
+        ("tests/test_linear_doors.py::test_one_tensor_in_two_places",),
+    ),
+    "all logits are multiplied in the layer's dtype": Fault(
+        LINEAR_AUTOGRAD,
+        "None if tensor is None else tensor.to(torch.promote_types(dtype, tensor.dtype))",
+        "None if tensor is None else tensor",
+        ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
+    ),
+    "positions of all logits lie in one dimension": Fault(
+        LINEAR_AUTOGRAD,
+        "return logits.unflatten(-1, weight.shape[:-1])",
+        "return logits",
+        ("tests/test_linear_doors.py::test_second_derivatives_of_several_positions",),
+    ),
+    "positions' bias of all logits is lost": Fault(
+        LINEAR_AUTOGRAD,
+        "logits = F.linear(hidden, weight.flatten(0, -2), flat_bias)",
+        "logits = F.linear(hidden, weight.flatten(0, -2))",
+        ("tests/test_linear_doors.py::test_second_derivatives_of_several_positions",),
+    ),
+    "a gradient not made with the loss is none": Fault(
+        LINEAR_AUTOGRAD,
+        "        or any(needed and not made for needed, made in zip(needs, ctx.made, "
+        "strict=True))\n",
+        "",
+        ("tests/test_linear_doors.py::test_backward_again_and_again",),
+    ),
+    "the operator's lse has no gradient": Fault(
+        LINEAR_AUTOGRAD,
+        "n_differentiable = 3 if Inputs(*inputs).statistics else 1",
+        "n_differentiable = 1",
+        ("tests/test_linear_doors.py::test_statistics_in_one_graph",),
+    ),
+    "a layer's loss in a graph has no formula": Fault(
+        LINEAR_AUTOGRAD,
+        '    _ops.register_formula("linear_forward", _forward_formula)\n',
+        "",
+        ("tests/test_linear_doors.py::test_gradients_of_the_operator_of_a_layer",),
+    ),
+    "a layer's backward has no formula": Fault(
+        LINEAR_AUTOGRAD,
+        '    _ops.register_formula("linear_backward", _backward_formula)\n',
+        "",
+        ("tests/test_linear_doors.py::test_the_backward_of_a_layer_has_no_derivative",),
+    ),
+    "a layer's backward has a silent derivative": Fault(
+        LINEAR_AUTOGRAD,
+        "    if needs_graph(*upstream, *inputs[:_N_TENSORS]):\n",
+        "    if False:\n",
+        ("tests/test_linear_doors.py::test_the_backward_of_a_layer_has_no_derivative",),
+    ),
+    "class weights in a graph have no gradient": Fault(
+        LINEAR_AUTOGRAD,
+        "    if needs_graph(*inputs[3:_N_TENSORS]):\n",
+        "    if False:\n",
+        ("tests/test_linear_doors.py::test_gradients_of_the_operator_of_a_layer",),
+    ),
+    "a graph of all logits lacks gradients' places": Fault(
+        LINEAR_AUTOGRAD,
+        "return *results, *_linear.empty_results(inputs)[len(results) :]",
+        "return results",
+        ("tests/test_linear_doors.py::test_gradients_of_the_operator_of_a_layer",),
+    ),
+    "traces have no operator of a layer": Fault(
+        LINEAR_AUTOGRAD,
+        "    if is_traced():\n",
+        "    if False:\n",
+        (
+            "tests/test_linear_doors.py::test_in_one_graph",
+            "tests/test_export.py::test_jit_traces_train",
+        ),
+    ),
+    "results of no elements have a gradient": Fault(
+        LINEAR_AUTOGRAD,
+        "n_differentiable = 3 if Inputs(*inputs).statistics else 1",
+        "n_differentiable = 3",
+        ("tests/test_linear_doors.py::test_what_has_no_gradient_of_a_layer",),
     ),
 }
 
 AUTOGRAD_FAULTS = {
-    "gradient of probabilities of weight 0 at NaN": Fault(
+    "z-loss of an ignored row of NaN weight": Fault(
         AUTOGRAD,
-        "        gradient = gradient.masked_fill((token_weight == 0).unsqueeze(dim), 0)\n",
-        "        pass\n",
+        "z_loss * token_weight.masked_fill(argmax < 0, 0)",
+        "z_loss * token_weight",
         TOKENS,
     ),
-    "gradient of probabilities without token weights": Fault(
-        AUTOGRAD, "        scale = scale * token_weight\n", "        pass\n", TOKENS
+    "z-loss without its token weight": Fault(
+        AUTOGRAD, "z_loss = z_loss * token_weight.masked_fill(argmax < 0, 0)", "pass", TOKENS
     ),
-    "gradient of probabilities without the mean": Fault(
+    "z-loss of the lse, not squared": Fault(
         AUTOGRAD,
-        "scale = scale / total_weight.masked_fill(total_weight == 0, torch.nan)",
-        "pass",
+        'settings.of_operators.get("lse_square_scale", 0.0) * lse.square()',
+        'settings.of_operators.get("lse_square_scale", 0.0) * lse',
         TOKENS,
     ),
-    "gradient of probabilities without smoothing": Fault(
+    "ignored rows are correct where ignore_index is -1": Fault(
         AUTOGRAD,
-        "scale = grad_loss.to(row_max.dtype) * (1 - options.label_smoothing)",
-        "scale = grad_loss.to(row_max.dtype)",
-        ("tests/test_autograd.py::test_gradcheck",),
-    ),
-    "gradient of probabilities without class weights": Fault(
-        AUTOGRAD,
-        "minus_log_prob, q = minus_log_prob * weight, q * weight",
-        "pass",
-        ("tests/test_autograd.py::test_gradcheck",),
-    ),
-    "gradient of probabilities at minus infinity": Fault(
-        AUTOGRAD,
-        "minus_log_prob = minus_log_prob.masked_fill((q == 0) & seen.isneginf(), 0)",
-        "pass",
-        ("tests/test_functional.py::test_gradient_of_probabilities_at_logits_of_minus_infinity",),
-    ),
-    "gradient of probabilities of logits without a cap": Fault(
-        AUTOGRAD,
-        "reference.transform(logits.to(row_max.dtype), options.softcap,",
-        "reference.transform(logits.to(row_max.dtype), None,",
-        ("tests/test_doors.py::test_all_options",),
-    ),
-    "no cap is a cap of 1": Fault(
-        AUTOGRAD,
-        "softcap = 0.0 if self.softcap is None else self.softcap",
-        "softcap = self.softcap or 1.0",
-        FORMULA,
-    ),
-    "cap and scale are swapped": Fault(
-        AUTOGRAD,
-        "numbers = [*self[2:5], softcap, self.logit_scale]",
-        "numbers = [*self[2:5], self.logit_scale, softcap]",
-        FORMULA,
-    ),
-    "torch operations in the dtype of the logits": Fault(
-        AUTOGRAD,
-        "    acc = _ops.accumulation_dtype(tensors.logits.dtype)\n",
-        "    acc = tensors.logits.dtype\n",
+        "correct = (argmax == target) & (argmax >= 0)",
+        "correct = argmax == target",
         TOKENS,
     ),
-    "focal loss is lost by torch operations": Fault(
+    "no range of targets by torch operations": Fault(
         AUTOGRAD,
-        "        focal_gamma=options.focal_gamma,\n",
+        "    check_range(problem)\n",
         "",
-        ("tests/test_doors.py::test_all_options",),
+        ("tests/test_fallback.py::test_target_out_of_range",),
     ),
-    "z-loss is lost by torch operations": Fault(
-        AUTOGRAD, "        lse_square_scale=options.lse_square_scale,\n", "", TOKENS
-    ),
-    "scale is lost by torch operations": Fault(
+    "loss by torch operations in their dtype": Fault(
         AUTOGRAD,
-        "        logit_scale=options.logit_scale,\n",
-        "",
+        "loss = results.loss.to(problem.settings.loss_dtype or problem.logits.dtype)",
+        "loss = results.loss",
+        TOKENS,
+    ),
+    "all scales must want a gradient": Fault(
+        AUTOGRAD,
+        '    if any(needs[1:]) or "focal',
+        '    if all(needs[1:]) or "focal',
+        ("tests/test_autograd.py::test_gradient_to_a_weight",),
+    ),
+    "focal loss of probabilities that want a gradient": Fault(
+        AUTOGRAD,
+        '    if any(needs[1:]) or "focal_gamma" in problem.settings.of_operators:\n',
+        "    if any(needs[1:]):\n",
         ("tests/test_doors.py::test_all_options",),
     ),
-    "dimension of the classes is torch's by torch operations": Fault(
-        AUTOGRAD, "        dim=options.dim,\n", "", TOKENS
+    "no classes reach the kernels": Fault(
+        AUTOGRAD,
+        " or logits.size(settings.dim) == 0",
+        "",
+        ("tests/test_functional.py::test_probabilities_of_no_classes",),
+    ),
+    "offset of the overwritten logits is lost": Fault(
+        AUTOGRAD,
+        "logits.stride(), logits.storage_offset())",
+        "logits.stride(), 0)",
+        ("tests/test_layouts.py::test_nothing_is_written_outside_the_logits",),
+    ),
+    "strides of the overwritten logits are lost": Fault(
+        AUTOGRAD,
+        "view = (logits.size(), logits.stride(),",
+        "view = (logits.size(), logits.contiguous().stride(),",
+        ("tests/test_layouts.py::test_strides_of_overwritten_logits",),
+    ),
+    "compiled fused mode overwrites nothing": Fault(
+        AUTOGRAD,
+        "is_inplace = settings.inplace_backward or settings.grad_in_forward",
+        "is_inplace = settings.inplace_backward",
+        ("tests/test_compile.py::test_logits_from_outside_that_are_needed_after_that",),
+    ),
+    "logits without a gradient are overwritten": Fault(
+        AUTOGRAD,
+        "    elif settings.grad_in_forward and problem.logits.requires_grad:\n",
+        "    elif settings.grad_in_forward:\n",
+        ("tests/test_overwriting.py::test_logits_without_a_gradient_are_not_overwritten",),
+    ),
+    "logits are overwritten without grad mode": Fault(
+        AUTOGRAD,
+        "    elif not needs_graph(*tensors):\n",
+        "    elif not any(map(_requires_grad, tensors)):\n",
+        ("tests/test_overwriting.py::test_without_grad_nothing_is_overwritten",),
+    ),
+    "lse and entropy are swapped": Fault(
+        AUTOGRAD,
+        "return CrossEntropyStatistics(loss, lse, z_loss, entropy, argmax, correct)",
+        "return CrossEntropyStatistics(loss, entropy, z_loss, lse, argmax, correct)",
+        TOKENS,
+    ),
+    "gradients without grad mode": Fault(
+        AUTOGRAD,
+        "return torch.is_grad_enabled() and any(map(_requires_grad, tensors))",
+        "return any(map(_requires_grad, tensors))",
+        ("tests/test_linear_doors.py::test_without_gradients_no_gradient_is_made",),
     ),
     "probabilities alone want no graph": Fault(
         AUTOGRAD,
-        "        tensors.logits.requires_grad or tensors.target.requires_grad\n",
-        "        tensors.logits.requires_grad\n",
+        "    elif not needs_graph(*tensors):\n",
+        "    elif not needs_graph(tensors[0]):\n",
         ("tests/test_autograd.py::test_only_the_gradients_that_are_needed",),
-    ),
-    "lse is the logarithm of the sum alone": Fault(
-        AUTOGRAD, "return *results, row_max + log_sum\n", "return *results, log_sum\n", TOKENS
-    ),
-    "upstream gradients of statistics with a step": Fault(
-        AUTOGRAD,
-        "None if grad is None else grad.contiguous() for grad in (grad_lse, grad_entropy)",
-        "grad for grad in (grad_lse, grad_entropy)",
-        ("tests/test_doors.py::test_upstream_gradients_of_any_strides",),
     ),
     "upstream gradients of statistics are swapped": Fault(
         AUTOGRAD,
-        "upstream = (grad_loss, grad_lse, grad_entropy)",
-        "upstream = (grad_loss, grad_entropy, grad_lse)",
+        "        grad_lse, grad_entropy = grads[:2] if grads else (None, None)\n",
+        "        grad_entropy, grad_lse = grads[:2] if grads else (None, None)\n",
         TOKENS,
     ),
     "a graph of overwritten logits": Fault(
         AUTOGRAD,
-        "        if ctx.inplace and torch.is_grad_enabled():",
-        "        if False:",
+        "    if problem.settings.inplace_backward:\n",
+        "    if False:\n",
         ("tests/test_overwriting.py::test_gradient_of_gradient_is_refused",),
     ),
     "inplace backward without memory": Fault(
         AUTOGRAD,
-        "        if needs_logits and ctx.inplace:",
-        "        if False:",
+        "    if not problem.settings.inplace_backward:\n",
+        "    if True:\n",
         ("tests/test_overwriting.py::test_gradient_is_the_default_modes_and_in_the_logits",),
     ),
     "a gradient for a graph that has none": Fault(
         AUTOGRAD,
-        "        elif needs_logits and torch.is_grad_enabled():\n",
-        "        elif False:\n",
+        "        return _gradients_with_graph(problem, upstream, needs, total_weight, state, "
+        "entropy)\n",
+        "        pass\n",
         ("tests/test_autograd.py::test_second_derivative_of_other_dtypes",),
     ),
     "a batch of gradients for a graph that has none": Fault(
         AUTOGRAD,
-        "any(map(is_batched, upstream))",
-        "False",
+        "    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):\n",
+        "    if any(needs[1:]):\n",
         ("tests/test_doors.py::test_batches_of_gradients_for_a_graph",),
     ),
     "every gradient for a graph is by torch operations": Fault(
         AUTOGRAD,
-        "any(map(is_batched, upstream))",
-        "True",
+        "    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):\n",
+        "    if True:\n",
         ("tests/test_doors.py::test_first_derivative_for_a_graph_is_the_kernels",),
     ),
     "gradients that are not needed": Fault(
         AUTOGRAD,
-        "        if needs_target and grad_loss is not None:",
-        "        if target.is_floating_point() and grad_loss is not None:",
+        "    if any(others):\n        of_others",
+        "    if problem.target.is_floating_point():\n        of_others",
         ("tests/test_autograd.py::test_allocated_is_the_gradient_alone",),
     ),
     "no vmap of a gradient's gradient": Fault(
@@ -1332,21 +1948,19 @@ AUTOGRAD_FAULTS = {
     ),
     "no second derivative of probabilities": Fault(
         AUTOGRAD,
-        "*inputs[3 : 5 if inputs[4].is_floating_point() else 4]]",
-        "inputs[3]]",
-        ("tests/test_doors.py::test_all_options",),
+        "        of_tensors, of_upstream = ctx.needs_input_grad[:5], ctx.needs_input_grad[8:]\n",
+        "        of_tensors, of_upstream = (True, False, False, False, False), "
+        "ctx.needs_input_grad[8:]\n",
+        (
+            "tests/test_ops.py::test_derivatives_of_backward",
+            "tests/test_doors.py::test_all_options",
+        ),
     ),
     "second derivative of the gradient's upstream": Fault(
         AUTOGRAD,
-        "results = [None if grad is None else next(gradients) for grad in inputs[:3]]",
-        "results = [None for grad in inputs[:3] if grad is None or next(gradients) is not None]",
+        "        of_tensors, of_upstream = ctx.needs_input_grad[:5], ctx.needs_input_grad[8:]\n",
+        "        of_tensors, of_upstream = ctx.needs_input_grad[:5], (False, False, False)\n",
         ("tests/test_doors.py::test_all_options",),
-    ),
-    "saved mass and slope are swapped": Fault(
-        AUTOGRAD,
-        "        ctx.save_for_backward(*tensors[:4], *saved)\n",
-        "        ctx.save_for_backward(*tensors[:4], *saved[:3], saved[4], saved[3], *saved[5:])\n",
-        ("tests/test_extras.py::test_any_combination_of_many_options",),
     ),
     "the overwritten memory is not marked": Fault(
         AUTOGRAD,
@@ -1374,27 +1988,824 @@ AUTOGRAD_FAULTS = {
     ),
     "changes of the gradient in the logits are unseen": Fault(
         AUTOGRAD,
-        "ctx.save_for_backward(memory, target, token_weight)",
-        "ctx.save_for_backward(memory.data, target, token_weight)",
+        "ctx.save_for_backward(memory, problem.target, problem.token_weight)",
+        "ctx.save_for_backward(memory.data, problem.target, problem.token_weight)",
         ("tests/test_overwriting.py::test_logits_changed_between_forward_and_backward",),
     ),
     "rows of weight 0 are scaled": Fault(
         AUTOGRAD,
-        "_ops.scale_gradient_(logits, grad_loss, target, token_weight, *ctx.options[:2])",
-        "_ops.scale_gradient_(logits, grad_loss, target, None, *ctx.options[:2])",
+        "rows = (target, token_weight, ctx.settings.dim, ctx.settings.ignore_index)",
+        "rows = (target, None, ctx.settings.dim, ctx.settings.ignore_index)",
         ("tests/test_overwriting.py::test_upstream_of_each_row_is_its_own",),
     ),
     "ignored rows are scaled": Fault(
         AUTOGRAD,
-        "_ops.scale_gradient_(logits, grad_loss, target, token_weight, *ctx.options[:2])",
-        "_ops.scale_gradient_(logits, grad_loss, target, token_weight, ctx.options[0], -1)",
+        "rows = (target, token_weight, ctx.settings.dim, ctx.settings.ignore_index)",
+        "rows = (target, token_weight, ctx.settings.dim, -1)",
         ("tests/test_overwriting.py::test_upstream_of_each_row_is_its_own",),
     ),
     "the gradient in fused mode is that of a loss": Fault(
         AUTOGRAD,
-        "        _ops.scale_gradient_(logits,",
-        "        _ops.scale_gradient_(logits * 1,",
+        "                _ops.scale_gradient_(logits, grad_loss, *rows)\n",
+        "                _ops.scale_gradient_(logits * 1, grad_loss, *rows)\n",
         ("tests/test_overwriting.py::test_scalar_upstream_is_applied_once",),
+    ),
+    "argmax of probabilities over another dimension": Fault(
+        AUTOGRAD,
+        "target = target.argmax(settings.dim) if target.shape[settings.dim] else argmax",
+        "target = target.argmax(1) if target.shape[settings.dim] else argmax",
+        TOKENS,
+    ),
+    "zeros for gradients that never come in fused mode": Fault(
+        AUTOGRAD,
+        "        ctx.set_materialize_grads(False)\n        ctx.mark_dirty(memory)\n",
+        "        ctx.mark_dirty(memory)\n",
+        TOKENS,
+    ),
+    "the second derivative forgets the normalizer": Fault(
+        AUTOGRAD,
+        "    of_mean = problem._replace(normalizer=total_weight)\n    return",
+        "    of_mean = problem._replace(normalizer=None)\n    return",
+        ("tests/test_autograd.py::test_second_derivative_under_a_normalizer",),
+    ),
+    "a gradient in the logits' memory has their graph": Fault(
+        AUTOGRAD,
+        "    return problem.logits.detach()\n",
+        "    return problem.logits\n",
+        ("tests/test_overwriting.py::test_gradients_have_no_graph",),
+    ),
+    "the saved state is in another order": Fault(
+        AUTOGRAD,
+        "    ctx.save_for_backward(*tensors, total_weight, state, entropy)\n",
+        "    ctx.save_for_backward(*tensors, total_weight, state.flip(0), entropy)\n",
+        ("tests/test_extras.py::test_any_combination_of_many_options",),
+    ),
+    "the formulas' loss lacks its statistics": Fault(
+        AUTOGRAD,
+        "    return loss, *statistics\n",
+        "    return loss, *statistics[::-1]\n",
+        ("tests/test_compile.py::test_every_option_and_statistic",),
+    ),
+    "the loss has no formula": Fault(
+        AUTOGRAD,
+        '    _ops.register_formula("loss", _loss_formula)\n',
+        "",
+        ("tests/test_ops.py::test_derivatives_of_forward",),
+    ),
+    "the forward has no formula": Fault(
+        AUTOGRAD,
+        '    _ops.register_formula("forward", _forward_formula)\n',
+        "",
+        ("tests/test_ops.py::test_derivatives_of_forward",),
+    ),
+    "the statistics have no formula": Fault(
+        AUTOGRAD,
+        '    _ops.register_formula("forward_with_statistics", with_statistics)\n',
+        "",
+        ("tests/test_ops.py::test_derivatives_of_forward",),
+    ),
+    "the backward has no formula": Fault(
+        AUTOGRAD,
+        '    _ops.register_formula("backward", _backward_formula)\n',
+        "",
+        ("tests/test_ops.py::test_derivatives_of_backward",),
+    ),
+    "the statistics' formula is that without": Fault(
+        AUTOGRAD,
+        "with_statistics = partial(_forward_formula, statistics=True)",
+        "with_statistics = _forward_formula",
+        DECOMPOSED,
+    ),
+    "numbers that are saved have a gradient": Fault(
+        AUTOGRAD,
+        "        ctx.mark_non_differentiable(*output[1:3], *output[5:])\n",
+        "",
+        ("tests/test_ops.py::test_what_has_no_gradient",),
+    ),
+    "lse and entropy of operators have no gradient": Fault(
+        AUTOGRAD,
+        "ctx.mark_non_differentiable(*output[1:3], *output[5:])",
+        "ctx.mark_non_differentiable(*output[1:])",
+        ("tests/test_ops.py::test_what_has_no_gradient",),
+    ),
+    "gradients of lse and entropy of operators are swapped": Fault(
+        AUTOGRAD,
+        "grad_lse, grad_entropy = grads[2:4] if",
+        "grad_entropy, grad_lse = grads[2:4] if",
+        ("tests/test_ops.py::test_derivatives_of_forward",),
+    ),
+    "an ignored index of operators is the default": Fault(
+        AUTOGRAD,
+        '        options.get("ignore_index",',
+        '        options.get("",',
+        (
+            "tests/test_ops.py::test_gradients_of_forward_are_those_of_the_specification",
+            *DECOMPOSED,
+        ),
+    ),
+    "operators forget that they overwrite": Fault(
+        AUTOGRAD,
+        "        inplace_backward,\n        False,\n        options,\n",
+        "        False,\n        False,\n        options,\n",
+        ("tests/test_ops.py::test_gradient_of_forward_in_the_logits_memory",),
+    ),
+    "a loss of operators is of the logits' dtype": Fault(
+        AUTOGRAD,
+        "        loss_dtype[0] if loss_dtype else None,\n",
+        "        None,\n",
+        ("tests/test_ops.py::test_losses_that_are_recorded_have_the_dtype_that_is_asked_for",),
+    ),
+    "the backward's gradient of a mean is that of a sum": Fault(
+        AUTOGRAD,
+        "return _ops.backward(problem, upstream, problem.normalizer, state, entropy)",
+        "return "
+        "_ops.backward(problem._replace(settings=problem.settings._replace(reduction=2)), "
+        "upstream, problem.normalizer, state, entropy)",
+        (
+            "tests/test_ops.py::test_derivatives_of_backward",
+            "tests/test_doors.py::test_first_derivative_for_a_graph_is_the_kernels",
+        ),
+    ),
+    "derivatives of the backward forget its upstream": Fault(
+        AUTOGRAD,
+        "        return *grads[:5], None, None, None, *grads[5:]\n",
+        "        return *grads[:5], None, None, None, None, None, None\n",
+        ("tests/test_ops.py::test_derivatives_of_backward",),
+    ),
+    "no gradient at all is an error": Fault(
+        AUTOGRAD,
+        "    if all(map(_is_none, upstream)):\n",
+        "    if False:\n",
+        ("tests/test_autograd.py::test_no_upstream_gradient_at_all",),
+    ),
+    "probabilities' gradient is of overwritten logits": Fault(
+        AUTOGRAD,
+        "    if any(others):\n"
+        "        of_others = _other_gradients(problem, upstream, others, total_weight, "
+        "state)\n"
+        "    grad_logits = None  # last: it may overwrite the logits\n"
+        "    if needs_logits:\n"
+        "        grad_logits = _logits_gradient(problem, upstream, total_weight, state, "
+        "entropy)\n"
+        "    return",
+        "    grad_logits = None\n"
+        "    if needs_logits:\n"
+        "        grad_logits = _logits_gradient(problem, upstream, total_weight, state, "
+        "entropy)\n"
+        "    if any(others):\n"
+        "        of_others = _other_gradients(problem, upstream, others, total_weight, "
+        "state)\n"
+        "    return",
+        ("tests/test_overwriting.py::test_gradient_of_probabilities_inplace",),
+    ),
+    "the gradient of probabilities without one of the loss": Fault(
+        AUTOGRAD,
+        "    if grad_loss is None:\n        return [None] * len(needs)\n",
+        "",
+        ("tests/test_autograd.py::test_gradient_of_a_statistic_alone_beside_probabilities",),
+    ),
+    "batches overwrite the logits": Fault(
+        AUTOGRAD,
+        "    if any(map(is_batched_by_autograd, upstream)):\n        raise",
+        "    if False:\n        raise",
+        ("tests/test_errors.py::test_batches_of_gradients_have_no_place_in_the_logits",),
+    ),
+    "batches overwrite the logits in fused mode": Fault(
+        AUTOGRAD,
+        "        if is_batched_by_autograd(grad_loss):\n",
+        "        if False:\n",
+        ("tests/test_errors.py::test_batches_of_gradients_have_no_place_in_the_logits",),
+    ),
+    "a gradient in fused mode without one of the loss": Fault(
+        AUTOGRAD,
+        "        if grad_loss is not None:\n",
+        "        if True:\n",
+        ("tests/test_autograd.py::test_no_upstream_gradient_at_all",),
+    ),
+    "class weights go the short way": Fault(
+        AUTOGRAD,
+        "        weight is token_weight is normalizer is None\n",
+        "        token_weight is normalizer is None\n",
+        ("tests/test_functional.py::test_torchs_samples",),
+    ),
+    "token weights go the short way": Fault(
+        AUTOGRAD,
+        "        weight is token_weight is normalizer is None\n",
+        "        weight is normalizer is None\n",
+        ("tests/test_token_weight.py::test_token_weights_of_the_loss_alone",),
+    ),
+    "a normalizer goes the short way": Fault(
+        AUTOGRAD,
+        "        weight is token_weight is normalizer is None\n",
+        "        weight is token_weight is None\n",
+        ("tests/test_extras.py::test_normalizer",),
+    ),
+    "targets of fewer bits go the short way": Fault(
+        AUTOGRAD,
+        "        and target.dtype is torch.int64\n",
+        "",
+        (
+            "tests/test_functional.py::test_ignore_index_beyond_the_targets_type",
+            "tests/test_autograd.py::test_gradcheck",
+            *TOKENS,
+        ),
+    ),
+    "any mode goes the short way": Fault(AUTOGRAD, "        and is_eager()\n", "", TRANSFORMS),
+    "any tensors go the short way": Fault(
+        AUTOGRAD,
+        "        and are_ordinary(input, target)\n",
+        "",
+        (
+            "tests/test_errors.py::test_overwriting_a_view_of_other_signs",
+            "tests/test_functional.py::test_meta_tensors_have_shapes_and_dtypes",
+        ),
+    ),
+    "the short way without kernels": Fault(
+        AUTOGRAD,
+        "        and _ops.has_kernels(input)\n",
+        "",
+        ("tests/test_fallback.py::test_installation_without_a_library_that_loads",),
+    ),
+    "the short way under autocast": Fault(
+        AUTOGRAD,
+        "        and not is_autocast(input)\n",
+        "",
+        ("tests/test_functional.py::test_autocast_of_logits_and_class_indices_alone",),
+    ),
+    "no call goes the short way": Fault(
+        AUTOGRAD,
+        "        and is_eager()\n",
+        "        and False\n",
+        ("tests/test_autograd.py::test_small_calls_go_the_short_way",),
+    ),
+    "the short way records nothing": Fault(
+        AUTOGRAD,
+        "    if torch.is_grad_enabled() and logits.requires_grad:\n",
+        "    if False:\n",
+        ("tests/test_autograd.py::test_second_backward_under_retain_graph",),
+    ),
+    "a graph of the short way has none": Fault(
+        AUTOGRAD,
+        "        if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_loss, "
+        "logits):\n",
+        "        if is_eager() and are_ordinary(grad_loss, logits):\n",
+        (
+            "tests/test_doors.py::test_third_derivative",
+            "tests/test_autograd.py::test_gradcheck",
+        ),
+    ),
+    "any upstream gradient goes the short way": Fault(
+        AUTOGRAD,
+        "        if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_loss, "
+        "logits):\n",
+        "        if not torch.is_grad_enabled() and is_eager():\n",
+        (
+            "tests/test_doors.py::test_batches_of_gradients_for_a_graph",
+            "tests/test_doors.py::test_every_mode_of_gradcheck",
+        ),
+    ),
+    "the short way saves another order": Fault(
+        AUTOGRAD,
+        "ctx.save_for_backward(logits, target, total_weight, state)",
+        "ctx.save_for_backward(logits, target, state, total_weight)",
+        ("tests/test_autograd.py::test_gradcheck",),
+    ),
+}
+
+FORMULAS_FAULTS = {
+    "weights of narrow targets": Fault(
+        FORMULAS,
+        "        target = target.to(torch.int64)  # in fewer bits",
+        "        # in fewer bits",
+        NARROW,
+    ),
+    "rows of weight 0 have a part in the mean": Fault(
+        FORMULAS,
+        "left_out = (target == settings.ignore_index) | (weights == 0)",
+        "left_out = target == settings.ignore_index",
+        ("tests/test_linear.py::test_a_row_that_is_left_out_has_no_part_in_the_mean",),
+    ),
+    "ignored rows have a part in the mean": Fault(
+        FORMULAS,
+        "left_out = (target == settings.ignore_index) | (weights == 0)",
+        "left_out = weights == 0",
+        NARROW,
+    ),
+    "mean without token weights": Fault(
+        FORMULAS, "        weights = weights * token_weight\n", "        pass\n", SHIFT
+    ),
+    "mean without class weights": Fault(
+        FORMULAS,
+        "            weights = weights * weight[target.clamp(0, weight.shape[0] - 1)]\n",
+        "            pass\n",
+        NARROW,
+    ),
+    "an ignored index is looked up": Fault(
+        FORMULAS, "weight[target.clamp(0, weight.shape[0] - 1)]", "weight[target]", NARROW
+    ),
+    "normalizer has no effect": Fault(
+        FORMULAS,
+        "    if normalizer is not None:\n        return normalizer\n",
+        "",
+        ("tests/test_linear.py::test_against_float64",),
+    ),
+    "gradient of probabilities of weight 0 at NaN": Fault(
+        FORMULAS,
+        "        gradient = gradient.masked_fill((token_weight == 0).unsqueeze(dim), 0)\n",
+        "        pass\n",
+        TOKENS,
+    ),
+    "gradient of probabilities without token weights": Fault(
+        FORMULAS, "        scale = scale * token_weight\n", "        pass\n", TOKENS
+    ),
+    "gradient of probabilities without the mean": Fault(
+        FORMULAS,
+        "scale = scale / total_weight.masked_fill(total_weight == 0, torch.nan)",
+        "pass",
+        TOKENS,
+    ),
+    "gradient of probabilities without smoothing": Fault(
+        FORMULAS,
+        "scale = grad_loss.to(row_max.dtype) * (1 - smoothing)",
+        "scale = grad_loss.to(row_max.dtype)",
+        ("tests/test_autograd.py::test_gradcheck",),
+    ),
+    "gradient of probabilities without class weights": Fault(
+        FORMULAS,
+        "minus_log_prob, q = minus_log_prob * weight, q * weight",
+        "pass",
+        ("tests/test_autograd.py::test_gradcheck",),
+    ),
+    "gradient of probabilities at minus infinity": Fault(
+        FORMULAS,
+        "minus_log_prob = minus_log_prob.masked_fill((q == 0) & seen.isneginf(), 0)",
+        "pass",
+        ("tests/test_functional.py::test_gradient_of_probabilities_at_logits_of_minus_infinity",),
+    ),
+    "gradient of probabilities of logits without a cap": Fault(
+        FORMULAS,
+        'logits.to(row_max.dtype), options.get("softcap"), options',
+        "logits.to(row_max.dtype), None, options",
+        ("tests/test_doors.py::test_all_options",),
+    ),
+    "torch operations in the dtype of the logits": Fault(
+        FORMULAS,
+        "    acc = accumulation_dtype(problem.logits.dtype)\n    logits",
+        "    acc = problem.logits.dtype\n    logits",
+        TOKENS,
+    ),
+    "focal loss is lost by torch operations": Fault(
+        FORMULAS,
+        "        **settings.of_operators,\n",
+        '        **{k: v for k, v in settings.of_operators.items() if k != "focal_gamma"},\n',
+        ("tests/test_doors.py::test_all_options",),
+    ),
+    "dimension of the classes is torch's by torch operations": Fault(
+        FORMULAS, "        dim=settings.dim,\n", "", TOKENS
+    ),
+    "a mean by 0 makes infinite gradients of probabilities": Fault(
+        FORMULAS,
+        "total_weight.masked_fill(total_weight == 0, torch.nan)",
+        "total_weight",
+        ("tests/test_token_weight.py::test_gradients_of_a_mean_by_weights_that_cancel",),
+    ),
+    "reduction of torch operations is torch's": Fault(
+        FORMULAS, "        reduction=REDUCTION_NAMES[settings.reduction],\n", "", TOKENS
+    ),
+    "normalizer is lost by torch operations": Fault(
+        FORMULAS,
+        "        normalizer=normalizer,\n",
+        "",
+        ("tests/test_doors.py::test_gradients_of_weights_and_normalizer",),
+    ),
+    "token weights are lost by torch operations": Fault(
+        FORMULAS, "        token_weight=token_weight,\n", "", TOKENS
+    ),
+    "gradients of lse and entropy are swapped by torch operations": Fault(
+        FORMULAS,
+        "(results.loss, results.lse, results.entropy), upstream",
+        "(results.loss, results.entropy, results.lse), upstream",
+        ("tests/test_doors.py::test_all_options",),
+    ),
+    "gradients go to the next tensor that needs one": Fault(
+        FORMULAS,
+        "    return [next(found) if needed else None for needed in needs]\n",
+        "    return [*found, *[None] * (len(needs) - sum(needs))]\n",
+        ("tests/test_doors.py::test_gradients_of_weights_and_normalizer",),
+    ),
+    "tensors that need no gradient are lost": Fault(
+        FORMULAS,
+        "next(given) if needed else tensor for tensor, needed in zip(tensors, needs, "
+        "strict=True)\n"
+        "        ]\n"
+        "        results",
+        "next(given) if needed else tensor for tensor, needed in zip(tensors, needs[:1] * 5, "
+        "strict=True)\n"
+        "        ]\n"
+        "        results",
+        ("tests/test_doors.py::test_gradients_of_weights_and_normalizer",),
+    ),
+    "gradient of probabilities of logits without a scale": Fault(
+        FORMULAS,
+        'options.get("softcap"), options.get("logit_scale", 1.0)',
+        'options.get("softcap"), 1.0',
+        ("tests/test_doors.py::test_all_options",),
+    ),
+    "sums of weights in the dtype of the logits": Fault(
+        FORMULAS,
+        "weights = logits.new_ones(row_shape(logits, settings.dim), dtype=torch.float64)",
+        "weights = logits.new_ones(row_shape(logits, settings.dim))",
+        (
+            "tests/test_linear_dtypes.py::test_loss_dtype",
+            "tests/test_linear.py::test_against_float64",
+        ),
+    ),
+}
+
+DECOMPOSITIONS_FAULTS = {
+    "no decomposition of the loss": Fault(
+        DECOMPOSITIONS,
+        "        operators.loss.default: _loss,\n",
+        "",
+        (
+            "tests/test_export.py::"
+            "test_decompositions_are_of_all_operators_but_those_that_overwrite",
+        ),
+    ),
+    "no decomposition of the forward": Fault(
+        DECOMPOSITIONS, "        operators.forward.default: _forward,\n", "", DECOMPOSED_PROGRAMS
+    ),
+    "no decomposition of the statistics": Fault(
+        DECOMPOSITIONS,
+        "        operators.forward_with_statistics.default: partial(_forward, statistics=True),\n",
+        "",
+        DECOMPOSED_PROGRAMS,
+    ),
+    "no decomposition of the backward": Fault(
+        DECOMPOSITIONS, "        operators.backward.default: _backward,\n", "", DECOMPOSED
+    ),
+    "no decomposition of a layer": Fault(
+        DECOMPOSITIONS,
+        "        operators.linear_forward.default: _linear_forward,\n",
+        "",
+        DECOMPOSED_PROGRAMS,
+    ),
+    "no decomposition of a layer's backward": Fault(
+        DECOMPOSITIONS,
+        "        operators.linear_backward.default: _linear_backward,\n",
+        "",
+        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+    ),
+    "a decomposed loss in the dtype of its sums": Fault(
+        DECOMPOSITIONS,
+        "loss = results.loss.to(settings.loss_dtype or logits.dtype)",
+        "loss = results.loss",
+        ("tests/test_export.py::test_decompositions_have_the_dtypes_of_the_operators",),
+    ),
+    "a decomposed state has the numbers of class indices": Fault(
+        DECOMPOSITIONS,
+        "size, acc = _ops.state_size(target, options), ",
+        "size, acc = 2, ",
+        DECOMPOSED,
+    ),
+    "a decomposed state in the dtype of the logits": Fault(
+        DECOMPOSITIONS,
+        "torch.nan, dtype=acc)",
+        "torch.nan)",
+        ("tests/test_export.py::test_decompositions_have_the_dtypes_of_the_operators",),
+    ),
+    "decomposed lse and entropy are swapped": Fault(
+        DECOMPOSITIONS,
+        "of_statistics = (results.lse, results.entropy, results.argmax)",
+        "of_statistics = (results.entropy, results.lse, results.argmax)",
+        DECOMPOSED,
+    ),
+    "a decomposed total weight is 1": Fault(
+        DECOMPOSITIONS,
+        "_formulas.total_weight(problem), state",
+        "torch.ones_like(_formulas.total_weight(problem)), state",
+        DECOMPOSED,
+    ),
+    "a decomposed mean is a sum": Fault(
+        DECOMPOSITIONS,
+        '        if settings.reduction == REDUCTIONS["mean"]:',
+        "        if False:",
+        DECOMPOSED,
+    ),
+    "a decomposed mean by 0 is infinite": Fault(
+        DECOMPOSITIONS,
+        "g = g / total_weight.masked_fill(total_weight == 0, torch.nan)",
+        "g = g / total_weight",
+        ("tests/test_export.py::test_decompositions_of_a_mean_by_0",),
+    ),
+    "decomposed gradients without token weights": Fault(
+        DECOMPOSITIONS, "            g = g * rows(token_weight)\n", "            pass\n", DECOMPOSED
+    ),
+    "decomposed gradients of a cross-entropy": Fault(
+        DECOMPOSITIONS,
+        "gradient = g * slope * (mass * p - q)",
+        "gradient = g * (mass * p - q)",
+        DECOMPOSED,
+    ),
+    "decomposed gradients without the mass": Fault(
+        DECOMPOSITIONS,
+        "gradient = g * slope * (mass * p - q)",
+        "gradient = g * slope * (p - q)",
+        DECOMPOSED,
+    ),
+    "decomposed gradients without the labels": Fault(
+        DECOMPOSITIONS,
+        "gradient = g * slope * (mass * p - q)",
+        "gradient = g * slope * (mass * p)",
+        DECOMPOSED,
+    ),
+    "decomposed gradients of half the z-loss": Fault(
+        DECOMPOSITIONS,
+        'gradient + 2 * options.get("lse_square_scale", 0.0) * g * lse * p',
+        'gradient + options.get("lse_square_scale", 0.0) * g * lse * p',
+        DECOMPOSED,
+    ),
+    "decomposed gradients of the lse are lost": Fault(
+        DECOMPOSITIONS,
+        "        gradient = gradient + rows(grad_lse) * p\n",
+        "        pass\n",
+        DECOMPOSED,
+    ),
+    "decomposed gradients of the entropy rise": Fault(
+        DECOMPOSITIONS,
+        "gradient - rows(grad_entropy) * p * (finite_log_p + entropy)",
+        "gradient + rows(grad_entropy) * p * (finite_log_p + entropy)",
+        DECOMPOSED,
+    ),
+    "decomposed gradients of the entropy without it": Fault(
+        DECOMPOSITIONS, "* p * (finite_log_p + entropy)", "* p * finite_log_p", DECOMPOSED
+    ),
+    "decomposed gradients without the scale": Fault(
+        DECOMPOSITIONS,
+        '    gradient = gradient * options.get("logit_scale", 1.0)\n',
+        "",
+        DECOMPOSED,
+    ),
+    "decomposed gradients without the cap": Fault(
+        DECOMPOSITIONS,
+        "        gradient = gradient * (1 - (z / softcap).square())\n",
+        "        pass\n",
+        DECOMPOSED,
+    ),
+    "decomposed gradients of rows left out": Fault(
+        DECOMPOSITIONS,
+        "    return gradient.masked_fill(~kept, 0).to(logits.dtype)\n",
+        "    return gradient.to(logits.dtype)\n",
+        DECOMPOSED,
+    ),
+    "decomposed gradients in the dtype of sums": Fault(
+        DECOMPOSITIONS,
+        "gradient.masked_fill(~kept, 0).to(logits.dtype)",
+        "gradient.masked_fill(~kept, 0)",
+        ("tests/test_export.py::test_decompositions_have_the_dtypes_of_the_operators",),
+    ),
+    "decomposed gradients at minus infinity": Fault(
+        DECOMPOSITIONS,
+        "finite_log_p, p = log_p.masked_fill(log_p.isneginf(), 0), log_p.exp()",
+        "finite_log_p, p = log_p, log_p.exp()",
+        ("tests/test_export.py::test_decompositions_at_logits_of_minus_infinity",),
+    ),
+    "decomposed labels without class weights": Fault(
+        DECOMPOSITIONS,
+        "w = x.new_ones(n_classes) if weight is None else weight.to(x.dtype)",
+        "w = x.new_ones(n_classes)",
+        DECOMPOSED,
+    ),
+    "decomposed class weights along the last dimension": Fault(
+        DECOMPOSITIONS,
+        "    w = w.reshape([-1] + [1] * (x.dim() - dim - 1))\n    kept",
+        "    w = w.reshape([-1])\n    kept",
+        DECOMPOSED,
+    ),
+    "decomposed rows of weight 0 count": Fault(
+        DECOMPOSITIONS,
+        "        kept = token_weight != 0\n",
+        "        pass\n",
+        ("tests/test_export.py::test_decompositions_of_rows_left_out",),
+    ),
+    "decomposed ignored rows count": Fault(
+        DECOMPOSITIONS,
+        "(kept & (index != settings.ignore_index)).unsqueeze(dim)",
+        "kept.unsqueeze(dim)",
+        DECOMPOSED,
+    ),
+    "decomposed ignored index of fewer bits": Fault(
+        DECOMPOSITIONS,
+        "    index = target.to(torch.int64)\n",
+        "    index = target\n",
+        ("tests/test_export.py::test_decompositions_of_targets_of_fewer_bits",),
+    ),
+    "decomposed probabilities without smoothing": Fault(
+        DECOMPOSITIONS,
+        "w * ((1 - smoothing) * target.to(x.dtype) + smoothing / n_classes)",
+        "w * target.to(x.dtype)",
+        DECOMPOSED,
+    ),
+    "a decomposed target that is no class has a gradient": Fault(
+        DECOMPOSITIONS,
+        "scatter(dim, index, 1).masked_fill(~is_class, torch.nan)",
+        "scatter(dim, index, 1)",
+        ("tests/test_export.py::test_a_decomposed_gradient_of_a_target_that_is_no_class_is_nan",),
+    ),
+    "decomposed infinite weights of other classes": Fault(
+        DECOMPOSITIONS,
+        "torch.where(one_hot == 0, 0, w * one_hot)",
+        "w * one_hot",
+        ("tests/test_export.py::test_decompositions_beside_an_infinite_weight",),
+    ),
+    "decomposed labels without smoothing": Fault(
+        DECOMPOSITIONS, "        q = q + smoothing / n_classes * w\n", "        pass\n", DECOMPOSED
+    ),
+    "decomposed labels are smoothed twice": Fault(
+        DECOMPOSITIONS, "q = (1 - smoothing) * torch.where(", "q = torch.where(", DECOMPOSED
+    ),
+    "decomposed focal loss without the rise": Fault(
+        DECOMPOSITIONS, "one_minus_p**gamma * (1 + rise)", "one_minus_p**gamma", DECOMPOSED
+    ),
+    "decomposed focal loss without the mass": Fault(
+        DECOMPOSITIONS,
+        "cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)",
+        "cross_entropy.masked_fill(zero, 1)",
+        DECOMPOSED,
+    ),
+    "a decomposed layer has no gradients": Fault(
+        DECOMPOSITIONS,
+        "    return *found, *_linear.empty_results(inputs)[len(found) : 4], *gradients\n",
+        "    return *found, *_linear.empty_results(inputs)[len(found) :]\n",
+        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+    ),
+    "decomposed gradients of a layer that are not needed": Fault(
+        DECOMPOSITIONS,
+        "(grad_logits @ flat).to(hidden.dtype) if needs_hidden else none",
+        "(grad_logits @ flat).to(hidden.dtype)",
+        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+    ),
+    "a decomposed layer's gradients in the logits' dtype": Fault(
+        DECOMPOSITIONS,
+        "(grad_logits @ flat).to(hidden.dtype) if",
+        "(grad_logits @ flat) if",
+        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+    ),
+    "a decomposed bias has the shape of all classes": Fault(
+        DECOMPOSITIONS,
+        "grad_logits.sum(0).view_as(bias).to(bias.dtype)",
+        "grad_logits.sum(0).to(bias.dtype)",
+        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+    ),
+    "a decomposed backward of a layer without the entropy": Fault(
+        DECOMPOSITIONS,
+        "entropy = statistics[1] if statistics else None",
+        "entropy = None",
+        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+    ),
+    "a decomposed layer's upstream gradients are swapped": Fault(
+        DECOMPOSITIONS,
+        "    upstream = (grad_loss, grad_lse, grad_entropy)\n",
+        "    upstream = (grad_loss, grad_entropy, grad_lse)\n",
+        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+    ),
+    "a decomposed layer's logits in its own dtype": Fault(
+        DECOMPOSITIONS,
+        "    problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.logits_dtype))\n"
+        "    loss,",
+        "    problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.hidden.dtype))\n"
+        "    loss,",
+        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+    ),
+}
+
+PRIVATE_FAULTS = {
+    "values of targets are looked at under vmap": Fault(
+        PRIVATE,
+        "    return not is_under_vmap_or_jvp() and get_proxy_mode() is None\n",
+        "    return get_proxy_mode() is None\n",
+        TOKENS,
+    ),
+    "vmap reaches the kernels": Fault(
+        PRIVATE, "in (kinds.Vmap, kinds.Jvp)", "in (kinds.Jvp,)", TRANSFORMS
+    ),
+    "all levels must be vmap or jvp": Fault(
+        PRIVATE,
+        "return is_dual or any(layer.key() in",
+        "return is_dual or all(layer.key() in",
+        TRANSFORMS,
+    ),
+    "dual numbers reach the kernels": Fault(
+        PRIVATE,
+        "    is_dual = forward_ad._current_level >= 0\n",
+        "    is_dual = forward_ad._current_level > 0\n",
+        ("tests/test_doors.py::test_dual_numbers",),
+    ),
+    "values of meta tensors are looked at": Fault(
+        PRIVATE,
+        "tensor.is_meta or isinstance(tensor, FakeTensor)",
+        "isinstance(tensor, FakeTensor)",
+        ("tests/test_linear_doors.py::test_tensors_without_memory",),
+    ),
+    "values of fake tensors are looked at": Fault(
+        PRIVATE,
+        "tensor.is_meta or isinstance(tensor, FakeTensor)",
+        "tensor.is_meta",
+        ("tests/test_linear_doors.py::test_fake_tensors_outside_their_mode",),
+    ),
+    "the view is marked dirty, not its owner": Fault(
+        PRIVATE,
+        "return tensor if tensor._base is None else tensor._base",
+        "return tensor",
+        ("tests/test_overwriting_shared.py::test_logits_used_after_the_loss_too",),
+    ),
+    "16-bit products by the other dtype's processor": Fault(
+        PRIVATE,
+        'name = "bf16" if dtype == torch.bfloat16 else "fp16"',
+        'name = "fp16" if dtype == torch.bfloat16 else "bf16"',
+        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
+    ),
+    "batches of autograd's are not seen": Fault(
+        PRIVATE,
+        "return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)",
+        "return False",
+        ("tests/test_doors.py::test_batches_of_gradients_for_a_graph",),
+    ),
+    "values of traced tensors are looked at": Fault(
+        PRIVATE,
+        "    return not is_under_vmap_or_jvp() and get_proxy_mode() is None\n",
+        "    return not is_under_vmap_or_jvp()\n",
+        ("tests/test_export.py::test_rows_are_not_dropped_in_a_trace",),
+    ),
+    "no transform of torch.func is seen": Fault(
+        PRIVATE,
+        "    return _innermost_transform() is not None\n",
+        "    return False\n",
+        ("tests/test_errors.py::test_overwriting_under_torch_func",),
+    ),
+    "outputs of unbind are as other views": Fault(
+        PRIVATE,
+        "return tensor._is_view() and torch._C._autograd._get_creation_meta(tensor) == several",
+        "return False",
+        ("tests/test_overwriting_shared.py::test_one_of_several_views",),
+    ),
+    "memory is shared by those of one address": Fault(
+        PRIVATE,
+        "one.untyped_storage()._cdata == other.untyped_storage()._cdata",
+        "one.data_ptr() == other.data_ptr()",
+        ("tests/test_overwriting_shared.py::test_memory_that_the_target_shares_beside_the_logits",),
+    ),
+    "16-bit products are fast on every processor": Fault(
+        PRIVATE,
+        "    return is_supported is not None and is_supported()\n",
+        "    return True\n",
+        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
+    ),
+    "operators that overwrite raise the version twice": Fault(
+        PRIVATE,
+        "        below = keyset & torch._C._after_ADInplaceOrView_keyset\n",
+        "        below = keyset\n",
+        ("tests/test_ops.py::test_version_of_what_is_overwritten",),
+    ),
+    "a short call of what a mode sees": Fault(
+        PRIVATE, "        and _n_dispatch_modes() == 0\n", "", TRACED
+    ),
+    "a short call in a trace of torch.jit": Fault(
+        PRIVATE,
+        "        and is_jit_tracing() is None\n",
+        "",
+        ("tests/test_export.py::test_jit_traces_train",),
+    ),
+    "a short call of dual numbers": Fault(
+        PRIVATE,
+        "        and forward_ad._current_level < 0\n",
+        "",
+        ("tests/test_doors.py::test_dual_numbers",),
+    ),
+    "every tensor is ordinary": Fault(
+        PRIVATE,
+        "    return keys in _ORDINARY and _dispatch_keys(other).raw_repr() == keys\n",
+        "    return True\n",
+        (
+            "tests/test_errors.py::test_overwriting_a_view_of_other_signs",
+            "tests/test_functional.py::test_meta_tensors_have_shapes_and_dtypes",
+        ),
+    ),
+    "no tensor is ordinary": Fault(
+        PRIVATE,
+        "    return keys in _ORDINARY and _dispatch_keys(other).raw_repr() == keys\n",
+        "    return False\n",
+        ("tests/test_autograd.py::test_small_calls_go_the_short_way",),
+    ),
+    "one of two tensors is ordinary": Fault(
+        PRIVATE,
+        "    return keys in _ORDINARY and _dispatch_keys(other).raw_repr() == keys\n",
+        "    return keys in _ORDINARY\n",
+        (
+            *REFUSED,
+            *LINEAR_ERRORS,
+            "tests/test_doors.py::test_every_mode_of_gradcheck",
+        ),
     ),
 }
 
@@ -1406,7 +2817,10 @@ OPS_FAULTS = {
         BATCHES,
     ),
     "the first sample of vmap for all": Fault(
-        OPS, "samples = [sample(i) for i in", "samples = [sample(0) for i in", BATCHES
+        OPS,
+        "argument.select(dim, i) if isinstance(dim, int)",
+        "argument.select(dim, 0) if isinstance(dim, int)",
+        BATCHES,
     ),
     "no vmap of the backward": Fault(
         OPS,
@@ -1414,19 +2828,16 @@ OPS_FAULTS = {
         "pass",
         BATCHES,
     ),
-    "statistics where none are wanted, of meta tensors": Fault(
-        OPS, "        rows(statistics),\n", "        rows(),\n", OPERATORS
-    ),
     "argmax of meta tensors is a number": Fault(
-        OPS, "rows(statistics, torch.int64)", "rows(statistics)", OPERATORS
+        OPS, "for dtype in (acc, acc, torch.int64))", "for dtype in (acc, acc, acc))", OPERATORS
     ),
     "masses of class indices, of meta tensors": Fault(
-        OPS, "rows(target.is_floating_point())", "rows()", OPERATORS
+        OPS, "return 2 + target.is_floating_point() + ", "return 3 + ", OPERATORS
     ),
     "slopes without a focal loss, of meta tensors": Fault(
         OPS,
-        "rows(numbers[2] != 0)",
-        "rows(numbers[1] != 0)",
+        'options.get("focal_gamma", 0) != 0',
+        'options.get("lse_square_scale", 0) != 0',
         ("tests/test_ops.py::test_meta_implementations_agree_by_each_option_alone",),
     ),
     "total weight of meta tensors in the rows' dtype": Fault(
@@ -1437,8 +2848,8 @@ OPS_FAULTS = {
     ),
     "gradient of meta tensors is contiguous": Fault(
         OPS,
-        "    return torch.empty_like(logits)\n",
-        "    return logits.new_empty(logits.shape)\n",
+        '"backward": lambda logits, *_, **__: torch.empty_like(logits),',
+        '"backward": lambda logits, *_, **__: logits.new_empty(logits.shape),',
         OPERATORS,
     ),
     "loss of meta tensors in float32": Fault(
@@ -1447,35 +2858,25 @@ OPS_FAULTS = {
         "return logits.new_empty(shape, dtype=torch.float32)",
         ("tests/test_functional.py::test_meta_tensors_have_shapes_and_dtypes",),
     ),
-    "maximum and sum of meta tensors in fused mode": Fault(
-        OPS,
-        "return loss, row_max, log_sum, entropy, argmax\n",
-        "return loss, row_max, log_sum, argmax, entropy\n",
-        OPERATORS,
-    ),
     "no fake of the fused mode": Fault(
         OPS,
-        'torch.library.register_fake("fused_xent::forward_backward_", _fake_forward_backward)',
-        "pass",
+        '    "forward_backward_": _fake_loss,\n',
+        '    "forward_backward_": lambda *_, **__: None,\n',
         OPERATORS,
     ),
     "versions of what is overwritten stay": Fault(
-        OPS, "        increment_version(arguments[index])", "        pass", USED_BEFORE
-    ),
-    "the version of another argument is raised": Fault(
-        OPS, '(("backward_", 3),', '(("backward_", 4),', USED_BEFORE
+        OPS, "        increment_version(overwritten)  # not", "        pass  # not", USED_BEFORE
     ),
     "versions of refused arguments are raised": Fault(
         OPS,
-        "        with torch._C._AutoDispatchBelowADInplaceOrView():\n            below",
-        "        increment_version(arguments[index])\n"
-        "        with torch._C._AutoDispatchBelowADInplaceOrView():\n            below",
+        "        results = redispatch_below_inplace(",
+        "        increment_version(overwritten)\n        results = redispatch_below_inplace(",
         ("tests/test_errors.py::test_target_out_of_range",),
     ),
     "kernels without a library": Fault(
         OPS,
-        'return LOAD_ERROR is None and device.type in ("cpu", "meta")',
-        'return device.type in ("cpu", "meta")',
+        "return LOAD_ERROR is None and (tensor.is_cpu or tensor.is_meta)",
+        "return tensor.is_cpu or tensor.is_meta",
         ("tests/test_fallback.py::test_installation_without_a_library_that_loads",),
     ),
     "CUDA kernels without a library": Fault(
@@ -1496,19 +2897,158 @@ OPS_FAULTS = {
         "return _ops.cpu_capability()",
         ("tests/test_fallback.py::test_installation_without_a_library_that_loads",),
     ),
-    "sums of float64 in float32": Fault(
+    "versions of fused mode's memory stay": Fault(
         OPS,
-        "return torch.float64 if dtype == torch.float64 else torch.float32",
-        "return torch.float32",
+        "    for _name in OVERWRITING:\n",
+        '    for _name in ("backward_", "scale_gradient_", "multiply_"):\n',
+        ("tests/test_ops.py::test_version_of_what_is_overwritten",),
+    ),
+    "versions of a scaled gradient stay": Fault(
+        OPS,
+        "    for _name in OVERWRITING:\n",
+        "    for _name in OVERWRITING[:3]:\n",
+        ("tests/test_ops.py::test_version_of_what_is_overwritten",),
+    ),
+    "no fake of the scaling": Fault(
+        OPS,
+        '    "scale_gradient_": lambda *_: None,\n',
+        '    "scale_gradient_": lambda gradient, *_: gradient,\n',
+        ("tests/test_ops.py::test_meta_tensors_are_overwritten_by_nothing",),
+    ),
+    "no fake of the backward in place": Fault(
+        OPS,
+        '    "backward_": lambda *_, **__: None,\n',
+        '    "backward_": lambda logits, *_, **__: logits,\n',
+        ("tests/test_ops.py::test_meta_tensors_are_overwritten_by_nothing",),
+    ),
+    "rows of meta tensors without the first dimension": Fault(
+        OPS,
+        "acc, rows = accumulation_dtype(logits.dtype), row_shape(logits, arguments[3])",
+        "acc, rows = accumulation_dtype(logits.dtype), row_shape(logits, 1 + arguments[3])",
+        OPERATORS,
+    ),
+    "the CUDA library is loaded without the schemas": Fault(
+        OPS,
+        "    if LOAD_ERROR is not None:  # without",
+        "    if False:  # without",
+        ("tests/test_fallback.py::test_no_cuda_kernels_without_the_library_of_the_schemas",),
+    ),
+    "meta tensors have no kernels": Fault(
+        OPS,
+        "return LOAD_ERROR is None and (tensor.is_cpu or tensor.is_meta)",
+        "return LOAD_ERROR is None and tensor.is_cpu",
+        ("tests/test_functional.py::test_normalizer_goes_to_the_logits_device",),
+    ),
+    "the state of meta tensors in float32": Fault(
+        OPS,
+        "logits.new_empty([state_size(target, options), *rows], dtype=acc)",
+        "logits.new_empty([state_size(target, options), *rows], dtype=torch.float32)",
+        (
+            *OPERATORS,
+            "tests/test_ops.py::test_meta_implementations_agree_in_dtypes",
+        ),
+    ),
+    "what overwrites has a silent derivative": Fault(
+        OPS,
+        "        if recorded and torch.is_grad_enabled():\n",
+        "        if False:\n",
+        ("tests/test_ops.py::test_what_overwrites_has_no_derivative",),
+    ),
+    "what overwrites is refused without grad mode": Fault(
+        OPS,
+        "        if recorded and torch.is_grad_enabled():\n",
+        "        if recorded:\n",
+        ("tests/test_ops.py::test_what_overwrites_where_no_gradient_is_recorded",),
+    ),
+    "what overwrites has no formula": Fault(
+        OPS,
+        "        register_formula(_name, _refusal(_name))\n",
+        "",
+        ("tests/test_ops.py::test_what_overwrites_has_no_derivative",),
+    ),
+    "class weights beside what overwrites have a silent derivative": Fault(
+        OPS,
+        "recorded = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]",
+        "recorded = [x for x in arguments[:1] if x.requires_grad]",
+        ("tests/test_ops.py::test_what_overwrites_has_no_derivative",),
+    ),
+    "a normalizer goes where token weights do": Fault(
+        OPS,
+        "        token_weight,\n        normalizer,\n        settings.dim,\n",
+        "        normalizer,\n        token_weight,\n        settings.dim,\n",
+        ("tests/test_extras.py::test_normalizer",),
+    ),
+    "the backward divides by the normalizer": Fault(
+        OPS,
+        "        token_weight,\n        total_weight,\n        settings.dim,\n",
+        "        token_weight,\n        problem.normalizer,\n        settings.dim,\n",
+        (
+            "tests/test_autograd.py::test_gradcheck",
+            "tests/test_extras.py::test_normalizer",
+            "tests/test_functional.py::test_torchs_samples",
+        ),
+    ),
+    "the backward never overwrites": Fault(
+        OPS,
+        "    return _backward[inplace](\n",
+        "    return _backward[False](\n",
+        ("tests/test_overwriting.py::test_gradient_is_the_default_modes_and_in_the_logits",),
+    ),
+    "the backward has no options": Fault(
+        OPS,
+        "        *upstream,\n        **settings.of_operators,\n",
+        "        *upstream,\n",
+        (
+            "tests/test_autograd.py::test_gradcheck",
+            "tests/test_extras.py::test_any_combination_of_many_options",
+        ),
+    ),
+    "statistics are returned unasked": Fault(
+        OPS,
+        "_call(_of_loss[problem.settings.statistics], problem, **inplace)",
+        "_call(_of_loss[1], problem, **inplace)",
+        (
+            "tests/test_autograd.py::test_saved_are_the_inputs_and_numbers_a_row",
+            *TOKENS,
+        ),
+    ),
+    "the fused mode has no statistics": Fault(
+        OPS,
+        "_call(_fused[problem.settings.statistics], problem)",
+        "_call(_fused[0], problem)",
         TOKENS,
     ),
-    "float16 is no dtype": Fault(
+    "the short way's loss is in the logits' dtype": Fault(
         OPS,
-        "torch.float64, torch.bfloat16, torch.float16)",
-        "torch.float64, torch.bfloat16)",
+        "        settings.loss_dtype,\n        **settings.of_operators,\n    )\n\n\ndef plain",
+        "        None,\n        **settings.of_operators,\n    )\n\n\ndef plain",
         ("tests/test_functional.py::test_loss_dtype",),
     ),
-    "mean and sum are swapped": Fault(OPS, '"mean": 1, "sum": 2', '"mean": 2, "sum": 1', TOKENS),
+    "the short way has no options": Fault(
+        OPS,
+        "        settings.loss_dtype,\n        **settings.of_operators,\n    )\n\n\ndef plain",
+        "        settings.loss_dtype,\n    )\n\n\ndef plain",
+        (
+            *FORMULA,
+            "tests/test_extras.py::test_any_combination_of_many_options",
+            "tests/test_functional.py::test_torchs_samples",
+        ),
+    ),
+    "the short way's backward has no options": Fault(
+        OPS,
+        "        grad_loss,\n        None,\n        None,\n        **settings.of_operators,\n",
+        "        grad_loss,\n        None,\n        None,\n",
+        (
+            "tests/test_functional.py::test_torchs_samples",
+            "tests/test_autograd.py::test_gradcheck",
+        ),
+    ),
+    "the short way's backward takes a mean of its own": Fault(
+        OPS,
+        "        None,\n        None,\n        total_weight,\n        settings.dim,\n",
+        "        None,\n        None,\n        None,\n        settings.dim,\n",
+        ("tests/test_autograd.py::test_gradcheck",),
+    ),
 }
 
 REFERENCE_FAULTS = {
@@ -1531,10 +3071,7 @@ REFERENCE_FAULTS = {
         REFERENCE, "    token_weight = token_weight.masked_fill(~kept, 0)\n", "", TOKENS
     ),
     "NaN logits of ignored rows by torch operations": Fault(
-        REFERENCE,
-        "logits = input.masked_fill(~kept.unsqueeze(dim), 0)",
-        "logits = input",
-        TOKENS,
+        REFERENCE, "logits = input.masked_fill(~kept.unsqueeze(dim), 0)", "logits = input", TOKENS
     ),
     "NaN probabilities of rows of weight 0": Fault(
         REFERENCE,
@@ -1615,7 +3152,7 @@ REFERENCE_FAULTS = {
         REFERENCE,
         "-_weighted_sum(log_prob.exp(), log_prob, dim)",
         "-(log_prob.exp() * log_prob).sum(dim)",
-        ("tests/test_extras.py::test_entropy_of_masked_classes",),
+        ("tests/test_reference.py::test_entropy_of_masked_classes",),
     ),
     "classes of a vector are its second dimension": Fault(
         REFERENCE,
@@ -1623,41 +3160,41 @@ REFERENCE_FAULTS = {
         "return 1",
         ("tests/test_reference.py::test_is_torchs",),
     ),
+    "a z-loss of scale 0 is added": Fault(
+        REFERENCE,
+        "    if lse_square_scale != 0:\n        row_loss = row_loss + z_loss\n",
+        "    row_loss = row_loss + z_loss\n",
+        (
+            "tests/test_reference.py::"
+            "test_the_square_of_a_great_lse_is_no_part_of_a_loss_without_it",
+        ),
+    ),
 }
 
 NN_FAULTS = {
-    **{
-        f"the module drops {name}": Fault(
-            NN, f"            {name}=self.{name},\n        )", "        )", MODULES
-        )
-        for name in ("grad_in_forward", "chunk_rows")
-    },
-    **{
-        f"the module has no {name}": Fault(
-            NN, f"        self.{name} = {name}\n", f"        self.{name} = {value}\n", MODULES
-        )
-        for name, value in (
-            ("inplace_backward", "False"),
-            ("dim", "None"),
-            ("shift", "0"),
-            ("options", "None"),
-        )
-    },
-    "the module drops drop_ignored": Fault(
-        NN, "            drop_ignored=self.drop_ignored,\n", "", MODULES
-    ),
-    "the module drops shift": Fault(NN, "            shift=self.shift,\n", "", MODULES),
-    "the module drops torch's options": Fault(
-        NN, "            options=self.options,\n", "", MODULES
-    ),
-    "the module drops dim": Fault(NN, "            dim=self.dim,\n", "", MODULES),
-    "the module drops inplace_backward": Fault(
-        NN, "            inplace_backward=self.inplace_backward,\n", "", MODULES
+    "modes are dropped before the kernels": Fault(
+        NN,
+        "        check_names(type(self).__name__, options, self.DEFAULTS)\n        for name",
+        '        options = {k: v for k, v in options.items() if k != "grad_in_forward"}\n'
+        "        for name",
+        ("tests/test_nn.py::test_copies_keep_all_options",),
     ),
     "the module drops a batch's tensors": Fault(
         NN,
-        "            dim=self.dim,\n            token_weight=token_weight,\n",
-        "            dim=self.dim,\n",
+        "            weight=self.weight,\n"
+        "            token_weight=token_weight,\n"
+        "            normalizer=normalizer,\n"
+        "            **self._options(),\n"
+        "        )\n"
+        "\n"
+        "\n"
+        "class Linear",
+        "            weight=self.weight,\n"
+        "            **self._options(),\n"
+        "        )\n"
+        "\n"
+        "\n"
+        "class Linear",
         MODULES,
     ),
     "arguments of torch's module are swapped": Fault(
@@ -1666,14 +3203,8 @@ NN_FAULTS = {
         "super().__init__(weight, reduce, ignore_index, size_average, reduction, label_smoothing)",
         ("tests/test_nn.py::test_positional_arguments_are_torchs",),
     ),
-    "a linear module without its reduction": Fault(
-        NN, "super().__init__(weight, reduction=reduction)", "super().__init__(weight)", MODULES
-    ),
     "a linear module without its class weights": Fault(
-        NN,
-        "super().__init__(weight, reduction=reduction)",
-        "super().__init__(reduction=reduction)",
-        MODULES,
+        NN, "        super().__init__(weight)\n", "        super().__init__()\n", MODULES
     ),
     "a linear module of one position": Fault(
         NN,
@@ -1711,23 +3242,80 @@ NN_FAULTS = {
         "shape = (*self.out_features, self.num_classes)",
         ("tests/test_linear_doors.py::test_module",),
     ),
-    "old modules have no logit_scale": Fault(
-        NN,
-        "    logit_scale = 1.0\n",
-        "",
-        ("tests/test_nn.py::test_state_of_a_module_of_before_an_option_was_there",),
-    ),
-    "old modules overwrite": Fault(
-        NN,
-        "    inplace_backward = grad_in_forward = False\n",
-        "    inplace_backward = grad_in_forward = True\n",
-        ("tests/test_nn.py::test_state_of_a_module_of_before_an_option_was_there",),
-    ),
     "repr shows defaults": Fault(
         NN,
-        "for name, value, default in values if value != default)",
-        "for name, value, default in values)",
+        "            if not _is_default(value, self.DEFAULTS[name])\n",
+        "",
         ("tests/test_nn.py::test_shows_its_options",),
+    ),
+    "old modules have no later option": Fault(
+        NN,
+        "return {name: getattr(self, name, value) for name, value in self.DEFAULTS.items()}",
+        "return {name: getattr(self, name) for name in self.DEFAULTS}",
+        ("tests/test_nn.py::test_state_of_a_module_of_before_an_option_was_there",),
+    ),
+    "modules forget their options": Fault(
+        NN,
+        "setattr(self, name, options.get(name, default))",
+        "setattr(self, name, default)",
+        MODULES,
+    ),
+    "modules take any name": Fault(
+        NN,
+        "        check_names(type(self).__name__, options, self.DEFAULTS)\n",
+        "",
+        ("tests/test_nn.py::test_unknown_options",),
+    ),
+    "modules pass defaults on": Fault(
+        NN,
+        "        return {name: getattr(self, name, value) for name, value in "
+        "self.DEFAULTS.items()}\n",
+        "        return dict(self.DEFAULTS)\n",
+        MODULES,
+    ),
+    "a module keeps a batch's tensors": Fault(
+        NN, "and name not in (*OF_A_BATCH, *DEPRECATED,", "and name not in (*DEPRECATED,", MODULES
+    ),
+    "the reduction of deprecated arguments is lost": Fault(
+        NN,
+        '"reduction": self.reduction,',
+        '"reduction": reduction,',
+        ("tests/test_nn.py::test_positional_arguments_are_torchs",),
+    ),
+    "repr compares tensors": Fault(
+        NN,
+        "return value is default or (isinstance(value, (int, float, str)) and value == default)",
+        "return bool(value == default)",
+        ("tests/test_nn.py::test_shows_a_subclass_that_keeps_tensors_under_the_names_of_options",),
+    ),
+    "repr shows equal defaults": Fault(
+        NN,
+        "return value is default or (isinstance(value, (int, float, str)) and value == default)",
+        "return value is default",
+        ("tests/test_nn.py::test_shows_its_options",),
+    ),
+    "the linear module drops a batch's tensors": Fault(
+        NN,
+        "            normalizer=normalizer,\n"
+        "            **self._options(),\n"
+        "        )\n"
+        "\n"
+        "\n"
+        "def _sig",
+        "            **self._options(),\n        )\n\n\ndef _sig",
+        MODULES,
+    ),
+    "modules' signatures have no options": Fault(
+        NN,
+        "CrossEntropyLoss.__init__.__signature__ = _signature_of(CrossEntropyLoss, cross_entropy)",
+        "pass",
+        ("tests/test_nn.py::test_signatures_name_all_options",),
+    ),
+    "the linear module's signature has no options": Fault(
+        NN,
+        "LinearCrossEntropyLoss.__init__.__signature__ = ",
+        "_ = ",
+        ("tests/test_nn.py::test_signatures_name_all_options",),
     ),
 }
 
@@ -1740,14 +3328,17 @@ MAIN_FAULTS = {
         MAIN,
         "found = Errors(*map(max, found, (error(*pair) for pair in pairs)))",
         "found = Errors(*(error(*pair) for pair in pairs))",
-        ("tests/test_fallback.py::test_report_of_one_shape_that_is_wrong", *REPORT),
+        (
+            "tests/test_fallback.py::test_report_of_one_shape_that_is_wrong",
+            *REPORT,
+        ),
     ),
     "one error within the limits is enough": Fault(
         MAIN, "return all(error <= limit * slack", "return any(error <= limit * slack", REPORT
     ),
     "slack where there are kernels": Fault(
         MAIN,
-        "slack = 1 if _ops.has_kernels(torch.device(device)) else 1000",
+        "slack = 1 if _ops.has_kernels(torch.empty(0, device=device)) else 1000",
         "slack = 1000",
         REPORT,
     ),
@@ -1782,15 +3373,12 @@ MAIN_FAULTS = {
         MAIN, "(make_options(logits, soft) if has_options else {})", "{}", REPORT
     ),
     "probabilities are not tried": Fault(
-        MAIN,
-        "(False, True), _ops.DTYPES, (False, True)",
-        "(False, True), _ops.DTYPES, (False,)",
-        REPORT,
+        MAIN, "(False, True), DTYPES, (False, True)", "(False, True), DTYPES, (False,)", REPORT
     ),
     "dtypes are not tried": Fault(
         MAIN,
-        "(False, True), _ops.DTYPES, (False, True)",
-        "(False, True), _ops.DTYPES[:2], (False, True)",
+        "(False, True), DTYPES, (False, True)",
+        "(False, True), DTYPES[:2], (False, True)",
         REPORT,
     ),
     "the exit status is 0": Fault(MAIN, "    return 1 if n_wrong else 0", "    return 0", REPORT),
@@ -1814,202 +3402,6 @@ MAIN_FAULTS = {
         '    if hasattr(signal, "SIGPIPE"):',
         "    if False:",
         ("tests/test_fallback.py::test_report_that_is_not_read_to_its_end",),
-    ),
-}
-
-WITH_LOGITS = "    tensors = with_logits(tensors, tensors.logits)\n"
-CHECK_OVERWRITABLE = """\
-    if inplace_backward or grad_in_forward:
-        _checks.check_overwritable(
-            tensors.logits, tensors.target, options.dim, inplace_backward, grad_in_forward
-        )
-"""
-FROM_OUTSIDE = {
-    "the second derivative forgets the normalizer": Fault(
-        "fused_xent/_autograd.py",
-        "Tensors(logits, target, weight, token_weight, total_weight), options)",
-        "Tensors(logits, target, weight, token_weight, None), options)",
-        ("tests/test_autograd.py::test_second_derivative_under_a_normalizer",),
-    ),
-    "a gradient in the logits' memory has their graph": Fault(
-        "fused_xent/_autograd.py",
-        "            grad_logits = logits.detach()\n",
-        "            grad_logits = logits\n",
-        ("tests/test_overwriting.py::test_gradients_have_no_graph",),
-    ),
-    "float64 class weights alone do not promote the sums": Fault(
-        "fused_xent/functional.py",
-        "        if dtype == torch.float64:\n            target = target.to(dtype)",
-        "        if torch.float64 in (input.dtype, target.dtype):\n"
-        "            target = target.to(torch.float64)",
-        ("tests/test_functional.py::test_float64_class_weights_promote_the_sums",),
-    ),
-    "token weights of any shape of as many numbers": Fault(
-        "fused_xent/_checks.py",
-        "    if token_weight.shape != row_shape:",
-        "    if token_weight.numel() != row_shape.numel():",
-        ("tests/test_errors.py::test_refused",),
-    ),
-    "a z-loss of scale 0 is added": Fault(
-        "fused_xent/reference.py",
-        "    if lse_square_scale != 0:\n        row_loss = row_loss + z_loss\n",
-        "    row_loss = row_loss + z_loss\n",
-        (
-            "tests/test_reference.py::test_the_square_of_a_great_lse_is_no_part_of_a_loss_without_it",
-        ),
-    ),
-    "the CUDA library is loaded without the schemas": Fault(
-        "fused_xent/_ops.py",
-        "    if LOAD_ERROR is not None:  # without",
-        "    if False:  # without",
-        ("tests/test_fallback.py::test_no_cuda_kernels_without_the_library_of_the_schemas",),
-    ),
-    "a mean by 0 makes infinite gradients of probabilities": Fault(
-        "fused_xent/_autograd.py",
-        "total_weight.masked_fill(total_weight == 0, torch.nan)",
-        "total_weight",
-        ("tests/test_token_weight.py::test_gradients_of_a_mean_by_weights_that_cancel",),
-    ),
-    "an index stays the object it was": Fault(
-        "fused_xent/_checks.py",
-        "    value = operator.index(value)\n    if not -(2**63)",
-        "    if not -(2**63)",
-        ("tests/test_errors.py::test_what_says_which_index_it_is",),
-    ),
-    "logits are checked before they are promoted": Fault(
-        "fused_xent/functional.py",
-        WITH_LOGITS + CHECK_OVERWRITABLE,
-        CHECK_OVERWRITABLE + WITH_LOGITS,
-        ("tests/test_overwriting.py::test_a_leaf_that_is_promoted_is_not_overwritten",),
-    ),
-}
-
-MORE_FAULTS = {
-    "versions of fused mode's memory stay": Fault(
-        OPS,
-        '("forward_backward_", 0), ("scale_gradient_", 0)',
-        '("scale_gradient_", 0)',
-        ("tests/test_ops.py::test_version_of_what_is_overwritten",),
-    ),
-    "versions of a scaled gradient stay": Fault(
-        OPS,
-        '("forward_backward_", 0), ("scale_gradient_", 0)',
-        '("forward_backward_", 0)',
-        ("tests/test_ops.py::test_version_of_what_is_overwritten",),
-    ),
-    "no fake of the scaling": Fault(
-        OPS,
-        'torch.library.register_fake("fused_xent::scale_gradient_", lambda *_: None)',
-        "pass",
-        ("tests/test_ops.py::test_meta_tensors_are_overwritten_by_nothing",),
-    ),
-    "no fake of the backward in place": Fault(
-        OPS,
-        'torch.library.register_fake("fused_xent::backward_", lambda *_: None)',
-        "pass",
-        ("tests/test_ops.py::test_meta_tensors_are_overwritten_by_nothing",),
-    ),
-    "rows of meta tensors without the first dimension": Fault(
-        OPS,
-        "return [*logits.shape[:dim], *logits.shape[dim + 1 :]]",
-        "return [*logits.shape[:dim], *logits.shape[dim + 2 :]]",
-        OPERATORS,
-    ),
-    "16-bit products by the other dtype's processor": Fault(
-        PRODUCTS,
-        'name = "bf16" if matrix.dtype == torch.bfloat16 else "fp16"',
-        'name = "fp16" if matrix.dtype == torch.bfloat16 else "bf16"',
-        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
-    ),
-    "32-bit products are slow": Fault(
-        PRODUCTS,
-        'if matrix.device.type != "cpu" or matrix.element_size() != 2:',
-        'if matrix.device.type != "cpu" or matrix.element_size() > 4:',
-        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
-    ),
-    "products of other devices are slow": Fault(
-        PRODUCTS,
-        'if matrix.device.type != "cpu" or matrix.element_size() != 2:',
-        "if matrix.element_size() != 2:",
-        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
-    ),
-    "chunks of a GPU on a CPU": Fault(
-        PRODUCTS,
-        "CPU_ROWS, CPU_BYTES = 256, 100 << 20",
-        "CPU_ROWS, CPU_BYTES = 4096, 100 << 20",
-        ("tests/test_linear.py::test_limits_are_those_of_the_documentation",),
-    ),
-    "chunks of 4 GiB": Fault(
-        PRODUCTS,
-        "GPU_ROWS, GPU_BYTES = 4096, 1 << 30",
-        "GPU_ROWS, GPU_BYTES = 4096, 1 << 32",
-        ("tests/test_linear.py::test_limits_are_those_of_the_documentation",),
-    ),
-    "limits of the other device": Fault(
-        PRODUCTS,
-        "(CPU_ROWS, CPU_BYTES) if is_cpu else (GPU_ROWS, GPU_BYTES)",
-        "(GPU_ROWS, GPU_BYTES) if is_cpu else (CPU_ROWS, CPU_BYTES)",
-        CHUNKS,
-    ),
-    "weights of the statistics are positional": Fault(
-        FUNCTIONAL,
-        "if i > 2 else parameter",
-        "if i > 3 else parameter",
-        ("tests/test_extras.py::test_signature_of_the_statistics_is_that_of_the_loss",),
-    ),
-    "signature of a layer's statistics": Fault(
-        LINEAR,
-        "linear_cross_entropy_with_statistics.__signature__ = _SIGNATURE.replace(",
-        "_SIGNATURE.replace(",
-        ("tests/test_extras.py::test_signature_of_the_statistics_is_that_of_the_loss",),
-    ),
-    "a layer's statistics without a bias": Fault(
-        LINEAR,
-        "_NAMES = list(_SIGNATURE.parameters)[3:]",
-        "_NAMES = list(_SIGNATURE.parameters)[4:]",
-        STATISTICS,
-    ),
-    "argmax of probabilities over another dimension": Fault(
-        FUNCTIONAL,
-        "target = target.argmax(options.dim) if target.shape[options.dim] else argmax",
-        "target = target.argmax(1) if target.shape[options.dim] else argmax",
-        TOKENS,
-    ),
-    "the remedy for a target's shape is lost": Fault(
-        CHECKS,
-        "{tuple(target.shape)}: for classes elsewhere, see dim",
-        "{tuple(target.shape)}",
-        ("tests/test_errors.py::test_messages_in_full",),
-    ),
-    "the dimension in a message is the last": Fault(
-        CHECKS,
-        'f"dimension {dim}, got',
-        'f"dimension {input.dim() - 1}, got',
-        ("tests/test_errors.py::test_messages_in_full",),
-    ),
-    "the remedy for float16 is lost": Fault(
-        CHECKS,
-        "falls below float16's range; use inplace_backward",
-        "falls below float16's range",
-        ("tests/test_errors.py::test_messages_in_full",),
-    ),
-    "the strides in a message are the shape": Fault(
-        CHECKS,
-        'f"{input.stride()} of shape {tuple(input.shape)}: clone it"\n        )\n    if not _has',
-        'f"{input.shape} of shape {tuple(input.shape)}: clone it"\n        )\n    if not _has',
-        ("tests/test_errors.py::test_messages_in_full",),
-    ),
-    "the range in a message is a class too far": Fault(
-        CHECKS,
-        'f"target must be in [0, {n_classes}) or',
-        'f"target must be in [0, {n_classes}] or',
-        ("tests/test_fallback.py::test_target_out_of_range",),
-    ),
-    "the value of a bad target is the first": Fault(
-        CHECKS,
-        "{target[position].item()} at position",
-        "{target.flatten()[0].item()} at position",
-        ("tests/test_fallback.py::test_target_out_of_range",),
     ),
     "a GPU of too low a capability has kernels": Fault(
         MAIN,
@@ -2053,37 +3445,21 @@ MORE_FAULTS = {
         "pass",
         ("tests/test_fallback.py::test_version",),
     ),
-    "compiled gradients are the saved inputs": Fault(
-        LINEAR_AUTOGRAD,
-        "gradients = ctx.saved_tensors[7:] if ctx.has_gradients else None",
-        "gradients = ctx.saved_tensors[:3] if ctx.has_gradients else None",
-        ("tests/test_linear_doors.py::test_graphs_of_dynamic_shapes",),
-    ),
-    "lse of fused mode is its maximum": Fault(
-        AUTOGRAD,
-        "return memory, loss, row_max + log_sum, *rows",
-        "return memory, loss, row_max, *rows",
-        TOKENS,
-    ),
-    "zeros for gradients that never come in fused mode": Fault(
-        AUTOGRAD,
-        "ctx.view, ctx.options = view, options\n        ctx.set_materialize_grads(False)\n",
-        "ctx.view, ctx.options = view, options\n",
-        TOKENS,
-    ),
 }
 
 FAULTS = (
-    FUNCTIONAL_FAULTS
-    | CHECKS_FAULTS
+    OPTIONS_FAULTS
+    | PROBLEM_FAULTS
+    | FUNCTIONAL_FAULTS
     | LINEAR_FAULTS
     | PRODUCTS_FAULTS
     | LINEAR_AUTOGRAD_FAULTS
     | AUTOGRAD_FAULTS
+    | FORMULAS_FAULTS
+    | DECOMPOSITIONS_FAULTS
+    | PRIVATE_FAULTS
     | OPS_FAULTS
     | REFERENCE_FAULTS
     | NN_FAULTS
     | MAIN_FAULTS
-    | MORE_FAULTS
-    | FROM_OUTSIDE
 )

@@ -1,0 +1,182 @@
+"""The operators as torch operations, for backends that have no kernels of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import _autograd, _formulas, _linear, _ops, reference
+from ._linear import Arguments, Inputs
+from ._linear_autograd import Layer
+from ._options import REDUCTIONS
+from ._problem import Problem, accumulation_dtype, row_shape
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return a table for ``torch.export.ExportedProgram.run_decompositions``.
+
+    Add it to torch's own: ``torch.export.default_decompositions() | fused_xent.decompositions()``.
+    No operator of fused_xent is left in the program then, so that ONNX and other backends can run
+    it: ``torch.onnx.export(program.run_decompositions(table), dynamo=True)``.
+
+    The table has the operators of losses and of their gradients. Those that overwrite their
+    argument are not among them: a program that was exported has none, unless of a loss with
+    ``inplace_backward``.
+    """
+    if _ops.LOAD_ERROR is not None:  # such a program has torch operations already
+        return {}
+    operators = torch.ops.fused_xent
+    return {
+        operators.loss.default: _loss,
+        operators.forward.default: _forward,
+        operators.forward_with_statistics.default: partial(_forward, statistics=True),
+        operators.backward.default: _backward,
+        operators.linear_forward.default: _linear_forward,
+        operators.linear_backward.default: _linear_backward,
+    }
+
+
+def _loss(*arguments: Any, **options: Any) -> Tensor:
+    return _forward(*arguments, **options)[0]
+
+
+def _forward(*arguments: Any, statistics: bool = False, **options: Any) -> tuple[Tensor, ...]:
+    problem = _autograd.problem_of(statistics, *arguments, **options)
+    logits, target, *_, settings = problem
+    results = _formulas.by_torch(problem)
+    loss = results.loss.to(settings.loss_dtype or logits.dtype)
+    rows = row_shape(logits, settings.dim)
+    # Only the kernels' backward reads the state: NaN shows that it was left without the forward.
+    size, acc = _ops.state_size(target, options), accumulation_dtype(logits.dtype)
+    state = logits.new_full([size, *rows], torch.nan, dtype=acc)
+    of_statistics = (results.lse, results.entropy, results.argmax) if statistics else ()
+    return loss, _formulas.total_weight(problem), state, *of_statistics
+
+
+def _backward(*arguments: Any, **options: Any) -> Any:
+    """Return the gradient by the formulas of csrc/xent_math.h, whose names these are."""
+    *of_problem, _, _, grad_loss, grad_lse, grad_entropy = arguments
+    problem = _autograd.problem_of(False, *of_problem, **options)
+    total_weight: Any  # never None, unlike a normalizer
+    logits, _, _, token_weight, total_weight, settings = problem
+    dim, softcap = settings.dim, options.get("softcap")
+    x = logits.to(accumulation_dtype(logits.dtype))
+    z = reference.transform(x, softcap, options.get("logit_scale", 1.0))
+    kept, q = _labels(problem, x)
+    z, mass = z.masked_fill(~kept, 0), q.sum(dim, keepdim=True)
+    log_p = z.log_softmax(dim)
+    finite_log_p, p = log_p.masked_fill(log_p.isneginf(), 0), log_p.exp()
+
+    def rows(values: Tensor) -> Tensor:
+        return values.to(x.dtype) if values.dim() == 0 else values.to(x.dtype).unsqueeze(dim)
+
+    gradient = torch.zeros_like(x)
+    if grad_loss is not None:
+        g = rows(grad_loss)
+        if settings.reduction == REDUCTIONS["mean"]:  # a mean by 0 is NaN
+            g = g / total_weight.masked_fill(total_weight == 0, torch.nan)
+        if token_weight is not None:
+            g = g * rows(token_weight)
+        lse = z.logsumexp(dim, keepdim=True)
+        slope = _focal_slope(-(q * finite_log_p).sum(dim, keepdim=True), mass, options)
+        gradient = g * slope * (mass * p - q)
+        gradient = gradient + 2 * options.get("lse_square_scale", 0.0) * g * lse * p
+    if grad_lse is not None:
+        gradient = gradient + rows(grad_lse) * p
+    if grad_entropy is not None:
+        entropy = -(p * finite_log_p).sum(dim, keepdim=True)
+        gradient = gradient - rows(grad_entropy) * p * (finite_log_p + entropy)
+    gradient = gradient * options.get("logit_scale", 1.0)
+    if softcap:
+        gradient = gradient * (1 - (z / softcap).square())
+    return gradient.masked_fill(~kept, 0).to(logits.dtype)
+
+
+def _labels(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which rows count, and the weight q of each class in a row's loss."""
+    _, target, weight, token_weight, _, settings = problem
+    dim, n_classes = settings.dim, x.shape[settings.dim]
+    smoothing = settings.of_operators.get("label_smoothing", 0.0)
+    w = x.new_ones(n_classes) if weight is None else weight.to(x.dtype)
+    w = w.reshape([-1] + [1] * (x.dim() - dim - 1))
+    kept = torch.ones_like(x.select(dim, 0), dtype=torch.bool)
+    if token_weight is not None:
+        kept = token_weight != 0
+    if target.is_floating_point():
+        kept = kept.unsqueeze(dim)
+        q = w * ((1 - smoothing) * target.to(x.dtype) + smoothing / n_classes)
+        return kept, q.masked_fill(~kept, 0)
+    index = target.to(torch.int64)
+    kept = (kept & (index != settings.ignore_index)).unsqueeze(dim)
+    is_class = ((index >= 0) & (index < n_classes)).unsqueeze(dim)
+    index = index.clamp(0, n_classes - 1).unsqueeze(dim)
+    one_hot = torch.zeros_like(x).scatter(dim, index, 1).masked_fill(~is_class, torch.nan)
+    # Not 0 times the weight of another class, which may be infinite.
+    q = (1 - smoothing) * torch.where(one_hot == 0, 0, w * one_hot)
+    if smoothing:
+        q = q + smoothing / n_classes * w
+    return kept, q.masked_fill(~kept, 0)
+
+
+def _focal_slope(cross_entropy: Tensor, mass: Tensor, options: dict[str, float]) -> Tensor | float:
+    """Return the derivative of the focal loss by the cross-entropy."""
+    gamma = options.get("focal_gamma", 0.0)
+    if gamma == 0:
+        return 1.0
+    zero = cross_entropy == 0
+    minus_log_p = cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)
+    one_minus_p = -torch.expm1(-minus_log_p)
+    rise = gamma * torch.exp(-minus_log_p) * minus_log_p / one_minus_p
+    return (one_minus_p**gamma * (1 + rise)).masked_fill(zero, 0)
+
+
+def _linear_forward(*arguments: Unpack[Arguments], **options: Any) -> tuple[Tensor, ...]:
+    inputs = Inputs(*arguments, options)
+    problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.logits_dtype))
+    loss, _, _, *statistics = results = _ops.forward(problem)
+    found = (loss, *statistics)
+    upstream = (torch.ones_like(loss), None, None)
+    gradients = _linear_gradients(inputs, problem, results, upstream)
+    return *found, *_linear.empty_results(inputs)[len(found) : 4], *gradients
+
+
+def _linear_backward(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    *arguments: Unpack[Arguments],
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    inputs = Inputs(*arguments, options)
+    problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.logits_dtype))
+    upstream = (grad_loss, grad_lse, grad_entropy)
+    return _linear_gradients(inputs, problem, _ops.forward(problem), upstream)
+
+
+def _linear_gradients(
+    inputs: Inputs,
+    problem: Problem,
+    results: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Return those of hidden, weight and bias; of no elements where they are not needed."""
+    _, total_weight, state, *statistics = results
+    entropy = statistics[1] if statistics else None
+    grad_logits = _ops.backward(problem, upstream, total_weight, state, entropy).flatten(1)
+    bias: Any  # not None where its gradient is needed
+    hidden, weight, bias = inputs[:3]
+    flat = weight.flatten(0, -2).to(grad_logits.dtype)
+    none = hidden.new_empty([0])
+    needs_hidden, needs_weight, needs_bias = inputs.needs
+    return (
+        (grad_logits @ flat).to(hidden.dtype) if needs_hidden else none,
+        (grad_logits.t() @ hidden.to(flat.dtype)).view_as(weight).to(weight.dtype)
+        if needs_weight
+        else none,
+        grad_logits.sum(0).view_as(bias).to(bias.dtype) if needs_bias else none,
+    )

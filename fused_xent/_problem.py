@@ -1,0 +1,309 @@
+"""From a user's tensors to one validated problem: each error names the argument, rule and value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _torch_private
+from ._options import DTYPES, REDUCTION_NAMES, REDUCTIONS, Settings, resolve
+
+# Asked once: of some versions of torch, the compiler cannot trace the question.
+_AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+
+
+class Problem(NamedTuple):
+    """A loss to compute: tensors that have been checked and promoted, and frozen options."""
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    token_weight: Tensor | None
+    normalizer: Tensor | None  # a float64 scalar
+    settings: Settings
+
+
+def prepare(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | float | None,
+    statistics: bool,
+    options: dict[str, Any],
+) -> Problem:
+    """Check the arguments against each other and promote tensors; no values are looked at."""
+    check_dense("input", input)
+    check_floating("input", input)
+    settings = resolve(input.dim(), statistics, options)
+    _check_target(input, target, settings)
+    logits, loss_dtype = input, None
+    if target.dtype not in _INDEX_DTYPES:
+        logits, target, loss_dtype = _promote(input, target, weight)
+    elif input.dtype != torch.float64 and is_autocast(input):
+        loss_dtype = torch.float32
+    if weight is not None:
+        _check_weight(input, settings.dim, weight)
+    if token_weight is not None:
+        _check_token_weight(input, settings.dim, token_weight)
+        token_weight = token_weight.to(accumulation_dtype(logits.dtype))
+    if normalizer is not None:
+        normalizer = _check_normalizer(normalizer, settings.reduction, input)
+    if loss_dtype is not None and settings.loss_dtype is None and loss_dtype != logits.dtype:
+        settings = settings._replace(loss_dtype=loss_dtype)
+    problem = Problem(logits, target, weight, token_weight, normalizer, settings)
+    if settings.inplace_backward or settings.grad_in_forward:
+        _check_overwritable(problem)
+    return problem
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Return True if operations on the tensor's device are cast."""
+    if tensor.is_cpu:  # asked first: the name of a device takes a while
+        return torch.is_autocast_enabled("cpu")
+    device = tensor.device
+    return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which the kernels keep sums for logits of this type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_shape(logits: Tensor, dim: int) -> torch.Size:
+    """Return the shape of the unreduced loss."""
+    shape = logits.shape
+    return shape[:dim] + shape[dim + 1 :]
+
+
+def _promote(
+    input: Tensor, target: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Return logits and probabilities in dtypes that the kernels take, and the loss's dtype.
+
+    The kernels read 16-bit logits beside probabilities of their own dtype or float32, so that only
+    rarer pairs need a copy.
+    """
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    if dtype == torch.float64:
+        return input.to(dtype), target.to(dtype), dtype
+    if target.dtype != input.dtype:
+        target = target.to(torch.float32)
+    return input, target, torch.float32 if is_autocast(input) else dtype
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_dense(name: str, tensor: Any) -> None:
+    """Check that something is a dense tensor."""
+    if isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    raise ValueError(
+        f"{name} must be a dense tensor, got a nested one: pass its values(), or pad it"
+    )
+
+
+def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    """Check that a tensor is where input is."""
+    if tensor.device != input.device:
+        raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Check that the kernels have instructions for a tensor's dtype."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}"
+        )
+
+
+def _check_target(input: Tensor, target: Tensor, settings: Settings) -> None:
+    """Check all of a target but its values."""
+    check_dense("target", target)
+    check_device("target", target, input)
+    dim, shape = settings.dim, target.shape
+    rows = row_shape(input, dim)
+    if shape == rows:
+        if target.dtype not in _INDEX_DTYPES:
+            raise ValueError(
+                "target must be int64, int32 or uint8 where it holds class indices, got "
+                f"{target.dtype}"
+            )
+    elif shape == input.shape:
+        check_probabilities(target, f"input's shape {tuple(input.shape)}")
+        if settings.ignore_index >= 0:
+            raise ValueError(
+                "ignore_index must be negative (without effect) where target holds probabilities, "
+                f"got {settings.ignore_index}: to leave rows out, give them a token_weight of 0"
+            )
+    else:
+        raise ValueError(
+            f"target must have shape {tuple(rows)} (class indices) or {tuple(input.shape)} "
+            f"(probabilities) for logits of shape {tuple(input.shape)} with their classes in "
+            f"dimension {dim}, got {tuple(shape)}: {_target_hint(target, rows)}"
+        )
+
+
+def _target_hint(target: Tensor, rows: Sequence[int]) -> str:
+    ones = [d for d in range(target.dim()) if target.shape[:d] + target.shape[d + 1 :] == rows]
+    if ones:
+        return f"target.squeeze({ones[0]}) has the shape of class indices"
+    return "for classes elsewhere, see dim"
+
+
+def check_probabilities(target: Tensor, shape: str) -> None:
+    """Check the dtype of a target of the logits' shape."""
+    if target.dtype not in DTYPES:
+        raise ValueError(
+            f"target must hold floating-point probabilities where it has {shape}, got "
+            f"{target.dtype}"
+        )
+
+
+def _check_weight(input: Tensor, dim: int, weight: Tensor) -> None:
+    check_dense("weight", weight)
+    check_device("weight", weight, input)
+    n_classes = input.shape[dim]
+    if weight.shape != (n_classes,):
+        raise ValueError(f"weight must have shape ({n_classes},), got {tuple(weight.shape)}")
+    check_floating("weight", weight)
+
+
+def _check_token_weight(input: Tensor, dim: int, token_weight: Tensor) -> None:
+    check_dense("token_weight", token_weight)
+    check_device("token_weight", token_weight, input)
+    rows = row_shape(input, dim)
+    if token_weight.shape != rows:
+        raise ValueError(
+            f"token_weight must have the unreduced loss's shape {tuple(rows)}, got "
+            f"{tuple(token_weight.shape)}"
+        )
+    if token_weight.dtype.is_complex:
+        raise ValueError(f"token_weight must hold real numbers, got {token_weight.dtype}")
+
+
+def _check_normalizer(normalizer: Any, reduction: int, input: Tensor) -> Tensor:
+    """Return by what the mean divides, as a float64 scalar on input's device."""
+    if reduction != REDUCTIONS["mean"]:
+        raise ValueError(
+            f"normalizer must be None unless reduction is 'mean', got {normalizer} and "
+            f"{REDUCTION_NAMES[reduction]!r}"
+        )
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1 or normalizer.dtype.is_complex:
+            raise ValueError(
+                "normalizer must be a number or a tensor of one real number, got "
+                f"{normalizer.dtype} of shape {tuple(normalizer.shape)}"
+            )
+        return normalizer.reshape(()).to(input.device, torch.float64)
+    if isinstance(normalizer, bool) or not isinstance(normalizer, Real):
+        raise TypeError(f"normalizer must be a number or a tensor, got {type(normalizer).__name__}")
+    if not math.isfinite(normalizer):
+        raise ValueError(f"normalizer must be finite, got {normalizer}")
+    return input.new_full((), float(normalizer), dtype=torch.float64)
+
+
+def check_range(problem: Problem) -> None:
+    """Check the class indices of the rows that count, where that waits for no device."""
+    _, target, _, token_weight, _, settings = problem
+    if target.is_floating_point() or target.device.type != "cpu":
+        return
+    if not _torch_private.has_values(target):
+        return
+    n_classes, ignore_index = problem.logits.shape[settings.dim], settings.ignore_index
+    target = target.to(torch.int64)  # in fewer bits, ignore_index would be another number
+    bad = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
+    if token_weight is not None:
+        bad = bad & (token_weight != 0)
+    if bad.any():
+        position = tuple(bad.nonzero()[0].tolist())
+        raise IndexError(
+            f"target must be in [0, {n_classes}) or equal to ignore_index ({ignore_index}), got "
+            f"{target[position].item()} at position {position}"
+        )
+
+
+# ---- in-place modes ------------------------------------------------------------------------------
+
+
+def _check_overwritable(problem: Problem) -> None:
+    """Check that the gradient may take the logits' memory, by the in-place mode that is on."""
+    input, target, *_, settings = problem
+    name = "grad_in_forward" if settings.grad_in_forward else "inplace_backward"
+
+    def refuse(why: str, advice: str = "clone it") -> None:
+        raise RuntimeError(f"{name} must be False where {why}: {advice}")
+
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and _torch_private.is_under_torch_func():
+        raise RuntimeError(f"{name} must be False under the transforms of torch.func")
+    if not is_compiling and input.is_neg():
+        refuse("input is a view with its signs to be changed")
+    memory = _torch_private.memory_of(input)
+    if torch.is_grad_enabled() and input.requires_grad:
+        if input.is_leaf or (memory.is_leaf and memory.requires_grad):
+            refuse(
+                "input is a leaf of the graph, or a view of one",
+                "its values are the caller's, and would be overwritten by their gradient",
+            )
+        if not is_compiling and _torch_private.is_one_of_several_views(input):
+            refuse("input is one of several views that chunk, split or unbind returned")
+        if memory.is_leaf:
+            refuse("input is a view of a tensor that autograd has not recorded")
+    strides = f"got strides {input.stride()} of shape {tuple(input.shape)}"
+    if any(
+        stride == 0 < size - 1 for size, stride in zip(input.shape, input.stride(), strict=True)
+    ):
+        refuse(f"several elements of input share memory, {strides}")
+    if not _has_layout(input, settings.dim):
+        refuse(f"input has more than 4 row dimensions that cannot be merged, {strides}")
+    if not is_compiling and _torch_private.share_memory(target, input):
+        refuse("target shares input's memory, which is overwritten", "clone target")
+    if settings.grad_in_forward:
+        _check_grad_in_forward(input, target, memory)
+
+
+def _check_grad_in_forward(input: Tensor, target: Tensor, memory: Tensor) -> None:
+    if target.requires_grad:
+        raise RuntimeError(
+            "grad_in_forward must be False where target requires a gradient: the logits that it "
+            "would be computed from are overwritten; use inplace_backward"
+        )
+    if input.dtype == torch.float16:
+        raise ValueError(
+            "grad_in_forward must be False for float16 input: what the forward writes, not yet "
+            "multiplied by a loss scale, falls below float16's range; use inplace_backward"
+        )
+    if memory.numel() != input.numel() or memory.dtype != input.dtype:
+        raise RuntimeError(
+            "grad_in_forward must be False where input is a view of a part of another tensor, "
+            f"got shape {tuple(input.shape)} of {tuple(memory.shape)}: use inplace_backward, or "
+            "clone it"
+        )
+
+
+def _has_layout(tensor: Tensor, dim: int) -> bool:
+    """Return True if the kernels can count its rows: in at most 4 dimensions after merging."""
+    merged: list[int] = []
+    for d in range(tensor.dim()):
+        size, stride = tensor.shape[d], tensor.stride(d)
+        if d == dim or size == 1:
+            continue
+        if merged and merged[-1] == size * stride:
+            merged[-1] = stride
+        else:
+            merged.append(stride)
+    return len(merged) <= 4

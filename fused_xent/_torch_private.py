@@ -1,0 +1,162 @@
+"""All that fused_xent uses of torch's private API, with the public way that does not serve.
+
+tests/test_torch_private.py tries each on the torch that is installed.
+"""
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn import _reduction
+from torch.nn.modules.loss import _WeightedLoss as WeightedLoss  # as torch.nn's own losses
+
+__all__ = [
+    "WeightedLoss",
+    "apply_at_this_level",
+    "are_ordinary",
+    "below_autograd",
+    "has_values",
+    "is_batched_by_autograd",
+    "is_eager",
+    "is_jit_tracing",
+    "is_one_of_several_views",
+    "is_under_torch_func",
+    "is_under_vmap_or_jvp",
+    "kernels_of",
+    "legacy_reduction",
+    "memory_of",
+    "mkldnn_has",
+    "redispatch_below_inplace",
+    "share_memory",
+]
+
+# Calls an operator without its autograd formula. torch.no_grad() does not: the formula's Python
+# function would still be called.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+# None, or the state of torch.jit.trace. torch.jit.is_tracing() asks by way of two more functions.
+is_jit_tracing = torch._C._get_tracing_state
+
+_dispatch_keys = torch._C._dispatch_keys
+_n_dispatch_modes = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def _key_sets(backend: str) -> tuple[Any, int]:
+    keys = (f"{backend}", "ADInplaceOrView", f"Autograd{backend}", f"Autocast{backend}")
+    sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in keys]
+    return sets[0], functools.reduce(operator.or_, sets).raw_repr()
+
+
+# The key of each backend's kernels, and all keys of an ordinary tensor there.
+_BACKENDS, _ORDINARY = zip(*map(_key_sets, ("CPU", "CUDA")), strict=True)
+
+# Names the deprecated size_average and reduce, with torch's own warning. Not public in any form.
+legacy_reduction = _reduction.legacy_get_string
+
+
+def kernels_of(op: Any) -> tuple[Any, Any]:
+    """Return the kernels of an operator, on CPUs and on GPUs, to call with ordinary tensors.
+
+    The dispatcher would ask for autograd, autocast and modes, of which there are none: see
+    :func:`is_eager` and :func:`is_ordinary`. That takes as long as the kernel of a small loss.
+    """
+    redispatch = op.default._handle.redispatch_boxed
+    cpu, cuda = (functools.partial(redispatch, keys) for keys in _BACKENDS)
+    return cpu, cuda
+
+
+def apply_at_this_level(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Apply a Function where torch.func has already chosen the level: in an operator's formula.
+
+    ``Function.apply`` would start at the outermost level again.
+    """
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
+
+
+def is_under_torch_func() -> bool:
+    """Return True under a transform of torch.func, which has no public question for it."""
+    return _innermost_transform() is not None
+
+
+def is_eager() -> bool:
+    """Return True where operations run now and for autograd alone: one question instead of five."""
+    return (
+        not is_compiling()  # first: the compiler cannot trace the others
+        and _innermost_transform() is None
+        and _n_dispatch_modes() == 0
+        and is_jit_tracing() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def are_ordinary(one: Tensor, other: Tensor) -> bool:
+    """Return True for two tensors that an operator's kernel takes as they are, on a CPU or GPU.
+
+    Not for sparse, nested, fake and batched ones, for views whose signs are to be changed, and for
+    subclasses with a rule of their own: the dispatcher does something to these first.
+    """
+    keys = _dispatch_keys(one).raw_repr()
+    return keys in _ORDINARY and _dispatch_keys(other).raw_repr() == keys
+
+
+def is_under_vmap_or_jvp() -> bool:
+    """Return True under torch.func.vmap or forward-mode differentiation, of either kind."""
+    if _innermost_transform() is None and forward_ad._current_level < 0:
+        return False
+    if is_compiling():  # which traces a transform by itself
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = torch._C._functorch.TransformType
+    is_dual = forward_ad._current_level >= 0
+    return is_dual or any(layer.key() in (kinds.Vmap, kinds.Jvp) for layer in stack)
+
+
+def is_batched_by_autograd(tensor: Tensor | None) -> bool:
+    """Return True for the batches of ``is_grads_batched=True``, which torch.func does not know."""
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return False on the meta device and under a compiler, tracer or transform."""
+    if is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return not is_under_vmap_or_jvp() and get_proxy_mode() is None
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """Return the tensor that a view is of, or the tensor itself."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def is_one_of_several_views(tensor: Tensor) -> bool:
+    """Return True for outputs of chunk, split and unbind, which autograd lets nobody overwrite."""
+    several = torch._C._autograd.CreationMeta.MULTI_OUTPUT_NODE
+    return tensor._is_view() and torch._C._autograd._get_creation_meta(tensor) == several
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Return True if both have one storage. Fake tensors have no ``data_ptr`` to compare."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata  # type: ignore[no-any-return]
+
+
+def mkldnn_has(dtype: torch.dtype) -> bool:
+    """Return True if this CPU multiplies matrices of a 16-bit dtype by instructions of its own."""
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return is_supported is not None and is_supported()
+
+
+def redispatch_below_inplace(op: Any, keyset: Any, arguments: tuple[Any, ...], options: Any) -> Any:
+    """Call an operator below the key under which operators raise the version of what they write."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        below = keyset & torch._C._after_ADInplaceOrView_keyset
+        return op.redispatch(below, *arguments, **options)
