@@ -11,6 +11,7 @@ SCHEMAS = "csrc/binding/schemas.h"
 OPS = "tests/test_ops.py::"
 FORWARD = (f"{OPS}test_wrong_arguments_of_forward_are_refused",)
 BACKWARD = (f"{OPS}test_wrong_arguments_of_backward_are_refused",)
+SCALE = (f"{OPS}test_wrong_arguments_of_scale_gradient_are_refused",)
 MULTIPLY = (f"{OPS}test_wrong_arguments_of_multiply_are_refused",)
 MEMORY = (f"{OPS}test_memory_of_gradients",)
 NO_CLASSES = (f"{OPS}test_rows_of_no_classes",)
@@ -432,8 +433,9 @@ TENSORS_FAULTS = {
     ),
     "an upstream gradient of any shape is read": Fault(
         TENSORS,
-        "(is_scalar || has_shape(rows, row_shape)) && ",
-        "rows.numel() >= 1 && ",
+        "FUSED_XENT_CHECK((is_scalar || has_shape(rows, row_shape)) && "
+        "!is_complex(rows.scalar_type()),",
+        "FUSED_XENT_CHECK((is_scalar || rows.numel() >= 1) && !is_complex(rows.scalar_type()),",
         BACKWARD,
     ),
     "an upstream gradient of any dtype is read as it lies": Fault(
@@ -600,6 +602,17 @@ TENSORS_FAULTS = {
         "    target = with_layout(*target, dim, params.target_layout);\n",
         "    merge_rows(*target, dim, params.target_layout);\n",
         ("tests/test_errors.py::test_rows_of_more_dimensions_than_the_kernels_count",),
+    ),
+    "a complex upstream gradient is cast": Fault(
+        TENSORS,
+        "FUSED_XENT_CHECK((is_scalar || has_shape(rows, row_shape)) && "
+        "!is_complex(rows.scalar_type()),",
+        "FUSED_XENT_CHECK(is_scalar || has_shape(rows, row_shape),",
+        (
+            *BACKWARD,
+            *SCALE,
+            *MULTIPLY,
+        ),
     ),
     "contiguous tensors of another dtype are not cast": Fault(
         TENSORS,

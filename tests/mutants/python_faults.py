@@ -874,7 +874,7 @@ FUNCTIONAL_FAULTS = {
     "the short way's errors are the kernels'": Fault(
         FUNCTIONAL, "        except CALL_ERRORS:\n", "        except KeyError:\n", REFUSED
     ),
-    "the long way is never taken for granted": Fault(
+    "the loss alone is computed with statistics": Fault(
         FUNCTIONAL,
         "    return evaluate(prepare(*tensors, False, options))[0]\n",
         "    return evaluate(prepare(*tensors, True, options))[0].clone()\n",
@@ -1176,7 +1176,7 @@ LINEAR_FAULTS = {
         "    return dtype\n",
         ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
     ),
-    "the dtype of the logits is that of all, not of chunks": Fault(
+    "the logits have the layer's dtype whatever is asked for": Fault(
         LINEAR,
         "layer.hidden.new_zeros((), dtype=logits_dtype).expand(*rows, *classes)",
         "layer.hidden.new_zeros(()).expand(*rows, *classes)",
@@ -1533,7 +1533,7 @@ PRODUCTS_FAULTS = {
         "        if False:\n",
         ("tests/test_linear_doors.py::test_without_gradients_no_gradient_is_made",),
     ),
-    "dtypes of all logits are float64 in a reduced loss": Fault(
+    "the loss of all logits is in float64": Fault(
         PRODUCTS,
         "_replace(settings=problem.settings._replace(loss_dtype=self.loss_dtype))",
         "_replace()",
@@ -1797,6 +1797,12 @@ LINEAR_AUTOGRAD_FAULTS = {
         "n_differentiable = 3 if Inputs(*inputs).statistics else 1",
         "n_differentiable = 3",
         ("tests/test_linear_doors.py::test_what_has_no_gradient_of_a_layer",),
+    ),
+    "a layer's Function starts at the outermost level": Fault(
+        LINEAR_AUTOGRAD,
+        "return apply_at_this_level(LinearCrossEntropy, *inputs)",
+        "return LinearCrossEntropy.apply(*inputs)",
+        ("tests/test_linear_doors.py::test_operator_of_a_layer_under_the_gradient_of_torch_func",),
     ),
 }
 
@@ -2381,7 +2387,7 @@ FORMULAS_FAULTS = {
     "token weights are lost by torch operations": Fault(
         FORMULAS, "        token_weight=token_weight,\n", "", TOKENS
     ),
-    "gradients of lse and entropy are swapped by torch operations": Fault(
+    "lse and entropy are swapped by torch operations": Fault(
         FORMULAS,
         "(results.loss, results.lse, results.entropy), upstream",
         "(results.loss, results.entropy, results.lse), upstream",
@@ -2806,6 +2812,33 @@ PRIVATE_FAULTS = {
             *LINEAR_ERRORS,
             "tests/test_doors.py::test_every_mode_of_gradcheck",
         ),
+    ),
+    "a Function at a level of torch.func is refused": Fault(
+        PRIVATE,
+        "    with enable_single_level_autograd_function():\n",
+        "    if True:\n",
+        ("tests/test_ops.py::test_forward_under_the_transforms_of_gradients",),
+    ),
+    "a Function at a level of torch.func starts at the outermost": Fault(
+        PRIVATE,
+        "return super(torch.autograd.Function, function).apply(*inputs)",
+        "return function.apply(*inputs)",
+        (
+            "tests/test_ops.py::test_backward_under_the_transforms_of_gradients",
+            "tests/test_ops.py::test_forward_under_the_transforms_of_gradients",
+        ),
+    ),
+    "a short call of what a transform sees": Fault(
+        PRIVATE,
+        "        and _innermost_transform() is None\n",
+        "",
+        ("tests/test_torch_private.py::test_eager_is_what_nothing_looks_at",),
+    ),
+    "the first tensor is not asked": Fault(
+        PRIVATE,
+        "    return keys in _ORDINARY and _dispatch_keys(other).raw_repr() == keys\n",
+        "    return _dispatch_keys(other).raw_repr() in _ORDINARY\n",
+        ("tests/test_torch_private.py::test_ordinary_tensors",),
     ),
 }
 
