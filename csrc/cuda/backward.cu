@@ -30,8 +30,9 @@ __device__ __forceinline__ void write_share(T* out, const RowView<const T>& view
   }
 }
 
+// In double, two blocks on a multiprocessor would leave too few registers.
 template <typename T, typename S>
-__global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S>))
+__global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : kMinBlocks<T, S>))
     backward_rows(const __grid_constant__ Arguments a, int team_size) {
   using A = Acc<T>;
   const A scale = upstream_scale<A>(a);

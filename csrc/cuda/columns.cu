@@ -215,9 +215,9 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnrol
 }
 
 template <typename T, typename S, int R>
-__global__ void __launch_bounds__(kMaxThreads, (R == 1              ? kMinBlocks<T, S>
-                                                : std::is_void_v<S> ? 2
-                                                                    : 1))
+__global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S>
+                                                : std::is_void_v<S> && sizeof(T) < 8 ? 2
+                                                                                     : 1))
     columns(const __grid_constant__ Arguments a, int n_workers, bool has_forward,
             bool has_backward) {
   using A = Acc<T>;
