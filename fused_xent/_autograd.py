@@ -143,9 +143,8 @@ def _forward(problem: Problem) -> Tensors:
 class CrossEntropy(torch.autograd.Function):
     """Loss in one read of the logits; gradient in one more read and one write.
 
-    With ``inplace_backward`` the gradient takes the logits' memory, once: that counts as a
-    modification of the logits, which autograd reports to whoever needs them later, a second
-    backward included.
+    With ``inplace_backward`` the gradient overwrites the logits, once. That raises their version:
+    autograd raises an error if a later backward, or a second one, needs the old values.
     """
 
     @staticmethod

@@ -108,7 +108,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class LinearCrossEntropyInEager(torch.autograd.Function):
-    """The same; the first backward gives the gradients away, and any later makes them anew."""
+    """The same in eager mode. The first backward hands out the gradients; later ones compute."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensors:

@@ -170,7 +170,7 @@ def test_autocast(labels, label_smoothing, dtype, device):
 
 
 def test_loss_dtype_beside_probabilities_and_under_autocast(device):
-    """What is asked for goes before what would be promoted to."""
+    """A given loss_dtype wins over promotion."""
     input, soft = torch.randn(4, 9).bfloat16(), torch.rand(4, 9)
     for dtype in (torch.float64, torch.bfloat16):
         assert fused_xent.cross_entropy(input, soft, loss_dtype=dtype).dtype == dtype

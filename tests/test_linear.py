@@ -390,7 +390,7 @@ def test_rows_of_a_chunk(name, few_bytes, monkeypatch, device):
 @pytest.mark.parametrize("chunk_rows", [None, 200])
 @pytest.mark.parametrize("options", [{}, {"weight": torch.ones(10)}], ids=["plain", "weighted"])
 def test_few_logits_are_computed_at_once(options, chunk_rows, n_rows, monkeypatch):
-    """Where no chunk is asked for."""
+    """With chunk_rows=None."""
     assert linear.FEW_LOGITS == 0  # in the other tests of this file
     monkeypatch.setattr("fused_xent.linear.FEW_LOGITS", 100)
     made, forward = [], _linear.forward

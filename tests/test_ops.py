@@ -1194,3 +1194,16 @@ def test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even(name, dtype, fa
 
 def test_capability_is_one_of_those_documented():
     assert fused_xent.cpu_capability() in ("avx512_bf16", "avx512", "avx2", "portable")
+
+
+def test_more_dimensions_than_torchs_operations_take():
+    """Results have memory of their own, however many dimensions of size 1 there are."""
+    logits = torch.randn(2, 9, *[1] * 70)
+    target = torch.tensor([3, 5]).view(2, *[1] * 70)
+    arguments = (logits, target, None, None, None, 1, 0)
+    loss, total_weight, state = torch.ops.fused_xent.forward(*arguments)
+    flat = torch.ops.fused_xent.forward(logits.view(2, 9), target.view(2), None, None, None, 1, 0)
+    assert torch.equal(loss.flatten(), flat[0])
+    assert state.shape == (2, 2, *[1] * 70)
+    assert torch.equal(state.flatten(1), flat[2])
+    assert torch.equal(total_weight, flat[1])

@@ -207,7 +207,8 @@ void Problem::set_target() {
 }
 
 Tensor Problem::empty(Sizes sizes, ScalarType dtype) const {
-  int64_t strides[64], stride = 1;
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
     strides[d] = stride;
   }
@@ -217,8 +218,8 @@ Tensor Problem::empty(Sizes sizes, ScalarType dtype) const {
   const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides, dtype_code, device_type, device_index,
-                                                  &handle));
+                                                  strides.data(), dtype_code, device_type,
+                                                  device_index, &handle));
   return Tensor(handle);
 }
 
