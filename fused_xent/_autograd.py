@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _formulas, _ops
+from ._ops import Saved, Upstream, saved_of
 from ._options import DEFAULTS, Settings
 from ._problem import Problem, check_range, is_autocast
 from ._torch_private import (
     apply_at_this_level,
+    apply_in_eager,
     are_ordinary,
     below_autograd,
     is_batched_by_autograd,
@@ -57,18 +59,17 @@ def evaluate(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
         # Compiled code cannot tell whether the logits are used later, as grad_in_forward must.
         is_inplace = settings.inplace_backward or settings.grad_in_forward
         inplace = {"inplace_backward": True} if is_inplace else {}
-        results = _wanted(_ops.forward(problem, **inplace))
-    elif is_under_torch_func():
-        results = _wanted(CrossEntropy.apply(*problem))
-    elif not needs_graph(*tensors):
-        results = _wanted(_forward(problem))
-    elif settings.grad_in_forward and problem.logits.requires_grad:
+        results = _ops.forward(problem, **inplace)
+    elif settings.grad_in_forward and needs_graph(problem.logits):
         results = _grad_in_forward(problem)
-    elif settings.statistics:
-        results = CrossEntropyInEager.apply(*problem)
+    elif is_under_torch_func():
+        results = CrossEntropy.apply(*problem)
+    elif needs_graph(*tensors):
+        results = apply_in_eager(CrossEntropy, *problem)
     else:
-        return (CrossEntropyInEager.apply(*problem),)
-    return complete(problem, *results) if settings.statistics else results
+        results = _forward(problem)
+    loss, _, _, *statistics = results
+    return complete(problem, loss, *statistics) if settings.statistics else (loss,)
 
 
 def is_plain(input: Any, target: Any, weight: Any, token_weight: Any, normalizer: Any) -> bool:
@@ -91,10 +92,10 @@ def is_plain(input: Any, target: Any, weight: Any, token_weight: Any, normalizer
 
 
 def evaluate_plain(logits: Tensor, target: Tensor, settings: Settings) -> Tensor:
-    """Return the loss of what :func:`is_plain`."""
+    """Return the loss of a call that :func:`is_plain`."""
     if torch.is_grad_enabled() and logits.requires_grad:
-        return PlainCrossEntropy.apply(logits, target, settings)
-    return _ops.plain_loss(logits, target, settings)
+        return apply_in_eager(PlainCrossEntropy, logits, target, settings)  # type: ignore[no-any-return]
+    return _ops.plain_loss(Problem(logits, target, None, None, None, settings))
 
 
 def is_for_torch(problem: Problem) -> bool:
@@ -124,20 +125,9 @@ def complete(
     return CrossEntropyStatistics(loss, lse, z_loss, entropy, argmax, correct)
 
 
-def _wanted(results: Tensors) -> Any:
-    """Return of the results of ``forward`` those that users see."""
-    loss, _, _, *statistics = results
-    return loss, *statistics
-
-
 def _forward(problem: Problem) -> Tensors:
     with below_autograd():
         return _ops.forward(problem)
-
-
-# Function.apply binds its arguments to forward's signature in every call, to fill in defaults.
-# There are none, and *inputs is bound in no time, where the true signature takes longer than a
-# small loss.
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -155,51 +145,32 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         """Save the inputs and a few numbers a row; nothing else of the logits' size."""
-        _save(ctx, Problem(*inputs), output)
+        *tensors, ctx.settings = inputs
+        ctx.save_for_backward(*tensors, *saved_of(output))
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:3], *output[5:])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> Grads:
         """Return the gradients of a Problem's tensors."""
-        grad_lse, grad_entropy = grads[2:4] if ctx.settings.statistics else (None, None)
-        return _backward(ctx, grad_loss, grad_lse, grad_entropy)
-
-
-class CrossEntropyInEager(torch.autograd.Function):
-    """The same, faster: returns what users see, and is for no transform and no compiler."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        """Return the loss; with statistics, after it lse, entropy and argmax."""
-        problem = Problem(*inputs)
-        output = _forward(problem)
-        _save(ctx, problem, output)
-        if not problem.settings.statistics:
-            return output[0]
-        ctx.mark_non_differentiable(output[5])
-        return output[0], *output[3:]
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> Grads:
-        """Return the gradients of a Problem's tensors."""
-        grad_lse, grad_entropy = grads[:2] if grads else (None, None)
-        return _backward(ctx, grad_loss, grad_lse, grad_entropy)
+        upstream = Upstream(grad_loss, *(grads[2:4] or (None, None)))
+        if all(map(_is_none, upstream)):
+            return (None,) * (N_TENSORS + 1)
+        *tensors, total_weight, state, entropy = ctx.saved_tensors
+        problem = Problem._make([*tensors, ctx.settings])
+        saved = Saved(total_weight, state, entropy)
+        return *_gradients(problem, saved, upstream, ctx.needs_input_grad[:-1]), None
 
 
 class PlainCrossEntropy(torch.autograd.Function):
-    """The same of what :func:`is_plain`, which is most of the time of a small loss."""
-
-    if TYPE_CHECKING:
-
-        @classmethod
-        def apply(cls, *inputs: Any) -> Tensor:
-            """Return the loss."""
+    """The same for a call that :func:`is_plain`: less to save takes less time."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Return the loss; the inputs are logits, target and Settings."""
         logits, target, ctx.settings = inputs
-        loss, total_weight, state = _ops.plain_forward(*inputs)
+        problem = Problem(logits, target, None, None, None, ctx.settings)
+        loss, total_weight, state = _ops.plain_forward(problem)
         ctx.save_for_backward(logits, target, total_weight, state)
         return loss
 
@@ -207,99 +178,58 @@ class PlainCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Grads:
         """Return the gradient of the logits."""
         logits, target, total_weight, state = ctx.saved_tensors
-        if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_loss, logits):
-            gradient = _ops.plain_backward(
-                logits, target, ctx.settings, total_weight, state, grad_loss
-            )
-            return gradient, None, None
         problem = Problem(logits, target, None, None, None, ctx.settings)
+        saved, upstream = Saved(total_weight, state, None), Upstream(grad_loss, None, None)
+        if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_loss, logits):
+            return _ops.plain_backward(problem, saved, upstream), None, None
         needs = (True, False, False, False, False)
-        upstream = (grad_loss, None, None)
-        return _gradients(problem, upstream, needs, total_weight, state, None)[0], None, None
-
-
-def _save(ctx: Any, problem: Problem, output: Tensors) -> None:
-    *tensors, ctx.settings = problem
-    _, total_weight, state, *statistics = output
-    entropy = statistics[1] if statistics else None
-    ctx.save_for_backward(*tensors, total_weight, state, entropy)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, *upstream: Tensor | None) -> Grads:
-    """Return the gradients of a Problem's tensors, for upstream ones of loss, lse and entropy."""
-    if all(map(_is_none, upstream)):
-        return (None,) * (N_TENSORS + 1)
-    *tensors, total_weight, state, entropy = ctx.saved_tensors
-    problem, needs = Problem._make([*tensors, ctx.settings]), ctx.needs_input_grad[:-1]
-    return *_gradients(problem, upstream, needs, total_weight, state, entropy), None
-
-
-def _gradients(
-    problem: Problem,
-    upstream: Grads,
-    needs: Sequence[bool],
-    total_weight: Tensor,
-    state: Tensor,
-    entropy: Tensor | None,
-) -> Sequence[Tensor | None]:
-    needs_logits, *others = needs
-    if torch.is_grad_enabled():
-        return _gradients_with_graph(problem, upstream, needs, total_weight, state, entropy)
-    of_others: list[Tensor | None]
-    of_others = [None] * len(others)
-    if any(others):
-        of_others = _other_gradients(problem, upstream, others, total_weight, state)
-    grad_logits = None  # last: it may overwrite the logits
-    if needs_logits:
-        grad_logits = _logits_gradient(problem, upstream, total_weight, state, entropy)
-    return grad_logits, *of_others
+        return _gradients(problem, saved, upstream, needs)[0], None, None
 
 
 def _is_none(grad: Tensor | None) -> bool:
     return grad is None  # == would ask the tensor
 
 
+def _gradients(
+    problem: Problem, saved: Saved, upstream: Upstream, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Return the gradients of a Problem's tensors."""
+    needs_logits, *others = needs
+    if torch.is_grad_enabled():
+        return _gradients_with_graph(problem, saved, upstream, needs)
+    of_others = _other_gradients(problem, saved, upstream, others)
+    # Last: it may overwrite the logits.
+    return _logits_gradient(problem, saved, upstream) if needs_logits else None, *of_others
+
+
 def _other_gradients(
-    problem: Problem,
-    upstream: Grads,
-    needs: Sequence[bool],
-    total_weight: Tensor,
-    state: Tensor,
+    problem: Problem, saved: Saved, upstream: Upstream, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients of all tensors but the logits."""
-    if any(needs[1:]) or "focal_gamma" in problem.settings.of_operators:
+    if any(needs[1:]) or (needs[0] and "focal_gamma" in problem.settings.of_operators):
         return _formulas.gradients(problem, upstream, (False, *needs))[1:]
-    grad_loss = upstream[0]
-    if grad_loss is None:
-        return [None] * len(needs)
-    grad_target = _formulas.target_gradient(problem, state, total_weight, grad_loss)
+    grad_target = None
+    if needs[0] and upstream.loss is not None:
+        grad_target = _formulas.target_gradient(problem, saved, upstream.loss)
     return [grad_target, None, None, None]
 
 
-def _logits_gradient(
-    problem: Problem, upstream: Grads, total_weight: Tensor, state: Tensor, entropy: Tensor | None
-) -> Any:
+def _logits_gradient(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
     if not problem.settings.inplace_backward:
         with below_autograd():
-            return _ops.backward(problem, upstream, total_weight, state, entropy)
+            return _ops.backward(problem, saved, upstream)
     if any(map(is_batched_by_autograd, upstream)):
         raise RuntimeError(
             "inplace_backward must be False for is_grads_batched=True: there is room for one "
             "gradient in the logits' memory"
         )
     with below_autograd():
-        _ops.backward(problem, upstream, total_weight, state, entropy, inplace=True)
+        _ops.backward_(problem, saved, upstream)
     return problem.logits.detach()
 
 
 def _gradients_with_graph(
-    problem: Problem,
-    upstream: Grads,
-    needs: Sequence[bool],
-    total_weight: Tensor,
-    state: Tensor,
-    entropy: Tensor | None,
+    problem: Problem, saved: Saved, upstream: Upstream, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return gradients that can be differentiated: of the logits alone, by the kernels."""
     if problem.settings.inplace_backward:
@@ -307,11 +237,12 @@ def _gradients_with_graph(
             "inplace_backward must be False for create_graph=True and for torch.func: a second "
             "derivative needs the logits that the first overwrites"
         )
-    # A Function inside autograd's own vmap would return what no graph leads to.
+    # Inside autograd's own vmap, the result of a Function would have no graph.
     if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):
         return _formulas.gradients(problem, upstream, needs)
-    of_mean = problem._replace(normalizer=total_weight)
-    return [CrossEntropyBackward.apply(*of_mean, state, entropy, *upstream), None, None, None, None]
+    of_mean = problem._replace(normalizer=saved.total_weight)
+    grad_logits = CrossEntropyBackward.apply(*of_mean, saved.state, saved.entropy, *upstream)
+    return [grad_logits, None, None, None, None]
 
 
 class CrossEntropyBackward(torch.autograd.Function):
@@ -324,11 +255,12 @@ class CrossEntropyBackward(torch.autograd.Function):
         """Return the gradient of the logits.
 
         The inputs are a Problem's, with total_weight as its normalizer, state, entropy and the
-        upstream gradients of loss, lse and entropy.
+        fields of Upstream.
         """
         problem, (state, entropy, *upstream) = Problem(*inputs[:6]), inputs[6:]
+        saved = Saved(inputs[4], state, entropy)
         with below_autograd():
-            return _ops.backward(problem, upstream, problem.normalizer, state, entropy)
+            return _ops.backward(problem, saved, Upstream(*upstream))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -339,24 +271,15 @@ class CrossEntropyBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_grad_logits: Tensor) -> Grads:
         """Return the gradients of the tensors and of the upstream gradients."""
-        saved, settings = ctx.saved_tensors, ctx.settings
-        of_tensors, of_upstream = ctx.needs_input_grad[:5], ctx.needs_input_grad[8:]
-        needs = (*of_tensors, *of_upstream)
-        variables = [tensor for tensor, needed in zip(saved, needs, strict=True) if needed]
 
-        def gradient(*variables: Tensor) -> Tensor | None:
-            given = iter(variables)
-            *tensors, grad_loss, grad_lse, grad_entropy = (
-                next(given) if needed else tensor
-                for tensor, needed in zip(saved, needs, strict=True)
-            )
-            upstream = (grad_loss, grad_lse, grad_entropy)
-            of_logits = (True, False, False, False, False)
-            return _formulas.gradients(Problem._make([*tensors, settings]), upstream, of_logits)[0]
+        def gradient(*inputs: Any) -> Any:
+            *tensors, grad_loss, grad_lse, grad_entropy = inputs
+            problem = Problem._make([*tensors, ctx.settings])
+            upstream = Upstream(grad_loss, grad_lse, grad_entropy)
+            return _formulas.gradients(problem, upstream, (True, False, False, False, False))[0]
 
-        _, vjp = torch.func.vjp(gradient, *variables)  # type: ignore[misc]
-        found = iter(vjp(grad_grad_logits))
-        grads = [next(found) if needed else None for needed in needs]
+        needs = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[8:])
+        grads = _formulas.pull_back(gradient, ctx.saved_tensors, needs, grad_grad_logits)
         return *grads[:5], None, None, None, *grads[5:]
 
 
@@ -381,9 +304,7 @@ class CrossEntropyGradInForward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(memory)
         ctx.save_for_backward(memory, problem.target, problem.token_weight)
-        if not ctx.settings.statistics:
-            return memory, results
-        ctx.mark_non_differentiable(results[-1])
+        ctx.mark_non_differentiable(*results[3:])
         return memory, *results
 
     @staticmethod
@@ -419,12 +340,13 @@ class CrossEntropyGradInForward(torch.autograd.Function):
         return gradient, *[None] * len(Problem._fields)
 
 
-def _grad_in_forward(problem: Problem) -> Tensors:
+def _grad_in_forward(problem: Problem) -> tuple[Any, ...]:
+    """Return what ``forward`` does, with nothing saved."""
     logits, *others = problem
     memory = memory_of(logits)
     view = (logits.size(), logits.stride(), logits.storage_offset())
-    _, *results = CrossEntropyGradInForward.apply(memory, view, *others)
-    return tuple(results)
+    _, loss, *statistics = CrossEntropyGradInForward.apply(memory, view, *others)
+    return loss, None, None, *statistics
 
 
 # ---- the operators' formulas ---------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from . import _autograd, _formulas, _linear, _ops, reference
 from ._linear import Arguments, Inputs
 from ._linear_autograd import Layer
+from ._ops import Upstream
 from ._options import REDUCTIONS
 from ._problem import Problem, accumulation_dtype, row_shape
 
@@ -140,7 +141,7 @@ def _linear_forward(*arguments: Unpack[Arguments], **options: Any) -> tuple[Tens
     problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.logits_dtype))
     loss, _, _, *statistics = results = _ops.forward(problem)
     found = (loss, *statistics)
-    upstream = (torch.ones_like(loss), None, None)
+    upstream = Upstream(torch.ones_like(loss), None, None)
     gradients = _linear_gradients(inputs, problem, results, upstream)
     return *found, *_linear.empty_results(inputs)[len(found) : 4], *gradients
 
@@ -154,7 +155,7 @@ def _linear_backward(
 ) -> tuple[Tensor, ...]:
     inputs = Inputs(*arguments, options)
     problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.logits_dtype))
-    upstream = (grad_loss, grad_lse, grad_entropy)
+    upstream = Upstream(grad_loss, grad_lse, grad_entropy)
     return _linear_gradients(inputs, problem, _ops.forward(problem), upstream)
 
 
@@ -162,12 +163,10 @@ def _linear_gradients(
     inputs: Inputs,
     problem: Problem,
     results: Sequence[Tensor],
-    upstream: Sequence[Tensor | None],
+    upstream: Upstream,
 ) -> tuple[Tensor, ...]:
     """Return those of hidden, weight and bias; of no elements where they are not needed."""
-    _, total_weight, state, *statistics = results
-    entropy = statistics[1] if statistics else None
-    grad_logits = _ops.backward(problem, upstream, total_weight, state, entropy).flatten(1)
+    grad_logits = _ops.backward(problem, _ops.saved_of(results), upstream).flatten(1)
     bias: Any  # not None where its gradient is needed
     hidden, weight, bias = inputs[:3]
     flat = weight.flatten(0, -2).to(grad_logits.dtype)

@@ -6,13 +6,14 @@ gradients, and as decompositions of the operators.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from ._ops import Saved, Upstream
 from ._options import REDUCTION_NAMES, REDUCTIONS
 from ._problem import Problem, accumulation_dtype, row_shape
 
@@ -39,50 +40,50 @@ def by_torch(problem: Problem) -> reference.CrossEntropyStatistics:
     )
 
 
-def gradients(
-    problem: Problem, upstream: Sequence[Tensor | None], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Return the gradients of the tensors that are needed, differentiable where grad mode is on.
-
-    ``upstream`` are those of loss, lse and entropy.
-    """
+def gradients(problem: Problem, upstream: Upstream, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients of the tensors that are needed, differentiable where grad mode is on."""
     *tensors, settings = problem
     acc = accumulation_dtype(problem.logits.dtype)
+
+    def outputs(*tensors: Any) -> tuple[Tensor, ...]:
+        results = by_torch(Problem._make([*tensors, settings]))
+        values = (results.loss, results.lse, results.entropy)
+        pairs = zip(values, upstream, strict=True)
+        return tuple(value for value, grad in pairs if grad is not None)
+
+    grads = tuple(grad.to(acc) for grad in upstream if grad is not None)
+    return pull_back(outputs, tensors, needs, grads)
+
+
+def pull_back(
+    function: Callable[..., Any], tensors: Sequence[Any], needs: Sequence[bool], grads: Any
+) -> list[Tensor | None]:
+    """Return the gradients of the tensors that are needed, by those of the function of all."""
     variables = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
 
-    def outputs(*variables: Tensor) -> tuple[Tensor, ...]:
+    def of_variables(*variables: Tensor) -> Any:
         given = iter(variables)
-        chosen = [
-            next(given) if needed else tensor for tensor, needed in zip(tensors, needs, strict=True)
-        ]
-        results = by_torch(Problem._make([*chosen, settings]))
-        return tuple(
-            result
-            for result, grad in zip(
-                (results.loss, results.lse, results.entropy), upstream, strict=True
-            )
-            if grad is not None
+        return function(
+            *(next(given) if needed else x for x, needed in zip(tensors, needs, strict=True))
         )
 
-    _, vjp = torch.func.vjp(outputs, *variables)  # type: ignore[misc]
-    found = iter(vjp(tuple(grad.to(acc) for grad in upstream if grad is not None)))
+    _, vjp = torch.func.vjp(of_variables, *variables)  # type: ignore[misc]
+    found = iter(vjp(grads))
     return [next(found) if needed else None for needed in needs]
 
 
-def target_gradient(
-    problem: Problem, state: Tensor, total_weight: Tensor, grad_loss: Tensor
-) -> Tensor:
+def target_gradient(problem: Problem, saved: Saved, grad_loss: Tensor) -> Tensor:
     """Return the gradient of probabilities: minus the weighted log-probabilities.
 
     In fewer passes than :func:`gradients` takes; not for the focal loss.
     """
     logits, target, weight, token_weight, _, settings = problem
     dim, options = settings.dim, settings.of_operators
-    row_max, log_sum, *_ = state
+    row_max, log_sum, *_ = saved.state
     smoothing = options.get("label_smoothing", 0.0)
     scale = grad_loss.to(row_max.dtype) * (1 - smoothing)
     if settings.reduction == REDUCTIONS["mean"]:  # by 0 it is NaN, as the loss is
-        scale = scale / total_weight.masked_fill(total_weight == 0, torch.nan)
+        scale = scale / saved.total_weight.masked_fill(saved.total_weight == 0, torch.nan)
     if token_weight is not None:
         scale = scale * token_weight
     scale = scale if scale.dim() == 0 else scale.unsqueeze(dim)

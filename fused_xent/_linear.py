@@ -119,10 +119,8 @@ def _forward(*arguments: Unpack[Arguments], **options: Any) -> tuple[Tensor, ...
         problem = inputs.problem(logits, rows, total)
         if not any(inputs.needs):
             loss, _, _, *others = _ops.forward(problem)
-        elif inputs.statistics:
-            loss, *others = _ops.forward_backward_(problem)
         else:
-            loss, others = _ops.forward_backward_(problem), []
+            loss, *others = _ops.forward_backward_(problem)
         losses.append(loss)
         statistics.append(others)
 
@@ -150,14 +148,13 @@ def _backward(
     total = _total_weight(inputs)
 
     def turn(logits: Tensor, rows: slice) -> None:
-        upstream = [
+        upstream = (
             grad if grad is None or grad.dim() == 0 else grad[rows]
             for grad in (grad_loss, grad_lse, grad_entropy)
-        ]
+        )
         problem = inputs.problem(logits, rows, total)
-        _, total_weight, state, *statistics = _ops.forward(problem)
-        entropy = statistics[1] if statistics else None
-        _ops.backward(problem, upstream, total_weight, state, entropy, inplace=True)
+        saved = _ops.saved_of(_ops.forward(problem))
+        _ops.backward_(problem, saved, _ops.Upstream(*upstream))
 
     return _multiply(inputs, turn)
 
@@ -399,11 +396,7 @@ def _by_classes(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
 
 
 def _define() -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
-    schema = _ops.backward_schema()
-    options = ", ".join(
-        [f"{x.type} {x.name}={x.default_value}" for x in schema.arguments if x.kwarg_only]
-    )
-    signature = _SIGNATURE.format(options=f"*, {options}").replace("\n", " ")
+    signature = _SIGNATURE.format(options=f"*, {_ops.options_schema()}").replace("\n", " ")
     of_forward = " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, " + _GRADIENTS
     upstream = "(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, "
     forward = _ops.define("linear_forward", signature + of_forward, _forward, _fake_forward)

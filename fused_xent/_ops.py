@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import importlib.machinery
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ._options import REDUCTIONS, Settings
+from ._options import REDUCTIONS
 from ._problem import Problem, accumulation_dtype, row_shape
 from ._torch_private import below_autograd, kernels_of, redispatch_below_inplace
 
@@ -84,69 +83,69 @@ def cpu_capability() -> str | None:
     return _ops.cpu_capability() if LOAD_ERROR is None else None
 
 
+OPERATORS = (
+    *("loss", "forward", "forward_with_statistics", "backward", "backward_", "forward_backward_"),
+    *("forward_backward_with_statistics_", "scale_gradient_", "multiply_"),
+)
+OVERWRITING = tuple(name for name in OPERATORS if name.endswith("_"))  # their first argument
+
+
+class Saved(NamedTuple):
+    """What a forward leaves for the backward, besides its inputs."""
+
+    total_weight: Tensor
+    state: Tensor
+    entropy: Tensor | None  # with statistics
+
+
+class Upstream(NamedTuple):
+    """The upstream gradients; None where there is none."""
+
+    loss: Tensor | None
+    lse: Tensor | None
+    entropy: Tensor | None
+
+
+def saved_of(results: Sequence[Tensor]) -> Saved:
+    """Return what is saved of the results of ``forward``."""
+    _, total_weight, state, *statistics = results
+    return Saved(total_weight, state, statistics[1] if statistics else None)
+
+
 def state_size(target: Tensor, options: dict[str, float]) -> int:
     """Return how many numbers a row the state has."""
     return 2 + target.is_floating_point() + (options.get("focal_gamma", 0) != 0)
 
 
-def _fake_loss(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
-    dim: int,
-    reduction: int,
-    loss_dtype: torch.dtype | None = None,
-    **_: Any,
-) -> Tensor:
-    shape = row_shape(logits, dim) if reduction == REDUCTIONS["none"] else []
-    return logits.new_empty(shape, dtype=loss_dtype)
+def _meta(schema: torch.FunctionSchema) -> Callable[..., Any]:
+    """Return the meta implementation of an operator: memory for each result that it names."""
+    names = [argument.name for argument in schema.arguments]
+    results = [result.name for result in schema.returns]
 
+    def meta(*arguments: Any, **options: Any) -> Any:
+        given = {**dict(zip(names, arguments, strict=False)), **options}
+        if not results:
+            return None
+        logits, dim = given["logits"], given["dim"]
+        acc, rows = accumulation_dtype(logits.dtype), row_shape(logits, dim)
+        loss_shape = rows if given["reduction"] == REDUCTIONS["none"] else []
+        kinds: dict[str, tuple[Sequence[int], torch.dtype | None]] = {
+            "loss": (loss_shape, given.get("loss_dtype")),
+            "total_weight": ([], torch.float64),
+            "state": ([state_size(given["target"], options), *rows], acc),
+            "lse": (rows, acc),
+            "entropy": (rows, acc),
+            "argmax": (rows, torch.int64),
+        }
+        memory = [
+            torch.empty_like(logits)
+            if name == "grad_logits"
+            else logits.new_empty(kinds[name][0], dtype=kinds[name][1])
+            for name in results
+        ]
+        return memory[0] if len(memory) == 1 else tuple(memory)
 
-def _fake_forward(
-    logits: Tensor, target: Tensor, *arguments: Any, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc, rows = accumulation_dtype(logits.dtype), row_shape(logits, arguments[3])
-    return (
-        _fake_loss(logits, target, *arguments),
-        logits.new_empty([], dtype=torch.float64),
-        logits.new_empty([state_size(target, options), *rows], dtype=acc),
-    )
-
-
-def _fake_statistics(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
-    dim: int,
-    *_: Any,
-    **__: Any,
-) -> tuple[Tensor, ...]:
-    acc, rows = accumulation_dtype(logits.dtype), row_shape(logits, dim)
-    return tuple(logits.new_empty(rows, dtype=dtype) for dtype in (acc, acc, torch.int64))
-
-
-FAKES: dict[str, Callable[..., Any]] = {
-    "loss": _fake_loss,
-    "forward": _fake_forward,
-    "forward_with_statistics": lambda *arguments, **options: (
-        *_fake_forward(*arguments, **options),
-        *_fake_statistics(*arguments),
-    ),
-    "backward": lambda logits, *_, **__: torch.empty_like(logits),
-    "backward_": lambda *_, **__: None,
-    "forward_backward_": _fake_loss,
-    "forward_backward_with_statistics_": lambda *arguments, **_: (
-        _fake_loss(*arguments),
-        *_fake_statistics(*arguments),
-    ),
-    "scale_gradient_": lambda *_: None,
-    "multiply_": lambda *_: None,
-}
-OVERWRITING = tuple(name for name in FAKES if name.endswith("_"))  # their first argument
+    return meta
 
 
 def _in_turn(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
@@ -190,9 +189,14 @@ def register_formula(name: str, formula: Callable[..., Any]) -> None:
     _library.impl(name, formula, "Autograd")
 
 
-def backward_schema() -> torch.FunctionSchema:
-    """Return the schema of ``backward``, which has all options."""
-    return _ops.backward.default._schema
+def _schema(name: str) -> torch.FunctionSchema:
+    return getattr(_ops, name).default._schema  # type: ignore[no-any-return]
+
+
+def options_schema() -> str:
+    """Return the options of a loss as a schema has them."""
+    options = [x for x in _schema("backward").arguments if x.kwarg_only]
+    return ", ".join(f"{x.type} {x.name}={x.default_value}" for x in options)
 
 
 def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -223,8 +227,8 @@ def _refusal(name: str) -> Callable[..., Any]:
 if LOAD_ERROR is None:
     _library = torch.library.Library("fused_xent", "IMPL")
     _definitions = torch.library.Library("fused_xent", "FRAGMENT")
-    for _name, _fake in FAKES.items():
-        torch.library.register_fake(f"fused_xent::{_name}", _fake)
+    for _name in OPERATORS:
+        torch.library.register_fake(f"fused_xent::{_name}", _meta(_schema(_name)))
     for _name in OVERWRITING:
         _count_version(_name)
         register_formula(_name, _refusal(_name))
@@ -232,10 +236,18 @@ if LOAD_ERROR is None:
 
     scale_gradient_ = _ops.scale_gradient_.default
     multiply_ = _ops.multiply_.default
-    _of_loss: tuple[Callable[..., tuple[Tensor, ...]], ...]
+    # Without statistics, and with them.
     _of_loss = _ops.forward.default, _ops.forward_with_statistics.default
     _fused = _ops.forward_backward_.default, _ops.forward_backward_with_statistics_.default
-    _backward = _ops.backward.default, _ops.backward_.default
+    _backward: Callable[..., Tensor]
+    _backward, _backward_ = _ops.backward.default, _ops.backward_.default
+    # On CPUs and on GPUs.
+    _plain_loss: tuple[Callable[..., Tensor], ...]
+    _plain_forward: tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], ...]
+    _plain_backward: tuple[Callable[..., Tensor], ...]
+    _plain_loss, _plain_forward, _plain_backward = map(
+        kernels_of, (_ops.loss, _ops.forward, _ops.backward)
+    )
 
 
 def _call(operator: Callable[..., T], problem: Problem, **inplace: bool) -> T:
@@ -259,22 +271,18 @@ def forward(problem: Problem, **inplace: bool) -> tuple[Tensor, ...]:
     return _call(_of_loss[problem.settings.statistics], problem, **inplace)
 
 
-def forward_backward_(problem: Problem) -> Any:
+def forward_backward_(problem: Problem) -> tuple[Tensor, ...]:
     """Return the loss; with statistics, after it lse, entropy and argmax."""
-    return _call(_fused[problem.settings.statistics], problem)
+    results = _call(_fused[problem.settings.statistics], problem)
+    return results if problem.settings.statistics else (results,)
 
 
-def backward(
-    problem: Problem,
-    upstream: Sequence[Tensor | None],
-    total_weight: Tensor | None,
-    state: Tensor,
-    entropy: Tensor | None,
-    inplace: bool = False,
-) -> Any:
-    """Return the gradient of the logits, or write it over them."""
+def _call_backward(
+    operator: Callable[..., T], problem: Problem, saved: Saved, upstream: Upstream
+) -> T:
     logits, target, weight, token_weight, _, settings = problem
-    return _backward[inplace](
+    total_weight, state, entropy = saved
+    return operator(
         logits,
         target,
         weight,
@@ -289,53 +297,29 @@ def backward(
     )
 
 
+def backward(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
+    """Return the gradient of the logits."""
+    return _call_backward(_backward, problem, saved, upstream)
+
+
+def backward_(problem: Problem, saved: Saved, upstream: Upstream) -> None:
+    """Write the gradient over the logits."""
+    _call_backward(_backward_, problem, saved, upstream)
+
+
 # ---- class indices beside logits, and nothing else: most calls, see _autograd.is_plain -----------
 
 
-def _call_plain(
-    kernels: tuple[Any, Any], logits: Tensor, target: Tensor, settings: Settings
-) -> Any:
-    return kernels[logits.is_cuda](
-        logits,
-        target,
-        None,
-        None,
-        None,
-        settings.dim,
-        settings.reduction,
-        settings.loss_dtype,
-        **settings.of_operators,
-    )
+def plain_loss(problem: Problem) -> Tensor:
+    """Return the loss alone."""
+    return _call(_plain_loss[problem.logits.is_cuda], problem)
 
 
-def plain_backward(
-    logits: Tensor,
-    target: Tensor,
-    settings: Settings,
-    total_weight: Tensor,
-    state: Tensor,
-    grad_loss: Tensor,
-) -> Tensor:
+def plain_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, total_weight and state."""
+    return _call(_plain_forward[problem.logits.is_cuda], problem)
+
+
+def plain_backward(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
     """Return the gradient of the logits."""
-    return _plain_backward[logits.is_cuda](
-        logits,
-        target,
-        None,
-        None,
-        total_weight,
-        settings.dim,
-        settings.reduction,
-        state,
-        None,
-        grad_loss,
-        None,
-        None,
-        **settings.of_operators,
-    )
-
-
-if LOAD_ERROR is None:
-    _plain_backward: tuple[Callable[..., Tensor], ...] = kernels_of(_ops.backward)
-    plain_loss: Callable[..., Tensor] = partial(_call_plain, kernels_of(_ops.loss))
-    plain_forward: Callable[..., tuple[Tensor, ...]]
-    plain_forward = partial(_call_plain, kernels_of(_ops.forward))
+    return _call_backward(_plain_backward[problem.logits.is_cuda], problem, saved, upstream)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -20,6 +20,7 @@ from torch.nn.modules.loss import _WeightedLoss as WeightedLoss  # as torch.nn's
 __all__ = [
     "WeightedLoss",
     "apply_at_this_level",
+    "apply_in_eager",
     "are_ordinary",
     "below_autograd",
     "has_values",
@@ -71,6 +72,15 @@ def kernels_of(op: Any) -> tuple[Any, Any]:
     redispatch = op.default._handle.redispatch_boxed
     cpu, cuda = (functools.partial(redispatch, keys) for keys in _BACKENDS)
     return cpu, cuda
+
+
+def apply_in_eager(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Apply a Function where no transform of torch.func is active.
+
+    ``Function.apply`` asks for transforms, and inspects the signature of ``forward`` for defaults:
+    that takes longer than a small loss.
+    """
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(inputs))  # type: ignore[misc]
 
 
 def apply_at_this_level(function: type[torch.autograd.Function], *inputs: Any) -> Any:

@@ -99,7 +99,7 @@ def module(folder: Path, arch: str):
 def operators() -> dict:
     """Return the emulated operators, by the names under which fused_xent._ops calls them.
 
-    That has some of them twice, and of these the kernels of the CPU before those of CUDA devices.
+    The plain ones are pairs: for the CPU, and for CUDA devices.
     """
     emulated = torch.ops.fused_xent_emulated
 
@@ -109,10 +109,11 @@ def operators() -> dict:
     return {
         "_of_loss": pair("forward", "forward_with_statistics"),
         "_fused": pair("forward_backward_", "forward_backward_with_statistics_"),
-        "_backward": pair("backward", "backward_"),
+        "_backward": emulated.backward.default,
+        "_backward_": emulated.backward_.default,
+        "_plain_loss": pair("loss", "loss"),
+        "_plain_forward": pair("forward", "forward"),
         "_plain_backward": pair("backward", "backward"),
-        "plain_loss": functools.partial(_ops._call_plain, pair("loss", "loss")),
-        "plain_forward": functools.partial(_ops._call_plain, pair("forward", "forward")),
         "scale_gradient_": emulated.scale_gradient_.default,
         "multiply_": emulated.multiply_.default,
     }
