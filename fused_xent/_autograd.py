@@ -18,6 +18,7 @@ from ._ops import Saved, Upstream, saved_of
 from ._options import DEFAULTS, Settings
 from ._problem import Problem, check_range, is_autocast
 from ._torch_private import (
+    apart_while_traced,
     apply_at_this_level,
     apply_in_eager,
     are_ordinary,
@@ -223,9 +224,10 @@ def _logits_gradient(problem: Problem, saved: Saved, upstream: Upstream) -> Tens
             "inplace_backward must be False for is_grads_batched=True: there is room for one "
             "gradient in the logits' memory"
         )
+    logits = apart_while_traced(problem.logits)
     with below_autograd():
-        _ops.backward_(problem, saved, upstream)
-    return problem.logits.detach()
+        _ops.backward_(problem._replace(logits=logits), saved, upstream)
+    return logits.detach()
 
 
 def _gradients_with_graph(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -19,6 +20,7 @@ from torch.nn.modules.loss import _WeightedLoss as WeightedLoss  # as torch.nn's
 
 __all__ = [
     "WeightedLoss",
+    "apart_while_traced",
     "apply_at_this_level",
     "apply_in_eager",
     "are_ordinary",
@@ -151,6 +153,21 @@ def is_one_of_several_views(tensor: Tensor) -> bool:
     """Return True for outputs of chunk, split and unbind, which autograd lets nobody overwrite."""
     several = torch._C._autograd.CreationMeta.MULTI_OUTPUT_NODE
     return tensor._is_view() and torch._C._autograd._get_creation_meta(tensor) == several
+
+
+def apart_while_traced(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same value that a traced graph may overwrite by itself.
+
+    Where the tensor is an output of the graph as well, that output keeps its value: the compiler
+    sees both uses, and copies. Eager tensors, and inputs of the graph, which the caller wants to be
+    overwritten, are returned as they are.
+    """
+    if not isinstance(tensor, FunctionalTensor):
+        return tensor
+    made_by = memory_of(tensor).grad_fn
+    if made_by is None or made_by.name() == "torch::autograd::Error":  # inputs have this
+        return tensor
+    return FunctionalTensor.to_functional(tensor.from_functional())
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:

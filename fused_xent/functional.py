@@ -98,8 +98,8 @@ def cross_entropy(
             any.
         inplace_backward: the backward writes the gradient over the logits: no memory for it, half
             the traffic of a fresh one. The logits must not be needed after the backward; autograd
-            raises its own error where it needs them. A compiled function must not return them:
-            torch's compiler then fails with an assertion that a node is invalid but is output.
+            raises its own error where it needs them. A compiled function that returns logits which
+            it has computed copies them first.
         grad_in_forward: the forward writes the gradient over the logits, and the backward only
             multiplies it by the upstream gradient, if that is not 1: one read and one write of the
             logits in all. The logits must not be needed after the forward; autograd raises an error

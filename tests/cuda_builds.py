@@ -16,8 +16,6 @@ import torch
 from emulator.build import CUDA, Harness
 from torch.utils.cpp_extension import include_paths
 
-from fused_xent import _ops
-
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 KERNELS = ("forward", "backward", "forward_backward", "columns", "per_class_options", "sums")

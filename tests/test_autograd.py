@@ -245,3 +245,23 @@ def test_overwriting_modes_allocate_no_gradient(labels, mode, dtype):
     _, in_backward = allocations(lambda: torch.autograd.grad(3 * loss, computed, allow_unused=True))
     assert max(in_forward) <= 16 * N_ROWS
     assert max(in_backward, default=0) <= 8 * N_ROWS
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tensors_that_left_a_transform(weighted):
+    """torch.func.grad has ended, and the tensor that it passed to its function is used on."""
+    left = []
+
+    def keep(logits):
+        left.append(logits)
+        return logits.sum()
+
+    leaf, target = torch.randn(4, 9, requires_grad=True), torch.arange(4)
+    torch.func.grad(keep)(leaf)
+    weight = torch.rand(9) if weighted else None
+    results = [
+        (loss, *torch.autograd.grad(loss, leaf))
+        for function in (fused_xent.cross_entropy, F.cross_entropy)
+        for loss in [function(left[0], target, weight)]
+    ]
+    torch.testing.assert_close(*results)

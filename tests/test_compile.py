@@ -103,6 +103,32 @@ def test_logits_that_are_overwritten_are_not_used_after_that(mode):
     assert_same(right, torch.compile(model, backend="inductor", fullgraph=True), logits, target)
 
 
+RETURNED = {
+    "logits": lambda computed: (computed, computed),
+    "logits of sequences": lambda computed: (computed.flatten(0, -2), computed.view(2, 4, -1)),
+    "a function of the logits": lambda computed: (computed, computed.square()),
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+@pytest.mark.parametrize("returned", RETURNED)
+def test_logits_that_are_returned_keep_their_values(returned, mode, backend):
+    """The compiler copies what the gradient would overwrite."""
+    leaf, target = make_inputs()
+
+    def model(leaf, options):
+        logits, output = RETURNED[returned](leaf * 3)
+        return fused_xent.cross_entropy(logits, target, **options), output
+
+    loss, output = torch.compile(model, backend=backend, fullgraph=True)(leaf, MODES[mode])
+    expected_loss, expected = model(leaf, {})
+    (gradient,) = torch.autograd.grad(loss + output.sin().sum(), leaf)
+    torch.testing.assert_close(output, expected)
+    expected = torch.autograd.grad(expected_loss + expected.sin().sum(), leaf)[0]
+    torch.testing.assert_close(gradient, expected)
+
+
 USES_OF_LOGITS = {
     "by what they were made of": lambda leaf, loss: loss(torch.sigmoid(leaf)),
     "by another function": lambda leaf, loss: (lambda logits: logits.square().sum() + loss(logits))(
