@@ -1,4 +1,4 @@
-"""What the loss is tried on: one table a dimension of the problem, and why each entry is there."""
+"""Test cases: one table per dimension of the problem, with the reason for each entry."""
 
 from typing import NamedTuple
 
@@ -9,18 +9,18 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
 
 VOCABULARIES = (
-    *range(1, 18),  # every remainder of every vector width, in pairs of vectors up to 128
+    *range(1, 18),  # every remainder of every vector width
     *(31, 32, 33, 63, 64, 65),
     *(
         127,
         128,
         129,
         *range(131, 162, 3),
-    ),  # up to 128 one row a lane, from there on one class a lane
+    ),  # up to 128: one row per lane; above: one class per lane
     *(255, 256, 257, 1000),
     *(2047, 2048, 2049),  # a block of the sweep
     *(4097, 6144),
-    *(16384, 16385),  # a segment: beyond it few rows are split over threads
+    *(16384, 16385),  # segment size: longer rows, if few, are split over threads
     32768 + 3,
 )
 
@@ -46,13 +46,13 @@ SHAPES = {  # of the logits
 
 
 class Labels(NamedTuple):
-    """A kind of labels: the target's and the options."""
+    """A kind of target, and the options that belong to it."""
 
     probabilities: bool = False
     weighted: bool = False
     label_smoothing: float = 0.0
-    ignored: float = 0.0  # the part of the rows
-    dtype: torch.dtype | None = None  # of the target: None is int64, or the logits'
+    ignored: float = 0.0  # fraction of the rows
+    dtype: torch.dtype | None = None  # of target; None: int64, or that of the logits
     ignore_index: int = -100
 
 
@@ -94,12 +94,12 @@ def make_target(logits: Tensor, labels: Labels) -> Tensor:
     target = torch.randint(0, high, shape)
     target[torch.rand(shape) < labels.ignored] = labels.ignore_index
     if labels.ignored and target.numel() and (target == labels.ignore_index).all():
-        target.view(-1)[-1] = high - 1  # the mean of no rows is another test's
+        target.view(-1)[-1] = high - 1  # at least one row counts; test_all_rows_ignored has none
     return target.to(labels.dtype or torch.int64)
 
 
 def make_options(logits: Tensor, labels: Labels) -> dict:
-    """Return the keyword arguments: zero and negative class weights among them."""
+    """Return the loss options; class weights include zero and negative ones."""
     options = {"label_smoothing": labels.label_smoothing}
     if not labels.probabilities:
         options["ignore_index"] = labels.ignore_index
@@ -112,12 +112,12 @@ def make_options(logits: Tensor, labels: Labels) -> dict:
 
 
 def make_upstream(row_shape, reduction: str) -> Tensor:
-    """Return an upstream gradient of about 1, in eighths: one a row if there are rows."""
+    """Return upstream gradients in [0.5, 1.5), multiples of 1/8; one per row for 'none'."""
     shape = row_shape if reduction == "none" else ()
     return torch.randint(4, 12, shape) / 8
 
 
 def edge_classes(n_classes: int) -> list[int]:
-    """Return the classes at which vectors, blocks, segments or the row itself begin or end."""
+    """Return the first and last classes of vectors, blocks, segments and the row."""
     edges = (0, 1, 8, 16, 32, 2048, 16384, n_classes - 8, n_classes - 1, n_classes)
     return sorted({i for e in edges for i in (e - 1, e) if 0 <= i < n_classes})

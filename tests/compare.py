@@ -1,9 +1,9 @@
-"""When a loss or a gradient is right: the tolerances of all tests.
+"""Comparison of losses and gradients with float64: the tolerances of all tests.
 
-The truth is float64 arithmetic of torch's own operations on the same rounded inputs. What we return
-may differ from it by one rounding to its dtype, and by ``ERROR`` of the terms that are added up in
-it. Gradients are judged entry by entry, relative to the entry: under one absolute tolerance every
-entry of a large vocabulary but the target's might as well be 0.
+The truth is computed by torch's own operations in float64 from the same rounded inputs. A result
+may differ from it by one rounding to its dtype, plus ``ERROR`` times the terms that it sums.
+Gradients are compared entry by entry, relative to the entry: with one absolute tolerance, every
+entry of a large vocabulary except the target's could be 0 unnoticed.
 """
 
 from typing import NamedTuple
@@ -17,13 +17,13 @@ ERROR = 5e-6  # relative to the terms, for all dtypes but float64
 
 
 class Truth(NamedTuple):
-    """Loss and gradient in float64, and the size of the terms that each consists of."""
+    """Loss and gradient in float64, and the magnitude of the terms that each sums."""
 
     loss: Tensor
     loss_terms: Tensor
     gradient: Tensor
     gradient_terms: Tensor
-    is_target: Tensor  # of the gradient's entries
+    is_target: Tensor  # per entry of the gradient: at the row's target class
     error: float
 
 
@@ -32,7 +32,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def label_weights(logits, target, weight=None, ignore_index=-100, label_smoothing=0.0) -> Tensor:
-    """Return q of ``loss = -sum(q * log(p))``, float64, of the logits' shape."""
+    """Return q of ``loss = -sum(q * log(p))``, in float64 and the logits' shape."""
     dim = class_dim(logits.shape)
     n_classes = logits.shape[dim]
     by_class = (-1,) + (1,) * (logits.dim() - dim - 1)
@@ -49,7 +49,7 @@ def label_weights(logits, target, weight=None, ignore_index=-100, label_smoothin
 
 
 def truth(logits, target, upstream=1.0, reduction="mean", **options) -> Truth:
-    """Return what torch gives in float64. The logits of ignored rows are not looked at."""
+    """Return torch's results in float64. The logits of ignored rows are replaced by 0."""
     dim = class_dim(logits.shape)
     exact = logits.detach().double()
     if not target.is_floating_point():
@@ -85,7 +85,7 @@ def truth(logits, target, upstream=1.0, reduction="mean", **options) -> Truth:
 
 
 def _error(dtype: torch.dtype, n_classes: int) -> float:
-    """Return the tolerated error: for float64 what torch's own sums of equal terms are off by."""
+    """Return the allowed relative error; for float64, that of torch's own sums."""
     return ERROR if dtype != torch.float64 else 1e-13 + n_classes * 1e-16
 
 
@@ -97,18 +97,18 @@ def _mean_divisor(target, n_rows, weight=None, ignore_index=-100, label_smoothin
 
 
 def half_ulp(dtype: torch.dtype) -> float:
-    """Return the greatest relative error of one rounding."""
+    """Return the largest relative error of one rounding."""
     return torch.finfo(dtype).eps / 2
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """Return an error that no relative tolerance covers: half the least number, or a flush to 0."""
+    """Return the absolute tolerance near 0: half the smallest subnormal, or a flush to 0."""
     acc = torch.finfo(accumulation_dtype(dtype))
     return max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2, 2 * acc.tiny)
 
 
 def assert_loss(loss: Tensor, truth: Truth, dtype: torch.dtype) -> None:
-    """Compare a loss, which must be of dtype."""
+    """Compare a loss, which must have this dtype."""
     assert loss.dtype == dtype
     assert loss.shape == truth.loss.shape
     tolerance = truth.error * truth.loss_terms + half_ulp(dtype) * truth.loss.abs() * 1.01
@@ -116,7 +116,7 @@ def assert_loss(loss: Tensor, truth: Truth, dtype: torch.dtype) -> None:
 
 
 def assert_gradient(gradient: Tensor, truth: Truth, dtype: torch.dtype, roundings: int = 1) -> None:
-    """Compare a gradient, which must be of dtype and may have been rounded to it several times."""
+    """Compare a gradient of this dtype that was rounded at most this many times."""
     assert gradient.dtype == dtype
     assert gradient.shape == truth.gradient.shape
     relative = 1.01 * roundings * half_ulp(dtype)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# A thread that waits for another sleeps: on a busy machine spinning takes most of the time.
-# OpenMP reads this when it is loaded, by torch.
+# Waiting threads sleep instead of spinning, which would take most of the time on a busy machine.
+# OpenMP reads this variable when torch loads it, so it is set before the import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where tensors are made: cpu, or cuda")
+    parser.addoption("--device", default="cpu", help="device of the tensors: cpu or cuda")
 
 
 def pytest_configure(config):
     torch.set_default_device(config.getoption("--device"))
-    config.addinivalue_line("markers", "kernels: numbers; run again under each instruction set")
-    config.addinivalue_line("markers", "cpu(reason): not on another --device")
+    config.addinivalue_line("markers", "kernels: run again under each instruction set")
+    config.addinivalue_line("markers", "cpu(reason): skipped unless --device is cpu")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -32,19 +32,19 @@ def pytest_collection_modifyitems(config, items):
         return
     from fused_xent import _ops
 
-    if _ops.CUDA_LOAD_ERROR is not None:  # torch's operations would pass for kernels
+    if _ops.CUDA_LOAD_ERROR is not None:  # torch's operations would run instead
         raise pytest.UsageError(f"--device: no CUDA kernels, because {_ops.CUDA_LOAD_ERROR}")
     for item in items:
         for mark in item.iter_markers("cpu"):
-            item.add_marker(pytest.mark.skip(reason=f"on the CPU alone: {mark.args[0]}"))
+            item.add_marker(pytest.mark.skip(reason=f"runs on the CPU only: {mark.args[0]}"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """A test's time limit starts here, so builds must have been made by its fixtures."""
+    """Fail if a test builds: its time limit runs, so builds belong in fixtures."""
 
     def refuse(command):
-        raise RuntimeError(f"build in a fixture, not under the test's time limit: {command[0]}")
+        raise RuntimeError(f"a test must not build; build in a fixture, got command {command[0]}")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "run", refuse)
@@ -53,15 +53,15 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(scope="session")
 def device(request):
-    """The kind of device that tensors are made on."""
+    """The device type of the tensors: the value of --device."""
     return request.config.getoption("--device")
 
 
 @pytest.fixture(scope="session")
 def emulator_builds(tmp_path_factory):
-    """The folder of builds for the emulator, which share what is the same.
+    """The build folder of the emulator, a cache shared by all builds of the session.
 
-    FUSED_XENT_TEST_BUILDS names one that is kept, for builds that share with those of earlier runs.
+    If FUSED_XENT_TEST_BUILDS names a folder, it is used and kept for later runs.
     """
     kept = os.environ.get("FUSED_XENT_TEST_BUILDS")
     return Path(kept) if kept else tmp_path_factory.mktemp("emulator")
@@ -74,7 +74,7 @@ def seed():
 
 @pytest.fixture
 def few_logits_in_chunks(monkeypatch):
-    """Lets small linear layers take the way of large ones."""
+    """Makes small linear layers compute in chunks, as large ones do."""
     monkeypatch.setattr("fused_xent.linear.FEW_LOGITS", 0)
 
 
@@ -88,7 +88,7 @@ def threads():
 
 @pytest.fixture
 def run_python():
-    """Runs Python in a process of its own, with the package that is under test, and returns it."""
+    """Runs Python in a subprocess, with the package under test; returns the completed process."""
 
     def run(*arguments, **environment):
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

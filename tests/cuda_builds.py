@@ -1,7 +1,6 @@
-"""Builds of the CUDA kernels for the emulator: a Python module with their operators, and programs.
+"""Builds of the CUDA kernels for the emulator: a Python module with the operators, and programs.
 
-Both need nvcc and g++, and no GPU. Whoever builds gives the folder that keeps the results, so that
-builds of one test run share what is the same.
+Both need nvcc and g++ but no GPU. Callers pass the build folder, a cache shared by a test run.
 """
 
 import functools
@@ -21,7 +20,7 @@ CSRC = ROOT / "csrc"
 KERNELS = ("forward", "backward", "forward_backward", "columns", "per_class_options", "sums")
 MISSING = next(
     (
-        f"{name} is not there"
+        f"{name} is not installed"
         for name, found in (
             ("nvcc", (CUDA / "bin" / "nvcc").exists()),
             ("g++", shutil.which("g++")),
@@ -34,7 +33,7 @@ MISSING = next(
 
 
 def program(folder: Path, arch: str, sanitizer: str = "", kernels=KERNELS, defines=()) -> Path:
-    """Build tests/native/cuda_check.cpp with the kernels of these files; return its path."""
+    """Build tests/native/cuda_check.cpp with these kernel files; return the program's path."""
     native = ROOT / "tests" / "native"
     return Harness(
         [CSRC / "cuda" / f"{name}.cu" for name in kernels],
@@ -56,7 +55,7 @@ def program(folder: Path, arch: str, sanitizer: str = "", kernels=KERNELS, defin
 @functools.cache
 def module(folder: Path, arch: str):
     """Build and import the operators of csrc/binding/cuda.cpp for CPU tensors, in the emulator."""
-    import pybind11  # here, as whoever runs the cases on a GPU may not have it
+    import pybind11  # imported here: not needed, and maybe not installed, for runs on a GPU
 
     library = Path(torch.__file__).parent / "lib"
     includes = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
@@ -95,9 +94,9 @@ def module(folder: Path, arch: str):
 
 
 def operators() -> dict:
-    """Return the emulated operators, by the names under which fused_xent._ops calls them.
+    """Return the emulated operators, keyed by their names in fused_xent._ops.
 
-    The plain ones are pairs: for the CPU, and for CUDA devices.
+    Pairs hold the operator for CPU tensors, then the one for CUDA tensors.
     """
     emulated = torch.ops.fused_xent_emulated
 
@@ -118,6 +117,6 @@ def operators() -> dict:
 
 
 def environment(**settings) -> dict[str, str]:
-    """Return the environment of a program with these settings of the emulator."""
+    """Return environment variables with these emulator settings, for a subprocess."""
     named = {f"EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
     return {**os.environ, "EMULATOR_SM_COUNT": "3", **named}

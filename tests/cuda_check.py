@@ -1,4 +1,7 @@
-"""That the CUDA library loads where torch has CUDA, also without a GPU: see ``make cuda-check``."""
+"""Check that the CUDA library loads in a CUDA build of torch, even without a GPU.
+
+Run by ``make cuda-check``.
+"""
 
 import sys
 

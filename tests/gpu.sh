@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# Builds the libraries, tests and measures them on the GPU of this machine: all stages, or those
-# that are named. Needs a Python with torch, pytest and setuptools 77, nvcc, a C++20 compiler, and no
-# network.
+# Builds, tests and measures the libraries on the GPU of this machine: all stages, or those given.
+# Needs Python with torch, pytest and setuptools 77, nvcc and a C++20 compiler, but no network.
 #
 #   tests/gpu.sh [build] [test] [memcheck] [racecheck] [bench] [linear] [demo]
 #
-# PYTHON   python3
-# OUT      build/gpu: the folder of logs, of bench.json, of linear.json and of summary.txt, which is
-#          printed last
+# PYTHON   the Python to use; default: python3
+# OUT      folder of the logs, bench.json, linear.json and summary.txt (printed at the end);
+#          default: build/gpu
 # BENCH    options of the benchmark
-# LIMIT    seconds that one stage may take, 900
-# DEVICE   cuda; cpu to try this script where there is no GPU
+# LIMIT    time limit of each stage in seconds; default: 900
+# DEVICE   cuda (default), or cpu to try this script without a GPU
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -24,7 +23,7 @@ note() {  # STAGE OUTCOME SECONDS
   outcomes+=("$(printf '%-10s %-40s %5s s' "$1" "$2" "$3")")
 }
 
-run() {  # STAGE COMMAND...: into the stage's log and to the terminal
+run() {  # STAGE COMMAND...: runs it; output goes to the terminal and the stage's log
   local stage=$1 start=$SECONDS outcome=passed status
   shift
   echo "== $stage: $*"
@@ -37,12 +36,12 @@ run() {  # STAGE COMMAND...: into the stage's log and to the terminal
   note "$stage" "$outcome" $((SECONDS - start))
 }
 
-has() {  # MODULE...: of Python
+has() {  # MODULE...: true if Python finds them all
   "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"
 }
 
 build() {
-  # For the card that is there alone: the other architectures would take as long again, each.
+  # Build for this GPU only: each further architecture would take as long again.
   if [ "$DEVICE" = cuda ]; then
     TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c '
 import torch
@@ -52,7 +51,7 @@ print(".".join(map(str, torch.cuda.get_device_capability())))') || return
   "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m fused_xent
 }
 
-missing() {  # What is needed and not there, in a line; nothing where all is
+missing() {  # prints one line that names a missing requirement, or nothing
   has torch || { echo "no torch in $PYTHON"; return; }
   has pytest || { echo "no pytest in $PYTHON"; return; }
   "$PYTHON" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' ||
@@ -67,7 +66,7 @@ if [ -n "$why" ]; then
   exit 2
 fi
 
-# Warnings are no errors here: of an installation of torch that is not ours to choose.
+# Warnings are not errors here: they depend on the installed torch.
 pytest=("$PYTHON" -m pytest --device "$DEVICE" -W default -ra -p no:cacheprovider)
 export -f build
 export DEVICE PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
@@ -83,7 +82,7 @@ has rich matplotlib || {
 has pytest_timeout || echo "no pytest-timeout here: LIMIT alone ends a test that hangs"
 has expecttest || echo "no expecttest here: skips torch's own samples"
 
-sanitize() {  # TOOL TESTS: each tensor in an allocation of its own
+sanitize() {  # TOOL TESTS: without torch's caching allocator, each tensor has its own allocation
   if ! command -v compute-sanitizer > /dev/null; then
     echo "no compute-sanitizer here: skips $1"
     note "$1" "skipped: no compute-sanitizer" 0
@@ -99,12 +98,12 @@ for stage; do
   case $stage in
     build)
       run build bash -c build
-      [ $failed = 0 ] || break  # what would be tested is not what is here
+      [ $failed = 0 ] || break  # the tests would use an old build
       ;;
     test) run test "${pytest[@]}" -q --durations=15 tests ;;
     memcheck) sanitize memcheck "forced_plan or out_of_range" ;;
     racecheck) sanitize racecheck "forced_plan" ;;
-    # shellcheck disable=SC2086  # words of their own
+    # shellcheck disable=SC2086  # BENCH holds several words
     bench) run bench "$PYTHON" -m bench --device "$DEVICE" --json "$OUT/bench.json" ${BENCH:-} ;;
     linear) run linear "$PYTHON" -m bench linear --device "$DEVICE" --json "$OUT/linear.json" ;;
     demo) run demo "$PYTHON" -m bench.demo --device "$DEVICE" ;;

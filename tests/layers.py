@@ -1,4 +1,4 @@
-"""Linear layers and their losses, in every layout that the logits may have."""
+"""Linear layers, their loss with and without fusion, and the memory layouts of the logits."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ def in_chunks(monkeypatch):
 
 
 def by_classes(monkeypatch):
-    """Of these rows, some more than features: in two blocks of memory."""
+    """Store logits class by class, in two blocks: there are a few more rows than features."""
     monkeypatch.setattr(
         _linear, "_is_by_classes", lambda inputs: inputs.needs[1] and len(inputs.classes) == 1
     )
@@ -23,7 +23,7 @@ def by_classes(monkeypatch):
 
 
 def make_layer(dtype=torch.float32, rows=(N,), classes=(C,), n_features=H, bias=True):
-    """Return leaves: hidden states, the weight of the layer, and its bias; logits of about 1."""
+    """Return leaves: hidden states, layer weight and bias, scaled for logits of about 1."""
     hidden = torch.randn(*rows, n_features)
     layer = [hidden, torch.randn(*classes, n_features) * n_features**-0.5]
     layer += [torch.randn(classes)] if bias else []
@@ -31,7 +31,7 @@ def make_layer(dtype=torch.float32, rows=(N,), classes=(C,), n_features=H, bias=
 
 
 def unfused(loss_function, layer, target, **options):
-    """Compute the loss of all logits at once."""
+    """Compute all logits, then their loss."""
     hidden, linear_weight, *bias = layer
     flat = [x.flatten(0, -2) for x in (linear_weight,)] + [b.flatten() for b in bias]
     logits = F.linear(hidden, *flat).reshape(*hidden.shape[:-1], *linear_weight.shape[:-1])

@@ -1,4 +1,4 @@
-"""The modes of the loss, one way to run them all, and what tests of the overwriting ones share."""
+"""The modes of the loss, a function that runs any of them, and helpers for overwriting ones."""
 
 import torch
 from cases import make_logits
@@ -17,21 +17,21 @@ N_ROWS, N_CLASSES = 6, 150
 
 
 def has_mode(mode: str, dtype: torch.dtype) -> bool:
-    """Whether the mode takes logits of dtype."""
+    """Return True if the mode supports logits of this dtype."""
     return mode != "fused" or dtype != torch.float16
 
 
 def roundings(mode: str) -> int:
-    """Return how often a gradient is rounded: the fused mode's once more when it is scaled."""
+    """Return how often a gradient is rounded: twice in fused mode, which scales it afterwards."""
     return 2 if mode == "fused" else 1
 
 
 def loss_and_gradient(
     logits: Tensor, target: Tensor, upstream=1.0, mode: str = "default", **options
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss, in float32 at least unless options say otherwise, and the logits' gradient.
+    """Return the loss and the gradient of the logits; loss_dtype is float32 for 16-bit logits.
 
-    The default mode reads logits as they are; the others, which need a computed tensor, a clone.
+    The overwriting modes refuse leaves, so they get a clone of the logits.
     """
     leaf = logits.detach().requires_grad_()
     computed = leaf if mode == "default" else leaf.clone()
@@ -43,21 +43,21 @@ def loss_and_gradient(
 
 
 def make_problem(dtype=torch.float32, n_classes=N_CLASSES) -> tuple[Tensor, Tensor]:
-    """Return a leaf to compute logits from, and targets of which one is ignored."""
+    """Return a leaf to compute logits from, and a target with one ignored row."""
     target = torch.randint(0, n_classes, (N_ROWS,))
     target[1] = -100
     return make_logits((N_ROWS, n_classes), dtype).requires_grad_(), target
 
 
 def gradient_of(model, leaf: Tensor) -> Tensor:
-    """Return the leaf's gradient of what model() returns."""
+    """Return the gradient of model() with respect to the leaf."""
     leaf.grad = None
     model().backward()
     return leaf.grad.clone()
 
 
 def refused_or_right(model, leaf: Tensor, expected: Tensor) -> str | None:
-    """Return the error where there is one, and then no gradient has arrived at the leaf."""
+    """Check that model() raises and leaves no gradient, or gives this one; return the error."""
     try:
         actual = gradient_of(model, leaf)
     except (RuntimeError, ValueError) as error:

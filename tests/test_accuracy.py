@@ -1,4 +1,4 @@
-"""How exact the loss is where others lose digits, and what it gives where numbers end."""
+"""Accuracy where cancellation or long sums lose digits, and results at extreme values."""
 
 import math
 
@@ -42,15 +42,15 @@ def test_loss_is_within_5e_6(shape, probabilities, scale, dtype, device):
         target = torch.randint(0, logits.shape[1], logits.select(1, 0).shape)
         exact = F.cross_entropy(logits.double(), target, reduction="none")
     loss = fused_xent.cross_entropy(logits, target, reduction="none", loss_dtype=torch.float32)
-    spacing = (exact.abs() / 16).clamp(min=1)  # of float32 above 16, where it is 2e-6
+    spacing = (exact.abs() / 16).clamp(min=1)  # float32 spacing grows above 16, where it is 2e-6
     assert ((loss.double() - exact).abs() / spacing).max() <= 5e-6
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(fused_xent.cross_entropy(logits, target, reduction="none"), loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_many_small_exponentials_beside_a_great_one(dtype):
-    """Of which each is lost beside 1, and the sum of what is lost is as long as the row."""
+def test_many_small_exponentials_beside_a_large_one(dtype):
+    """Each is lost when added to 1, but together they count in a row this long."""
     logits = torch.full((1, 262144, 9), -16.64).to(dtype)
     logits[:, 0] = 0
     target = torch.zeros(1, 9, dtype=torch.int64)
@@ -80,7 +80,7 @@ def test_gradient_of_large_vocabulary(shape, mode, dtype):
 @pytest.mark.parametrize("n_classes", [2, 10, 200, 32000])
 @pytest.mark.parametrize("p", [0.9, 0.99, 0.999, 0.9999])
 def test_gradient_at_a_confident_target(p, n_classes, mode, dtype):
-    """It is p - 1, rounded once, and as exact as torch's in float32 or 1e-6."""
+    """It is p - 1, rounded once; before that its error is at most torch's in float32, or 1e-6."""
     if not has_mode(mode, dtype):
         pytest.skip("float16 has no fused mode")
     target = torch.arange(8) * (n_classes - 1) // 7
@@ -113,7 +113,7 @@ def test_gradient_at_a_confident_target(p, n_classes, mode, dtype):
 def test_exponentials_and_logarithms_of_all_sizes(
     n_classes, statistics, dtype, greatest, relative, absolute
 ):
-    """Of two classes among others at -inf, each of them the target, to the last digits."""
+    """Two classes, all others at -inf; each is the target once. Accurate to the last digits."""
     distances = torch.linspace(0, greatest, 600, dtype=dtype)
     pair, classes = torch.stack([0 * distances, -distances], 1), [0, n_classes // 2]
     logits = torch.full((600, n_classes), -math.inf, dtype=dtype)
@@ -136,8 +136,8 @@ def test_exponentials_and_logarithms_of_all_sizes(
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 1e-9])
 @pytest.mark.parametrize("n_classes", [2, 15, 16, 17, 33, 100, 128])
-def test_a_loss_near_0_has_all_of_its_digits(n_classes, label_smoothing, statistics, dtype):
-    """Where a row is in one lane: what little the others add to 1, before it and after it."""
+def test_losses_near_0_are_accurate(n_classes, label_smoothing, statistics, dtype):
+    """With a row per lane: small exponentials before and after the largest one must count."""
     logits = make_logits((n_classes, n_classes), dtype, 1.0)
     target = torch.arange(n_classes)
     for margin in (8.0, 14.0, 20.0):
@@ -160,7 +160,7 @@ def test_a_loss_near_0_has_all_of_its_digits(n_classes, label_smoothing, statist
 @pytest.mark.parametrize("n_classes", [100, 2048, 32000])
 @pytest.mark.parametrize("strided", [False, True])
 def test_many_small_probabilities_beside_a_large_one(strided, n_classes, dtype):
-    """Each is half a unit in the last place of 1: added to it one by one, none would count."""
+    """Each is half a unit in the last place of 1: added one by one, all would be lost."""
     logits = torch.full((2, n_classes), math.log(2**-24 * 0.99)).to(dtype)
     logits[0, 0] = logits[1, n_classes // 2] = 0
     logits = logits.T.contiguous().T if strided else logits
@@ -174,7 +174,7 @@ def test_many_small_probabilities_beside_a_large_one(strided, n_classes, dtype):
 @pytest.mark.parametrize("offset", [3e4, -3e4, 1e6])
 @pytest.mark.parametrize("shape", [(6, 50), (6, 5000), (3, 17000), (2, 150, 7)], ids=str)
 def test_offset_of_all_logits(shape, offset, mode):
-    logits = (torch.randn(shape) * 2 * 64).round() / 64 + offset  # as exact as without the offset
+    logits = (torch.randn(shape) * 2 * 64).round() / 64 + offset  # rounded so that this is exact
     target = torch.randint(0, shape[1], logits.select(1, 0).shape)
     for labels in (target, torch.rand(shape).softmax(1)):
         exact = truth(logits, labels, 1.0, reduction="none")
@@ -193,7 +193,7 @@ def test_offset_of_all_logits(shape, offset, mode):
 @pytest.mark.parametrize("masked", ["-inf", "finfo.min"])
 @pytest.mark.parametrize("n_classes", [6, 30, 200, 40000])
 def test_masked_classes(n_classes, masked, mode, dtype):
-    """Classes that cannot be: the first, the last, every other one, all but the target."""
+    """Masks: first half, last half, every other class, all but the target."""
     if not has_mode(mode, dtype):
         pytest.skip("float16 has no fused mode")
     logits = make_logits((4, n_classes), dtype)
@@ -215,7 +215,7 @@ def test_masked_classes(n_classes, masked, mode, dtype):
 @by_mode
 @pytest.mark.parametrize("n_classes", [6, 200, 20000])
 def test_probability_0_of_a_masked_class_adds_0(n_classes, mode, dtype):
-    """torch gives 0 * (-inf) = NaN; the loss is that of the other classes alone."""
+    """torch gives 0 * (-inf) = NaN; here the masked classes add 0."""
     if not has_mode(mode, dtype):
         pytest.skip("float16 has no fused mode")
     logits = make_logits((4, n_classes), dtype)
@@ -229,7 +229,7 @@ def test_probability_0_of_a_masked_class_adds_0(n_classes, mode, dtype):
     assert (gradient[:, ::2] == 0).all()
 
 
-# What a row holds at some classes, the target's the third.
+# Special logits of one row, by class index; the target is class 2.
 SPECIAL = {
     "target -inf": {2: -math.inf},
     "other +inf": {1: math.inf},
@@ -255,8 +255,8 @@ SPECIAL = {
 @by_mode
 @pytest.mark.parametrize("n_classes", [5, 9, 200, 33000])
 @pytest.mark.parametrize("special", SPECIAL)
-def test_infinities_nan_and_extremes_are_as_in_torch(special, n_classes, mode, dtype):
-    """Rows beside the special one keep their numbers."""
+def test_infinities_nan_and_extremes_match_torch(special, n_classes, mode, dtype):
+    """All rows agree with torch, the special row and its neighbours."""
     if not has_mode(mode, dtype):
         pytest.skip("float16 has no fused mode")
     finfo = torch.finfo(dtype)
@@ -281,11 +281,11 @@ def test_infinities_nan_and_extremes_are_as_in_torch(special, n_classes, mode, d
     "shape",
     [
         *((1, 262144), (3, 40000), (5, 20000), (7, 16390), (50, 1000), (999, 10), (2, 60, 999)),
-        (20011, 3),  # whose losses and weights are added up by several threads
+        (20011, 3),  # several threads sum its losses and weights
     ],
 )
 @pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
-def test_bitwise_the_same_for_any_number_of_threads(threads, probabilities, shape, mode, dtype):
+def test_results_do_not_depend_on_the_number_of_threads(threads, probabilities, shape, mode, dtype):
     if not has_mode(mode, dtype):
         pytest.skip("float16 has no fused mode")
     logits = make_logits(shape, dtype)
@@ -305,14 +305,14 @@ def test_bitwise_the_same_for_any_number_of_threads(threads, probabilities, shap
 @by_mode
 @pytest.mark.parametrize("n_classes", [3, 200, 20000])
 @pytest.mark.parametrize("other", [math.inf, math.nan, 3e38])
-def test_weight_of_a_class_that_no_row_has(other, n_classes, mode, dtype):
-    """1 / count gives an absent class an infinite weight: it is no part of any row's gradient."""
+def test_weight_of_an_absent_class(other, n_classes, mode, dtype):
+    """1 / count gives absent classes an infinite weight, which must not reach any gradient."""
     if not has_mode(mode, dtype):
         pytest.skip("float16 has no fused mode")
     logits, target = make_logits((4, n_classes), dtype), torch.tensor([0, 1, 0, 1])
     weight = torch.full((n_classes,), other).to(dtype)
     weight[0] = weight[1] = 1
-    for scale in (1.0, 0.5):  # by plain and by general kernels
+    for scale in (1.0, 0.5):  # plain and general kernels
         options = {"reduction": "sum", "logit_scale": scale}
         _, plain = loss_and_gradient(logits, target, 1.0, mode, **options)
         _, gradient = loss_and_gradient(logits, target, 1.0, mode, **options, weight=weight)
@@ -321,8 +321,8 @@ def test_weight_of_a_class_that_no_row_has(other, n_classes, mode, dtype):
 
 @by_dtype
 @pytest.mark.parametrize("rise", [7.5, 50, 95, 400])
-def test_a_class_far_above_those_before_it(rise, dtype):
-    """From which a block's maximum is guessed: exponentials beside the guess may be infinite."""
+def test_class_far_above_earlier_ones(rise, dtype):
+    """The first classes give a guess of the maximum; exponentials relative to it may overflow."""
     logits = make_logits((3, 2100), dtype, 0.1)
     for row, at in enumerate((70, 1999, 2099)):
         logits[row, at] = rise
@@ -338,7 +338,7 @@ def test_a_class_far_above_those_before_it(rise, dtype):
 @by_dtype
 @pytest.mark.parametrize("n_classes", [20, 129, 5000])
 def test_loss_is_never_below_0(n_classes, dtype):
-    """Where one class has all of the probability, whatever its logit."""
+    """One class has all of the probability."""
     top = torch.arange(1, 401).div(4).unsqueeze(1) + 20
     logits = F.pad(top, (n_classes // 2, n_classes - 1 - n_classes // 2)).to(dtype)
     target = torch.full((400,), n_classes // 2)
@@ -349,7 +349,7 @@ def test_loss_is_never_below_0(n_classes, dtype):
 
 @pytest.mark.parametrize("shape", [(1, 128256, 4), (2, 128256)], ids=["strided", "rows"])
 def test_ascending_logits_with_spread_labels(shape):
-    """A maximum that moves again and again."""
+    """The running maximum changes at every step."""
     logits = torch.linspace(-30, 0, shape[1]).view(1, -1, *[1] * (len(shape) - 2))
     logits = logits.expand(shape).contiguous()
     target = torch.full(shape, 0.7 / shape[1])
@@ -376,7 +376,7 @@ def test_least_number_among_spread_labels(n_classes):
 
 @pytest.mark.parametrize("n_classes", [5, 200])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_target_of_weight_0_hides_no_nan(value, n_classes):
+def test_target_of_weight_0_does_not_hide_nan(value, n_classes):
     logits = torch.zeros(1, n_classes)
     logits[0, 3] = value
     weight = torch.ones(n_classes)
@@ -387,8 +387,8 @@ def test_target_of_weight_0_hides_no_nan(value, n_classes):
 
 @pytest.mark.parametrize("n_classes", [24, 200])
 @pytest.mark.parametrize(("low", "high"), [(0, 20), (20, 0)])
-def test_distance_beyond_float32_hides_in_no_number(n_classes, low, high):
-    """The loss, 6e36, is a number, but the way to it is not: infinite or right, nothing else."""
+def test_overflowing_distance_gives_no_wrong_loss(n_classes, low, high):
+    """The loss is 6e36, but intermediate values overflow: it must be right or infinite."""
     logits = torch.full((1, n_classes), -3e38)
     logits[0, high] = 3e38
     target = torch.zeros_like(logits)

@@ -39,7 +39,7 @@ def test_gradcheck(shape, labels, reduction):
 
 
 def test_gradient_to_a_weight():
-    """torch gives it for probabilities; in float64, by its own operations."""
+    """torch has this gradient for probabilities; it is computed by torch operations."""
     logits, weight = torch.randn(4, 3).double(), torch.rand(3).double().requires_grad_()
     soft = torch.rand(4, 3).double()
     assert gradcheck(lambda w: fused_xent.cross_entropy(logits, soft, w), [weight])
@@ -68,7 +68,7 @@ def test_second_derivative_of_other_dtypes(probabilities, dtype):
 
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_second_derivative_under_a_normalizer(probabilities):
-    """And class weights, whose sum would divide without it."""
+    """The normalizer replaces the sum of class weights as the divisor."""
     logits, weight = torch.randn(4, 9).double().requires_grad_(), torch.rand(9).double()
     target = torch.rand(4, 9).double() if probabilities else torch.arange(4)
     losses = (
@@ -111,7 +111,7 @@ def test_logits_changed_between_forward_and_backward():
         loss.backward()
 
 
-def test_upstream_gradient_that_never_comes():
+def test_unused_loss_has_gradient_0():
     logits = torch.randn(4, 9, requires_grad=True)
     loss = fused_xent.cross_entropy(logits, torch.arange(4), reduction="none")
     other = torch.autograd.grad(loss[:0].sum() + logits.sum(), logits)[0]
@@ -119,7 +119,7 @@ def test_upstream_gradient_that_never_comes():
 
 
 class Unused(torch.autograd.Function):
-    """Has no gradient for what it is given."""
+    """A function whose backward returns no gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -131,7 +131,7 @@ class Unused(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_upstream_gradient_at_all(mode):
+def test_undefined_upstream_gradient(mode):
     leaf, tokens = torch.randn(4, 9, requires_grad=True), torch.ones(4)
     loss = fused_xent.cross_entropy(leaf * 1, torch.arange(4), token_weight=tokens, **MODES[mode])
     Unused.apply(loss).backward()
@@ -146,8 +146,8 @@ def test_gradient_of_a_statistic_alone_beside_probabilities():
     assert soft.grad is None
 
 
-def test_small_calls_go_the_short_way(monkeypatch):
-    """Without checks in Python, which would take longer than a small loss."""
+def test_small_calls_take_the_fast_path(monkeypatch):
+    """A plain call skips the checks in Python, which take longer than a small loss."""
     leaf, target = torch.randn(4, 9, requires_grad=True), torch.arange(4)
     expected = F.cross_entropy(leaf, target, label_smoothing=0.1)
     (gradient,) = torch.autograd.grad(expected, leaf)
@@ -179,7 +179,7 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids
 @by_dtype
 @pytest.mark.parametrize("cast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("labels", OPTIONS)
-def test_saved_are_the_inputs_and_numbers_a_row(labels, cast, dtype, device):
+def test_saves_only_inputs_and_a_few_numbers_per_row(labels, cast, dtype, device):
     logits, target = make_large(dtype, labels)
     saved = []
 
@@ -199,7 +199,7 @@ def test_saved_are_the_inputs_and_numbers_a_row(labels, cast, dtype, device):
 
 
 def allocations(function):
-    """Return what function returned and the sizes in bytes of all tensors' memory it allocated."""
+    """Return the result of function and the sizes in bytes of all memory it allocated."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     events = profiler.profiler.kineto_results.events()
@@ -207,11 +207,11 @@ def allocations(function):
     return result, [size for size in sizes if size > 0]
 
 
-PROFILED = "the profiler counts the CPU's memory, test_gpu.py the other"
+PROFILED = "the profiler counts CPU memory; test_gpu.py counts GPU memory"
 
 
 @pytest.mark.cpu(PROFILED)
-def test_allocations_are_seen():
+def test_profiler_counts_allocations():
     assert allocations(lambda: torch.empty(1024))[1] == [4096]
 
 
@@ -219,7 +219,7 @@ def test_allocations_are_seen():
 @by_dtype
 @pytest.mark.parametrize("cast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("labels", OPTIONS)
-def test_allocated_is_the_gradient_alone(labels, cast, dtype):
+def test_allocates_only_the_gradient(labels, cast, dtype):
     logits, target = make_large(dtype, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
         loss, in_forward = allocations(
@@ -248,8 +248,8 @@ def test_overwriting_modes_allocate_no_gradient(labels, mode, dtype):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_tensors_that_left_a_transform(weighted):
-    """torch.func.grad has ended, and the tensor that it passed to its function is used on."""
+def test_tensors_used_after_their_transform(weighted):
+    """A tensor that torch.func.grad passed to its function is used after grad returned."""
     left = []
 
     def keep(logits):

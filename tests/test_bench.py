@@ -147,9 +147,9 @@ def test_markdown(capsys):
         (["linear", "gpt9"], "case must be one of llama2, llama3, got 'gpt9'"),
         (["linear", "--rows", "3"], "--rows, --features and --vocab must be given together"),
         (["sweep", "--vocab", "1"], "must be an integer of at least 2, got '1'"),
-        (["compare", "/nowhere.json", "/nowhere.json"], "/nowhere.json is no file"),
-        (["compare", __file__, __file__], "is no file of python -m bench --json"),
-        (["plot", __file__], "is no file of python -m bench --json"),
+        (["compare", "/nowhere.json", "/nowhere.json"], "/nowhere.json is not a file"),
+        (["compare", __file__, __file__], "is not from python -m bench --json"),
+        (["plot", __file__], "is not from python -m bench --json"),
     ],
 )
 def test_errors(arguments, message, capsys):

@@ -99,7 +99,7 @@ def test_status_and_what_is_written(measures, status, cases, tmp_path, capsys):
     expected = None if cases is None else [f"case{i}" for i in cases]
     assert measured(tmp_path, *measures) == (status, expected)
     printed = capsys.readouterr()
-    assert ("interrupted: this is what there is" in printed.err) == (status == 130)
+    assert ("interrupted: these results are partial" in printed.err) == (status == 130)
     assert printed.err.count("must fit memory") == measures.count(no_memory)
     assert printed.err.count("FAILED case") == measures.count(wrong)
     for name in expected or []:

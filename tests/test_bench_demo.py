@@ -68,7 +68,7 @@ def test_table_of_the_demo(stand_ins, capsys):
     stand_ins.losses["fused_xent", 2] = -2e-6
     assert demo.main() == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    text = "5 tokens of Python's own library, 3 different ones; 4 of 4 float32 steps on 2 threads"
+    text = "5 tokens of Python's standard library, 3 distinct; 4 of 4 float32 steps on 2 threads"
     assert lines[0] == f"{text}, medians"
     assert lines[2:] == [
         "torch fused_xent fused_xent fused",
@@ -77,7 +77,7 @@ def test_table_of_the_demo(stand_ins, capsys):
         "loss at step 4 2.000000 2.000000 2.000000",
         "largest difference - 2.0e-06 0.0e+00",
         "time in the loss 12.0 ms (1.0x) 6.0 ms (2.0x) 4.0 ms (3.0x)",
-        "time a step 24.0 ms (1.0x) 12.0 ms (2.0x) 8.0 ms (3.0x)",
+        "time per step 24.0 ms (1.0x) 12.0 ms (2.0x) 8.0 ms (3.0x)",
         "peak memory 300 MB 600 MB 900 MB",
         *("", "The loss curves agree to 1e-05."),
     ]
@@ -112,7 +112,7 @@ def test_runs_take_turns(stand_ins, monkeypatch):
 
 def test_a_poor_library_is_refused(stand_ins, monkeypatch):
     monkeypatch.setattr(demo, "MIN_VOCAB_SIZE", 4)
-    with pytest.raises(SystemExit, match="only 3 different words"):
+    with pytest.raises(SystemExit, match="only 3 distinct tokens"):
         demo.main()
 
 

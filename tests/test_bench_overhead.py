@@ -234,17 +234,17 @@ def test_table(capsys):
         "forward + backward",
         "torch eager 42.0 5% 1.00 7",
         "fused_xent 21.0 0% 0.50 3",
-        "forward + backward, host alone",
+        "forward + backward, host time",
         "fused_xent 12.3 0% - -",
     ]
 
 
 def test_markdown():
     assert list(tables.markdown([result_of_a_gpu()])) == [
-        "| microseconds a call (x eager) | torch eager | fused_xent |",
+        "| microseconds per call (x eager) | torch eager | fused_xent |",
         "|---|---:|---:|",
         "| tiny 4x9 float32, forward + backward | 42.0 | 21.0 (0.50) |",
-        "| tiny 4x9 float32, forward + backward, host alone | - | 12.3 |",
+        "| tiny 4x9 float32, forward + backward, host time | - | 12.3 |",
     ]
     assert len(list(tables.markdown([result_of_a_gpu()], "both"))) == 3
 

@@ -339,8 +339,8 @@ def test_compare_tells_of_each_difference_of_the_machines(name, tmp_path, capsys
     after.write_json(tmp_path / "b.json")
     assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     printed = capsys.readouterr().out
-    assert f"not the same {name}: {before.environment[name]}, other" in printed
-    assert printed.count("not the same") == 1
+    assert f"{name} differs: {before.environment[name]}, other" in printed
+    assert printed.count(" differs: ") == 1
 
 
 def test_change_of_the_machines_copy_is_the_median(tmp_path, capsys):
@@ -443,7 +443,7 @@ def test_broken_files(command, broken, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         bench.main([command, *files])
     assert error.value.code == 2
-    assert "is no file of python -m bench --json" in capsys.readouterr().err
+    assert "is not from python -m bench --json" in capsys.readouterr().err
 
 
 def test_compare_tells_of_other_machines_and_cases(tmp_path, capsys):
@@ -456,8 +456,8 @@ def test_compare_tells_of_other_machines_and_cases(tmp_path, capsys):
     files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     assert bench.main(["compare", *files]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "not the same cpu: this, that" in printed
-    assert "the machine's own copy took +100%" in printed
+    assert "cpu differs: this, that" in printed
+    assert "time of a copy of the logits: +100%" in printed
     assert f"fused_xent: 1 timings are missing in {files[0]}" in printed
     assert f"other: 1 timings are missing in {files[1]}" in printed
     assert printed.count("missing") == 2

@@ -58,7 +58,7 @@ def test_table_of_a_loss(capsys):
     """Milliseconds, megabytes and GB/s; each of its own mode's eager, and of the copy."""
     lines = shown(loss_result(), capsys)
     assert "own 100x1000 float32" in lines
-    assert "the logits alone: copy 8.00 ms, 50.0 GB/s; read 5.00 ms, 40.0 GB/s" in lines
+    assert "only the logits: copy 8.00 ms, 50.0 GB/s; read 5.00 ms, 40.0 GB/s" in lines
     assert "ms ± MB GB/s of copy vs eager memory MB" in lines
     i, j = lines.index("forward (no grad)"), lines.index("forward + backward")
     assert lines[i + 1 : j] == [
@@ -395,7 +395,7 @@ def test_tables_of_a_readme(project, capsys):
         *(*tables.markdown(results), "", "<!-- end -->", "last"),
     ]
     assert readme.main() == 0
-    assert capsys.readouterr().out == "2 tables, as they were\n"
+    assert capsys.readouterr().out == "2 tables, unchanged\n"
 
 
 @pytest.mark.parametrize("content", [None, "{}"])

@@ -1,4 +1,4 @@
-"""What is built: the libraries' needs of torch and the system, the GPUs, and setup.py's choices."""
+"""The built libraries: symbols, dependencies, GPU architectures; and the options of setup.py."""
 
 import os
 import re
@@ -17,13 +17,13 @@ from torch.utils import cpp_extension
 
 import fused_xent
 
-pytestmark = pytest.mark.cpu("the build for all GPUs")
+pytestmark = pytest.mark.cpu("the build is the same for all devices")
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
 SHIM = re.compile(r"(aoti_)?torch_\w+")
 SYSTEM = re.compile(r".+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+")
-# Standard C++ that torch offers besides libstdc++: the linker met it there first.
+# Symbols of libstdc++ that libtorch exports too; the linker may bind to either.
 STANDARD = re.compile(r"_Z(N[KRO]*)?S[to]\w+")
 OPTIONAL = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
 CUDA_SHIM = {"_C": set(), "_C_cuda": {"aoti_torch_get_current_cuda_stream"}}
@@ -55,7 +55,7 @@ def shim_functions():
     functions = {False: set(), True: set()}
     headers = TORCH / "include/torch/csrc"
     for path in [headers / "stable/c/shim.h", *headers.glob("inductor/aoti_torch/**/*.h")]:
-        later = [False]  # within each #if that is open
+        later = [False]  # one entry per open #if
         for line in path.read_text().splitlines():
             version = re.match(r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(\d+)_", line)
             if re.match(r"#\s*if", line):
@@ -68,8 +68,8 @@ def shim_functions():
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_needs_only_what_torch_and_the_system_offer(name):
-    """No symbol of CUDA's or Python's, and none of torch's C++."""
+def test_undefined_symbols_are_torch_shim_or_system(name):
+    """The library needs no symbols of CUDA, Python or torch's C++ API."""
     offered = symbols(TORCH / "lib/libtorch_cpu.so", "--defined-only")
     needed = symbols(library(name), "--undefined-only") - OPTIONAL - CUDA_SHIM[name]
     unversioned = {symbol for symbol in needed if not SYSTEM.fullmatch(symbol)}
@@ -80,7 +80,7 @@ def test_needs_only_what_torch_and_the_system_offer(name):
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_needs_no_torch_after_2_10(name):
+def test_uses_only_the_shim_of_torch_2_10(name):
     early, late = shim_functions()
     assert "torch_call_dispatcher" in early - late
     needed = symbols(library(name), "--undefined-only")
@@ -90,14 +90,14 @@ def test_needs_no_torch_after_2_10(name):
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_offers_no_names_that_others_have(name):
-    """Nothing of the CUDA runtime, which is inside, nor of our own."""
+def test_exports_no_cuda_or_own_symbols(name):
+    """It exports nothing of the statically linked CUDA runtime, nor of fused_xent."""
     offered = symbols(library(name), "--defined-only")
     assert not [symbol for symbol in offered if re.match(r"_*cu[A-Zdo]|.*fused_xent", symbol)]
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_libraries_that_it_loads(name):
+def test_dynamic_dependencies(name):
     dynamic = run("readelf", "-d", library(name))
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
     torchs = {f"lib{end}.so" for end in ("c10", "torch", "torch_cpu", "torch_cuda")} & set(needed)
@@ -118,16 +118,16 @@ def cuobjdump():
 
 
 def embedded(path, option, kind):
-    """Return for how many files of code the library holds which architecture's."""
+    """Count the embedded code files of the library by architecture."""
     listing = run(cuobjdump(), option, path)
     return Counter(re.findall(rf"\.sm_(\w+)\.{kind}", listing))
 
 
 @pytest.fixture
 def setup_with(monkeypatch):
-    """Reads setup.py under an environment, and returns its names and what it asks to build."""
+    """Runs setup.py with these environment variables; returns its globals and its extensions."""
     monkeypatch.chdir(ROOT)
-    for name in ("CUDA_HOME", "_check_cuda_version"):  # which setup.py sets: for this test alone
+    for name in ("CUDA_HOME", "_check_cuda_version"):  # setup.py sets them; restored afterwards
         monkeypatch.setattr(cpp_extension, name, getattr(cpp_extension, name))
 
     def read(**environment):
@@ -146,12 +146,12 @@ def wanted_flags(extension):
 
 
 def test_machine_code_of_every_architecture(setup_with):
-    """Of each kernel file, for what this environment asks for."""
+    """Each kernel file is compiled for the architectures that the environment asks for."""
     path = library("_C_cuda")
     asked = {name: os.environ.get(name, "") for name in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST")}
     extension = setup_with(**asked)[1].get("fused_xent._C_cuda")
     if extension is None:
-        pytest.skip("nvcc is not here any more")
+        pytest.skip("nvcc is no longer installed")
     flags = " ".join(wanted_flags(extension))
     n_files = sum(source.endswith(".cu") for source in extension.sources)
     for option, kind, code in (("--list-elf", "cubin", "sm"), ("--list-ptx", "ptx", "compute")):
@@ -161,7 +161,7 @@ def test_machine_code_of_every_architecture(setup_with):
 
 @pytest.fixture
 def toolkit(tmp_path):
-    """A folder like CUDA's, whose nvcc knows some architectures."""
+    """A fake CUDA toolkit, whose nvcc supports some architectures."""
     nvcc = tmp_path / "cuda/bin/nvcc"
     for path in (nvcc, tmp_path / "cuda/include/cuda_runtime.h"):
         path.parent.mkdir(parents=True)
@@ -171,7 +171,7 @@ def toolkit(tmp_path):
     return tmp_path / "cuda"
 
 
-def test_cuda_library_wherever_nvcc_is(setup_with, toolkit, tmp_path):
+def test_cuda_library_needs_nvcc(setup_with, toolkit, tmp_path):
     cpu, both = {"fused_xent._C"}, {"fused_xent._C", "fused_xent._C_cuda"}
     on_path = {"PATH": f"{toolkit / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     for nvcc in ({"CUDA_HOME": str(toolkit)}, on_path):
@@ -181,13 +181,13 @@ def test_cuda_library_wherever_nvcc_is(setup_with, toolkit, tmp_path):
         assert set(setup_with(**nvcc, FUSED_XENT_CUDA="1")[1]) == both
         assert set(setup_with(**nvcc, FUSED_XENT_CUDA="0")[1]) == cpu
     assert set(setup_with(CUDA_HOME=str(tmp_path))[1]) == cpu
-    (toolkit / "include/cuda_runtime.h").unlink()  # as where that nvcc calls another
+    (toolkit / "include/cuda_runtime.h").unlink()  # as if its nvcc were a wrapper of another
     assert setup_with(**on_path)[0]["cuda_home"]() in (None, Path("/usr/local/cuda"))
 
 
 @pytest.mark.parametrize("names", ["avx2", "portable", "avx512, avx512_bf16"])
-def test_a_partial_build_has_some_instruction_sets(names, setup_with):
-    """The others are neither compiled nor chosen, and the objects of a full build are kept."""
+def test_partial_build_of_instruction_sets(names, setup_with):
+    """Other sets are neither compiled nor dispatched to; objects of a full build are kept."""
     read, built = setup_with(FUSED_XENT_CUDA="0", FUSED_XENT_CPU_CAPABILITIES=names)
     extension, wanted = built["fused_xent._C"], set(names.split(", "))
     others = set(read["CAPABILITIES"]) - wanted
@@ -200,25 +200,25 @@ def test_a_partial_build_has_some_instruction_sets(names, setup_with):
     assert all(f"#ifndef {flag[2:]}\n" in chosen for flag in without)
 
 
-def test_a_partial_build_has_objects_of_its_own(setup_with):
+def test_partial_build_has_its_own_objects(setup_with):
     folders = []
     for names in ("", "avx2"):
         build = setup_with(FUSED_XENT_CUDA="0", FUSED_XENT_CPU_CAPABILITIES=names)[0]["Build"]
         command = build(setuptools.Distribution({"name": "fused_xent"}))
         command.finalize_options()
-        assert command.force  # the library in place may be of the other build
+        assert command.force  # the library in place may be from another build
         folders.append(command.objects)
     assert folders == [Path("build"), Path("build/partial")]
 
 
-def test_cuda_of_another_version_than_torchs(setup_with, toolkit, monkeypatch):
+def test_cuda_version_mismatch(setup_with, toolkit, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     setup_with(CUDA_HOME=str(toolkit))
-    cpp_extension._check_cuda_version("g++", TorchVersion("12.2.0"))  # which BuildExtension calls
+    cpp_extension._check_cuda_version("g++", TorchVersion("12.2.0"))  # called by BuildExtension
 
 
 def test_sources(setup_with, toolkit):
-    """Each file of csrc is built, and none into another's object file."""
+    """Each source file of csrc is built, into its own object file."""
     built = setup_with(CUDA_HOME=str(toolkit))[1]
     sources = {Path(source) for extension in built.values() for source in extension.sources}
     found = {path for path in Path("csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")}
@@ -229,7 +229,7 @@ def test_sources(setup_with, toolkit):
 
 
 ARCHITECTURES = {
-    "": ("sm_80", "sm_90", "sm_100", "compute_100"),  # of the four, those that nvcc knows
+    "": ("sm_80", "sm_90", "sm_100", "compute_100"),  # the default ones that this nvcc supports
     "8.0;9.0+PTX": ("sm_80", "sm_90", "compute_90"),
     "8.0 8.6": ("sm_80", "sm_86"),
     "9.0a": ("sm_90a",),
@@ -264,7 +264,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_choices_end_in_one_line(wrong, toolkit, run_python):
+def test_invalid_options_give_one_line_errors(wrong, toolkit, run_python):
     environment, message = WRONG[wrong]
     environment = {"FUSED_XENT_CUDA": "", "CUDA_HOME": str(toolkit), **environment}
     result = run_python("setup.py", "--name", **environment)

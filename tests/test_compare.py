@@ -1,11 +1,11 @@
-"""The comparison itself: what is right passes, and what a kernel is likely to do wrong is found."""
+"""Tests of compare.py: right results pass, and likely mistakes of a kernel are found."""
 
 import pytest
 import torch
 from cases import DTYPES
 from compare import accumulation_dtype, assert_gradient, assert_loss, label_weights, truth
 
-pytestmark = pytest.mark.cpu("torch operations alone")
+pytestmark = pytest.mark.cpu("uses torch operations only")
 N_ROWS, N_CLASSES, IGNORED, CONFIDENT = 6, 3001, 4, 1
 UPSTREAM = torch.tensor([1.0, 0.5, 0.75, 1.25, 1.5, 0.625])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -13,7 +13,7 @@ half_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def make_problem(dtype):
-    """Return logits and targets, one row ignored and one of p = 0.999 at its target."""
+    """Return logits and targets; one row is ignored, one has p = 0.999 at its target."""
     logits = torch.randn(N_ROWS, N_CLASSES) * 2
     target = torch.randint(0, N_CLASSES, (N_ROWS,))
     logits[CONFIDENT, target[CONFIDENT]] = 17.0
@@ -22,7 +22,7 @@ def make_problem(dtype):
 
 
 def row(index, values):
-    """Return zeros but for one row."""
+    """Return zeros with values in one row."""
     return (
         torch.zeros(N_ROWS, N_CLASSES, dtype=torch.float64).index_fill(0, torch.tensor(index), 1)
         * values
@@ -30,12 +30,12 @@ def row(index, values):
 
 
 def least_number(dtype):
-    """The least that is not 0, where numbers that are not normal are not flushed to 0."""
+    """Return the smallest positive number; subnormal unless those are flushed to 0."""
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
-# Each takes the right gradient in float64, the logits and where the targets are, and returns a
-# wrong gradient before its rounding.
+# Each takes the right gradient in float64, the logits and the mask of the targets, and returns a
+# wrong gradient in float64.
 GRADIENT_MUTANTS = {
     "0 at the other classes": lambda right, logits, at: right * at,
     "0 at the target": lambda right, logits, at: right * ~at,
@@ -61,7 +61,7 @@ GRADIENT_MUTANTS = {
     "another row": lambda right, logits, at: right.roll(1, 0),
 }
 
-# Wrong by less than 16-bit rounding can show.
+# Errors too small to be seen in 16 bits.
 FINE_GRADIENT_MUTANTS = {
     "padding in the sum": lambda right, logits, at: (
         right * (1 - ~at * 7 / logits.double().exp().sum(1, keepdim=True))
@@ -113,7 +113,7 @@ def test_target_patched_after_rounding_is_found(dtype):
 
 @by_dtype
 def test_rounding_to_fewer_bits_is_found(dtype):
-    """As where a 16-bit gradient is truncated, or passes through a narrower type."""
+    """For example, a 16-bit gradient that passes through a narrower type."""
 
     def round_coarsely(right, logits, at):
         mantissa, exponent = torch.frexp(right)
@@ -126,7 +126,7 @@ def test_rounding_to_fewer_bits_is_found(dtype):
 
 @half_dtypes
 def test_truncation_is_found(dtype):
-    """Where one rounding is allowed: it is off by up to two halves of the last place."""
+    """Truncation is off by up to one unit in the last place; rounding by half a unit."""
     logits, target = make_problem(dtype)
     exact = truth(logits, target, UPSTREAM, reduction="none")
     mantissa, exponent = torch.frexp(exact.gradient)
@@ -141,8 +141,8 @@ ERROR = {torch.float32: 5e-6, torch.float64: 1e-13 + N_CLASSES * 1e-16}
 
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_twice_what_is_tolerated_is_found(dtype, sign):
-    """And half of it passes, of the loss and of the gradient."""
+def test_twice_the_tolerance_is_found(dtype, sign):
+    """Half of the tolerance passes, for loss and gradient."""
     exact = truth(*make_problem(dtype), UPSTREAM, reduction="none")
     for compare, right, terms in (
         (assert_loss, exact.loss, exact.loss_terms),
@@ -166,12 +166,12 @@ LABELS = {
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "soft"])
 @pytest.mark.parametrize("labels", LABELS)
-def test_terms_are_those_of_loss_and_gradient(labels, soft, reduction):
-    """The gradient is p times the sum of the labels' weights, less these: both are its terms."""
+def test_terms_of_loss_and_gradient(labels, soft, reduction):
+    """The terms of the gradient are p times the sum of the label weights, and each weight."""
     options = dict(LABELS[labels])
     logits, target = torch.randn(12, 7, 3), torch.randint(7, (12, 3))
     target[target == 5] = options.get("ignore_index", -100)
-    if soft:  # then no row is ignored
+    if soft:  # no row is ignored
         target = torch.randn(12, 7, 3).softmax(1)
         options.pop("ignore_index", None)
     upstream = torch.randn(12, 3) if reduction == "none" else torch.tensor(-3.0)
@@ -197,7 +197,7 @@ def test_terms_are_those_of_loss_and_gradient(labels, soft, reduction):
         torch.testing.assert_close(losses, 1 + exact.loss / 10)
 
 
-def test_what_is_right_may_be_no_number():
+def test_nan_and_infinity_may_be_right():
     logits, target = make_problem(torch.float32)
     logits[0, 0] = float("nan")
     exact = truth(logits, target, reduction="none")
@@ -208,7 +208,7 @@ def test_what_is_right_may_be_no_number():
 
 
 LOSS_MUTANTS = {
-    "by all rows, not the kept": lambda exact: exact * (N_ROWS - 1) / N_ROWS,
+    "divided by all rows, not the kept ones": lambda exact: exact * (N_ROWS - 1) / N_ROWS,
     "sum": lambda exact: exact * (N_ROWS - 1),
     "1e-5 too high": lambda exact: exact * (1 + 1e-5),
     "NaN": lambda exact: exact * float("nan"),

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True): every option and mode, in no more graphs than torch's own loss."""
+"""torch.compile(fullgraph=True): all options and modes, and no more graphs than torch's loss."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from torch._dynamo.utils import counters
 
 import fused_xent
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile
 
-EXTRAS = {
+OPTIONS = {
     "reduction": "sum",
     "lse_square_scale": 0.1,
     "softcap": 3.0,
@@ -22,7 +22,7 @@ SHAPES = ((8, 50), (5, 50), (9, 70), (3, 20))
 
 
 @pytest.fixture(autouse=True)
-def no_code_of_other_tests():
+def fresh_compiler():
     torch.compiler.reset()
 
 
@@ -42,7 +42,7 @@ def assert_same(model, compiled, logits, *others):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("labels", ["index, weighted and smoothed", "probabilities, all options"])
-def test_in_one_graph(labels, backend):
+def test_compiles_to_one_graph(labels, backend):
     logits, target = make_inputs(labels=labels)
     options = make_options(logits.detach(), LABELS[labels])
 
@@ -61,14 +61,14 @@ def test_every_option_and_statistic(mode, soft):
 
     def model(logits, target):
         results = fused_xent.cross_entropy_with_statistics(
-            logits * 3, target, token_weight=tokens, **EXTRAS, **MODES[mode]
+            logits * 3, target, token_weight=tokens, **OPTIONS, **MODES[mode]
         )
         return results.loss + 0.1 * (results.lse * results.entropy + results.z_loss).sum()
 
     def model_by_default(logits, target):
-        """As compiled code does in the fused mode, whose statistics have no gradient otherwise."""
+        """In default mode: eager fused mode has no gradient of statistics, compiled code does."""
         results = fused_xent.cross_entropy_with_statistics(
-            logits * 3, target, token_weight=tokens, **EXTRAS
+            logits * 3, target, token_weight=tokens, **OPTIONS
         )
         return results.loss + 0.1 * (results.lse * results.entropy + results.z_loss).sum()
 
@@ -88,8 +88,8 @@ def test_without_gradient(context, function):
 
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
-def test_logits_that_are_overwritten_are_not_used_after_that(mode):
-    """Their other use is before, or of a copy: compiled code orders them, or refuses."""
+def test_other_uses_of_overwritten_logits(mode):
+    """The compiler runs another use of the logits first, or gives it a copy."""
     logits, target = make_inputs()
 
     def model(logits, target):
@@ -113,8 +113,8 @@ RETURNED = {
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
 @pytest.mark.parametrize("returned", RETURNED)
-def test_logits_that_are_returned_keep_their_values(returned, mode, backend):
-    """The compiler copies what the gradient would overwrite."""
+def test_returned_logits_keep_their_values(returned, mode, backend):
+    """The compiler copies returned logits before the gradient overwrites them."""
     leaf, target = make_inputs()
 
     def model(leaf, options):
@@ -130,7 +130,7 @@ def test_logits_that_are_returned_keep_their_values(returned, mode, backend):
 
 
 USES_OF_LOGITS = {
-    "by what they were made of": lambda leaf, loss: loss(torch.sigmoid(leaf)),
+    "by the operation that made them": lambda leaf, loss: loss(torch.sigmoid(leaf)),
     "by another function": lambda leaf, loss: (lambda logits: logits.square().sum() + loss(logits))(
         leaf * 1
     ),
@@ -143,8 +143,8 @@ USES_OF_LOGITS = {
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
 @pytest.mark.parametrize("use", USES_OF_LOGITS)
-def test_logits_from_outside_that_are_needed_after_that(use, mode, backend):
-    """As without a compiler, autograd knows that they have been overwritten."""
+def test_overwritten_inputs_of_the_graph(use, mode, backend):
+    """As in eager code, autograd detects that the logits were overwritten."""
     leaf, target = make_inputs()
 
     def loss(logits):
@@ -154,13 +154,13 @@ def test_logits_from_outside_that_are_needed_after_that(use, mode, backend):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         USES_OF_LOGITS[use](leaf, compiled).backward()
     assert leaf.grad is None
-    compiled(leaf * 1).backward()  # needed by nobody
+    compiled(leaf * 1).backward()  # nothing else needs these logits
     expected = torch.autograd.grad(F.cross_entropy(leaf, target), leaf)[0]
     torch.testing.assert_close(leaf.grad, expected)
 
 
 def test_gradients_of_weights():
-    """By torch operations, in compiled code as well."""
+    """Torch operations compute them, in compiled code too."""
     logits, target = make_inputs()
     weight, tokens = torch.rand(50, requires_grad=True), torch.rand(8, requires_grad=True)
 
@@ -174,7 +174,7 @@ def test_gradients_of_weights():
 
 
 def graphs(loss_function, dynamic, **options):
-    """Return how many graphs all shapes took, after comparing each with the function itself."""
+    """Compare compiled and eager results for all shapes; return the number of graphs."""
     torch.compiler.reset()
     counters.clear()
 
@@ -189,10 +189,10 @@ def graphs(loss_function, dynamic, **options):
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("mode", ["default", "inplace"])
-def test_no_more_graphs_than_torchs(mode, dynamic):
+def test_no_more_graphs_than_torch(mode, dynamic):
     theirs = graphs(F.cross_entropy, dynamic)
     assert graphs(fused_xent.cross_entropy, dynamic, **MODES[mode]) <= theirs
-    assert theirs == (1 if dynamic else 3)  # static, rows dynamic, and all
+    assert theirs == (1 if dynamic else 3)  # static, dynamic rows, all dynamic
 
 
 def test_graph_of_dynamic_shapes_with_all_options():
@@ -203,7 +203,7 @@ def test_graph_of_dynamic_shapes_with_all_options():
 def test_ignored_rows_and_no_reduction():
     logits, target = make_inputs()
     compiled = torch.compile(fused_xent.cross_entropy, backend="aot_eager", fullgraph=True)
-    for _ in range(3):  # in memory that held other numbers
+    for _ in range(3):  # the allocator reuses memory that held NaN
         torch.full((8,), float("nan"))
         loss = compiled(logits, target, reduction="none")
         assert torch.equal(loss, fused_xent.cross_entropy(logits, target, reduction="none"))

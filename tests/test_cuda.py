@@ -1,4 +1,4 @@
-"""The CUDA operators as Python calls them: in the emulator from the PTX of sm_100, on CPU tensors.
+"""The CUDA operators called from Python, in the emulator: PTX of sm_100, CPU tensors.
 
 With ``--device cuda`` the same cases run on a GPU.
 """
@@ -12,8 +12,8 @@ import pytest
 import torch
 from cases import DTYPES, LABELS, SHAPES, VOCABULARIES, Labels, class_dim, make_logits, make_target
 from compare import assert_gradient, assert_loss, truth
-from extras import check_problem, make_problem
 from modes import loss_and_gradient
+from problems import check_problem, make_problem
 from test_kernels import check, make_options
 
 import fused_xent
@@ -35,7 +35,7 @@ def emulated(emulator_builds, device):
 
 @pytest.fixture(autouse=True)
 def operators(request, device, monkeypatch):
-    """Put the CUDA operators where those of the CPU are; return the one that forces plans."""
+    """Replace the CPU operators by the emulated CUDA ones; return force_cuda_plan."""
     if device != "cpu":
         yield torch.ops.fused_xent.force_cuda_plan
         return
@@ -47,7 +47,7 @@ def operators(request, device, monkeypatch):
 
 @pytest.fixture
 def force(operators):
-    """Forces plans, until the test's end."""
+    """Forces plans until the end of the test."""
     forced = []
 
     def force(operation, regime, *, threads, team=0, parts=1, held=0, **others):
@@ -62,7 +62,7 @@ def force(operators):
 
 
 def cases(*tables):
-    """Return all pairs of two tables' names, with dtypes in turn."""
+    """Return all pairs of the names of two tables, each with the next dtype."""
     pairs = [(a, b) for a in tables[0] for b in tables[1]]
     return [(*pair, DTYPES[i % len(DTYPES)]) for i, pair in enumerate(pairs)]
 
@@ -71,7 +71,7 @@ def cases(*tables):
 def test_shape(shape, labels, dtype):
     shape, labels = SHAPES[shape], LABELS[labels]
     if labels.dtype == torch.uint8 and shape[class_dim(shape)] > 255:
-        pytest.skip("255, which is ignored, would be a class")
+        pytest.skip("255 is ignore_index here, and would be a class")
     if dtype == torch.float64 and labels.dtype == torch.float32:
         dtype = torch.bfloat16
     logits = make_logits(shape, dtype)
@@ -106,8 +106,8 @@ def test_any_combination_of_options(seed):
 
 
 @pytest.mark.parametrize("regime", ["block", "split", "warp"])
-def test_options_by_any_plan(regime, force):
-    """Statistics and their gradients, of rows that blocks share, or threads, or none."""
+def test_options_with_forced_plans(regime, force):
+    """Statistics and their gradients: a team of threads per row, a block, or several blocks."""
     shape = {"threads": 32 if regime == "warp" else 64, "team": 8 if regime == "warp" else 0}
     parts = 3 if regime == "split" else 1
     for operation in ("forward", "backward"):
@@ -122,8 +122,8 @@ def test_options_by_any_plan(regime, force):
 
 @pytest.mark.parametrize("parts", ["uniform", "one-hot"])
 @pytest.mark.parametrize("shape", [(2, 60000), (1, 3000, 40)])
-def test_labels_on_all_classes_add_up(shape, parts, force):
-    """Sums of as many terms, whose roundings go one way, by as few threads as there may be."""
+def test_label_sums_over_all_classes(shape, parts, force):
+    """The fewest threads add the most terms, all rounded in the same direction."""
     if len(shape) == 2:
         force("forward", "block", threads=64)
     else:
@@ -139,7 +139,7 @@ def test_labels_on_all_classes_add_up(shape, parts, force):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_small_exponentials_beside_a_great_one(first, force):
+def test_small_exponentials_beside_a_large_one(first, force):
     force("forward", "columns", threads=64)
     logits = torch.full((1, 4000, 40), -16.75)
     logits[:, 0 if first else -1] = 0
@@ -150,8 +150,8 @@ def test_small_exponentials_beside_a_great_one(first, force):
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_what_sums_lose_is_rescaled(strided, force):
-    """Four thousand classes that a sum rounds, and after them one that leaves nothing of it."""
+def test_compensation_terms_are_rescaled(strided, force):
+    """4000 classes whose sum is rounded, then one so large that it makes them negligible."""
     regime = {"regime": "columns"} if strided else {"regime": "block"}
     force("forward", threads=64, **regime)
     logits = torch.zeros(1, 4000, 40)
@@ -169,7 +169,7 @@ def test_what_sums_lose_is_rescaled(strided, force):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_exponentials_of_a_long_row(dtype, force):
-    """Of which a thread of one block adds up a thousand, beside the great one."""
+    """Each thread of one block sums about a thousand of them beside a large one."""
     force("forward", "block", threads=256)
     n_classes = 2**18
     logits = torch.full((1, n_classes), -16.75, dtype=dtype)
@@ -188,7 +188,7 @@ def test_total_weight_beyond_float32():
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("mode", ["default", "inplace", "fused"])
 @pytest.mark.parametrize("shape", [(6, 20), (6, 700), (6, 20000), (2, 20, 3)])
-def test_target_that_is_no_class(shape, mode, reduction):
+def test_target_out_of_range_gives_nan(shape, mode, reduction):
     logits = make_logits(shape, torch.float32)
     n_classes, rows = shape[1], shape[:1] + shape[2:]
     target = torch.randint(n_classes, rows)
@@ -230,13 +230,13 @@ def test_forced_plans(force, n_classes, plans, dtype):
         check(logits, target, "mean", **make_options(logits, LABELS[labels]))
 
 
-def test_plan_that_cannot_serve(force):
+def test_invalid_plan(force):
     force("forward", regime="block", threads=100)
     with pytest.raises(ValueError, match="threads must be a power of two"):
         fused_xent.cross_entropy(make_logits((2, 5000), torch.float32), torch.tensor([0, 1]))
 
 
-def test_rows_in_vectors_whose_classes_begin_within_one(force):
+def test_row_vectors_need_aligned_classes(force):
     force("forward", "columns", threads=64, vector=4)
     logits, target = make_logits((40, 33), torch.float32)[:, :32].t(), torch.arange(32)
     with pytest.raises(ValueError, match="row_vector must be 1, or of adjacent rows"):
@@ -259,7 +259,7 @@ def test_results_do_not_depend_on_the_schedule(emulated, shape):
 
 
 def test_offsets_beyond_32_bits(device):
-    n_rows, n_classes = 2**16 + 3, 2**15 + 8  # 4 GiB of bfloat16, of which one row is touched
+    n_rows, n_classes = 2**16 + 3, 2**15 + 8  # 4 GiB of bfloat16; few rows are touched
     if device == "cpu":
         memory = mmap.mmap(-1, n_rows * n_classes * 2)
         logits = torch.frombuffer(memory, dtype=torch.bfloat16).view(n_rows, n_classes)
@@ -292,7 +292,7 @@ def test_strides_beyond_32_bits(emulated, shape, strides, dim):
 
 
 def test_sums_of_several_blocks_beside_class_weights():
-    """They share memory: of rows, and what class weights add up to."""
+    """The sums over rows and over class weights share memory."""
     logits, target = make_logits((16400, 5), torch.float32), torch.randint(5, (16400,))
     check(logits, target, "mean", weight=torch.rand(5) + 0.1, label_smoothing=0.3)
 
@@ -317,7 +317,7 @@ def test_more_rows_than_a_grid_has_blocks(force):
     assert_gradient(gradient[-1:], exact, torch.float32)
 
 
-def test_argmax_beside_threads_that_have_no_classes(force):
+def test_argmax_with_idle_threads(force):
     force("forward", "block", threads=64)
     logits, target = torch.full((2, 20), -torch.inf), torch.tensor([0, 1])
     results = fused_xent.cross_entropy_with_statistics(logits, target, reduction="none")
@@ -325,7 +325,7 @@ def test_argmax_beside_threads_that_have_no_classes(force):
 
 
 def test_focal_loss_of_certain_targets():
-    """Whose cross-entropy may not come out below 0: its power would be NaN."""
+    """Their cross-entropy must not be below 0, or its power is NaN."""
     values = torch.linspace(0.25, 60, 400).bfloat16().unique()
     logits = torch.full((len(values), 300), -300.0).bfloat16()
     logits[:, 7] = values
@@ -360,11 +360,11 @@ def test_gradient_beyond_32_bits(emulated):
 @pytest.mark.parametrize("shape", [(7, 40), (5, 700), (2, 20000), (2, 3, 90)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_multiply(dtype, shape, factor):
-    """Every element, of rows of zeros as well, and nothing between them."""
+    """All elements are multiplied, even in rows of zeros; memory between them is not written."""
     memory = make_logits((*shape[:-1], 2 * shape[-1]), dtype)
     memory[0] = 0
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    factor = torch.tensor(factor, dtype=torch.float64)  # cast to the type of sums
+    factor = torch.tensor(factor, dtype=torch.float64)  # cast to the accumulation dtype
     for view in (lambda x: x[..., : shape[-1]], lambda x: x[..., ::2], lambda x: x.mT):
         expected = memory.clone()
         view(expected).copy_((view(memory).to(acc) * factor.to(acc)).to(dtype))
@@ -373,7 +373,7 @@ def test_multiply(dtype, shape, factor):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_more_rows_or_classes_than_kernels_count():
+def test_too_many_rows_or_classes():
     logits = torch.empty(1, dtype=torch.float32).expand(2**31, 1)
     target = torch.zeros(1, dtype=torch.uint8).expand(2**31)
     with pytest.raises(ValueError, match=re.escape("less than 2^31 rows")):

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels in the library that was built: registers, memory, loops."""
+"""The machine code of the CUDA kernels in the built library: registers, memory, loops."""
 
 import os
 import re
@@ -13,13 +13,13 @@ import pytest
 
 import fused_xent
 
-pytestmark = pytest.mark.cpu("the build for all GPUs")
+pytestmark = pytest.mark.cpu("the build is the same for all devices")
 
 LIBRARY = Path(fused_xent.__file__).with_name("_C_cuda.abi3.so")
 
 
 class Kernel(NamedTuple):
-    """A kernel of one architecture: its name, the types of logits and labels, adjacent rows."""
+    """A kernel of one architecture: name, types of logits and labels, adjacency of rows."""
 
     arch: str
     name: str
@@ -63,7 +63,7 @@ def kernels_of(disassembly: str) -> list[Kernel]:
 
 
 def inner_loops(code: str) -> list[Counter]:
-    """Return the operations of each loop that has no other in it."""
+    """Count the operations of each innermost loop."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", code)
     instructions = [(int(address, 16), text) for address, text in lines]
     loops = []
@@ -88,7 +88,7 @@ def count(loop: Counter, pattern: str) -> int:
 
 @pytest.fixture(scope="module")
 def kernels():
-    """Those of two architectures, without clusters and with: the rest is compiled from the same."""
+    """The kernels of one architecture without clusters and one with; others are alike."""
     found = [
         k for arch in ("sm_80", "sm_90") for k in kernels_of(cuobjdump("-sass", "-arch", arch))
     ]
@@ -97,7 +97,7 @@ def kernels():
     return found
 
 
-def test_nothing_is_in_local_memory():
+def test_kernels_have_no_local_memory():
     usage = cuobjdump("--dump-resource-usage")
     rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert len(rows) > 60
@@ -114,9 +114,10 @@ def test_no_instruction_touches_local_memory(kernels):
     [("forward_rows", 1), ("backward_rows", 1), ("forward_backward_rows", 3), ("columns", 2)],
 )
 def test_inner_loops_access_16_bytes(kernels, name, n_loops):
-    """Of logits, probabilities and gradients. Class weights, where there are any, are single.
+    """Logits, probabilities and gradients move 16 bytes at a time, class weights one by one.
 
-    In fused mode one loop sweeps, one writes what is in shared memory, and one what is read again.
+    Fused mode has a loop that sweeps, one that writes the part in shared memory, and one that reads
+    and writes the rest.
     """
     checked = 0
     for kernel in kernels:
@@ -137,7 +138,7 @@ def test_inner_loops_access_16_bytes(kernels, name, n_loops):
 
 
 def test_inner_loops_of_general_kernels_access_16_bytes(kernels):
-    """One forward and one backward, besides those of single elements, for rows of any layout."""
+    """One loop in forward and one in backward; other loops take single elements, of any layout."""
     checked = 0
     for kernel in kernels:
         if kernel.name != "general_rows" or kernel.types[0] == "double":
@@ -155,8 +156,8 @@ def test_inner_loops_of_general_kernels_access_16_bytes(kernels):
 
 
 @pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
-def test_an_exponential_an_element(kernels, name):
-    """And one more a group at most, for a new maximum; in backward again for what is no group."""
+def test_one_exponential_per_element(kernels, name):
+    """At most one more per group, for a new maximum; backward has a loop for the remainder."""
     for kernel in kernels:
         if kernel.name == name and kernel.types[1:] == ("void",) and kernel.types[0] != "double":
             n = 16 if kernel.types[0] == "float" else 32

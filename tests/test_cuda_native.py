@@ -1,6 +1,6 @@
-"""The CUDA kernels without torch, from the PTX of each architecture: tests/native/cuda_check.cpp.
+"""The CUDA kernels without torch, in the emulator: tests/native/cuda_check.cpp.
 
-Under the sanitizers and in several schedules.
+The PTX of each architecture runs under the sanitizers and in several schedules.
 """
 
 import re
@@ -32,7 +32,7 @@ def assert_right(result: subprocess.CompletedProcess) -> None:
 
 
 REDUCED = {"defines": ["FUSED_XENT_BFLOAT16_ALONE"]}
-# Files of csrc/cuda, each with the checks that its faults are looked for with; see mutants/.
+# Files of csrc/cuda, and the sanitizers that find the faults of mutants/ in them.
 PARTS = [
     *((kernels, "") for kernels in KERNELS),
     ("forward_backward", "address"),
@@ -60,7 +60,7 @@ def threaded(emulator_builds):
 
 @pytest.fixture(scope="module", params=PARTS, ids=lambda part: "-".join(filter(None, part)))
 def part(request, emulator_builds):
-    """The kernels of one file, for bfloat16 alone, under a sanitizer or none."""
+    """A program with the kernels of one file, for bfloat16 only, with or without a sanitizer."""
     kernels, sanitizer = request.param
     return *request.param, program(emulator_builds, "sm_90", sanitizer, (kernels,), **REDUCED)
 
@@ -70,7 +70,7 @@ def test_sm_90_under_address_sanitizer(addressed):
 
 
 @pytest.mark.parametrize(("order", "copies"), [("reverse", "late"), ("random", "early")])
-def test_schedules_and_noise_on_approximate_instructions(addressed, order, copies):
+def test_schedules_and_approximation_noise(addressed, order, copies):
     noise = len(order)
     result = run(addressed, "--bfloat16", order=order, copies=copies, seed=7, ulp_noise=noise)
     assert_right(result)
@@ -80,8 +80,8 @@ def test_sm_80(of_sm_80):
     assert_right(run(of_sm_80))
 
 
-def test_code_of_an_older_architecture(of_sm_80):
-    """It has no clusters, though the device has."""
+def test_sm_80_code_on_sm_90(of_sm_80):
+    """PTX of sm_80 has no clusters; it runs on a device that has them."""
     assert_right(run(of_sm_80, "--bfloat16", device="sm_90"))
 
 
@@ -90,7 +90,7 @@ def test_races(threaded):
 
 
 def test_part(part):
-    """Some faults show only where copies are performed when they are issued, or threads turn."""
+    """Some faults show only with early copies, or with threads in reverse order."""
     kernels, sanitizer, path = part
     options = ["--bfloat16", kernels, *(["--small"] if sanitizer == "thread" else [])]
     assert_right(run(path, *options))

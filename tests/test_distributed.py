@@ -1,10 +1,10 @@
-"""Two processes that train on half of a batch each are one that trains on all of it."""
+"""Two processes, each with half of a batch, get the gradient of the whole batch."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-pytestmark = pytest.mark.cpu("gloo between processes")
+pytestmark = pytest.mark.cpu("uses gloo between processes")
 
 SCRIPT = """
 import os
@@ -18,7 +18,7 @@ rank, path = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
 hidden, target = torch.arange(128).view(8, 16).sin(), torch.arange(8) * 7
-target[:3] = -100  # more in one half than in the other: means of halves would not be the mean
+target[:3] = -100  # only in one half: averaging the means of both would be wrong
 kept = (target != -100).sum()
 mine = slice(4 * rank, 4 * rank + 4)
 
@@ -31,7 +31,7 @@ def gradient(make_parallel, hidden, target, **options):
 
 
 whole = gradient(lambda model: model, hidden, target)
-# Gradients are averaged over the processes: hence the count of each of two.
+# Gradients are averaged over two processes, so each divides by half of the count.
 half = {"normalizer": kept / 2, "grad_in_forward": True}
 by_ddp = gradient(torch.nn.parallel.DistributedDataParallel, hidden[mine], target[mine], **half)
 torch.testing.assert_close(by_ddp, whole)
@@ -40,12 +40,12 @@ by_fsdp = gradient(lambda m: fully_shard(m, mesh=mesh), hidden[mine], target[min
 torch.testing.assert_close(by_fsdp.full_tensor(), whole)
 dist.destroy_process_group()
 print("right", flush=True)
-os._exit(0)  # a thread of torch that wants the GIL while Python ends aborts the process
+os._exit(0)  # a torch thread that waits for the GIL at exit would abort the process
 """
 
 
 def test_data_parallel_in_two_processes(run_python, tmp_path):
-    """DistributedDataParallel, and FSDP."""
+    """DistributedDataParallel and FSDP2."""
 
     def work(rank):
         return run_python("-W", "ignore", "-c", SCRIPT, str(rank), str(tmp_path / "store"))

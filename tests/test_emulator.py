@@ -1,4 +1,4 @@
-"""The emulator itself: right results, and every class of deliberate bug is caught."""
+"""The emulator: right results, and every class of deliberate bug is reported."""
 
 import ctypes
 import importlib.util
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from emulator import Harness, PtxError, missing_tools, preload_environment, translate_module
 
-pytestmark = pytest.mark.cpu("in the emulator")
+pytestmark = pytest.mark.cpu("runs in the emulator")
 
 SELFTEST = Path(__file__).parent / "emulator" / "selftest"
 ORDERS = ("forward", "reverse", "random")
@@ -151,7 +151,7 @@ INSTRUCTIONS += ("max.bf16x2", "max.NaN.bf16x2", "bar.red", "atom.cas", "cvt.bf1
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
-def test_instructions_against_plain_code(library, name):
+def test_instructions(library, name):
     assert library.mismatches(name.encode()) == 0
 
 
@@ -165,7 +165,7 @@ def test_unknown_instruction_names_its_line():
         translate("frobnicate.b32 %r1, 1;")
 
 
-def test_clusters_are_along_x():
+def test_clusters_in_y_are_not_supported():
     translate(directives=".reqnctapercluster 2, 1, 1")
     with pytest.raises(PtxError, match="PTX line 2: clusters in y or z are not supported"):
         translate(directives=".reqnctapercluster 2, 2, 1")
@@ -233,14 +233,14 @@ def test_reported_bugs(library, case, report, order):
 
 
 @pytest.mark.parametrize("case", ["missing_async_wait", "early_read"])
-def test_copies_that_nobody_waits_for_do_not_arrive(library, case):
+def test_late_copies_expose_missing_waits(library, case):
     assert run_case(library, case) == WRONG_RESULT
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_early_copies(library, order):
-    """They arrive, and overwrite what is still needed; late ones hide that."""
-    good = [f"good_{name}" for name in GOOD_COPIES if name != "two_groups"]  # needs late ones
+    """Early copies overwrite data that is still needed; late ones hide the bug."""
+    good = [f"good_{name}" for name in GOOD_COPIES if name != "two_groups"]  # expects late copies
     for copies, outcome in (("late", 0), ("early", WRONG_RESULT)):
         configure(library, copies=copies, order=order)
         assert [run_case(library, case) for case in good] == [0] * len(good)
@@ -348,14 +348,14 @@ def twins(cache):
         arch="sm_80",
         defines=["TWIN_OFFSET=1"],
         host_flags=[f"-isystem{sysconfig.get_paths()['include']}"],
-        link_flags=["-Wl,-z,undefs"],  # Python's own functions
+        link_flags=["-Wl,-z,undefs"],  # symbols of Python stay undefined
     )
     return as_module(harness.library(cache, "twins.so"))
 
 
-def test_python_module_of_twins_for_sm_80(twins):
+def test_static_kernels_of_the_same_name(twins):
     assert [twins.triple(7), twins.quintuple(7), twins.triple(8)] == [22, 36, 25]
-    assert twins.launch_in_pairs() == NOT_SUPPORTED  # before sm_90
+    assert twins.launch_in_pairs() == NOT_SUPPORTED  # clusters need sm_90
 
 
 VALUE_OF_HEADER = """
@@ -366,7 +366,7 @@ extern "C" __attribute__((visibility("default"))) int value() { return VALUE; }
 
 @pytest.fixture(scope="module")
 def builds_of_a_header(cache, tmp_path_factory):
-    """Libraries of one source, by the value that the header which it includes had."""
+    """Return (value, path) of a library, built again after each change of its header."""
     folder = tmp_path_factory.mktemp("header")
     header, source = folder / "include/deep/value.h", folder / "source/value.cpp"
     for path in (header, source):
@@ -375,21 +375,21 @@ def builds_of_a_header(cache, tmp_path_factory):
     built = []
     for value in (1, 2, 2):
         header.write_text(f"#define VALUE {value}\n")
-        # It is not included: its changes do not matter.
+        # This header is not included: its changes must not matter.
         (folder / "include/other.h").write_text(f"// {len(built)}\n")
         path = Harness([], [source], include=[folder / "include"]).library(cache)
         built.append((value, path))
     return built
 
 
-def test_a_changed_header_is_noticed(builds_of_a_header):
+def test_changed_header_rebuilds(builds_of_a_header):
     for value, path in builds_of_a_header:
         assert ctypes.CDLL(str(path)).value() == value
     first, second, third = (path for _, path in builds_of_a_header)
     assert first != second == third
 
 
-def test_no_build_is_under_a_tests_time_limit(cache, tmp_path):
+def test_builds_outside_fixtures_fail(cache, tmp_path):
     (tmp_path / "new.cpp").write_text("int value;\n")
     with pytest.raises(RuntimeError, match="build in a fixture"):
         Harness([], [tmp_path / "new.cpp"]).library(cache)

@@ -1,4 +1,4 @@
-"""What is refused: each error names argument, rule and value, and nothing is written."""
+"""Errors: each names argument, rule and value, and no tensor is written to."""
 
 import contextlib
 import re
@@ -376,7 +376,7 @@ def test_messages_in_full(message):
     assert str(error.value) == message
 
 
-TAKEN = {  # each at the end of what is allowed
+TAKEN = {  # the limits of the allowed values
     "ignore_index": (-(2**63), 2**63 - 1),
     "dim": (-1, 1),
     "label_smoothing": (0, 1, 1.0),
@@ -389,8 +389,8 @@ TAKEN = {  # each at the end of what is allowed
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_taken(name):
-    """No number of another type, as of numpy, is refused either."""
+def test_accepted(name):
+    """Limits are accepted, and so are numpy numbers."""
     for value in TAKEN[name]:
         loss = fused_xent.cross_entropy(INPUT, TARGET, **{name: value})
         assert not loss.isnan()
@@ -402,8 +402,8 @@ def test_taken(name):
 
 @pytest.mark.parametrize("number", [np.float16(0.25), np.float64(0.25), torch.tensor(0.25)])
 @pytest.mark.parametrize("name", ["label_smoothing", "softcap", "logit_scale", "focal_gamma"])
-def test_numbers_of_numpy_and_tensors_of_one_number(name, number):
-    """A tensor is looked at in each call: it may have changed."""
+def test_numpy_numbers_and_scalar_tensors(name, number):
+    """The value of a tensor is read in each call, since it may have changed."""
     loss = fused_xent.cross_entropy(INPUT, TARGET, **{name: number})
     assert torch.equal(loss, fused_xent.cross_entropy(INPUT, TARGET, **{name: 0.25}))
     if torch.is_tensor(number):
@@ -415,7 +415,7 @@ def test_numbers_of_numpy_and_tensors_of_one_number(name, number):
 
 @pytest.mark.parametrize("name", ["ignore_index", "label_smoothing", "focal_gamma"])
 def test_a_bool_is_refused_after_an_equal_number(name):
-    """Which is another key of what has been checked, and so are all others."""
+    """True == 1, but the cache of checked options must tell them apart."""
     for number in (1, 0):
         loss = fused_xent.cross_entropy(INPUT, TARGET, **{name: number, "reduction": "none"}).sum()
         assert not loss.isnan()
@@ -428,7 +428,7 @@ def test_a_bool_is_refused_after_an_equal_number(name):
 
 @pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), torch.tensor(0), torch.tensor([0.0])])
 def test_a_mean_by_0_is_nan(zero):
-    """One rule for numbers and tensors, and for loss and gradient."""
+    """A zero normalizer, number or tensor, makes loss and gradient NaN."""
     input = INPUT.clone().requires_grad_()
     loss = fused_xent.cross_entropy(input, TARGET, normalizer=zero)
     loss.backward()
@@ -437,7 +437,7 @@ def test_a_mean_by_0_is_nan(zero):
 
 
 @pytest.mark.parametrize("mode", ["inplace_backward", "grad_in_forward"])
-def test_batches_of_gradients_have_no_place_in_the_logits(mode):
+def test_overwriting_modes_refuse_batched_gradients(mode):
     leaf = INPUT.clone().requires_grad_()
     loss = fused_xent.cross_entropy(leaf * 1, TARGET, **{mode: True})
     with pytest.raises(RuntimeError, match=f"{mode} must be False for is_grads_batched=True"):
@@ -451,8 +451,8 @@ def test_nested_tensors_are_refused():
         fused_xent.cross_entropy(nested, TARGET)
 
 
-def test_what_says_which_index_it_is():
-    """By Python's protocol, which asks for nothing else that a number has."""
+def test_objects_with_index_are_integers():
+    """Any object with __index__ is accepted as an integer."""
 
     class Last:
         def __index__(self):
@@ -478,7 +478,7 @@ OUT_OF_RANGE = {
 }
 
 
-@pytest.mark.cpu("elsewhere such rows become NaN: test_cuda.py")
+@pytest.mark.cpu("a GPU gives NaN for such rows: test_cuda.py")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", OUT_OF_RANGE)
 @pytest.mark.parametrize(
@@ -507,12 +507,12 @@ def test_target_out_of_range(shape, position, text, bad, mode):
     assert input.grad_fn is not None
 
 
-@pytest.mark.cpu("elsewhere such rows become NaN: test_cuda.py")
+@pytest.mark.cpu("a GPU gives NaN for such rows: test_cuda.py")
 @pytest.mark.parametrize("option", [None, "weight", "token_weight"])
 @pytest.mark.parametrize("later", [6, 17000, 19999])
 @pytest.mark.parametrize("first", [0, 5, 8191, 8192, 19998])
 def test_first_of_several_targets_out_of_range(first, later, option):
-    """Whichever block of rows has it; a row that is left out before it may hold anything."""
+    """The first one is reported, in any block of rows; rows with token weight 0 are skipped."""
     target = torch.full((20000,), 3)
     target[max(first, later)] = -7
     target[first] = 9
@@ -534,8 +534,8 @@ def test_target_changed_between_forward_and_backward():
         loss.backward()
 
 
-@pytest.mark.cpu("elsewhere such rows become NaN: test_cuda.py")
-def test_target_changed_unseen_by_autograd():
+@pytest.mark.cpu("a GPU gives NaN for such rows: test_cuda.py")
+def test_target_changed_through_data():
     input, target = INPUT.clone().requires_grad_(), TARGET.clone()
     loss = fused_xent.cross_entropy(input, target)
     target.data[0] = 10**6
@@ -560,10 +560,10 @@ CALLS = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("call", CALLS)
-def test_tensors_of_the_caller_never_change(call, dtype, mode, device):
-    """After success and failure. Overwriting modes are given a clone, unless without grad."""
+def test_arguments_are_never_modified(call, dtype, mode, device):
+    """After success and failure. Overwriting modes get a clone, except under no_grad."""
     if call == "target out of range" and device != "cpu":
-        pytest.skip("such rows become NaN: test_cuda.py")
+        pytest.skip("a GPU gives NaN for such rows: test_cuda.py")
     arguments = {"input": INPUT, "target": TARGET, **CALLS[call]}
     tensors = {name: x.clone() for name, x in arguments.items() if torch.is_tensor(x)}
     for name in ("input", "weight"):
@@ -587,8 +587,8 @@ def test_tensors_of_the_caller_never_change(call, dtype, mode, device):
 
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
-def test_logits_of_shared_elements_are_refused(mode):
-    """Where one element is several logits, its gradient has no memory to take."""
+def test_overlapping_logits_are_refused(mode):
+    """Logits that share an element need several gradients, but there is room for one."""
     leaf = torch.randn(9, requires_grad=True)
     for share in (lambda row: row.expand(4, 9), lambda row: row.as_strided((4, 6), (1, 1))):
         row = leaf * 1
@@ -599,8 +599,8 @@ def test_logits_of_shared_elements_are_refused(mode):
         assert leaf.grad is None
 
 
-def test_float16_has_no_gradient_in_forward():
-    """Unscaled, most of it would be 0."""
+def test_grad_in_forward_refuses_float16():
+    """Without a loss scale, most of the gradient would underflow to 0."""
     logits = torch.randn(4, 9, dtype=torch.float16, requires_grad=True) * 1
     before = logits.detach().clone()
     with pytest.raises(ValueError, match="grad_in_forward must be False"):
@@ -609,8 +609,8 @@ def test_float16_has_no_gradient_in_forward():
 
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
-def test_rows_of_more_dimensions_than_the_kernels_count(mode):
-    """By default they are copied; where the gradient is to take their memory, they are refused."""
+def test_more_than_four_row_dimensions(mode):
+    """The default mode copies such logits; overwriting modes refuse them."""
     leaf = torch.randn(2, 9, 2, 2, 2, 2, 2).double().requires_grad_()
     apart = (leaf * 1).permute(6, 1, 4, 2, 0, 5, 3)
     target = torch.randint(9, apart.select(1, 0).shape)
@@ -624,14 +624,14 @@ def test_rows_of_more_dimensions_than_the_kernels_count(mode):
         expected = torch.nn.functional.cross_entropy(copy, labels)
         (expected,) = torch.autograd.grad(expected, copy)
         torch.testing.assert_close(gradient.permute(6, 1, 4, 2, 0, 5, 3), expected)
-    together = (leaf * 1).flatten(2).mT  # of the same elements, in rows of two dimensions
+    together = (leaf * 1).flatten(2).mT  # the same elements, with two row dimensions
     target = target.flatten().new_zeros(2, 32)
     fused_xent.cross_entropy(together, target, dim=-1, **MODES[mode]).backward()
 
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
-def test_rows_of_as_many_dimensions_as_the_kernels_count(mode):
-    """Four that cannot be merged, beside some of size 1 and of the classes, wherever these lie."""
+def test_four_row_dimensions(mode):
+    """Four unmergeable dimensions work, beside size 1 dimensions and in any order."""
     leaf = torch.randn(2, 9, 2, 2, 2, 1).double().requires_grad_()
     for order in ((4, 1, 3, 0, 2, 5), (5, 1, 4, 3, 2, 0), (2, 1, 0, 5, 4, 3)):
         target = torch.randint(9, leaf.permute(order).select(1, 0).shape)
@@ -643,7 +643,7 @@ def test_rows_of_as_many_dimensions_as_the_kernels_count(mode):
 
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
-def test_rows_of_one_dimension_too_many(mode):
+def test_five_row_dimensions_are_refused(mode):
     leaf = torch.randn(2, 9, 2, 2, 2, 2, requires_grad=True)
     logits = (leaf * 1).permute(5, 1, 4, 3, 2, 0)
     target = torch.randint(9, logits.select(1, 0).shape)
@@ -654,8 +654,8 @@ def test_rows_of_one_dimension_too_many(mode):
 
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
-def test_rows_of_many_dimensions_that_are_one(mode):
-    """However many, where they lie as the rows of a matrix do: all of them, or in two parts."""
+def test_many_row_dimensions_that_merge(mode):
+    """More than four dimensions work if they merge into one, or into two."""
     for order in ((0, 1, 2, 3, 4, 5, 6), (3, 4, 5, 0, 1, 2, 6)):
         leaf = torch.randn(2, 1, 2, 2, 3, 2, 9).double().requires_grad_()
         logits = (leaf * 1).permute(order)
@@ -669,7 +669,7 @@ def test_rows_of_many_dimensions_that_are_one(mode):
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
 def test_a_dimension_of_size_1_shares_no_memory(mode):
-    """Whatever its stride: an expanded one has 0."""
+    """Its stride does not matter; here it is 0, as after expand."""
     leaf = torch.randn(4, 9, requires_grad=True)
     logits = (leaf * 1).as_strided((4, 9, 1), (9, 1, 0))
     fused_xent.cross_entropy(logits, TARGET[:, None], **MODES[mode]).backward()
@@ -685,7 +685,7 @@ def test_unknown_arguments():
 
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
-def test_overwriting_under_torch_func(mode):
+def test_overwriting_modes_refuse_torch_func(mode):
     def loss(x):
         return fused_xent.cross_entropy(x * 1, TARGET, **MODES[mode])
 
@@ -694,7 +694,7 @@ def test_overwriting_under_torch_func(mode):
 
 
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
-def test_overwriting_a_view_of_other_signs(mode):
+def test_overwriting_modes_refuse_negated_views(mode):
     leaf = torch.randn(4, 9, requires_grad=True)
     view = torch.complex(leaf, leaf).conj().imag
     assert view.is_neg()

@@ -1,4 +1,4 @@
-"""Graphs of operators alone, exported, traced and decomposed: they have the right gradients."""
+"""torch.export, make_fx, jit.trace, decompositions and ONNX: right values and gradients."""
 
 import copy
 import warnings
@@ -28,7 +28,7 @@ OPTIONS = {
 
 
 class Logits(torch.nn.Module):
-    """A linear layer, and the loss of its logits."""
+    """A linear layer, then the loss of its logits."""
 
     def __init__(self, function, **options):
         super().__init__()
@@ -40,7 +40,7 @@ class Logits(torch.nn.Module):
 
 
 class Linear(Logits):
-    """The loss of a linear layer, which makes no logits."""
+    """The fused loss of a linear layer."""
 
     def forward(self, hidden, target):
         weight, bias = self.layer.weight, self.layer.bias
@@ -66,7 +66,7 @@ MODULES = {
 
 
 def make(kind, **options):
-    """Return a module, and one of the same parameters by torch operations alone."""
+    """Return a module, and one with the same parameters that uses fused_xent.reference."""
     module_class, function, by_reference = MODULES[kind]
     module = module_class(function, **options)
     plain = Logits if by_reference is None else module_class
@@ -95,7 +95,7 @@ def assert_trains(traced, parameters, expected, hidden):
 def export(module, *, strict, context=torch.enable_grad):
     arguments = (torch.randn(N, H), TARGET)
     with context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of what it deprecates
+        warnings.simplefilter("ignore")  # deprecations of torch
         return torch.export.export(module, arguments, strict=strict)
 
 
@@ -107,7 +107,7 @@ by_options = pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 @by_options
 @by_kind
-def test_exported_programs_train(kind, options, strict, context):
+def test_exported_programs(kind, options, strict, context):
     module, expected = make(kind, **OPTIONS[options])
     program = export(module, strict=strict, context=context)
     trained = program.module()
@@ -116,7 +116,7 @@ def test_exported_programs_train(kind, options, strict, context):
 
 @by_options
 @by_kind
-def test_decomposed_programs_have_no_operator_of_ours_and_train(kind, options):
+def test_decomposed_programs(kind, options):
     module, expected = make(kind, **OPTIONS[options])
     program = export(module, strict=False)
     assert "fused_xent" in str(program.graph)
@@ -133,8 +133,8 @@ KINDS = ["index", "index, weighted", "probabilities", "probabilities, weighted"]
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @by_options
 @pytest.mark.parametrize("labels", KINDS)
-def test_decompositions_are_the_operators(labels, options, reduction):
-    """In values and dtypes, all upstream gradients given, and each alone."""
+def test_decompositions_equal_the_operators(labels, options, reduction):
+    """Values and dtypes agree, with all upstream gradients and with each alone."""
     operators, table = torch.ops.fused_xent, fused_xent.decompositions()
     options = without_dtype(OPTIONS[options]) | {"ignore_index": 4}
     options.pop("reduction", None)
@@ -164,8 +164,8 @@ def test_decompositions_are_the_operators(labels, options, reduction):
         torch.testing.assert_close(*results)
 
 
-def test_decompositions_are_of_all_operators_but_those_that_overwrite():
-    """The loss alone is in graphs where no gradient is recorded."""
+def test_decompositions_cover_all_but_overwriting_operators():
+    """A graph without gradients has the operator loss; its decomposition is used."""
     logits = torch.randn(N, C)
     table = fused_xent.decompositions()
     graph = make_fx(
@@ -181,7 +181,7 @@ def test_decompositions_are_of_all_operators_but_those_that_overwrite():
 
 
 def results_of(logits, target, weight=None, tokens=None, normalizer=None, **options):
-    """Return all results, and the gradient for all upstream ones: decomposed, and of operators."""
+    """Return results and the gradient of the decompositions, then of the operators."""
     operators, table = torch.ops.fused_xent, fused_xent.decompositions()
     forward, backward = operators.forward_with_statistics.default, operators.backward.default
     results = []
@@ -198,8 +198,8 @@ def results_of(logits, target, weight=None, tokens=None, normalizer=None, **opti
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
-def test_decompositions_of_rows_left_out(soft):
-    """Which may hold anything, as may their probabilities."""
+def test_decompositions_skip_dropped_rows(soft):
+    """Logits and probabilities of such rows may be NaN or infinite."""
     logits, tokens = torch.randn(N, C).double(), torch.rand(N).double()
     logits[2], logits[4], tokens[4] = torch.nan, torch.inf, 0
     target, options = TARGET, {}
@@ -233,15 +233,15 @@ def test_decompositions_of_a_mean_by_0():
     assert exact[-1][0].isnan().all()
 
 
-def test_decompositions_of_targets_of_fewer_bits():
-    """In which an ignored index would be another number: a class of theirs."""
+def test_decompositions_with_narrow_targets():
+    """ignore_index does not fit in uint8, where it would wrap around to a class."""
     target = torch.tensor([1, 4, 4, 0, 10, 3], dtype=torch.uint8)
     logits = torch.randn(N, C).double()
     torch.testing.assert_close(*results_of(logits, target, ignore_index=256 + 4))
 
 
-def test_decompositions_beside_an_infinite_weight():
-    """Of a class that no row has."""
+def test_decompositions_with_an_infinite_weight():
+    """The weight is of a class that is no row's target."""
     logits, weight = torch.randn(N, C).double(), torch.rand(C).double()
     weight[2] = torch.inf
     torch.testing.assert_close(*results_of(logits, TARGET, weight))
@@ -255,7 +255,7 @@ def test_decomposed_focal_loss_of_certain_rows():
         torch.testing.assert_close(*results_of(logits, TARGET, focal_gamma=gamma))
 
 
-def test_a_decomposed_gradient_of_a_target_that_is_no_class_is_nan():
+def test_decomposed_gradient_of_targets_out_of_range_is_nan():
     logits, target = torch.randn(N, C), torch.tensor([1, C, 4, -1, 0, 2])
     backward = torch.ops.fused_xent.backward.default
     saved = (logits, target, None, None, None, 1, 2, torch.zeros(2, N), None)
@@ -267,10 +267,10 @@ def test_a_decomposed_gradient_of_a_target_that_is_no_class_is_nan():
 @pytest.mark.parametrize("classes", [(C,), (C, 2)], ids=str)
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_decompositions_of_a_layer_are_the_operators(dtype, logits_dtype, classes, needs):
-    """The gradients that are made with the loss, and those for each upstream gradient alone."""
+def test_linear_decompositions_equal_the_operators(dtype, logits_dtype, classes, needs):
+    """Gradients from forward agree, and those of backward for each upstream gradient alone."""
     if dtype == torch.float64 and logits_dtype is not None:
-        pytest.skip("narrower than the layer")
+        pytest.skip("logits_dtype must not be narrower than the layer")
     operators, table = torch.ops.fused_xent, fused_xent.decompositions()
     logits_dtype = logits_dtype or dtype
     layer = [torch.randn(N, H), torch.randn(*classes, H) / 3, torch.randn(classes)]
@@ -283,7 +283,7 @@ def test_decompositions_of_a_layer_are_the_operators(dtype, logits_dtype, classe
     assert [(x.shape, x.dtype) for x in decomposed] == [(x.shape, x.dtype) for x in exact]
     limits = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(tuple(decomposed), tuple(exact), **limits)
-    if logits_dtype == torch.float32:  # which are not rounded
+    if logits_dtype == torch.float32:  # logits are not rounded
         torch.testing.assert_close(tuple(decomposed[:4]), tuple(exact[:4]))
     of_rows = torch.linspace(1, 2, target.numel()).view(target.shape).to(exact[1])
     upstream = (torch.tensor(0.5).to(exact[1]), of_rows, of_rows.flip(0))
@@ -296,8 +296,8 @@ def test_decompositions_of_a_layer_are_the_operators(dtype, logits_dtype, classe
 
 @by_options
 @by_kind
-def test_traced_graphs_train(kind, options):
-    """By make_fx, without a gradient in the trace."""
+def test_make_fx_of_the_forward(kind, options):
+    """make_fx traces the forward only."""
     module, expected = make(kind, **OPTIONS[options])
     hidden = torch.randn(N, H)
     parameters = dict(module.named_parameters())
@@ -311,8 +311,8 @@ def test_traced_graphs_train(kind, options):
     assert_trains(lambda x, _: graph(leaves, x), list(leaves.values()), expected, hidden)
 
 
-def test_rows_are_not_dropped_in_a_trace():
-    """They would be those of the example."""
+def test_drop_ignored_does_not_bake_rows_into_a_trace():
+    """A trace would drop the ignored rows of its example, whatever the target."""
     weight, hidden = torch.randn(C, H), torch.randn(N, H)
 
     def loss(hidden, target):
@@ -324,7 +324,7 @@ def test_rows_are_not_dropped_in_a_trace():
 
 @by_options
 @by_kind
-def test_traces_of_forward_and_backward(kind, options):
+def test_make_fx_of_forward_and_backward(kind, options):
     module, expected = make(kind, **OPTIONS[options])
     parameters = list(module.parameters())
 
@@ -341,16 +341,16 @@ def test_traces_of_forward_and_backward(kind, options):
 
 @pytest.mark.parametrize("kind", ["loss", "linear loss"])
 @by_options
-def test_jit_traces_train(kind, options):
+def test_jit_trace(kind, options):
     module, expected = make(kind, **OPTIONS[options])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of what a trace does not keep
+        warnings.simplefilter("ignore")  # warnings of torch about the trace
         traced = torch.jit.trace(module, (torch.randn(N, H), TARGET), check_trace=False)
     assert_trains(traced, list(traced.parameters()), expected, torch.randn(N, H))
 
 
 def test_gradients_of_class_weights_in_an_exported_program():
-    """Which the kernels do not compute: neither are they left out."""
+    """The kernels do not compute this gradient; torch operations do, in the program too."""
 
     class Weighted(torch.nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Where there is no kernel: the same loss by torch's operations, and a word about it."""
+"""The fallback without kernels: the loss by torch operations, and ``python -m fused_xent``."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from modes import MODES, has_mode, loss_and_gradient
 import fused_xent
 from fused_xent import __main__, _ops
 
-pytestmark = pytest.mark.cpu("without kernels")
+pytestmark = pytest.mark.cpu("tests of the CPU fallback and of the report")
 PACKAGE = Path(fused_xent.__file__).parent
 D = torch.float64
 
@@ -26,7 +26,7 @@ D = torch.float64
 @pytest.fixture
 def no_kernels(monkeypatch):
     monkeypatch.setattr(_ops, "has_kernels", lambda tensor: False)
-    monkeypatch.delattr(_ops, "forward")  # whose use would show
+    monkeypatch.delattr(_ops, "forward")  # any use raises AttributeError
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -58,15 +58,15 @@ def test_target_out_of_range(bad):
 
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("shape", [(9, 1), (3, 3), (1,), (8,)], ids=str)
-def test_weights_of_other_shapes_are_refused(shape):
-    """Here no kernel does."""
+def test_weights_of_wrong_shape_are_refused(shape):
+    """Without kernels, Python must check the shapes."""
     logits, target = torch.zeros(9, 9), torch.arange(9)
     for name, rule in (("weight", "have shape"), ("token_weight", "have the unreduced loss's")):
         with pytest.raises(ValueError, match=f"{name} must {rule}"):
             fused_xent.cross_entropy(logits, target, **{name: torch.ones(shape)})
 
 
-def test_no_cuda_kernels_without_the_library_of_the_schemas(monkeypatch):
+def test_cuda_needs_the_library_with_the_schemas(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_ops, "LOAD_ERROR", "it is not there")
     assert _ops._load_cuda() == "it is not there"
@@ -85,8 +85,8 @@ torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("library", ["missing", "broken"])
-def test_installation_without_a_library_that_loads(library, tmp_path):
-    """The loss works, and ``python -m fused_xent`` says why it is slow."""
+def test_package_without_a_working_library(library, tmp_path):
+    """The loss works, and ``python -m fused_xent`` gives the reason for torch operations."""
     copy = shutil.copytree(PACKAGE, tmp_path / "fused_xent")
     for binary in copy.glob("_C*"):
         binary.unlink() if library == "missing" else binary.write_bytes(b"not a library")
@@ -115,7 +115,7 @@ import sys, torch
 torch.version.cuda = sys.argv[1] or None
 from fused_xent import __main__, _ops
 print(_ops.CUDA_LOAD_ERROR)
-with torch._subclasses.FakeTensorMode():  # which pretends that there is a GPU
+with torch._subclasses.FakeTensorMode():  # pretends that there is a GPU
     tensors = [torch.empty(0, device=name) for name in ("cpu", "meta", "cuda")]
 assert [x.device.type for x in tensors] == ["cpu", "meta", "cuda"]
 print([_ops.has_kernels(tensor) for tensor in tensors])
@@ -131,8 +131,8 @@ print([_ops.has_kernels(tensor) for tensor in tensors])
     ],
     ids=["missing", "broken", "torch"],
 )
-def test_cuda_library_that_does_not_load(library, cuda, reason, tmp_path):
-    """The CPU kernels serve as ever."""
+def test_broken_cuda_library(library, cuda, reason, tmp_path):
+    """The CPU kernels still work."""
     copy = shutil.copytree(PACKAGE, tmp_path / "fused_xent")
     (copy / "_C_cuda.abi3.so").unlink(missing_ok=True)
     if library == "broken":
@@ -143,7 +143,7 @@ def test_cuda_library_that_does_not_load(library, cuda, reason, tmp_path):
     assert re.fullmatch(rf"{reason}\n\[True, True, False\]\n", result.stdout), result
 
 
-def test_report_of_what_runs_here(run_python):
+def test_report(run_python):
     report = run_python("-m", "fused_xent")
     assert report.returncode == 0, report.stdout + report.stderr
     reason = _ops.CUDA_LOAD_ERROR
@@ -159,7 +159,7 @@ PARTS = ("loss", "gradient", "lse", "entropy", "z_loss")
 
 
 class Wrong(NamedTuple):
-    """A fault of some kernel: in a part of its results, and of some calls."""
+    """Simulates a faulty kernel: changes one part of the results, for the selected calls."""
 
     part: str
     change: Callable = lambda x: x * 1.001
@@ -168,8 +168,8 @@ class Wrong(NamedTuple):
     soft: bool | None = None
     all_options: bool | None = None
 
-    def concerns(self, input, target, options) -> bool:
-        """Whether a call is one of those that go wrong."""
+    def applies_to(self, input, target, options) -> bool:
+        """Return True if the fault affects this call."""
         return (
             (self.mode is None or options.get(self.mode, False))
             and self.dtype in (None, input.dtype)
@@ -179,7 +179,7 @@ class Wrong(NamedTuple):
 
     def loss(self, input, target, **options):
         loss = fused_xent.cross_entropy(input, target, **options)
-        if not self.concerns(input, target, options):
+        if not self.applies_to(input, target, options):
             return loss
         if self.part == "gradient":
             return self.change(loss) + (loss - self.change(loss)).detach()
@@ -187,18 +187,22 @@ class Wrong(NamedTuple):
 
     def statistics(self, input, target, **options):
         results = fused_xent.cross_entropy_with_statistics(input, target, **options)
-        if self.part not in PARTS[2:] or not self.concerns(input, target, options):
+        if self.part not in PARTS[2:] or not self.applies_to(input, target, options):
             return results
         return results._replace(**{self.part: self.change(getattr(results, self.part))})
 
 
-def first_lost(x):
+def first_row_is_nan(x):
     return x.index_fill(0, torch.tensor(0), torch.nan)
 
 
-WRONG = {  # and of how many of the 16 lines, in which a gradient of 16 bits has few digits
+WRONG = {  # the fault, and the least number of the 16 lines that must report it
     **{part: (Wrong(part), 8) for part in PARTS},
-    **{f"NaN for {part}": (Wrong(part, first_lost), 8) for part in PARTS if part != "gradient"},
+    **{
+        f"NaN for {part}": (Wrong(part, first_row_is_nan), 8)
+        for part in PARTS
+        if part != "gradient"
+    },
     **{f"float64 {part}": (Wrong(part, lambda x: x * (1 + 1e-10), dtype=D), 2) for part in PARTS},
     "loss of bfloat16": (Wrong("loss", dtype=torch.bfloat16), 4),
     "loss of float16": (Wrong("loss", dtype=torch.float16), 4),
@@ -211,8 +215,8 @@ WRONG = {  # and of how many of the 16 lines, in which a gradient of 16 bits has
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_report_of_a_kernel_that_is_wrong(name, monkeypatch, capsys):
-    """Each kind of result, call and error has a line that says so, and an exit status."""
+def test_report_of_a_wrong_kernel(name, monkeypatch, capsys):
+    """A fault in any kind of result or call is reported as WRONG and sets the exit status."""
     wrong, least = WRONG[name]
     monkeypatch.setattr(__main__, "SHAPES", ((8, 100), (2, 5, 3)))
     assert __main__.main([]) == 0
@@ -227,8 +231,8 @@ def test_report_of_a_kernel_that_is_wrong(name, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_report_of_one_shape_that_is_wrong(index, monkeypatch):
-    """Whichever it is of those that are tried."""
+def test_report_of_one_wrong_shape(index, monkeypatch):
+    """The fault is found in any of the shapes that are checked."""
     shapes = ((8, 100), (4, 10), (2, 5, 3))
     monkeypatch.setattr(__main__, "SHAPES", shapes)
 
@@ -240,14 +244,14 @@ def test_report_of_one_shape_that_is_wrong(index, monkeypatch):
     assert __main__.main([]) == 1
 
 
-def test_report_that_is_not_read_to_its_end(run_python):
+def test_report_into_a_closed_pipe(run_python):
     script = "import subprocess as s, sys; p = s.Popen([sys.executable, '-m', 'fused_xent'], "
     script += "stdout=s.PIPE, stderr=s.PIPE); p.stdout.readline(); p.stdout.close(); "
     script += "print(p.stderr.read().decode())"
     assert run_python("-c", script).stdout.strip() == ""
 
 
-def test_report_of_an_instruction_set_that_does_not_exist(run_python):
+def test_unknown_instruction_set(run_python):
     report = run_python("-m", "fused_xent", FUSED_XENT_CPU_CAPABILITY="sse")
     assert report.returncode == 1
     assert "must be avx512_bf16, avx512, avx2 or portable, got 'sse'" in report.stdout
@@ -259,7 +263,7 @@ def test_version(run_python):
     assert (report.returncode, report.stdout) == (0, f"{fused_xent.__version__}\n")
 
 
-GPUS = {  # capability, and what is said of its kernels where they are loaded
+GPUS = {  # compute capability, and what the report says if CUDA kernels are loaded
     (7, 5): "no kernels: compute capability 8.0 is the least",
     (8, 0): "native kernels",
     (9, 0): "native kernels, clusters of blocks for long rows in fused mode",
@@ -269,7 +273,7 @@ GPUS = {  # capability, and what is said of its kernels where they are loaded
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """Pretends that there are two GPUs of a capability."""
+    """Pretends that there are two GPUs of the given compute capability."""
 
     def pretend(capability):
         class Properties:
@@ -286,7 +290,7 @@ def two_gpus(monkeypatch):
 @pytest.mark.parametrize("error", [None, "some reason, and another", "same"])
 @pytest.mark.parametrize("capability", GPUS)
 def test_report_of_gpus(capability, error, two_gpus, monkeypatch, capsys):
-    """Each with the kernels that it gets; checked where it gets some."""
+    """Each GPU is listed with its kernels, and checked if it has any."""
     two_gpus(capability)
     monkeypatch.setattr(_ops, "CUDA_LOAD_ERROR", error)
     monkeypatch.setattr(_ops, "LOAD_ERROR", error if error == "same" else None)

@@ -1,4 +1,4 @@
-"""The loss as a drop-in: torch's own samples, and torch's rules of dtype, shape and reduction."""
+"""cross_entropy as a drop-in: torch's sample inputs, and its rules of dtype, shape, reduction."""
 
 import functools
 import inspect
@@ -22,23 +22,23 @@ HALF = (torch.bfloat16, torch.float16)
 
 @functools.cache
 def torchs_operator():
-    """Return torch's own description of its cross_entropy."""
+    """Return the OpInfo of torch.nn.functional.cross_entropy."""
     pytest.importorskip("expecttest", reason="torch's samples need expecttest")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, on import
+        warnings.simplefilter("ignore")  # of torch, on import
         from torch.testing._internal.common_methods_invocations import op_db
     return next(op for op in op_db if op.name == "nn.functional.cross_entropy")
 
 
 def samples(dtype, device):
-    """Return the arguments and options of torch's samples, contiguous and not."""
+    """Yield input, target and options of torch's samples, contiguous and non-contiguous."""
     for sample in torchs_operator().sample_inputs(device, dtype, requires_grad=True):
         for variant in (sample, sample.noncontiguous()):
             yield variant.input, *variant.args, variant.kwargs
 
 
 def with_gradients(loss_function, input, target, kwargs, upstream=1.0):
-    """Return the loss and the gradients of fresh leaves in the same memory."""
+    """Return the loss and the gradients of input and, if it holds probabilities, target."""
     input = input.detach().requires_grad_()
     inputs = [input]
     if target.is_floating_point():
@@ -56,14 +56,14 @@ def test_torchs_samples(dtype, device):
         for upstream in (1.0, -0.75):
             expected = with_gradients(F.cross_entropy, input, target, kwargs, upstream)
             actual = with_gradients(fused_xent.cross_entropy, input, target, kwargs, upstream)
-            torch.testing.assert_close(actual, expected)  # dtypes and shapes, too
+            torch.testing.assert_close(actual, expected)  # compares dtypes and shapes too
         count += 1
     assert count >= 40
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_torchs_samples_in_16_bits(dtype, device):
-    """Our error is at most torch's own at that dtype, plus two units in the last place."""
+    """The error is at most that of torch in the same dtype, plus two units in the last place."""
     for input, target, kwargs in samples(dtype, device):
         double = {k: v.double() if k == "weight" else v for k, v in kwargs.items()}
         target64 = target.double() if target.is_floating_point() else target
@@ -77,7 +77,7 @@ def test_torchs_samples_in_16_bits(dtype, device):
             assert (error <= bound + 2 * torch.finfo(dtype).eps * right.abs() + 1e-7).all()
 
 
-SHAPES_OF_NOTHING = [
+EMPTY_SHAPES = [
     ((0, 5), (0,)),
     ((2, 3, 0), (2, 0)),
     ((0, 3, 4), (0, 4)),
@@ -87,7 +87,7 @@ SHAPES_OF_NOTHING = [
 @by_dtype
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("probabilities", [False, True])
-@pytest.mark.parametrize(("shape", "rows"), SHAPES_OF_NOTHING)
+@pytest.mark.parametrize(("shape", "rows"), EMPTY_SHAPES)
 def test_no_rows(shape, rows, probabilities, reduction, dtype):
     input = torch.empty(shape, dtype=dtype)
     target = torch.empty_like(input) if probabilities else torch.empty(rows, dtype=torch.int64)
@@ -102,7 +102,7 @@ def test_no_rows(shape, rows, probabilities, reduction, dtype):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(4, 6), (4, 300), (2, 20000), (2, 6, 5)], ids=str)
 def test_all_rows_ignored(shape, weighted, label_smoothing, reduction, dtype):
-    """The mean is NaN, and 0 its gradient, as in torch."""
+    """The mean is NaN and its gradient 0, as in torch."""
     input = make_logits(shape, dtype)
     target = torch.full(input.select(1, 0).shape, -100)
     kwargs = {"reduction": reduction, "label_smoothing": label_smoothing}
@@ -124,7 +124,7 @@ def test_all_weights_0(reduction):
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)
 @pytest.mark.parametrize("weight_dtype", [None, *DTYPES])
 def test_dtype_of_mixed_probabilities(dtypes, weight_dtype):
-    """Promoted as in torch, and gradients of the dtypes of what they belong to."""
+    """The loss is promoted as in torch; each gradient has the dtype of its input."""
     input = make_logits((4, 9), dtypes[0])
     target = torch.rand(4, 9).softmax(1).to(dtypes[1])
     weight = None if weight_dtype is None else torch.rand(9).to(weight_dtype)
@@ -153,7 +153,7 @@ def test_loss_dtype(reduction, loss_dtype, dtype):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("labels", ["index", "probabilities", "float32 probabilities"])
 def test_autocast(labels, label_smoothing, dtype, device):
-    """The loss is float32 (float64 of float64) as torch's, and as exact as without autocast."""
+    """The loss is float32 (float64 for float64) as in torch, and no less accurate."""
     input = make_logits((4, 300), dtype)
     target = make_target(input, Labels("probabilities" in labels))
     target = target.float() if "float32" in labels else target
@@ -170,7 +170,7 @@ def test_autocast(labels, label_smoothing, dtype, device):
 
 
 def test_loss_dtype_beside_probabilities_and_under_autocast(device):
-    """A given loss_dtype wins over promotion."""
+    """loss_dtype takes precedence over promotion."""
     input, soft = torch.randn(4, 9).bfloat16(), torch.rand(4, 9)
     for dtype in (torch.float64, torch.bfloat16):
         assert fused_xent.cross_entropy(input, soft, loss_dtype=dtype).dtype == dtype
@@ -188,7 +188,7 @@ def test_autocast_of_logits_and_class_indices_alone(device):
 
 
 def test_autocast_with_a_float32_weight_beside_bfloat16_logits(device):
-    """A module's weight stays float32 where autocast made the logits bfloat16."""
+    """The weight of a module stays float32 while autocast makes the logits bfloat16."""
     input, target, weight = make_logits((4, 9), torch.bfloat16), torch.arange(4), torch.rand(9)
     with torch.autocast(device, dtype=torch.bfloat16):
         expected = F.cross_entropy(input, target, weight)
@@ -200,7 +200,7 @@ def test_autocast_with_a_float32_weight_beside_bfloat16_logits(device):
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 8, 255, 10**6, -(2**40)])
 @pytest.mark.parametrize("shape", [(20, 9), (20, 300), (4, 9, 5)], ids=str)
 def test_ignore_index(shape, ignore_index, dtype):
-    """Any: negative, a class, beyond the classes, beyond the target's dtype."""
+    """Negative, a class index, above the classes, or outside the target's dtype."""
     input = make_logits(shape, torch.float32)
     target = torch.randint(0, 9, input.select(1, 0).shape)
     fits = torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max
@@ -217,7 +217,7 @@ def test_ignore_index(shape, ignore_index, dtype):
 @pytest.mark.parametrize("labels", ["index", "probabilities"])
 @pytest.mark.parametrize("n_rows", [8191, 8193, 16387])
 def test_totals_of_many_rows(n_rows, labels, options, dtype):
-    """They are added up by blocks: the mean of equal losses is one of them, to its last digits."""
+    """Totals are summed by blocks: the mean of equal losses equals each to the last digits."""
     logits = torch.tensor([[0.1, 1.7, -0.3]]).to(dtype).expand(n_rows, 3)
     target = torch.full((n_rows,), 2)
     target[5::7] = -100
@@ -258,13 +258,13 @@ def test_legacy_reduction(size_average, reduce):
     torch.testing.assert_close(results.loss, expected)
 
 
-def test_positional_arguments_are_torchs():
+def test_positional_arguments_match_torch():
     input, target, weight = make_logits((4, 9), torch.float32), torch.arange(4), torch.rand(9)
     arguments = (input, target, weight, None, 2, None, "sum", 0.1)
     torch.testing.assert_close(fused_xent.cross_entropy(*arguments), F.cross_entropy(*arguments))
 
 
-def test_weight_of_any_stride_that_is_a_view():
+def test_strided_class_weights():
     input, target, weight = make_logits((4, 9), torch.float32), torch.arange(4), torch.rand(18)
     for view in (weight[::2], weight[:1].expand(9), weight[9:]):
         expected = F.cross_entropy(input, target, view.contiguous())
@@ -274,7 +274,7 @@ def test_weight_of_any_stride_that_is_a_view():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(5, 0), (0,), (2, 0, 3), (0, 5)], ids=str)
 def test_probabilities_of_no_classes(shape, mode):
-    """As torch says: nothing, of as many rows as there are."""
+    """As in torch: empty probabilities, with the loss of each row."""
     logits = torch.zeros(shape, requires_grad=True)
     target = torch.zeros(shape)
     for reduction in ("none", "sum", "mean"):
@@ -287,7 +287,7 @@ def test_probabilities_of_no_classes(shape, mode):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 def test_statistics_of_no_classes(soft):
-    """Nothing is added up, and no class is the first or right."""
+    """Sums are empty, argmax is -1 and correct is False."""
     logits = torch.zeros(5, 0)
     target = torch.zeros(5, 0) if soft else torch.full((5,), -100)
     results = fused_xent.cross_entropy_with_statistics(
@@ -356,7 +356,7 @@ def test_gradient_of_probabilities_at_logits_of_minus_infinity():
             assert (gradient[:, 4] == 0).all()
 
 
-def test_tensor_subclasses_that_ask_for_nothing():
+def test_plain_tensor_subclasses():
     class Plain(torch.Tensor):
         pass
 
@@ -372,7 +372,7 @@ def test_tensor_subclasses_that_ask_for_nothing():
 
 @pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_with_statistics"])
 @pytest.mark.parametrize("argument", ["input", "target", "weight", "token_weight", "normalizer"])
-def test_tensor_subclasses_are_asked_first(argument, name):
+def test_torch_function_takes_precedence(argument, name):
     function = getattr(fused_xent, name)
 
     class Asked(torch.Tensor):
@@ -389,7 +389,7 @@ def test_tensor_subclasses_are_asked_first(argument, name):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_with_statistics"])
-def test_tensor_subclasses_are_given_all_arguments(name):
+def test_torch_function_gets_all_arguments(name):
     function, given = getattr(fused_xent, name), {}
 
     class Asked(torch.Tensor):
@@ -457,7 +457,7 @@ def test_torchs_arguments_come_first_with_torchs_defaults(ours, torchs):
 
 
 @pytest.mark.parametrize("name", fused_xent.__all__)
-def test_types_can_be_asked_for(name):
+def test_type_hints_resolve(name):
     """On any torch, also before it has the options of its own loss of a linear layer."""
     public = getattr(fused_xent, name)
     is_module = isinstance(public, type) and issubclass(public, torch.nn.Module)

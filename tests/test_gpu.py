@@ -1,7 +1,7 @@
-"""What only a GPU shows: graphs, streams, several devices, large tensors, memory, every regime.
+"""Tests that need a GPU: graphs, streams, several devices, large tensors, memory, all regimes.
 
-Skipped where there is none, unless FUSED_XENT_REQUIRE_CUDA=1 asks for a failure instead. The cases
-of the other files run on a GPU with ``--device cuda``; ``make gpu`` runs both.
+Without a GPU they are skipped, or fail if FUSED_XENT_REQUIRE_CUDA=1. The other test files run on a
+GPU with ``--device cuda``; ``make gpu`` runs both.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from fused_xent import _ops
 MISSING = _ops.CUDA_LOAD_ERROR if torch.cuda.is_available() else "there is no GPU"
 REQUIRED = os.environ.get("FUSED_XENT_REQUIRE_CUDA") == "1"
 by_mode = pytest.mark.parametrize("mode", MODES)
-SHAPES = {  # on an H100, by regime
+SHAPES = {  # by the regime that an H100 uses for them
     "columns": (300, 20),
     "image": (2, 21, 64, 64),
     "warp": (300, 1000),
@@ -44,9 +44,9 @@ def gpu():
 
 
 def make_problem(shape, dtype=torch.bfloat16):
-    """Return logits, targets of which some are ignored, and an upstream gradient of 1.5.
+    """Return logits, targets (some ignored), and an upstream gradient of 1.5, all on the device.
 
-    All are on the device: a number of Python's would be copied to it, for which the host waits.
+    A Python number would be copied to the device, and the copy would synchronize.
     """
     logits = make_logits(shape, dtype)
     return logits, make_target(logits, Labels(ignored=0.1)), torch.tensor(1.5)
@@ -54,7 +54,7 @@ def make_problem(shape, dtype=torch.bfloat16):
 
 @contextlib.contextmanager
 def synchronization_fails():
-    """Let whatever waits for the device raise an error."""
+    """Make every synchronization with the device an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "a prototype feature"
         torch.cuda.set_sync_debug_mode("error")
@@ -70,7 +70,7 @@ OPTIONS = ("index", "index, int32", "index, weighted and smoothed", "probabiliti
 @by_shape
 @by_mode
 @pytest.mark.parametrize("labels", OPTIONS)
-def test_nothing_waits_for_the_device(labels, mode, shape):
+def test_no_synchronization(labels, mode, shape):
     logits, _, upstream = make_problem(shape)
     target = make_target(logits, LABELS[labels])
     options = make_options(logits, LABELS[labels])
@@ -84,11 +84,11 @@ def test_nothing_waits_for_the_device(labels, mode, shape):
 @by_shape
 @by_mode
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_graph_replayed_with_other_inputs(reduction, mode, shape):
+def test_cuda_graph_replay_with_new_inputs(reduction, mode, shape):
     logits, target, upstream = make_problem(shape)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # as torch asks for before a capture
+    with torch.cuda.stream(stream):  # torch requires a warm-up on a side stream before a capture
         loss_and_gradient(logits, target, upstream, mode, reduction=reduction)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -121,9 +121,9 @@ def test_two_streams_at_once(mode):
 
 
 @by_mode
-def test_another_device_than_the_current(mode):
+def test_tensors_on_another_device(mode):
     if torch.cuda.device_count() < 2:
-        pytest.skip("there is one GPU alone")
+        pytest.skip("needs two GPUs")
     torch.cuda.set_device(0)
     with torch.device("cuda:1"):
         logits, target, upstream = make_problem((300, 5000))
@@ -150,7 +150,7 @@ def test_more_than_2_31_logits(mode):
     exact = truth(logits[rows], target[rows], upstream[rows], reduction="none")
     assert_loss(loss[rows], exact, torch.float32)
     assert_gradient(gradient[rows], exact, torch.bfloat16, roundings=2)
-    # And all others, roughly: the loss against torch's, and the gradient by its sum, which is 0.
+    # Check all other rows coarsely: the loss against torch's; a row of the gradient sums to 0.
     for part in torch.arange(n_rows).chunk(20):
         torchs = F.cross_entropy(logits[part].float(), target[part], reduction="none")
         torch.testing.assert_close(loss[part], torchs, rtol=1e-5, atol=1e-5)
@@ -164,7 +164,7 @@ def test_more_than_2_31_logits(mode):
 @by_shape
 @by_mode
 @pytest.mark.parametrize("probabilities", [False, True])
-def test_bitwise_the_same_each_time(probabilities, mode, shape):
+def test_results_are_deterministic_on_gpu(probabilities, mode, shape):
     logits, target, upstream = make_problem(shape)
     target = make_target(logits, Labels(True)) if probabilities else target
     options = {"label_smoothing": 0.1, "weight": torch.rand(shape[1], dtype=logits.dtype)}
@@ -175,7 +175,7 @@ def test_bitwise_the_same_each_time(probabilities, mode, shape):
 
 
 class _LastLayer(torch.autograd.Function):
-    """Stands for a model: hands out logits, and takes their gradient without a copy."""
+    """Stands for a model: returns logits, and drops their gradient without a copy."""
 
     @staticmethod
     def forward(ctx, parameter, logits):
@@ -189,7 +189,7 @@ class _LastLayer(torch.autograd.Function):
 @pytest.mark.parametrize("labels", ["index", "index, smoothed", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @by_mode
-def test_allocated_is_at_most_the_gradient(mode, dtype, labels):
+def test_allocates_at_most_the_gradient(mode, dtype, labels):
     source = make_logits((512, 32000), dtype)
     target = make_target(source, LABELS[labels])
     options = {**MODES[mode], "label_smoothing": LABELS[labels].label_smoothing}
@@ -210,7 +210,7 @@ def test_allocated_is_at_most_the_gradient(mode, dtype, labels):
     [(2**40, torch.int64), (-(2**63), torch.int64), (-(2**31), torch.int32), (255, torch.uint8)],
     ids=str,
 )
-def test_target_out_of_range_spoils_its_row_alone(bad, dtype, shape, mode):
+def test_target_out_of_range_makes_only_its_row_nan(bad, dtype, shape, mode):
     logits = make_logits(shape, torch.float32)
     target = torch.randint(0, 20, logits.select(1, 0).shape).to(dtype)
     if shape[1] > bad > 0:
@@ -228,7 +228,7 @@ def test_target_out_of_range_spoils_its_row_alone(bad, dtype, shape, mode):
 
 
 class Plan(NamedTuple):
-    """The members of csrc/cuda/plan.h's."""
+    """The fields of Plan in csrc/cuda/plan.h."""
 
     regime: int
     threads: int

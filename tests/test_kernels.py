@@ -1,4 +1,4 @@
-"""Numbers of every kernel: all vocabularies, shapes, labels, dtypes, reductions and modes."""
+"""Results of every kernel: all vocabularies, shapes, labels, dtypes, reductions, modes."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)
 
 
 def check(logits, target, reduction="none", **options):
-    """Compare every mode with one truth."""
+    """Compare the loss and gradient of every mode with float64."""
     dim = class_dim(logits.shape)
     upstream = make_upstream(logits.shape[:dim] + logits.shape[dim + 1 :], reduction)
     exact = truth(logits, target, upstream, reduction=reduction, **options)
@@ -57,9 +57,9 @@ def test_vocabulary(vocab_size, dtype):
 def test_shape(shape, labels, dtype):
     shape, labels = SHAPES[shape], LABELS[labels]
     if labels.dtype == torch.uint8 and shape[class_dim(shape)] > 255:
-        pytest.skip("255, which is ignored, would be a class")
+        pytest.skip("255 is ignore_index here, and would be a class")
     if labels.probabilities and torch.float64 in (dtype, labels.dtype) and dtype != torch.float64:
-        pytest.skip("promotes: see test_functional")
+        pytest.skip("float64 probabilities promote the loss: see test_functional.py")
     logits = make_logits(shape, dtype)
     target = make_target(logits, labels)
     if dtype == torch.float64 and target.dtype == torch.float32:
@@ -70,7 +70,7 @@ def test_shape(shape, labels, dtype):
 
 @by_dtype
 @pytest.mark.parametrize("n_classes", [10, 200, 20000])
-def test_mostly_ignored_rows_of_all_positions(n_classes, dtype):
+def test_one_row_that_is_not_ignored(n_classes, dtype):
     logits = make_logits((7, n_classes), dtype)
     for kept in range(7):
         target = torch.full((7,), -100)

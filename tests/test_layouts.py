@@ -1,4 +1,4 @@
-"""Memory as callers have it: strides, offsets, expanded tensors, and rows that hold anything."""
+"""Memory layouts: strides, offsets, expanded tensors; and rows that may hold any values."""
 
 import math
 
@@ -16,7 +16,7 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)
 
 
 def strided(shape, strides, offset=0):
-    """Return a maker of logits of a shape whose elements lie at strides."""
+    """Return a function that makes logits with this shape, strides and offset."""
 
     def make(dtype):
         size = offset + 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -96,7 +96,7 @@ def test_strides_of_overwritten_logits(permutation, mode):
 @pytest.mark.parametrize("shape", [(3, 201), (5, 13), (2, 16390)], ids=str)
 @pytest.mark.parametrize("offset", range(18))
 def test_misaligned_storage(offset, shape, dtype):
-    for row_gap in (0, 1):  # rows of another alignment each, or all of one
+    for row_gap in (0, 1):  # rows of different alignment, or all of the same
         logits = strided(shape, (shape[1] + row_gap, 1), offset)(dtype)
         target = make_target(logits, Labels())
         exact = truth(logits, target, 1.0, reduction="sum")
@@ -134,7 +134,7 @@ def test_nothing_is_written_outside_the_logits(strided, mode, offset, dtype):
 
 
 class _Alias(torch.autograd.Function):
-    """A computed tensor in the memory of its input: what a preallocated output is."""
+    """Returns its input as a computed tensor in the same memory, like a preallocated output."""
 
     @staticmethod
     def forward(ctx, input):
@@ -153,7 +153,7 @@ UPSTREAMS = {
     "transposed": lambda rows: torch.rand(rows[::-1]).permute(*reversed(range(len(rows)))),
     "every other": lambda rows: torch.rand(*rows[:-1], 2 * rows[-1])[..., ::2],
     "zeros": lambda rows: torch.zeros(rows),
-    "1 in the first row alone": lambda rows: torch.arange(1.0, 1 + math.prod(rows)).view(rows),
+    "1 only in the first row": lambda rows: torch.arange(1.0, 1 + math.prod(rows)).view(rows),
 }
 
 
@@ -176,7 +176,7 @@ def test_strides_of_class_indices(shape, dtype):
     logits = make_logits(shape, torch.float32)
     target = make_target(logits, Labels(dtype=dtype))
     expected = loss_and_gradient(logits, target, reduction="sum")
-    double = torch.stack([target, 0 * target - 1], -1)  # -1 would be refused
+    double = torch.stack([target, 0 * target - 1], -1)  # reading a -1 would raise an error
     for same in (double[..., 0], target.mT.contiguous().mT if target.dim() > 1 else double[:, 0]):
         actual = loss_and_gradient(logits, same, reduction="sum")
         assert all(map(torch.equal, actual, expected))
@@ -190,7 +190,7 @@ def test_strides_of_class_indices(shape, dtype):
 def test_strides_of_probabilities(layout, dtype):
     make = {**LAYOUTS, "image": LAYOUTS["channels last"]}[layout]
     target = make(dtype).abs()
-    target = make(dtype).copy_(target)  # of the layout again
+    target = make(dtype).copy_(target)  # restores the layout, which abs() may change
     logits = make_logits(target.shape, dtype)
     exact = truth(logits, target, 1.0, reduction="sum")
     loss, gradient = loss_and_gradient(logits, target, reduction="sum")
@@ -222,8 +222,8 @@ def test_ignored_rows_may_hold_anything(shape, anything, mode, dtype):
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("anything", [float("nan"), float("inf")])
 @pytest.mark.parametrize("shape", [(6, 7), (6, 200), (3, 17000)], ids=str)
-def test_upstream_of_rows_left_out_may_be_anything(shape, anything, soft, mode):
-    """A row of token weight 0, or ignored, has gradient 0, whatever flows to its loss."""
+def test_upstream_of_dropped_rows_may_be_anything(shape, anything, soft, mode):
+    """Ignored rows and rows of token weight 0 have gradient 0, whatever their upstream."""
     logits = make_logits(shape, torch.float32)
     target = make_target(logits, Labels(soft))
     token_weight = torch.ones(shape[0])
@@ -245,7 +245,7 @@ def test_upstream_of_rows_left_out_may_be_anything(shape, anything, soft, mode):
 @pytest.mark.parametrize("stride", [2**30, 2**31 + 7])
 @pytest.mark.parametrize("dim", [0, 1], ids=["rows far apart", "classes far apart"])
 def test_offsets_of_more_than_32_bits(dim, stride, dtype):
-    """Memory that is reserved, and of which only what is touched takes space."""
+    """The memory is only reserved: untouched pages take no space."""
     try:
         memory = torch.empty(2 * stride + 200, dtype=dtype)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""A linear layer and its loss: values and gradients, in every layout of the logits."""
+"""The loss of a linear layer: values and gradients, in every memory layout of the logits."""
 
 import functools
 import itertools
@@ -35,13 +35,13 @@ LAYOUTS = {"one chunk": lambda monkeypatch: None, "chunks": in_chunks, "classes"
 @pytest.fixture(params=LAYOUTS)
 def layout(request, monkeypatch, device):
     if device != "cpu" and request.param == "classes":
-        pytest.skip("logits lie class by class on the CPU alone")
+        pytest.skip("only the CPU stores logits class by class")
     LAYOUTS[request.param](monkeypatch)
     return request.param
 
 
 def error(actual, exact):
-    """Return the distance relative to what is right."""
+    """Return the error relative to the norm of exact."""
     return float((actual.double() - exact).norm() / exact.norm())
 
 
@@ -50,12 +50,12 @@ def error(actual, exact):
 
 @functools.cache
 def torchs_operators():
-    """Return torch's own descriptions of its linear_cross_entropy: plain, and by chunks."""
+    """Return the OpInfos of torch.nn.functional.linear_cross_entropy: plain and chunked."""
     if not hasattr(F, "linear_cross_entropy"):
         pytest.skip("torch has linear_cross_entropy from 2.13 on")
     pytest.importorskip("expecttest", reason="torch's samples need expecttest")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, on import
+        warnings.simplefilter("ignore")  # of torch, on import
         from torch.testing._internal.common_methods_invocations import op_db
     return [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
 
@@ -83,7 +83,7 @@ def test_torchs_samples_of_errors(device):
     for operator in torchs_operators()[:1]:
         for wrong in operator.error_inputs_func(operator, device):
             sample = wrong.sample_input
-            if "batched" in wrong.error_regex:  # one row of many positions is no error here
+            if "batched" in wrong.error_regex:  # here a single row with many positions is valid
                 continue
             with pytest.raises((ValueError, IndexError), match=r" must (be|have) .*, got "):
                 linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
@@ -98,7 +98,7 @@ ONE_OF_EACH = {
     "ignored, weighted, smoothed": {"weight": "class", "label_smoothing": 0.1},
     "sum": {"reduction": "sum"},
     "none": {"reduction": "none"},
-    "extras": {
+    "all options": {
         "token_weight": "token",
         "lse_square_scale": 0.01,
         "softcap": 5.0,
@@ -106,7 +106,7 @@ ONE_OF_EACH = {
         "focal_gamma": 1.5,
     },
     "normalizer": {"normalizer": 7, "token_weight": "token", "weight": "class"},
-    "extras, unreduced": {"token_weight": "token", "softcap": 5.0, "reduction": "none"},
+    "options, unreduced": {"token_weight": "token", "softcap": 5.0, "reduction": "none"},
 }
 
 
@@ -135,8 +135,8 @@ def as_double(options):
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_against_float64(name, soft, dtype, layout):
-    """Gradients no farther from it than of all logits at once, but for what chance does."""
-    n_rows, n_classes = 96, 150  # so many numbers that chance does little
+    """Gradients are as close to float64 as those of all logits at once, up to random error."""
+    n_rows, n_classes = 96, 150  # large enough that random differences average out
     layer = make_layer(dtype, (n_rows,), (n_classes,), n_features=80)
     target = make_target(soft, dtype, n_rows, n_classes)
     options = make_options(name, dtype, n_rows, n_classes)
@@ -150,7 +150,7 @@ def test_against_float64(name, soft, dtype, layout):
     options["loss_dtype"] = torch.promote_types(dtype, torch.float32)
     losses = [fused(layer, target, **options)]
     losses.append(unfused(fused_xent.cross_entropy, layer, target, **options))
-    # Both are of logits that were rounded alike: one value, but for the order of sums.
+    # Both use identically rounded logits: the losses differ only by the order of sums.
     torch.testing.assert_close(*losses, rtol=1e-5 if dtype != torch.float64 else 1e-12, atol=0)
     ours, theirs = (gradients_of(loss, layer, upstream.to(loss.dtype)) for loss in losses)
     least = 20 * torch.finfo(options["loss_dtype"]).eps
@@ -161,7 +161,7 @@ def test_against_float64(name, soft, dtype, layout):
 
 @by_dtype
 def test_sums_over_many_chunks_are_not_rounded(dtype):
-    """As of one product: 16-bit sums of 64 chunks would be off by far more."""
+    """The error is that of one product; sums of 64 chunks in 16 bits would exceed it by far."""
     n_rows, n_classes = 256, 150
     layer = make_layer(dtype, (n_rows,), (n_classes,), n_features=80)
     target = make_target(n_rows=n_rows, n_classes=n_classes)
@@ -176,10 +176,10 @@ def test_sums_over_many_chunks_are_not_rounded(dtype):
 
 @by_dtype
 @pytest.mark.parametrize("is_slow", [False, True])
-def test_both_ways_to_multiply_16_bits(is_slow, dtype, layout, monkeypatch):
-    """By torch's products of 16 bits, and by those of float32, whichever this processor gets.
+def test_16_bit_and_float32_products(is_slow, dtype, layout, monkeypatch):
+    """16-bit products, and float32 products for processors where 16 bits are slow.
 
-    Of a dozen problems, of which one or the other is nearer by chance, as near as torch's own.
+    The error is that of torch or less, on average over a dozen problems.
     """
     monkeypatch.setattr(_linear, "_is_slow", lambda matrix: is_slow and dtype.itemsize == 2)
     for n_rows, n_features, n_classes in ((11, 12, 370), (40, 7, 5), (5, 90, 9)):
@@ -200,7 +200,7 @@ def test_both_ways_to_multiply_16_bits(is_slow, dtype, layout, monkeypatch):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_loss_in_each_of_many_positions(reduction, soft, layout):
+def test_several_positions_per_row(reduction, soft, layout):
     classes = (C, 2, 3)
     layer = make_layer(torch.float64, classes=classes)
     if soft:
@@ -232,7 +232,7 @@ def test_rows_of_any_shape(rows, reduction):
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
-def test_whichever_of_the_layer_wants_a_gradient(needs, layout):
+def test_any_subset_of_gradients(needs, layout):
     layer, target = make_layer(torch.float64), make_target()
     expected = gradients_of(unfused(F.cross_entropy, layer, target), layer)
     for leaf, needed in zip(layer, needs, strict=True):
@@ -249,7 +249,7 @@ def test_whichever_of_the_layer_wants_a_gradient(needs, layout):
 
 
 def test_strided_operands(layout):
-    """Transposed, every second, expanded."""
+    """A transposed input, a weight with a step, an expanded bias."""
     hidden = torch.randn(H, N, dtype=torch.float64).t().requires_grad_()
     linear_weight = torch.randn(C, 2 * H, dtype=torch.float64)[:, ::2].requires_grad_()
     bias = torch.randn(1, dtype=torch.float64).expand(C).requires_grad_()
@@ -258,7 +258,7 @@ def test_strided_operands(layout):
     torch.testing.assert_close(gradients_of(fused(layer, target), layer), expected)
 
 
-def test_infinities_and_nan_as_all_logits_have_them(layout):
+def test_infinities_and_nan(layout):
     layer, target = make_layer(), make_target()
     with torch.no_grad():
         layer[2][3] = -torch.inf
@@ -274,8 +274,8 @@ def test_infinities_and_nan_as_all_logits_have_them(layout):
         torch.testing.assert_close(*results, equal_nan=True)
 
 
-def test_a_row_that_is_left_out_has_no_part_in_the_mean(layout):
-    """Whatever its class weighs."""
+def test_dropped_row_is_not_in_the_mean(layout):
+    """Even if its class has an infinite weight."""
     layer, target = make_layer(), torch.arange(N)
     weight, tokens = torch.ones(C), torch.ones(N)
     weight[3], tokens[3] = torch.inf, 0
@@ -301,7 +301,7 @@ def test_all_rows_ignored(reduction, layout):
     torch.testing.assert_close(*(gradients_of(x.sum(), layer) for x in losses), equal_nan=True)
 
 
-def test_the_same_bits_from_run_to_run(layout, threads):
+def test_results_are_deterministic(layout, threads):
     layer, target = make_layer(rows=(64,)), make_target(n_rows=64)
     results = []
     for n in (1, 1, 2):
@@ -312,12 +312,12 @@ def test_the_same_bits_from_run_to_run(layout, threads):
     torch.testing.assert_close(results[0], results[2])
 
 
-# ---- what there is at once ---------------------------------------------------------------------
+# ---- chunks and memory -------------------------------------------------------------------------
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The memories of the logits that the kernels are given, and how many elements each has."""
+    """Records each logits tensor passed to a kernel: its memory address and element count."""
     found = []
 
     def noting(operator):
@@ -328,14 +328,14 @@ def seen(monkeypatch):
 
         return run
 
-    for name in ("forward", "backward", "forward_backward_"):
+    for name in ("forward", "backward", "backward_", "forward_backward_"):
         monkeypatch.setattr(_ops, name, noting(getattr(_ops, name)))
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_logits_never_exist(reduction, dtype, seen, monkeypatch):
+def test_all_logits_never_exist_at_once(reduction, dtype, seen, monkeypatch):
     in_chunks(monkeypatch)
     n_rows, n_classes = 200, 300
     layer = make_layer(dtype, rows=(n_rows,), classes=(n_classes,))
@@ -346,14 +346,14 @@ def test_logits_never_exist(reduction, dtype, seen, monkeypatch):
 
 
 HAS_OPTIONS = hasattr(torch.nn, "LinearCrossEntropyOptions")
-CHUNKS = {  # the arguments, and the sizes of the chunks of 20 rows
+CHUNKS = {  # the arguments, and the expected chunk sizes of 20 rows
     "chunk_rows": ({"chunk_rows": 8}, [7, 7, 6]),
-    "chunk_rows of all": ({"chunk_rows": 99}, [20]),
-    "chunk_rows beyond the limits": ({"chunk_rows": 20}, [20]),
-    "chunk_rows of one": ({"chunk_rows": 1}, [1] * 20),
+    "chunk_rows above the number of rows": ({"chunk_rows": 99}, [20]),
+    "chunk_rows above the limits": ({"chunk_rows": 20}, [20]),
+    "chunk_rows 1": ({"chunk_rows": 1}, [1] * 20),
     "torch's option": ({"options": 5}, [5] * 4),
     "torch's option, without a size": ({"options": None}, [4] * 5),
-    "chunk_rows rather than torch's option": ({"options": 5, "chunk_rows": 10}, [10, 10]),
+    "chunk_rows overrides torch's option": ({"options": 5, "chunk_rows": 10}, [10, 10]),
     "none": ({}, [4] * 5),
 }
 
@@ -361,7 +361,7 @@ CHUNKS = {  # the arguments, and the sizes of the chunks of 20 rows
 @pytest.mark.parametrize("few_bytes", [0, 1 << 30], ids=["few rows", ""])
 @pytest.mark.parametrize("name", CHUNKS)
 def test_rows_of_a_chunk(name, few_bytes, monkeypatch, device):
-    """chunk_rows, or the most that this device's limits allow: 6 rows, or the bytes of 4."""
+    """Chunks follow chunk_rows or the limits of the device: 6 rows, and the bytes of 4 rows."""
     options, expected = CHUNKS[name]
     if "options" in options:
         if not HAS_OPTIONS:
@@ -390,8 +390,8 @@ def test_rows_of_a_chunk(name, few_bytes, monkeypatch, device):
 @pytest.mark.parametrize("chunk_rows", [None, 200])
 @pytest.mark.parametrize("options", [{}, {"weight": torch.ones(10)}], ids=["plain", "weighted"])
 def test_few_logits_are_computed_at_once(options, chunk_rows, n_rows, monkeypatch):
-    """With chunk_rows=None."""
-    assert linear.FEW_LOGITS == 0  # in the other tests of this file
+    """If chunk_rows is None."""
+    assert linear.FEW_LOGITS == 0  # set by the fixture for this file
     monkeypatch.setattr("fused_xent.linear.FEW_LOGITS", 100)
     made, forward = [], _linear.forward
     monkeypatch.setattr(
@@ -427,7 +427,7 @@ def test_few_logits_are_right(rows, classes, shift, ignore_index, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "classes", "n_features"), [((0,), (C,), H), ((N,), (C, 0), H), ((N,), (C,), 0)]
 )
-def test_chunks_of_nothing(rows, classes, n_features):
+def test_empty_layers(rows, classes, n_features):
     layer = [
         torch.randn(*rows, n_features),
         torch.randn(*classes, n_features),
@@ -441,7 +441,7 @@ def test_chunks_of_nothing(rows, classes, n_features):
     torch.testing.assert_close(*(gradients_of(x, layer) for x in (losses, exact)))
 
 
-def test_slabs_are_as_many_bytes_as_they_may():
+def test_slabs_fill_their_byte_limit():
     mebibyte = 1 << 20
     for is_cuda, limit in ((False, mebibyte), (True, 256 * mebibyte)):
         sizes = [x.stop - x.start for x in _linear._slabs(10, limit // 3, is_cuda)]
@@ -449,8 +449,8 @@ def test_slabs_are_as_many_bytes_as_they_may():
         assert len(list(_linear._slabs(10, 2 * limit, is_cuda))) == 10
 
 
-def test_gradients_of_one_chunk_take_no_memory_beside(monkeypatch):
-    """Those of several are summed in float32."""
+def test_one_chunk_needs_no_float32_gradient_sums(monkeypatch):
+    """With one chunk, products go into the gradients; several chunks are summed in float32."""
     dtypes, product = [], _linear._product
 
     def noting(one, other, out, *bias, **beta):
@@ -466,7 +466,7 @@ def test_gradients_of_one_chunk_take_no_memory_beside(monkeypatch):
         dtypes.clear()
 
 
-def test_limits_are_those_of_the_documentation():
+def test_documented_limits():
     limits = (_linear.CPU_ROWS, _linear.CPU_BYTES, _linear.GPU_ROWS, _linear.GPU_BYTES)
     assert limits == (256, 100 * 2**20, 4096, 2**30)
     text = " ".join(linear_cross_entropy.__doc__.split())
@@ -475,8 +475,8 @@ def test_limits_are_those_of_the_documentation():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("supported", ["bf16", "fp16", "none", "both"])
-def test_products_that_torch_is_slow_at(supported, device, monkeypatch):
-    """16-bit matrices on a CPU without instructions for them, for each dtype."""
+def test_detection_of_slow_products(supported, device, monkeypatch):
+    """16-bit matrices are slow on a CPU without instructions for their dtype."""
     for name in ("bf16", "fp16"):
         answer = supported in (name, "both")
         monkeypatch.setattr(
@@ -492,9 +492,9 @@ def test_products_that_torch_is_slow_at(supported, device, monkeypatch):
     assert slow == {dtype for dtype, is_slow in of_cpu.items() if is_slow and device == "cpu"}
 
 
-@pytest.mark.cpu("logits lie class by class on the CPU alone")
+@pytest.mark.cpu("only the CPU stores logits class by class")
 @pytest.mark.parametrize("other", ["chunk_rows", "positions", "no gradient of the weight", "none"])
-def test_what_is_not_laid_out_class_by_class(other, seen, monkeypatch):
+def test_when_logits_are_not_stored_class_by_class(other, seen, monkeypatch):
     monkeypatch.setattr(_linear, "FEW_BYTES", 0)
     classes = (1500, 2) if other == "positions" else (3000,)
     layer = make_layer(rows=(20,), classes=classes, n_features=20, bias=False)
@@ -506,15 +506,13 @@ def test_what_is_not_laid_out_class_by_class(other, seen, monkeypatch):
     assert (seen[0][0] == memory) == (other == "none")
 
 
-@pytest.mark.cpu("logits lie class by class on the CPU alone")
+@pytest.mark.cpu("only the CPU stores logits class by class")
 @pytest.mark.parametrize(
     ("dtype", "n_features", "beside"),
     [(torch.float32, 20, 0), (torch.bfloat16, 20, 0), (torch.bfloat16, 8, 12)],
     ids=["float32", "bfloat16", "bfloat16, more rows than features"],
 )
-def test_logits_of_few_rows_lie_in_the_gradients_memory(
-    dtype, n_features, beside, seen, monkeypatch
-):
+def test_logits_of_few_rows_use_the_gradients_memory(dtype, n_features, beside, seen, monkeypatch):
     monkeypatch.setattr(_linear, "FEW_BYTES", 0)
     layer = make_layer(dtype, (20,), (3000,), n_features, bias=False)
     fused(layer, make_target(n_rows=20, n_classes=3000)).backward()
@@ -525,9 +523,9 @@ def test_logits_of_few_rows_lie_in_the_gradients_memory(
         assert leaf.grad.untyped_storage().nbytes() == leaf.nbytes
 
 
-@pytest.mark.cpu("logits lie class by class on the CPU alone")
-def test_float32_of_more_rows_than_features_is_in_chunks(seen, monkeypatch):
-    """That takes less memory than a block beside the gradient."""
+@pytest.mark.cpu("only the CPU stores logits class by class")
+def test_float32_with_more_rows_than_features_uses_chunks(seen, monkeypatch):
+    """Chunks take less memory than a block beside the gradient."""
     monkeypatch.setattr(_linear, "FEW_BYTES", 0)
     in_chunks(monkeypatch)
     fused(make_layer(rows=(20,), n_features=8), make_target(n_rows=20)).backward()
@@ -614,7 +612,7 @@ def test_statistics(shift, soft, drop, layout):
 
 
 def test_gradient_of_the_loss_beside_statistics(layout):
-    """That which was made in forward."""
+    """It is the gradient computed in forward."""
     layer, target = make_layer(torch.float64), make_target()
     results = fused_xent.linear_cross_entropy_with_statistics(*layer[:2], target)
     expected = unfused(F.cross_entropy, layer[:2], target)
@@ -622,7 +620,7 @@ def test_gradient_of_the_loss_beside_statistics(layout):
 
 
 @pytest.mark.parametrize("statistics", [False, True], ids=["", "statistics"])
-def test_logits_are_made_once_for_a_loss_and_its_gradient(statistics, seen):
+def test_logits_are_computed_once(statistics, seen):
     layer, target = make_layer(bias=False), make_target()
     function = fused_xent.linear_cross_entropy_with_statistics
     if not statistics:

@@ -1,4 +1,4 @@
-"""A linear layer's loss of targets and layers of every dtype, whichever rows are left out."""
+"""The loss of a linear layer: dtypes of target, layer and logits, and dropped rows."""
 
 import pytest
 import torch
@@ -26,19 +26,19 @@ LAYOUTS = {"one chunk": lambda monkeypatch: None, "chunks": in_chunks, "classes"
 @pytest.fixture(params=LAYOUTS)
 def layout(request, monkeypatch, device):
     if device != "cpu" and request.param == "classes":
-        pytest.skip("logits lie class by class on the CPU alone")
+        pytest.skip("only the CPU stores logits class by class")
     LAYOUTS[request.param](monkeypatch)
 
 
-# ---- class indices of few bits -----------------------------------------------------------------
+# ---- class indices in narrow dtypes ------------------------------------------------------------
 
-IGNORED = {  # by the target's dtype: those that fit, and those that fit only modulo its range
+IGNORED = {  # by the target's dtype: values inside its range, and values outside
     torch.uint8: (None, 0, 199, 255, -100, 256 + 5, -(2**32) + 5),
     torch.int32: (None, 0, 199, -7, 2**32 + 5, -(2**32) + 5),
     torch.int64: (None, 0, -(2**40)),
 }
 NARROW = [(dtype, index) for dtype, indices in IGNORED.items() for index in indices]
-CLASSES = (5, 156, 199, 0, 17, 128)  # 5 and 156 are equal to some of those, modulo 256
+CLASSES = (5, 156, 199, 0, 17, 128)  # 5 and 156 equal some ignored values modulo 256
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
@@ -46,7 +46,7 @@ CLASSES = (5, 156, 199, 0, 17, 128)  # 5 and 156 are equal to some of those, mod
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("dtype", "ignore_index"), NARROW, ids=str)
 def test_narrow_targets(dtype, ignore_index, reduction, drop, weighted, layout):
-    """As torch's of int64: neither an ignored index nor a class is cut off to the dtype's bits."""
+    """As torch with int64: neither ignore_index nor a class wraps around in the narrow dtype."""
     layer = make_layer(torch.float64, (N,), (C,))
     target = torch.tensor(CLASSES).repeat(3)[:N]
     info, index = torch.iinfo(dtype), -100 if ignore_index is None else ignore_index
@@ -63,10 +63,10 @@ def test_narrow_targets(dtype, ignore_index, reduction, drop, weighted, layout):
     torch.testing.assert_close(*(gradients_of(x, layer, upstream) for x in (loss, expected)))
 
 
-@pytest.mark.cpu("out of range is no error on a GPU")
+@pytest.mark.cpu("a GPU raises no error for targets out of range")
 @pytest.mark.parametrize("drop", [False, True], ids=["all rows", "drop_ignored"])
 @pytest.mark.parametrize(("dtype", "ignore_index"), NARROW, ids=str)
-def test_narrow_targets_that_are_no_class(dtype, ignore_index, drop):
+def test_narrow_targets_out_of_range(dtype, ignore_index, drop):
     target = torch.tensor([5, 156, 3]).to(dtype)
     options = {"ignore_index": ignore_index, "drop_ignored": drop}
     with pytest.raises(IndexError, match=r"must be in \[0, 150\) .*got 156 at position \(1,\)"):
@@ -79,7 +79,7 @@ def test_narrow_targets_that_are_no_class(dtype, ignore_index, drop):
 
 
 def in_double(logits, target, **options):
-    """Compute torch's loss of these logits, as they have been rounded, in float64."""
+    """Compute torch's loss of the given (rounded) logits in float64."""
     weights = {name: x.double() for name, x in options.items() if name == "weight"}
     return F.cross_entropy(logits.double(), target.double(), **options | weights)
 
@@ -89,7 +89,7 @@ def in_double(logits, target, **options):
 @pytest.mark.parametrize("of_target", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_probabilities_of_another_dtype(dtype, of_target, weighted, reduction, layout):
-    """Promoted as torch's, and computed in what it is promoted to."""
+    """The loss is promoted as in torch, and computed in the promoted dtype."""
     layer = make_layer(dtype, (N,), (30,))
     target = torch.randn(N, 30).softmax(1).to(of_target)
     options = {"reduction": reduction}
@@ -108,12 +108,12 @@ def test_probabilities_of_another_dtype(dtype, of_target, weighted, reduction, l
         assert (one.double() - right).norm() <= limit * right.norm()
 
 
-@pytest.mark.cpu("autocast of the CPU")
+@pytest.mark.cpu("uses autocast of the CPU")
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast_of_layers_of_any_dtype(dtype, amp, soft, layout):
-    """Casts what torch's casts, which is not float64."""
+    """Casts the same tensors as torch's autocast, which leaves float64 as it is."""
     layer = make_layer(dtype, (N,), (30,))
     target = torch.randn(N, 30).softmax(1) if soft else torch.arange(N)
     results = []
@@ -128,9 +128,9 @@ def test_autocast_of_layers_of_any_dtype(dtype, amp, soft, layout):
         assert (one - other).norm() <= limit * other.norm()
 
 
-@pytest.mark.cpu("autocast of the CPU")
+@pytest.mark.cpu("uses autocast of the CPU")
 def test_autocast_of_a_layer_of_several_dtypes(layout):
-    """Hidden states that are cast already, parameters that are not."""
+    """Hidden states are bfloat16 already, parameters are float32."""
     hidden, *parameters = make_layer(torch.float32, (N,), (30,))
     layer, target = [hidden.detach().bfloat16().requires_grad_(), *parameters], torch.arange(N)
     results = []
@@ -145,7 +145,7 @@ def test_autocast_of_a_layer_of_several_dtypes(layout):
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_loss_dtype(dtype, reduction, loss_dtype, layout):
-    """Rounded once, at the end: chunks that overflow a narrow dtype cancel each other."""
+    """The loss is rounded once, at the end: partial sums that overflow in 16 bits cancel."""
     layer = make_layer(dtype, (N,), (30,), bias=False)
     with torch.no_grad():
         layer[0][:] = 16
@@ -170,8 +170,8 @@ WAYS = ("one chunk", "chunks", "few logits", "sequences")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_logits_in_float32_of_a_layer_in_16_bits(dtype, way, monkeypatch):
-    """As a head in float32 has them; gradients have the layer's dtype."""
-    monkeypatch.setattr(_linear, "FEW_BYTES", 0)  # and yet not class by class, in 16 bits
+    """The loss is that of a float32 layer; gradients have the dtype of the given layer."""
+    monkeypatch.setattr(_linear, "FEW_BYTES", 0)  # and yet no class-by-class layout in 16 bits
     if way == "few logits":
         monkeypatch.setattr("fused_xent.linear.FEW_LOGITS", 1 << 20)
     rows = (2, 7) if way == "sequences" else (N,)
@@ -203,8 +203,8 @@ def test_chunks_of_float32_logits_have_half_as_many_rows(logits_dtype, expected,
 
 
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
-def test_second_derivatives_have_the_loss_of_their_dtype(logits_dtype):
-    """By way of all logits: a reduced loss is rounded, and differentiated, in its own dtype."""
+def test_second_derivatives_use_the_loss_dtype(logits_dtype):
+    """From all logits at once: a reduced loss is rounded and differentiated in its own dtype."""
     layer, target = make_layer(torch.bfloat16, (N,), (30,)), torch.arange(N)
     loss = fused(layer, target, logits_dtype=logits_dtype)
     firsts = torch.autograd.grad(loss, layer, create_graph=True)
@@ -223,7 +223,7 @@ def test_second_derivatives_have_the_loss_of_their_dtype(logits_dtype):
 
 @pytest.fixture
 def multiplied(monkeypatch):
-    """How many rows or classes each matrix product has."""
+    """Records the first dimension (rows or classes) of each matrix product."""
     found, product = [], _linear._product
 
     def noting(one, *others, **beta):
@@ -246,7 +246,7 @@ POSITION = torch.tensor([0, 1, 2, 0, 1, 2, 1, 0, 2])
 
 @pytest.mark.parametrize("without", WITHOUT)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_row_is_dropped_where_all_of_its_positions_are(reduction, without, multiplied):
+def test_row_is_dropped_if_all_its_positions_are(reduction, without, multiplied):
     layer = make_layer(torch.float64, (8,), (30, 3), bias=False)
     target, tokens = torch.randint(30, (8, 3)), torch.rand(8, 3, dtype=torch.float64) + 0.1
     WITHOUT[without](target, tokens)
@@ -262,7 +262,7 @@ def test_a_row_is_dropped_where_all_of_its_positions_are(reduction, without, mul
 
 
 @pytest.mark.parametrize("drop", [False, True])
-def test_the_module_drops_what_it_is_told_to(drop, multiplied):
+def test_drop_ignored_of_the_module(drop, multiplied):
     target = torch.full((50,), -100)
     target[7:10] = 1
     module = LinearCrossEntropyLoss(H, C, drop_ignored=drop)

@@ -1,4 +1,4 @@
-"""What a user can get wrong about a linear layer's loss: argument, rule and value are named."""
+"""Errors of linear_cross_entropy: each names the argument, the rule and the value."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ WRONG = {
 }
 
 
-@pytest.mark.cpu("out of range is no error on a GPU, and tensors are of the CPU")
+@pytest.mark.cpu("a GPU raises no error for targets out of range; tensors are on the CPU")
 @pytest.mark.parametrize("message", WRONG)
 def test_errors(message):
     *arguments, options = WRONG[message]
@@ -121,18 +121,18 @@ def test_errors(message):
         assert str(error.value).startswith(message)
 
 
-@pytest.mark.cpu("out of range is no error on a GPU")
+@pytest.mark.cpu("a GPU raises no error for targets out of range")
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("drop", [False, True])
-def test_position_of_a_target_that_is_no_class(drop, shift):
+def test_position_of_a_target_out_of_range(drop, shift):
     layer, target = make_layer(rows=(2, 4)), torch.randint(C, (2, 4))
-    target[:, 0] = 99 if shift else 0  # of no row
+    target[:, 0] = 99 if shift else 0  # not the label of any row
     target[1, 2] = C
     with pytest.raises(IndexError, match=rf"got {C} at position \(1, 2\)"):
         fused(layer, target, shift=shift, drop_ignored=drop)
 
 
-def test_unknown_names():
+def test_unknown_arguments_of_the_layer():
     for name in ("dim", "inplace_backward", "grad_in_forward", "size_average"):
         for function in (linear_cross_entropy, fused_xent.linear_cross_entropy_with_statistics):
             with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):

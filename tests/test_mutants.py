@@ -1,4 +1,4 @@
-"""The tables of faults are as large, wide and true as they say, and a sample of them is found."""
+"""The fault tables: they apply to the code, cover every file, and tests find a sample."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,12 +8,11 @@ import pytest
 from mutants import TABLES
 from mutants.runner import NATIVE, Runner
 
-pytestmark = pytest.mark.cpu("of the code, not of a device")
+pytestmark = pytest.mark.cpu("independent of the device")
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = {"python": 4, "bench": 2, "binding": 2, "cpu": 3, "cuda": 8}  # `make mutants` tries all
-# Files without a fault of their own: declarations, one file for each instruction set or device, and
-# what only a GPU runs.
+# Files without a fault: declarations, the file of each instruction set, code that only a GPU runs.
 WITHOUT_FAULTS = {
     *("bench/__init__.py", "fused_xent/__init__.py", "csrc/xent_inline.h"),
     *("csrc/binding/cuda.h", "csrc/binding/cuda_device.cpp", "csrc/binding/cuda_device.h"),
@@ -25,7 +24,7 @@ WITHOUT_FAULTS = {
 
 
 def spread(names, count):
-    """Return so many of the names, from all of the table."""
+    """Return this many names, evenly spread over the table."""
     names = list(names)
     return [names[i * len(names) // count] for i in range(count)]
 
@@ -34,7 +33,7 @@ CHOSEN = [(table, name) for table, count in SAMPLE.items() for name in spread(TA
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_faults_can_be_put_in(table):
+def test_faults_apply(table):
     for fault in TABLES[table].values():
         text = (ROOT / fault.path).read_text()
         assert fault.apply(text) != text
@@ -44,7 +43,7 @@ def test_faults_can_be_put_in(table):
             assert f"def {name.partition('[')[0]}" in (ROOT / file).read_text(), test
 
 
-def test_there_are_faults_of_every_file():
+def test_every_file_has_faults():
     faults = [fault for table in TABLES.values() for fault in table.values()]
     assert len(faults) >= 150
     by_file = Counter(fault.path for fault in faults)
@@ -55,11 +54,11 @@ def test_there_are_faults_of_every_file():
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, emulator_builds):
-    """What the tests say of the faults of the sample."""
+    """The outcome of each fault of the sample."""
     chosen = [key for key in CHOSEN if not (key[0] == "cuda" and cuda_builds.MISSING)]
     runner = Runner(tmp_path_factory.mktemp("mutants"), 2, emulator_builds)
     native = [key for key in chosen if key[0] in NATIVE]
-    assert not runner.unbroken(native)  # of the others, the tests are those of this very run
+    assert not runner.unbroken(native)  # the tests of other faults run in this session anyway
     return {key: outcome for key, outcome, _ in runner.run(chosen)}
 
 

@@ -1,4 +1,4 @@
-"""The module: torch's own samples of torch.nn.CrossEntropyLoss, and what any module should do."""
+"""The modules: torch's samples of CrossEntropyLoss, options, copies, repr and state."""
 
 import copy
 import functools
@@ -19,16 +19,16 @@ HALF = (torch.bfloat16, torch.float16)
 
 @functools.cache
 def torchs_module():
-    """Return torch's own description of its CrossEntropyLoss."""
+    """Return the ModuleInfo of torch.nn.CrossEntropyLoss."""
     pytest.importorskip("expecttest", reason="torch's samples need expecttest")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, on import
+        warnings.simplefilter("ignore")  # of torch, on import
         from torch.testing._internal.common_modules import module_db
     return next(info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
 
 
 def run(module_class, sample, dtype):
-    """Return loss and gradients of a module of a class, its weight and inputs cast to dtype."""
+    """Return loss and gradients of a new module, with weight and inputs cast to dtype."""
     made, given = sample.constructor_input, sample.forward_input
     options = {k: v.to(dtype) if torch.is_tensor(v) else v for k, v in made.kwargs.items()}
     module = module_class(*made.args, **options)
@@ -42,7 +42,7 @@ def run(module_class, sample, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_torchs_samples(dtype, device):
-    """In 16 bits the error is at most torch's own, plus two units in the last place."""
+    """In 16 bits the error is at most that of torch plus two units in the last place."""
     info = torchs_module()
     samples = info.module_inputs_func(
         info, device=device, dtype=dtype, requires_grad=True, training=True
@@ -62,7 +62,7 @@ def test_torchs_samples(dtype, device):
             assert (close | (our.isnan() & theirs.isnan())).all()
 
 
-def test_replaces_torchs():
+def test_replaces_torch_module():
     module = fused_xent.CrossEntropyLoss(torch.rand(5), ignore_index=3, label_smoothing=0.1)
     assert isinstance(module, torch.nn.CrossEntropyLoss)
     theirs = torch.nn.CrossEntropyLoss(torch.rand(5), ignore_index=3, label_smoothing=0.1)
@@ -72,7 +72,7 @@ def test_replaces_torchs():
     torch.testing.assert_close(module(logits, target), theirs(logits, target))
 
 
-def test_positional_arguments_are_torchs():
+def test_positional_arguments_match_torch():
     weight = torch.rand(5)
     with pytest.warns(UserWarning, match="size_average"):
         ours = fused_xent.CrossEntropyLoss(weight, False, 2, None, "mean", 0.1)
@@ -102,7 +102,7 @@ def test_copies_keep_all_options(duplicate, mode):
     assert torch.equal(computed.detach(), leaf.grad) == (mode != "default")
 
 
-def test_shows_its_options():
+def test_repr_shows_options():
     module = fused_xent.CrossEntropyLoss(torch.rand(5), softcap=30.0, grad_in_forward=True)
     assert repr(module) == "CrossEntropyLoss(softcap=30.0, grad_in_forward=True)"
     equal = fused_xent.CrossEntropyLoss(ignore_index=int("-100"), label_smoothing=float("0"))
@@ -120,7 +120,7 @@ def test_unknown_options(function):
 
 @pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
 def test_signatures_name_all_options(function):
-    """With the function's defaults; torch's arguments stay where torch has them."""
+    """Defaults are those of the function; torch's arguments keep their positions."""
     of_function = inspect.signature(getattr(fused_xent, function)).parameters
     module = type(MODULES[function]())
     found = inspect.signature(module).parameters
@@ -136,7 +136,7 @@ def test_signatures_name_all_options(function):
     assert positional == first
 
 
-def test_state_of_torchs_module_is_enough():
+def test_setstate_from_torch_module():
     module = fused_xent.CrossEntropyLoss.__new__(fused_xent.CrossEntropyLoss)
     module.__setstate__(torch.nn.CrossEntropyLoss(reduction="sum").__dict__)
     logits, target = torch.randn(4, 5), torch.arange(4)
@@ -144,7 +144,7 @@ def test_state_of_torchs_module_is_enough():
     torch.testing.assert_close(module(logits, target), expected)
 
 
-def test_takes_all_options_and_a_batchs_tensors():
+def test_all_options_and_batch_tensors():
     options = {
         "dim": -1,
         "lse_square_scale": 0.1,
@@ -159,7 +159,7 @@ def test_takes_all_options_and_a_batchs_tensors():
     assert torch.equal(module(logits, target, **batch), expected)
 
 
-OPTIONS = {  # each unlike its default
+OPTIONS = {  # values that differ from the defaults
     "ignore_index": 2,
     "reduction": "sum",
     "label_smoothing": 0.1,
@@ -185,12 +185,12 @@ MODULES = {
 
 @pytest.mark.parametrize("function", MODULES)
 def test_every_option_reaches_the_function(function, monkeypatch):
-    """As it was given, and one at a time: also after a copy, and named by repr."""
+    """Each option alone is passed on unchanged, and repr shows it."""
     seen = {}
     monkeypatch.setattr(fused_xent.nn, function, lambda *_, **options: seen.update(options))
     parameters = inspect.signature(getattr(fused_xent, function)).parameters
     names = [name for name in OPTIONS if name in parameters]
-    assert set(names) == set(parameters) - OF_OTHER_TESTS
+    assert set(names) == set(parameters) - NOT_OPTIONS
     weight, batch = torch.rand(5), {"token_weight": torch.rand(4), "normalizer": 3}
     for name in names:
         module = MODULES[function](weight=weight, **{name: OPTIONS[name]})
@@ -207,7 +207,7 @@ def test_every_option_reaches_the_function(function, monkeypatch):
         assert (seen["weight"], seen["token_weight"], seen["normalizer"]) == (None,) * 3
 
 
-OF_OTHER_TESTS = {  # tensors, and what torch's module turns into a reduction
+NOT_OPTIONS = {  # tensors, and the deprecated arguments that set reduction
     *("input", "target", "weight", "token_weight", "normalizer", "size_average", "reduce"),
     *("linear_weight", "linear_bias"),
 }
@@ -225,7 +225,7 @@ def test_parameters_of_the_linear_module(bias):
     assert isinstance(module, torch.nn.modules.loss._WeightedLoss)
 
 
-def test_shows_a_subclass_that_keeps_tensors_under_the_names_of_options():
+def test_repr_of_a_subclass_with_tensor_attributes():
     class Scaled(fused_xent.CrossEntropyLoss):
         def __init__(self, scale):
             super().__init__(softcap=3.0)
@@ -234,7 +234,7 @@ def test_shows_a_subclass_that_keeps_tensors_under_the_names_of_options():
     assert "softcap=3.0" in repr(Scaled(torch.rand(4)))
 
 
-def test_state_of_a_module_of_before_an_option_was_there():
+def test_old_modules_without_newer_options():
     module = fused_xent.CrossEntropyLoss()
     for name in ("dim", "softcap", "loss_dtype", "lse_square_scale", "focal_gamma", "logit_scale"):
         del module.__dict__[name]
@@ -248,7 +248,7 @@ def test_state_of_a_module_of_before_an_option_was_there():
     assert repr(module) == "CrossEntropyLoss()"
 
 
-def test_moves_its_weight():
+def test_double_casts_the_weight():
     module = fused_xent.CrossEntropyLoss(torch.rand(5)).double()
     assert module.weight.dtype == torch.float64
     assert module(torch.randn(4, 5).double(), torch.arange(4)).dtype == torch.float64

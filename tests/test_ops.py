@@ -1,4 +1,4 @@
-"""The operators: what torch asks of them, and that arguments which do not fit are refused."""
+"""The operators: opcheck, meta implementations, refusal of wrong arguments, derivatives."""
 
 import re
 from pathlib import Path
@@ -34,8 +34,8 @@ def accumulation_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def make_arguments(shape=(4, 9), dtype=torch.float32, kind="index", reduction=1, extras=False):
-    """Return the arguments of forward by name; with extras, all that there are."""
+def make_arguments(shape=(4, 9), dtype=torch.float32, kind="index", reduction=1, all_options=False):
+    """Return the arguments of forward by name; with all_options, set all of them."""
     logits = make_logits(shape, dtype)
     labels = LABELS[kind]
     if labels.dtype == torch.uint8 and max(shape) > 255:
@@ -45,37 +45,37 @@ def make_arguments(shape=(4, 9), dtype=torch.float32, kind="index", reduction=1,
     rows = logits.select(dim, 0).shape
     options = make_options(logits, labels)
     weight = options.pop("weight", None)
-    if extras and weight is not None:
-        weight = weight.abs() + 0.1  # the focal loss of a negative cross-entropy is NaN
+    if all_options and weight is not None:
+        weight = weight.abs() + 0.1  # positive: the focal loss of a negative cross-entropy is NaN
     return {
         "logits": logits,
         "target": target,
         "weight": weight,
-        "token_weight": torch.rand(rows).round(decimals=1) if extras else None,
-        "normalizer": torch.tensor(3.0, dtype=torch.float64) if extras else None,
+        "token_weight": torch.rand(rows).round(decimals=1) if all_options else None,
+        "normalizer": torch.tensor(3.0, dtype=torch.float64) if all_options else None,
         "dim": dim,
         "reduction": reduction,
         "loss_dtype": torch.float32,
         **options,
-        **(ALL_NUMBERS if extras else {}),
+        **(ALL_NUMBERS if all_options else {}),
     }
 
 
 def call(name, arguments):
-    """Return a tuple of what an operator returns."""
+    """Return the results of an operator as a tuple."""
     results = getattr(ops, name)(**arguments)
     return results if isinstance(results, tuple) else (results,)
 
 
 def run_forward(forward, statistics=False):
-    """Return all that forward returns, by name."""
+    """Return the results of forward by name, and all of them as 'outputs'."""
     names = ("loss", "total_weight", "state", "lse", "entropy", "argmax")
     outputs = getattr(ops, OF_FORWARD[statistics])(**forward)
     return dict(zip(names, outputs, strict=statistics)) | {"outputs": outputs}
 
 
 def make_backward(forward, statistics=False):
-    """Return the arguments of backward after these of forward, and what forward returned."""
+    """Run forward; return the arguments of backward, and the outputs of forward."""
     found = run_forward(forward, statistics)
     rows = torch.ones_like(found["lse"]) if statistics else None
     backward = {
@@ -91,7 +91,7 @@ def make_backward(forward, statistics=False):
 
 
 def clone(arguments, *names):
-    """Return the same arguments with copies of these tensors, or of all."""
+    """Return the arguments with the named tensors copied; without names, all tensors."""
     return {
         name: value.clone() if torch.is_tensor(value) and name in (names or arguments) else value
         for name, value in arguments.items()
@@ -104,10 +104,10 @@ OPCHECKED = [
 ]
 
 
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
+@pytest.mark.parametrize("all_options", [False, True], ids=["plain", "all options"])
 @pytest.mark.parametrize(("dtype", "shape", "kind"), OPCHECKED, ids=str)
-def test_opcheck(dtype, shape, kind, extras):
-    forward = make_arguments(shape, dtype, kind, int(extras), extras)
+def test_opcheck(dtype, shape, kind, all_options):
+    forward = make_arguments(shape, dtype, kind, int(all_options), all_options)
     for name in OF_LOSS:
         opcheck(getattr(ops, name).default, (), forward)
     for statistics in (False, True):
@@ -129,7 +129,7 @@ def test_opcheck(dtype, shape, kind, extras):
 
 
 def recorded(forward):
-    """Return the same arguments, of which all that have a gradient require it."""
+    """Return copies of the arguments in which all differentiable tensors require a gradient."""
     names = ("logits", "target", "weight", "token_weight", "normalizer")
     return {
         name: value.clone().requires_grad_()
@@ -139,18 +139,18 @@ def recorded(forward):
     }
 
 
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
+@pytest.mark.parametrize("all_options", [False, True], ids=["plain", "all options"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck_where_gradients_are_recorded(kind, extras):
-    """Of the formulas: that they are there, and that a compiled graph has the same gradients."""
-    forward = make_arguments(kind=kind, reduction=int(extras), extras=extras)
+def test_opcheck_with_gradients(kind, all_options):
+    """Autograd formulas are registered, and compiled graphs give the same gradients."""
+    forward = make_arguments(kind=kind, reduction=int(all_options), all_options=all_options)
     for name in OF_LOSS:
         opcheck(getattr(ops, name).default, (), recorded(forward))
-    backward, _ = make_backward(forward, statistics=extras)
+    backward, _ = make_backward(forward, statistics=all_options)
     opcheck(ops.backward.default, (), recorded(backward))
 
 
-def test_losses_that_are_recorded_have_the_dtype_that_is_asked_for():
+def test_differentiable_losses_have_the_requested_dtype():
     forward = recorded(make_arguments())
     for dtype in (None, *DTYPES):
         for name in OF_LOSS:
@@ -173,9 +173,9 @@ def assert_of_one_kind(real, fake):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("reduction", [0, 1])
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
-def test_meta_implementations_agree_in_strides(extras, reduction, transposed, shape):
-    forward = make_arguments(shape, reduction=reduction, extras=extras)
+@pytest.mark.parametrize("all_options", [False, True], ids=["plain", "all options"])
+def test_meta_implementations_agree_in_strides(all_options, reduction, transposed, shape):
+    forward = make_arguments(shape, reduction=reduction, all_options=all_options)
     if transposed and len(shape) > 1:
         forward["logits"] = forward["logits"].mT.contiguous().mT
     for name in (*OF_LOSS, *FUSED):
@@ -190,7 +190,7 @@ def test_meta_implementations_agree_in_strides(extras, reduction, transposed, sh
 @pytest.mark.parametrize("loss_dtype", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_meta_implementations_agree_in_dtypes(reduction, loss_dtype, dtype):
-    """None is the logits' dtype."""
+    """loss_dtype None means the dtype of the logits."""
     forward = make_arguments(dtype=dtype, reduction=reduction) | {"loss_dtype": loss_dtype}
     for name in (*OF_LOSS, *FUSED):
         real = call(name, clone(forward, "logits"))
@@ -201,7 +201,7 @@ def test_meta_implementations_agree_in_dtypes(reduction, loss_dtype, dtype):
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("name", ALL_NUMBERS)
 def test_meta_implementations_agree_by_each_option_alone(name, soft):
-    """What is returned depends on some of them: the slope, and the mass of probabilities."""
+    """The size of state depends on them: it holds the slope, and label_mass of probabilities."""
     forward = make_arguments(kind="probabilities" if soft else "index")
     forward |= {name: ALL_NUMBERS[name]}
     real = run_forward(forward)["outputs"]
@@ -210,14 +210,14 @@ def test_meta_implementations_agree_by_each_option_alone(name, soft):
 
 
 @pytest.mark.parametrize("name", ["backward_", "scale_gradient_", "multiply_"])
-def test_meta_tensors_are_overwritten_by_nothing(name):
+def test_overwriting_operators_accept_meta_tensors(name):
     assert getattr(ops, name)(**to_meta(OVERWRITING[name].arguments)) is None
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_saves_what_its_documentation_says(dtype, shape):
-    """row_max and log_sum, of their product the log-sum-exp, and total_weight in float64."""
+def test_forward_returns_state_and_total_weight(dtype, shape):
+    """row_max and log_sum, whose sum is the log-sum-exp, and total_weight in float64."""
     forward = make_arguments(shape, dtype)
     logits, dim = forward["logits"], forward["dim"]
     weight = torch.rand(shape[dim], dtype=accumulation_dtype(dtype))
@@ -239,13 +239,13 @@ def test_forward_saves_what_its_documentation_says(dtype, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_state_of_all_options(dtype, shape, soft):
-    """Of the logits as the softmax sees them; label_mass of probabilities; loss_slope."""
+    """state holds row_max and log_sum of the transformed logits, label_mass and loss_slope."""
     forward = make_arguments(
-        shape, dtype, "probabilities" if soft else "index", reduction=0, extras=True
+        shape, dtype, "probabilities" if soft else "index", reduction=0, all_options=True
     )
     logits, target, dim = (forward[name] for name in ("logits", "target", "dim"))
     weight = torch.rand(shape[dim], dtype=accumulation_dtype(dtype)) + 0.1
-    tokens = torch.rand(logits.select(dim, 0).shape) + 0.5  # of which none is left out
+    tokens = torch.rand(logits.select(dim, 0).shape) + 0.5  # none is 0, so every row counts
     forward |= {"weight": weight, "token_weight": tokens, "normalizer": None}
     row_max, log_sum, *others = run_forward(forward)["state"]
     seen = reference.transform(logits.double(), ALL_NUMBERS["softcap"], ALL_NUMBERS["logit_scale"])
@@ -268,11 +268,11 @@ def test_state_of_all_options(dtype, shape, soft):
         torch.testing.assert_close(actual.double(), expected, **close)
 
 
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
+@pytest.mark.parametrize("all_options", [False, True], ids=["plain", "all options"])
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 5000)], ids=str)
-def test_fused_mode_returns_what_forward_does(shape, extras):
-    """For the statistics: the rows' results, in its order."""
-    forward = make_arguments(shape, extras=extras)
+def test_fused_mode_returns_the_results_of_forward(shape, all_options):
+    """Loss and statistics are those of forward, in the same order."""
+    forward = make_arguments(shape, all_options=all_options)
     found = run_forward(forward, statistics=True)
     with_statistics = [found[name] for name in ("loss", "lse", "entropy", "argmax")]
     torch.testing.assert_close(found["lse"], found["state"][:2].sum(0))
@@ -283,10 +283,10 @@ def test_fused_mode_returns_what_forward_does(shape, extras):
     assert torch.equal(ops.loss(**forward), run_forward(forward)["loss"])
 
 
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
-def test_gradient_of_the_fused_mode_is_that_of_the_loss(extras):
-    """With statistics and without: those have no part in it."""
-    forward = make_arguments((3, 200), extras=extras)
+@pytest.mark.parametrize("all_options", [False, True], ids=["plain", "all options"])
+def test_gradient_of_the_fused_mode_is_that_of_the_loss(all_options):
+    """With statistics or without, the gradient is the same."""
+    forward = make_arguments((3, 200), all_options=all_options)
     backward, _ = make_backward(forward)
     for name in FUSED:
         in_place = clone(forward, "logits")
@@ -303,23 +303,23 @@ def test_a_normalizer_divides_the_gradient():
     torch.testing.assert_close(ops.backward(**divided), ops.backward(**summed) / 2.5)
 
 
-def laid_out(tensor):
-    """Return the same values with a step between them."""
+def with_step(tensor):
+    """Return the same values with stride 2 in the last dimension."""
     return torch.stack([tensor, torch.full_like(tensor, 99)], -1)[..., 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("other", [*REAL, torch.int32, torch.uint8, torch.bool], ids=str)
 def test_weights_of_rows_have_any_real_dtype_and_strides(other, dtype):
-    """And class weights any floating one."""
-    forward = make_arguments(dtype=dtype, extras=True)
+    """Token weights may have any real dtype, class weights any floating-point dtype."""
+    forward = make_arguments(dtype=dtype, all_options=True)
     tokens = torch.tensor([1, 0, 1, 1] if other == torch.bool else [2, 0, 3, 1]).to(other)
     forward["token_weight"] = tokens
     if other.is_floating_point:
         forward["weight"] = (torch.rand(9) + 0.1).to(other)
     acc = accumulation_dtype(dtype)
     cast = {name: x.to(acc) for name, x in forward.items() if "weight" in name and x is not None}
-    strided = {name: laid_out(forward[name]) for name in cast}
+    strided = {name: with_step(forward[name]) for name in cast}
     assert not any(x.is_contiguous() for x in strided.values())
     for statistics in (False, True):
         expected, outputs = make_backward(forward | cast, statistics)
@@ -332,7 +332,7 @@ def test_weights_of_rows_have_any_real_dtype_and_strides(other, dtype):
             getattr(ops, FUSED[statistics])(**cast_in_place)
             assert torch.equal(in_place["logits"], cast_in_place["logits"])
     gradient = expected["logits"].clone()
-    for weights in (tokens, laid_out(tokens)):
+    for weights in (tokens, with_step(tokens)):
         scaled = gradient.clone()
         ops.scale_gradient_(scaled, torch.tensor(2.0), forward["target"], weights, 1, -100)
         right = torch.where(tokens[:, None] != 0, 2 * gradient, 0)
@@ -342,14 +342,14 @@ def test_weights_of_rows_have_any_real_dtype_and_strides(other, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("other", REAL, ids=str)
 def test_upstream_gradients_have_any_floating_dtype_and_strides(other, dtype):
-    forward = make_arguments(dtype=dtype, reduction=0, extras=True) | {"normalizer": None}
+    forward = make_arguments(dtype=dtype, reduction=0, all_options=True) | {"normalizer": None}
     backward, _ = make_backward(forward, statistics=True)
     names = ("grad_loss", "grad_lse", "grad_entropy")
     given = {name: torch.arange(i, i + 4.0).to(other) for i, name in enumerate(names)}
     cast = {name: x.to(accumulation_dtype(dtype)) for name, x in given.items()}
     expected = ops.backward(**backward | cast)
     assert expected.abs().max() > 0
-    for upstream in (given, {name: laid_out(x) for name, x in given.items()}):
+    for upstream in (given, {name: with_step(x) for name, x in given.items()}):
         assert torch.equal(ops.backward(**backward | upstream), expected)
         in_place = clone(backward, "logits") | upstream
         ops.backward_(**in_place)
@@ -362,7 +362,7 @@ def test_upstream_gradients_have_any_floating_dtype_and_strides(other, dtype):
     )
 
 
-def test_upstream_gradients_that_there_are_not_are_0():
+def test_missing_upstream_gradients_are_0():
     backward, _ = make_backward(make_arguments(reduction=0), statistics=True)
     names = ("grad_loss", "grad_lse", "grad_entropy")
     without = dict.fromkeys(names)
@@ -489,7 +489,7 @@ WRONG_BACKWARD = {
 
 def skip_what_only_the_cpu_refuses(wrong, device):
     if "target out of range" in wrong and device != "cpu":
-        pytest.skip("such rows become NaN: test_cuda.py")
+        pytest.skip("a GPU gives NaN for such rows: test_cuda.py")
 
 
 @pytest.mark.parametrize("wrong", WRONG_FORWARD)
@@ -503,7 +503,7 @@ def test_wrong_arguments_of_forward_are_refused(wrong, device):
         assert torch.equal(arguments["logits"], before)
 
 
-def test_statistics_of_more_classes_than_lanes_count_are_refused():
+def test_statistics_of_2_31_classes_are_refused():
     logits = torch.ones(1, 1).expand(0, 2**31)
     for name in (OF_FORWARD[1], FUSED[1]):
         with pytest.raises((ValueError, RuntimeError), match="must"):
@@ -522,8 +522,8 @@ def test_wrong_arguments_of_backward_are_refused(wrong, device):
     assert torch.equal(arguments["logits"], before)
 
 
-def test_what_the_tables_of_wrong_arguments_change_is_right():
-    """Or else a refusal would say nothing about the change."""
+def test_unchanged_arguments_of_the_tables_are_accepted():
+    """Otherwise a refusal could have another cause than the change."""
     for name in OF_LOSS:
         getattr(ops, name)(**FORWARD)
     for others in ({}, WITH_ENTROPY, {"reduction": 2, "total_weight": None}):
@@ -533,15 +533,15 @@ def test_what_the_tables_of_wrong_arguments_change_is_right():
     ops.backward(**BACKWARD | FOCAL | {"target": SOFT, "state": FOUR})
 
 
-STRIDES = {  # of four rows or more, and whether elements share memory
-    "a row after the other": ((4, 6), (6, 1), False),
-    "a row begins where the other ends": ((4, 6), (5, 1), True),
-    "classes and rows of one stride": ((4, 6), (1, 1), True),
+STRIDES = {  # shape, strides, and True if elements share memory
+    "one row after the other": ((4, 6), (6, 1), False),
+    "a row begins in the last element of the previous one": ((4, 6), (5, 1), True),
+    "classes and rows with the same stride": ((4, 6), (1, 1), True),
     "columns": ((4, 6), (1, 4), False),
     "columns that overlap": ((4, 6), (1, 3), True),
     "three dimensions, one after the other": ((4, 6, 3), (18, 3, 1), False),
-    "the outermost steps over the middle one alone": ((4, 6, 3), (16, 3, 1), True),
-    "the outermost ends within the others": ((4, 6, 3), (17, 3, 1), True),
+    "the outermost stride exceeds only the extent of the middle": ((4, 6, 3), (16, 3, 1), True),
+    "the outermost stride is one short of the others' extent": ((4, 6, 3), (17, 3, 1), True),
     "dimensions of size 1 have any stride": ((4, 6, 1), (6, 1, 0), False),
     "gaps": ((4, 6, 3), (100, 12, 4), False),
     "one number": ((4, 6), (0, 0), True),
@@ -549,8 +549,8 @@ STRIDES = {  # of four rows or more, and whether elements share memory
 
 
 @pytest.mark.parametrize("strides", STRIDES)
-def test_memory_of_gradients(strides):
-    """What has a place for every element is written to, all else is refused."""
+def test_operators_refuse_shared_memory(strides):
+    """Overwriting operators write if each element has its own memory, and refuse otherwise."""
     shape, strides, is_shared = STRIDES[strides]
     logits = torch.randn(400).as_strided(shape, strides)
     target = torch.randint(6, shape[:1] + shape[2:])
@@ -577,8 +577,8 @@ def test_memory_of_gradients(strides):
         torch.testing.assert_close(logits, 4 * expected)
 
 
-def test_more_row_dimensions_than_are_counted_are_not_overwritten():
-    """A copy would do for reading."""
+def test_more_than_4_row_dimensions_are_not_overwritten():
+    """Operators that only read can copy the logits instead."""
     logits = torch.randn((9, *[4] * 6))[:, ::2, ::2, ::2, ::2, ::2].movedim(0, 1)
     target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
     forward = FORWARD | {"logits": logits, "target": target}
@@ -596,8 +596,8 @@ def test_more_row_dimensions_than_are_counted_are_not_overwritten():
     torch.testing.assert_close(ops.backward(**backward), expected)
 
 
-def test_dimensions_of_size_1_are_no_row_dimensions():
-    """The kernels count four that do not merge; these have none to be walked along."""
+def test_dimensions_of_size_1_do_not_count():
+    """Kernels take four row dimensions that do not merge; size 1 dimensions do not count."""
     shape, strides = (2, 9, 1, 3, 1, 2, 1, 2), (1, 300, 77, 7, 1000, 29, 500, 90)
     logits = torch.randn(4000).as_strided(shape, strides)
     target = torch.randint(9, shape[:1] + shape[2:])
@@ -609,7 +609,7 @@ def test_dimensions_of_size_1_are_no_row_dimensions():
 
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 def test_rows_of_no_classes(soft):
-    """Their loss is 0, and no class the greatest."""
+    """Their loss is 0 and their argmax -1."""
     logits = torch.empty(4, 0)
     target = torch.empty(4, 0) if soft else torch.full((4,), -100)
     arguments = FORWARD | FOCAL | {"logits": logits, "target": target, "reduction": 0}
@@ -652,9 +652,9 @@ def test_scaled_gradients_of_ignored_rows_stay_0(ignore_index):
     assert torch.equal(gradient, torch.tensor([2.0, 0, 3, 0])[:, None].expand(4, 9))
 
 
-@pytest.mark.cpu("its memory alone")
-def test_huge_pages_are_asked_for_within_the_gradient():
-    """Where the system tells; each mapping of /proc/self/smaps ends with its flags."""
+@pytest.mark.cpu("huge pages are requested for CPU memory only")
+def test_huge_pages_are_requested_within_the_gradient():
+    """In /proc/self/smaps, flag hg marks mappings for which huge pages were requested."""
     smaps = Path("/proc/self/smaps")
     if not (smaps.exists() and Path("/sys/kernel/mm/transparent_hugepage").exists()):
         pytest.skip("this system has no transparent huge pages")
@@ -689,7 +689,7 @@ def test_overlapping_memory_is_not_written_to():
 
 
 class Overwriting(NamedTuple):
-    """A call of an operator that overwrites, and what makes it one that is refused."""
+    """A call of an overwriting operator, and a change of arguments that makes it refuse."""
 
     arguments: dict
     overwritten: str
@@ -717,8 +717,8 @@ OVERWRITING = {
 }
 
 
-def test_all_that_overwrite_are_tried():
-    """By the schemas: what is written is the first argument."""
+def test_table_has_all_overwriting_operators():
+    """The table has every operator whose schema marks an argument as written."""
     operators = {name: getattr(ops, name) for name in dir(ops)}
     arguments = {
         name: operator.default._schema.arguments
@@ -731,8 +731,8 @@ def test_all_that_overwrite_are_tried():
 
 
 @pytest.mark.parametrize("name", OVERWRITING)
-def test_version_of_what_is_overwritten(name):
-    """One more after the call, of no other argument, and none after a refusal."""
+def test_version_of_the_overwritten_tensor(name):
+    """A call raises the version of the overwritten tensor by 1; a refused call changes none."""
     arguments, overwritten, wrong = OVERWRITING[name]
     arguments = clone(arguments)
     before = {n: x._version for n, x in arguments.items() if torch.is_tensor(x)}
@@ -784,9 +784,9 @@ def same_bits(one, other):
 LAYOUTS = {
     "contiguous": lambda x: x.clone(),
     "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x.clone(),
-    "with a step": lambda x: laid_out(x),
+    "with a step": lambda x: with_step(x),
     "rows apart": lambda x: torch.cat([x, torch.full_like(x, 99)], -1)[..., : x.shape[-1]],
-    "backwards in its dimensions": lambda x: (
+    "dimensions reversed": lambda x: (
         x.permute(*range(x.dim() - 1, -1, -1)).contiguous().permute(*range(x.dim() - 1, -1, -1))
     ),
 }
@@ -797,7 +797,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("shape", [*SHAPES, (300, 10), (2, 3, 4, 70), (1, 40000)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_multiply(dtype, shape, layout):
-    """Each element, rounded once; and nothing beside them."""
+    """Each product is rounded once; memory between the elements is not written."""
     gradient = LAYOUTS[layout](make_logits(shape, dtype))
     memory = gradient.as_strided((gradient.untyped_storage().nbytes() // gradient.itemsize,), (1,))
     factor = torch.tensor(1.3, dtype=accumulation_dtype(dtype))
@@ -811,7 +811,7 @@ def test_multiply(dtype, shape, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("other", REAL, ids=str)
 def test_multiply_by_a_factor_of_any_floating_dtype(other, dtype):
-    """It is cast to the type of sums, not to that of the gradient."""
+    """The factor is cast to the accumulation dtype, not to that of the gradient."""
     gradient = make_logits((7, 50), dtype)
     factor = torch.tensor(1 / 3, dtype=torch.float64).to(other)
     acc = accumulation_dtype(dtype)
@@ -822,8 +822,8 @@ def test_multiply_by_a_factor_of_any_floating_dtype(other, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3e38])
-def test_multiply_as_ieee_754_says(factor, dtype):
-    """Also rows of zeros: 0 times infinity is NaN. A double beyond float32 is infinity there."""
+def test_multiply_follows_ieee_754(factor, dtype):
+    """0 times infinity is NaN; a float64 factor beyond float32 becomes infinity."""
     acc = accumulation_dtype(dtype)
     rows = [[0.0, -0.0, 1.0, -2.0], [0.0] * 4, [torch.inf, -torch.inf, torch.nan, 1.0]]
     gradient = torch.tensor(rows).repeat(1, 70).to(dtype)
@@ -838,8 +838,8 @@ def test_multiply_as_ieee_754_says(factor, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factor", [torch.tensor(1.0), torch.tensor(1.0).double()], ids=str)
-def test_multiply_by_1_leaves_each_bit_and_counts_as_a_change(factor, dtype):
-    """Also of NaN, of which a product has another; nobody asks a device for the factor."""
+def test_multiply_by_1_keeps_all_bits_and_raises_the_version(factor, dtype):
+    """Even NaN keeps its bits, which a product would change."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     gradient = torch.randint(-(2**15), 2**15, (40, 300)).to(bits)
     gradient = (gradient << 8 * (dtype.itemsize - 2)).view(dtype)
@@ -851,8 +851,8 @@ def test_multiply_by_1_leaves_each_bit_and_counts_as_a_change(factor, dtype):
     assert gradient.data_ptr() == address
 
 
-def test_multiply_rounds_the_factor_to_the_type_of_sums():
-    """1 + 2^-30 is 1 in float32, and is not in float64."""
+def test_multiply_casts_the_factor_to_the_accumulation_dtype():
+    """1 + 2^-30 rounds to 1 in float32 but not in float64."""
     factor = torch.tensor(1 + 2**-30, dtype=torch.float64)
     for dtype in DTYPES:
         gradient = make_logits((4, 9), dtype)
@@ -892,7 +892,7 @@ by_reduction = pytest.mark.parametrize("reduction", NAMES, ids=NAMES.values())
 
 
 def differentiable(soft, reduction):
-    """Return arguments of forward, all options on, in float64; one row is ignored, one weighs 0."""
+    """Return float64 arguments of forward with all options, an ignored row and a weight of 0."""
     logits = torch.randn(4, 5, dtype=torch.float64)
     target = torch.tensor([1, 4, -100, 0])
     return {
@@ -910,7 +910,7 @@ def differentiable(soft, reduction):
 
 
 def variables_of(arguments, *names):
-    """Return the names of those tensors that have a gradient, and copies that require it."""
+    """Return the names of the differentiable tensors, and copies that require a gradient."""
     found = {
         name: arguments[name].clone().requires_grad_()
         for name in names
@@ -919,8 +919,8 @@ def variables_of(arguments, *names):
     return list(found), tuple(found.values())
 
 
-def kept_away_from_0(names, variables):
-    """Return token weights of which none is 0: there, a row begins to count."""
+def shift_token_weights(names, variables):
+    """Return the variables with token weights above 0, where the results are not smooth."""
     return [
         x.detach().add(0.3).requires_grad_() if name == "token_weight" else x
         for name, x in zip(names, variables, strict=True)
@@ -928,7 +928,7 @@ def kept_away_from_0(names, variables):
 
 
 def exactly(arguments):
-    """Return loss, lse and entropy by the specification."""
+    """Return loss, lse and entropy from fused_xent.reference."""
     options = {
         name: value for name, value in arguments.items() if name not in ("logits", "loss_dtype")
     }
@@ -937,7 +937,7 @@ def exactly(arguments):
 
 
 def raw(name, arguments):
-    """Return what of an operator's results has a gradient."""
+    """Return the differentiable results of an operator."""
     if name == "loss":
         return call(name, arguments)
     found = run_forward(arguments, name == OF_FORWARD[1])
@@ -949,10 +949,10 @@ def raw(name, arguments):
 @pytest.mark.parametrize("name", OF_LOSS)
 @pytest.mark.parametrize("of", [("logits",), TENSORS], ids=["logits", "all tensors"])
 def test_derivatives_of_forward(of, name, soft, reduction):
-    """Of the first and second order, one by one and in batches."""
+    """First and second derivatives; first ones also with batched upstream gradients."""
     forward = differentiable(soft, reduction)
     names, variables = variables_of(forward, *of)
-    variables = kept_away_from_0(names, variables)
+    variables = shift_token_weights(names, variables)
 
     def function(*variables):
         return raw(name, forward | dict(zip(names, variables, strict=True)))
@@ -963,8 +963,8 @@ def test_derivatives_of_forward(of, name, soft, reduction):
 
 @by_reduction
 @by_labels
-def test_gradients_of_forward_are_those_of_the_specification(soft, reduction):
-    """Rows that are left out among them."""
+def test_gradients_of_forward_equal_the_reference(soft, reduction):
+    """Including rows that are ignored or have token weight 0."""
     forward = differentiable(soft, reduction)
     names, variables = variables_of(forward, *TENSORS)
     arguments = forward | dict(zip(names, variables, strict=True))
@@ -978,7 +978,7 @@ def test_gradients_of_forward_are_those_of_the_specification(soft, reduction):
 
 
 @by_labels
-def test_what_has_no_gradient(soft):
+def test_non_differentiable_results(soft):
     forward = differentiable(soft, 1)
     names, variables = variables_of(forward, *TENSORS)
     found = run_forward(forward | dict(zip(names, variables, strict=True)), statistics=True)
@@ -989,13 +989,13 @@ def test_what_has_no_gradient(soft):
 @by_reduction
 @by_labels
 def test_derivatives_of_backward(soft, reduction):
-    """Of the logits, whose state is a function of them, and of all else."""
+    """state and entropy are recomputed, since they are functions of the logits."""
     forward = differentiable(soft, reduction)
     backward, _ = make_backward(forward, statistics=True)
     backward |= {name: torch.rand_like(backward[name]) for name in UPSTREAM}
     with_total = ("logits", "target", "weight", "token_weight", *UPSTREAM)
     names, variables = variables_of(backward, *with_total, *["total_weight"][: reduction == 1])
-    variables = kept_away_from_0(names, variables)
+    variables = shift_token_weights(names, variables)
 
     def function(*variables):
         arguments = backward | dict(zip(names, variables, strict=True))
@@ -1011,7 +1011,7 @@ def test_derivatives_of_backward(soft, reduction):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("name", [*OF_LOSS, "backward"])
-def test_nothing_is_recorded_without_need(name, context):
+def test_no_graph_without_requires_grad(name, context):
     forward = differentiable(False, 1)
     backward, _ = make_backward(forward)
     arguments = backward if name == "backward" else forward
@@ -1023,7 +1023,7 @@ def test_nothing_is_recorded_without_need(name, context):
 
 
 def test_gradient_of_forward_in_the_logits_memory():
-    """Once: it counts as a modification of the logits."""
+    """It works once, since it modifies the logits."""
     forward = differentiable(False, 1)
     _, (leaf,) = variables_of(forward, "logits")
     logits = leaf * 1
@@ -1048,7 +1048,7 @@ def test_gradient_in_the_logits_memory_has_no_graph():
     assert torch.equal(logits, before)
 
 
-RECORDED = [  # each operator that overwrites, and a tensor whose gradient is recorded
+RECORDED = [  # each overwriting operator, and an argument that requires a gradient
     *((name, of) for name in FUSED for of in ("logits", "weight", "token_weight", "normalizer")),
     *(("backward_", of) for of in ("logits", "weight", "token_weight", "total_weight", *UPSTREAM)),
     *(("scale_gradient_", of) for of in ("grad_logits", "grad_loss", "token_weight")),
@@ -1057,7 +1057,7 @@ RECORDED = [  # each operator that overwrites, and a tensor whose gradient is re
 
 
 def overwriting(name):
-    """Return arguments that have all tensors, and the name of what is overwritten."""
+    """Return arguments with all tensors set, and the name of the overwritten one."""
     forward = differentiable(False, 1)
     backward, _ = make_backward(forward, statistics=True)
     if name in FUSED:
@@ -1071,11 +1071,11 @@ def overwriting(name):
 
 
 @pytest.mark.parametrize(("name", "of"), RECORDED)
-def test_what_overwrites_has_no_derivative(name, of):
-    """It says so before anything is written, by whichever tensor a gradient is recorded."""
+def test_overwriting_operators_have_no_derivative(name, of):
+    """The error comes before anything is written, whichever argument requires a gradient."""
     arguments, overwritten = overwriting(name)
     leaf = arguments[of].clone().requires_grad_()
-    arguments = arguments | {of: leaf * 1}  # not a leaf, which torch would refuse itself
+    arguments = arguments | {of: leaf * 1}  # not a leaf: torch itself would refuse it
     for given in (arguments, arguments | {of: leaf}):
         before, version = given[overwritten].detach().clone(), given[overwritten]._version
         with pytest.raises(RuntimeError, match=f"fused_xent::{name} has no derivative"):
@@ -1086,8 +1086,8 @@ def test_what_overwrites_has_no_derivative(name, of):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(("name", "of"), RECORDED)
-def test_what_overwrites_where_no_gradient_is_recorded(name, of, context):
-    """A leaf among the arguments, or made there."""
+def test_overwriting_operators_without_gradients(name, of, context):
+    """An argument is a leaf that was made outside the context, or inside it."""
     arguments, overwritten = overwriting(name)
     plain = clone(arguments)
     results = call(name, plain)
@@ -1109,11 +1109,11 @@ def test_what_overwrites_where_no_gradient_is_recorded(name, of, context):
 
 @by_labels
 @pytest.mark.parametrize("name", OF_LOSS)
-def test_forward_under_the_transforms_of_gradients(name, soft):
-    """torch.func.grad, once and twice, of each tensor; vjp; and all rows of a Jacobian."""
+def test_forward_under_torch_func(name, soft):
+    """torch.func.grad, once and nested, for each tensor; vjp; jacrev."""
     forward = differentiable(soft, 1)
     names, variables = variables_of(forward, *TENSORS)
-    variables = [x.detach() for x in kept_away_from_0(names, variables)]
+    variables = [x.detach() for x in shift_token_weights(names, variables)]
 
     def ours(*variables):
         outputs = raw(name, forward | dict(zip(names, variables, strict=True)))
@@ -1148,7 +1148,7 @@ def test_forward_under_the_transforms_of_gradients(name, soft):
 
 
 @by_labels
-def test_backward_under_the_transforms_of_gradients(soft):
+def test_backward_under_torch_func(soft):
     forward = differentiable(soft, 0)
     backward, _ = make_backward(forward, statistics=True)
 
@@ -1169,16 +1169,16 @@ def test_backward_under_the_transforms_of_gradients(soft):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("n_classes", [64, 1024], ids=["one row a lane", "one class a lane"])
-@pytest.mark.parametrize("factor", [0.5, 1.5, 1 + 2**-8, 2**-9 * 1.25, 3e4, "NaN of all bits"])
+@pytest.mark.parametrize("n_classes", [64, 1024], ids=["one row per lane", "one class per lane"])
+@pytest.mark.parametrize("factor", [0.5, 1.5, 1 + 2**-8, 2**-9 * 1.25, 3e4, "NaN of all ones"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["scale_gradient_", "multiply_"])
 def test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even(name, dtype, factor, n_classes):
-    """Infinities, NaN, numbers below the normal ones, and products halfway between two numbers."""
+    """Including infinities, NaN, subnormal numbers, and products halfway between two numbers."""
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, n_classes)
     target = torch.zeros(len(numbers), dtype=torch.int64)
     gradient = numbers.clone()
-    if factor == "NaN of all bits":  # which rounding up would make a 0
+    if factor == "NaN of all ones":  # rounding up by integer addition would give 0
         factor = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
     if name == "multiply_":
         ops.multiply_(gradient, torch.as_tensor(factor))
@@ -1186,7 +1186,7 @@ def test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even(name, dtype, fa
         ops.scale_gradient_(gradient, torch.as_tensor(factor), target, None, 1, -100)
     expected = (numbers.float() * factor).to(dtype)
     if dtype == torch.bfloat16 and fused_xent.cpu_capability() == "avx512_bf16":
-        # The processor's own conversion takes numbers below the normal ones for 0.
+        # The conversion instruction flushes subnormal numbers to 0.
         below = (numbers.float() * factor).abs() < torch.finfo(dtype).tiny
         gradient = gradient.where(~below | (gradient != 0), expected)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
@@ -1197,7 +1197,7 @@ def test_capability_is_one_of_those_documented():
 
 
 def test_more_dimensions_than_torchs_operations_take():
-    """Results have memory of their own, however many dimensions of size 1 there are."""
+    """72 dimensions are accepted; the results are those of the same logits in two dimensions."""
     logits = torch.randn(2, 9, *[1] * 70)
     target = torch.tensor([3, 5]).view(2, *[1] * 70)
     arguments = (logits, target, None, None, None, 1, 0)

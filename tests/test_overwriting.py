@@ -1,4 +1,4 @@
-"""inplace_backward and grad_in_forward: the gradient in the logits' memory. Right, or refused."""
+"""inplace_backward and grad_in_forward: the gradient overwrites the logits, or is refused."""
 
 import copy
 
@@ -19,7 +19,9 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)
 @by_mode
 @pytest.mark.parametrize("n_classes", [7, 150, 20000])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_gradient_is_the_default_modes_and_in_the_logits(reduction, n_classes, mode, dtype, device):
+def test_gradient_equals_default_mode_and_overwrites_logits(
+    reduction, n_classes, mode, dtype, device
+):
     leaf, target = make_problem(dtype, n_classes)
     upstream = make_upstream(target.shape, reduction).to(dtype)
     default = fused_xent.cross_entropy(leaf, target, reduction=reduction)
@@ -29,7 +31,7 @@ def test_gradient_is_the_default_modes_and_in_the_logits(reduction, n_classes, m
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     if mode == "inplace" or (device == "cpu" and dtype != torch.float64):
         assert torch.equal(loss, default)
-    else:  # fused mode adds up in another order there, in float64 around other maxima
+    else:  # fused mode sums in another order there; in float64 with other maxima
         torch.testing.assert_close(loss, default, rtol=16 * eps if eps < 1e-3 else eps, atol=tiny)
     received = []
     logits.register_hook(received.append)
@@ -53,22 +55,22 @@ def test_scalar_upstream_is_applied_once(factor, mode):
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
-ONE_A_ROW = {  # upstream gradients of which some are such that a kernel may skip the row
+ONE_PER_ROW = {  # upstream gradients; with 0 or 1, a kernel may skip a row
     "first 1": [1.0, 2, 3, 4, 5, 6],
     "all 1": [1.0] * 6,
     "last other": [1.0, 1, 1, 1, 1, -2],
     "first 0": [0.0, 1, 0, 3, 0, 1],
-    "not finite where no row counts": [1.0, torch.inf, torch.nan, 1, 2, 3],
+    "not finite at dropped rows": [1.0, torch.inf, torch.nan, 1, 2, 3],
 }
 
 
 @by_mode
 @pytest.mark.parametrize("n_classes", [7, 150])
-@pytest.mark.parametrize("upstream", ONE_A_ROW)
-def test_upstream_of_each_row_is_its_own(upstream, n_classes, mode):
-    """Rows that are ignored, or of token weight 0, have the gradient 0 at any."""
+@pytest.mark.parametrize("upstream", ONE_PER_ROW)
+def test_each_row_has_its_own_upstream_gradient(upstream, n_classes, mode):
+    """Ignored rows and rows of token weight 0 have gradient 0 for any upstream gradient."""
     leaf, target = make_problem(n_classes=n_classes)
-    upstream, tokens = torch.tensor(ONE_A_ROW[upstream]), torch.ones(N_ROWS)
+    upstream, tokens = torch.tensor(ONE_PER_ROW[upstream]), torch.ones(N_ROWS)
     tokens[2] = 0
     kept = torch.tensor([0, 3, 4, 5])
     exact = F.cross_entropy(leaf[kept], target[kept], reduction="none")
@@ -96,7 +98,7 @@ def test_sum_of_several_losses_of_different_logits(mode):
 
 
 @by_mode
-def test_a_leaf_is_refused(mode):
+def test_leaves_are_refused(mode):
     leaf, target = make_problem()
     leaf3 = torch.randn(2, 3, N_CLASSES, requires_grad=True)
     before = leaf.detach().clone()
@@ -132,7 +134,7 @@ def test_without_grad_nothing_is_overwritten(context, mode):
 
 @by_mode
 def test_logits_without_a_gradient_are_not_overwritten(mode):
-    """Though something else has one."""
+    """Here only the token weights require a gradient."""
     leaf, target = make_problem()
     logits, tokens = leaf.detach() * 1, torch.ones(N_ROWS, requires_grad=True)
     before = logits.clone()
@@ -217,15 +219,15 @@ def test_gradient_of_probabilities_inplace():
 
 
 def test_gradient_of_probabilities_in_fused_mode():
-    """Refused: forward keeps nothing to compute it from."""
+    """Refused: forward saves nothing to compute it from."""
     logits, soft = (torch.randn(5, 9).softmax(1).requires_grad_() for _ in range(2))
     with pytest.raises((RuntimeError, ValueError), match="must"):
         fused_xent.cross_entropy(logits * 1, soft, grad_in_forward=True)
 
 
 @by_mode
-def test_training_as_with_the_default_mode(mode):
-    """A linear model with accumulated gradients and clipped norms ends at the same weights."""
+def test_training_matches_default_mode(mode):
+    """Training with accumulated gradients and clipped norms gives the same weights."""
     features, target = torch.randn(2, 8, 16), torch.randint(0, 50, (2, 8))
     start = torch.nn.Linear(16, 50)
     ends = []
@@ -255,7 +257,7 @@ def test_gradient_of_statistics_in_fused_mode(name):
 
 @pytest.mark.parametrize("mode", OVERWRITING_MODES)
 def test_gradients_have_no_graph(mode):
-    """Though the memory is that of logits which have one."""
+    """The gradient requires no gradient, although it is in the memory of the logits."""
     leaf, target = make_problem()
     logits, seen = leaf * 1, []
     logits.register_hook(seen.append)
@@ -264,8 +266,8 @@ def test_gradients_have_no_graph(mode):
 
 
 @pytest.mark.parametrize("mode", OVERWRITING_MODES)
-def test_a_leaf_that_is_promoted_is_not_overwritten(mode):
-    """Beside float64 probabilities the logits are a copy, which may be."""
+def test_promoted_leaves_are_not_overwritten(mode):
+    """float64 probabilities promote the logits to a copy, which may be overwritten."""
     leaf, _ = make_problem()
     before, soft = leaf.detach().clone(), torch.rand(leaf.shape, dtype=torch.float64)
     fused_xent.cross_entropy(leaf, soft, **MODES[mode]).backward()

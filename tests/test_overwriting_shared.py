@@ -1,4 +1,4 @@
-"""Overwritten logits that something else uses too: the right gradient, or an error."""
+"""Overwritten logits with other uses: the right gradient, or an error."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import fused_xent
 by_mode = pytest.mark.parametrize("mode", OVERWRITING_MODES)
 
 
-# Another use of the logits, and the memory around them. Each returns logits and a second loss.
+# Other uses of the logits, or of the memory around them. Each returns logits and a second loss.
 def _before_by_value(leaf):
     logits = leaf * 1
     return logits, (logits**2).sum()
@@ -52,8 +52,8 @@ def _base_before_without_need_of_values(leaf):
         _base_before_without_need_of_values,
     ],
 )
-def test_logits_used_before_the_loss_too(use, mode):
-    """autograd's own error where the use needs the old values, the right gradient where not."""
+def test_logits_used_before_the_loss(use, mode):
+    """autograd raises an error if the use needs the old values; else the gradient is right."""
     leaf, target = make_problem()
     logits, other = use(leaf)
     expected = gradient_of(lambda: F.cross_entropy(logits, target) + other, leaf)
@@ -92,8 +92,8 @@ AFTER = {
 @by_mode
 @pytest.mark.parametrize("is_view", [False, True], ids=["whole", "view"])
 @pytest.mark.parametrize("use", AFTER)
-def test_logits_used_after_the_loss_too(use, is_view, mode):
-    """The gradient is right, or an error says why there is none."""
+def test_logits_used_after_the_loss(use, is_view, mode):
+    """Fused mode raises an error; inplace mode too, or its gradient is right."""
     leaf, target = make_problem()
 
     def total_of(loss_function, **kwargs):
@@ -126,7 +126,7 @@ SEVERAL_VIEWS = {
 @by_mode
 @pytest.mark.parametrize("view", SEVERAL_VIEWS)
 def test_one_of_several_views(view, mode):
-    """Refused at the call: autograd would raise an error in the backward. The advice helps."""
+    """Refused in forward, since autograd would raise in backward; clone() helps, as advised."""
     leaf, _ = make_problem()
     logits = SEVERAL_VIEWS[view](leaf * 1)
     target = torch.randint(0, logits.shape[-1], logits.shape[:-1])
@@ -139,7 +139,7 @@ def test_one_of_several_views(view, mode):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_part_of_a_tensor_inplace(part):
-    """Only the part is overwritten, and the rest of the tensor gets its own gradient."""
+    """Only the part is overwritten, and the other loss has the right gradient."""
     take = PARTS[part]
     leaf, _ = make_problem()
     target = torch.randint(0, take(leaf).shape[-1], take(leaf).shape[:-1])
@@ -154,7 +154,7 @@ def test_part_of_a_tensor_inplace(part):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_part_of_a_tensor_has_no_gradient_in_forward(part):
+def test_grad_in_forward_refuses_parts_of_a_tensor(part):
     leaf, _ = make_problem()
     memory = leaf * 1
     rows = PARTS[part](memory)
@@ -166,7 +166,7 @@ def test_part_of_a_tensor_has_no_gradient_in_forward(part):
 
 @by_mode
 def test_probabilities_that_share_the_logits_memory(mode):
-    """They are overwritten with the logits."""
+    """Overwriting the logits would overwrite them too."""
     leaf, _ = make_problem()
     expected = gradient_of(lambda: F.cross_entropy(leaf * 1, leaf.detach().clone()), leaf)
 
@@ -177,8 +177,8 @@ def test_probabilities_that_share_the_logits_memory(mode):
     refused_or_right(model, leaf, expected)
 
 
-def test_the_real_part_of_complex_numbers_has_no_gradient_in_forward():
-    """A part of memory of as many numbers, but of another dtype."""
+def test_grad_in_forward_refuses_real_parts():
+    """The base has as many elements as the logits, but another dtype."""
     leaf, target = make_problem()
     logits = torch.complex(leaf, 2 * leaf).real
     assert logits._base.numel() == logits.numel()
@@ -196,8 +196,8 @@ def test_the_real_part_of_complex_numbers_has_no_gradient_in_forward():
 
 @by_mode
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
-def test_memory_that_the_target_shares(soft, mode):
-    """Refused before anything is written, whatever else would have noticed."""
+def test_target_in_the_memory_of_the_logits(soft, mode):
+    """The call is refused before anything is written."""
     leaf = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     logits = leaf * 1
     before = logits.detach().clone()
@@ -207,16 +207,16 @@ def test_memory_that_the_target_shares(soft, mode):
     assert torch.equal(logits, before)
 
 
-def test_memory_that_the_target_shares_beside_the_logits():
-    """Of one storage: what lies where in it is not looked at."""
+def test_target_in_the_storage_of_the_logits():
+    """Sharing a storage is enough to be refused, even without overlap."""
     memory = torch.randn(8, 9, requires_grad=True) * 1
     with pytest.raises(RuntimeError, match=r"must be False where target shares input's memory"):
         fused_xent.cross_entropy(memory[:4], memory[4:].detach(), inplace_backward=True)
 
 
 @by_mode
-def test_a_view_of_a_tensor_that_autograd_has_not_recorded(mode):
-    """As of DTensor.full_tensor: no leaf of the graph, and the message does not say that it is."""
+def test_view_of_an_unrecorded_tensor(mode):
+    """As from DTensor.full_tensor: not a leaf, so the message must not call it one."""
 
     class Gathered(torch.autograd.Function):
         @staticmethod

@@ -1,4 +1,4 @@
-"""The house: layers, names, the choice of instruction set, and the suite under each of them."""
+"""Project structure: layers, names; choice of instruction set, and kernel tests under each."""
 
 import ast
 import re
@@ -9,12 +9,12 @@ import torch
 
 import fused_xent
 
-pytestmark = pytest.mark.cpu("looks at files and processors")
+pytestmark = pytest.mark.cpu("checks files and the instruction set of the CPU")
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fused_xent"
 CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 
-# Each module, and the modules of the package that it may import: those below it.
+# Each module, and the modules of the package that it may import: only those below it.
 LAYERS = {
     "_torch_private": set(),
     "reference": set(),
@@ -42,7 +42,7 @@ LAYERS = {
 
 
 def package_imports(path):
-    """Return which modules of the package a file imports."""
+    """Return the modules of the package that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (
@@ -57,20 +57,20 @@ def package_imports(path):
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_modules_import_only_what_is_below_them(path):
+def test_modules_import_only_lower_layers(path):
     assert package_imports(path) <= LAYERS[path.stem]
 
 
-def test_each_module_is_above_all_that_it_may_import():
-    """In the order of the table: no arrow runs up, so that there is no circle."""
+def test_layers_have_no_cycles():
+    """Allowed imports come earlier in the table, so there are no cycles."""
     modules = list(LAYERS)
     assert sorted(modules) == sorted(path.stem for path in PACKAGE.glob("*.py"))
     for i, module in enumerate(modules):
         assert LAYERS[module] <= set(modules[:i]), module
 
 
-def test_private_names_of_torch_are_used_in_one_module():
-    """All others ask it: torch changes such names without notice."""
+def test_only_one_module_uses_private_names_of_torch():
+    """Only _torch_private uses them, since torch changes them without notice."""
     private = re.compile(r"torch(\.\w+)*(\._[a-zA-Z]|\S* import _)")
     files = [path for path in PACKAGE.glob("*.py") if path.stem != "_torch_private"]
     assert len(files) > 10
@@ -78,7 +78,7 @@ def test_private_names_of_torch_are_used_in_one_module():
     assert not [name for name, text in code.items() if private.search(text)]
 
 
-def test_torch_is_included_in_the_binding_alone():
+def test_only_the_binding_includes_torch():
     sources = [path for path in ROOT.glob("csrc/**/*") if path.is_file()]
     assert len(sources) > 10
     torch_include = re.compile(r"#include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)")
@@ -88,7 +88,7 @@ def test_torch_is_included_in_the_binding_alone():
     assert not [path for path in sources if upwards.search(path.read_text())]
 
 
-def test_bench_uses_the_public_names_alone():
+def test_bench_uses_public_names_only():
     files = sorted((ROOT / "bench").rglob("*.py"))
     assert files
     private = re.compile(r"fused_xent\._[a-z]|fused_xent import .*\b_[a-z]|torch\.ops\.fused")
@@ -110,7 +110,7 @@ def test_public_names():
     assert all(getattr(fused_xent, name).__doc__ for name in fused_xent.__all__)
 
 
-def test_version_is_the_projects():
+def test_version_matches_pyproject():
     project = (ROOT / "pyproject.toml").read_text()
     assert f'\nversion = "{fused_xent.__version__}"\n' in project
 
@@ -145,7 +145,7 @@ fused_xent.cross_entropy(torch.ones(2, 3), torch.arange(2))
 
 @pytest.mark.parametrize("limit", ["sse", "AVX2"])
 def test_unknown_capability(limit, run_python):
-    """When asked, and at each use of a kernel."""
+    """cpu_capability() raises, and so does each use of a kernel."""
     result = run_python("-c", USE_KERNELS, FUSED_XENT_CPU_CAPABILITY=limit)
     rule = "FUSED_XENT_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or portable"
     assert f"{rule}, got '{limit}'\n" in result.stdout
@@ -154,14 +154,14 @@ def test_unknown_capability(limit, run_python):
 
 
 def lower_capabilities():
-    """Return those besides the one in use that this processor has."""
+    """Return the instruction sets below the one in use."""
     return CAPABILITIES[CAPABILITIES.index(fused_xent.cpu_capability()) + 1 :]
 
 
-@pytest.mark.timeout(900)  # thousands of tests, which a busy machine may take minutes for
+@pytest.mark.timeout(900)  # thousands of tests: minutes on a busy machine
 @pytest.mark.parametrize("capability", lower_capabilities())
 def test_kernels_of_other_instruction_sets(capability, run_python):
-    """The numeric tests once more, in a process that may use less of the processor."""
+    """Run the tests marked kernels again, in a process limited to this instruction set."""
     command = ("-m", "pytest", "-q", "-x", "-m", "kernels", "-p", "no:cacheprovider", "tests")
     result = run_python(*command, FUSED_XENT_CPU_CAPABILITY=capability)
     assert result.returncode == 0, result.stdout[-5000:]

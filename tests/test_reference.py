@@ -1,4 +1,4 @@
-"""The readable specification: torch's own numbers in float64, and our rule where torch has NaN."""
+"""fused_xent.reference: equal to torch in float64, and defined where torch gives NaN."""
 
 import math
 
@@ -9,16 +9,16 @@ from cases import LABELS, REDUCTIONS, SHAPES, class_dim, make_logits, make_optio
 
 from fused_xent.reference import cross_entropy, cross_entropy_with_statistics
 
-pytestmark = pytest.mark.cpu("torch operations alone")
+pytestmark = pytest.mark.cpu("uses torch operations only")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_torchs(shape, labels, reduction):
+def test_equals_torch(shape, labels, reduction):
     shape, labels = SHAPES[shape], LABELS[labels]
     if labels.dtype == torch.uint8 and shape[class_dim(shape)] > 255:
-        pytest.skip("255, which is ignored, would be a class")
+        pytest.skip("255 is ignore_index here, and would be a class")
     logits = make_logits(shape, torch.float64).requires_grad_()
     target = make_target(logits.detach(), labels)
     options = make_options(logits.detach(), labels)
@@ -65,8 +65,8 @@ def test_probability_or_weight_0_of_a_masked_class_adds_0(label_smoothing):
 
 @pytest.mark.parametrize("target", [3, -1, 10**9])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_a_target_that_is_no_class_is_nan(label_smoothing, target):
-    """As of the kernels that do not wait for the GPU: the row's loss and gradient alone."""
+def test_target_out_of_range_is_nan(label_smoothing, target):
+    """As with CUDA kernels, the loss and gradient of that row are NaN, and only those."""
     logits = make_logits((3, 3), torch.float64).requires_grad_()
     targets = torch.tensor([0, target, -100])
     loss = cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
@@ -77,14 +77,14 @@ def test_a_target_that_is_no_class_is_nan(label_smoothing, target):
     assert cross_entropy(logits, targets, reduction="sum").isnan()
 
 
-def test_the_square_of_a_great_lse_is_no_part_of_a_loss_without_it():
-    """In float32 it is infinite."""
+def test_no_z_loss_of_an_infinite_square():
+    """lse^2 is infinite in float32, and must not make the loss NaN if lse_square_scale is 0."""
     logits = torch.tensor([[1e30, 2e30, 0.0]])
     assert cross_entropy(logits, torch.tensor([0])).item() == pytest.approx(1e30)
 
 
 def test_entropy_of_masked_classes():
-    """Classes of logit minus infinity add 0, and get the gradient 0."""
+    """Classes with logit minus infinity add 0 and get gradient 0."""
     logits = torch.randn(3, 7, dtype=torch.float64)
     logits[:, [1, 4]] = -torch.inf
     rest = logits[:, [0, 2, 3, 5, 6]].requires_grad_()

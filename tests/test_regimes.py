@@ -1,4 +1,4 @@
-"""Every option in every regime: the kernels of rows, segments and tiles each implement it apart."""
+"""Every option in every regime: kernels for rows, segments and tiles each implement it."""
 
 import math
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import DTYPES, make_logits
-from extras import Problem, check_problem
 from modes import MODES, has_mode, loss_and_gradient
+from problems import Problem, check_problem
 from torch import Tensor
 
 from fused_xent import cross_entropy_with_statistics
@@ -16,15 +16,15 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def no_number_in_fresh_memory():
-    """Torch fills what is allocated with NaN, so that what is not written is seen."""
+def fresh_memory_is_nan():
+    """Torch fills new tensors with NaN, so that elements that a kernel misses are noticed."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 class Regime(NamedTuple):
-    """A shape, by which kernels it is computed, and whether its classes have a stride."""
+    """A shape, which decides the kernels that compute it; strided: class stride above 1."""
 
     shape: tuple[int, int]
     strided: bool = False
@@ -35,7 +35,7 @@ class Regime(NamedTuple):
 
 REGIMES = {
     "tile": Regime((7, 9)),
-    "tiles": Regime((259, 19)),  # the last of a few rows, its last group of a few classes
+    "tiles": Regime((259, 19)),  # the last tile has few rows, its last group few classes
     "strided tiles": Regime((21, 150), strided=True),
     "rows": Regime((5, 203)),
     "rows of several blocks": Regime((3, 4133)),
@@ -49,13 +49,13 @@ def is_large(regime: str) -> bool:
 
 
 def case(again: bool, *values):
-    """Return parameters of a test, which may be run again under each instruction set."""
+    """Return test parameters; again: run them again under each instruction set."""
     name = "-".join(str(value).removeprefix("torch.") for value in values)
     return pytest.param(*values, id=name, marks=[pytest.mark.kernels] if again else [])
 
 
 def sign(n: int) -> Tensor:
-    """Return weights of rows: ones that are left out, negative ones, and such as are neither."""
+    """Return token weights: positive ones, zero and negative ones."""
     return torch.tensor([1.5, 0.0, -0.5, 1.0, 0.75]).repeat(n // 5 + 1)[:n]
 
 
@@ -75,7 +75,7 @@ OPTIONS = {
         "logit_scale": 0.75,
     },
 }
-LABELS = {  # whether they are probabilities, have class weights, and are smoothed
+LABELS = {  # probabilities or not, class weights or not, label_smoothing
     "index": (False, False, 0.0),
     "index, weighted": (False, True, 0.0),
     "index, smoothed": (False, False, 0.2),
@@ -86,7 +86,7 @@ LABELS = {  # whether they are probabilities, have class weights, and are smooth
 
 
 def make_target(logits: Tensor, soft: bool) -> Tensor:
-    """Return labels that make a difference wherever a loop begins or ends."""
+    """Return labels at the first and last classes and in between; some rows are ignored."""
     n_rows, n_classes = logits.shape
     if soft:
         return (2 * torch.randn(n_rows, n_classes)).softmax(1).to(logits.dtype)
@@ -111,7 +111,8 @@ def test_option_in_regime(regime, labels, option, dtype):
     regime, (soft, weighted, smoothing) = REGIMES[regime], LABELS[labels]
     n_rows, n_classes = regime.shape
     logits = make_logits(regime.shape, dtype)
-    # Beyond the first classes, by which a block's maximum is guessed, and beyond other blocks'.
+    # The maximum is neither among the first classes, whose maximum is the guess for the block, nor
+    # in the first block.
     top = logits.amax(1) + 2
     logits[1::2, n_classes // 3] = top[1::2]
     logits[::2, n_classes - 2] = top[::2]
@@ -129,9 +130,9 @@ def test_option_in_regime(regime, labels, option, dtype):
     check_problem(Problem(logits.clone(), target, options, "default", statistics=True))
 
 
-# ---- classes that cannot be, and numbers near the greatest --------------------------------------
+# ---- masked classes, and numbers near the largest ----------------------------------------------
 
-MASKS = {  # of classes that are -inf
+MASKS = {  # which classes have logit -inf
     "first half": lambda j, n: j < n // 2,
     "last half": lambda j, n: j >= n - n // 2,
     "every other": lambda j, n: j % 2 == 0,
@@ -140,7 +141,7 @@ MASKS = {  # of classes that are -inf
 
 
 def greatest(dtype: torch.dtype) -> float:
-    """Return a number near the end of the range, of which the sum of two is beyond."""
+    """Return a number near the largest, whose double is out of range."""
     number = {torch.float64: 1e308, torch.float16: 6e4}.get(dtype, 2.5e38)
     return torch.tensor(number, dtype=dtype).item()
 
@@ -153,7 +154,7 @@ BASES = {
 
 
 def spread_out(values: Tensor, kept: Tensor, fill: float) -> Tensor:
-    """Return values of the kept classes among others of which all are fill."""
+    """Return values at the kept classes, and fill at all others."""
     whole = torch.full((len(values), len(kept)), fill, dtype=values.dtype)
     whole[:, kept] = values
     return whole
@@ -171,14 +172,14 @@ MASK_CASES = [
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("regime", "base", "dtype"), MASK_CASES)
-def test_masked_classes_are_as_if_they_were_not(regime, mask, base, soft, dtype):
-    """Loss, statistics and gradients are those of the other classes alone, in float64."""
+def test_masked_classes(regime, mask, base, soft, dtype):
+    """Loss, statistics and gradients equal those of the unmasked classes, in float64."""
     regime = REGIMES[regime]
     n_rows, n_classes = regime.shape
     base = BASES[base](dtype)
     kept = ~MASKS[mask](torch.arange(n_classes), n_classes)
     alone = make_logits((n_rows, int(kept.sum())), dtype) if base == 0 else None
-    if alone is None:  # beside base, nothing less is left of other numbers
+    if alone is None:  # smaller numbers vanish when base is added
         alone = torch.zeros(n_rows, int(kept.sum()), dtype=dtype)
     labels = make_target(alone, soft)
     target = labels
@@ -233,8 +234,8 @@ def test_masked_classes_are_as_if_they_were_not(regime, mask, base, soft, dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("regime", [name for name in REGIMES if not is_large(name)])
-def test_a_row_of_nothing_but_minus_infinity(regime, dtype):
-    """Its lse is minus infinity, as torch's, and no number is above it."""
+def test_rows_of_minus_infinity(regime, dtype):
+    """Its lse is minus infinity and its argmax 0, as in torch."""
     regime = REGIMES[regime]
     n_rows = len(logits := make_logits(regime.shape, dtype))
     logits[1::2] = -math.inf
@@ -251,8 +252,8 @@ def test_a_row_of_nothing_but_minus_infinity(regime, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize(("of_entropy", "of_lse"), [(2, 0), (0, 1), (2, -1)])
 @pytest.mark.parametrize("regime", [name for name in REGIMES if not is_large(name)])
-def test_statistics_where_the_target_is_impossible(regime, of_entropy, of_lse, dtype):
-    """A target at -inf has no part in the statistics, and gradient 0 of each of them alone."""
+def test_statistics_with_a_masked_target(regime, of_entropy, of_lse, dtype):
+    """A target class at -inf adds nothing to the statistics, and its gradient of each is 0."""
     regime = REGIMES[regime]
     n_rows, n_classes = regime.shape
     logits, target = make_logits(regime.shape, dtype), torch.arange(n_rows) * 5 % n_classes

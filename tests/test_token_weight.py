@@ -1,4 +1,4 @@
-"""Token weights of every dtype, layout and value, by every way that the loss is computed."""
+"""Token weights of every dtype, layout and value, on every code path of the loss."""
 
 from typing import NamedTuple
 
@@ -15,16 +15,16 @@ from fused_xent import (
     linear_cross_entropy_with_statistics,
 )
 
-# Of torch's own forward-mode formulas.
+# Warnings of torch's forward-mode formulas.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 DOUBLE = torch.float64
 ROWS, C = (2, 4), 7
 SCALE = 0.25  # of the z-loss
-IGNORED = -1  # which is the argmax of a row that is left out, too
+IGNORED = -1  # also the argmax of a dropped row
 
 
-def spread(values: Tensor) -> Tensor:
-    """Return the same values at every other place in memory."""
+def every_other(values: Tensor) -> Tensor:
+    """Return the same values with stride 2 in the last dimension."""
     return torch.stack([values, torch.full_like(values, 99)], -1)[..., 0]
 
 
@@ -36,7 +36,7 @@ def at_the_ignored_row(value: float) -> Tensor:
 
 THIRDS = torch.tensor([[1.0, -2.0, 0.0, 5.0], [1.0, 7.0, 2.0, 4.0]], dtype=DOUBLE) / 3
 BY_ROW = torch.tensor([[1.0], [2.0]])
-WEIGHTS = {  # row (0, 1) is ignored, row (0, 2) has weight 0 in all but the last three
+WEIGHTS = {  # row (0, 1) is ignored; row (0, 2) has weight 0, except in the last three
     "float64": THIRDS,
     "float32": THIRDS.float(),
     "bfloat16": THIRDS.bfloat16(),
@@ -44,8 +44,8 @@ WEIGHTS = {  # row (0, 1) is ignored, row (0, 2) has weight 0 in all but the las
     "int64": torch.tensor([[1, 2, 0, 3], [1, -1, 2, 4]]),
     "uint8": torch.tensor([[1, 2, 0, 3], [1, 0, 255, 4]], dtype=torch.uint8),
     "bool": torch.tensor([[True, True, False, True], [False, True, True, True]]),
-    "every other, float32": spread(THIRDS.float()),
-    "every other, float64": spread(THIRDS),
+    "every other, float32": every_other(THIRDS.float()),
+    "every other, float64": every_other(THIRDS),
     "transposed": THIRDS.float().t().contiguous().t(),
     "float64, transposed": THIRDS.t().contiguous().t(),
     "NaN at an ignored row": at_the_ignored_row(torch.nan),
@@ -57,7 +57,7 @@ WEIGHTS = {  # row (0, 1) is ignored, row (0, 2) has weight 0 in all but the las
 
 
 class Problem(NamedTuple):
-    """Logits with their classes last, target and token weights."""
+    """Logits with classes in the last dimension, target and token weights."""
 
     logits: Tensor
     target: Tensor
@@ -78,7 +78,7 @@ TARGETS = {
 
 
 def make_problem(target: str, weights: str, dtype, reduction: str) -> Problem:
-    """Make logits of which a row that is left out holds NaN."""
+    """Make a problem; a row of token weight 0 has NaN logits."""
     logits, target, weights = torch.randn(*ROWS, C), TARGETS[target], WEIGHTS[weights]
     if isinstance(target, torch.dtype):
         target = torch.randn(*ROWS, C).softmax(-1).to(torch.promote_types(target, dtype))
@@ -90,7 +90,7 @@ def make_problem(target: str, weights: str, dtype, reduction: str) -> Problem:
 
 
 def exact_results(p: Problem, logits: Tensor, target: Tensor) -> CrossEntropyStatistics:
-    """Compute all of it by torch's loss, in float64."""
+    """Compute loss and statistics with torch operations in float64."""
     weights, kept = p.weights.double(), p.weights != 0
     labels = target.argmax(-1) if target.is_floating_point() else target
     if not target.is_floating_point():
@@ -122,20 +122,20 @@ def by_kernels(p: Problem, logits: Tensor, target: Tensor, **options):
     )
 
 
-def by_class_weights_that_want_a_gradient(p, logits, target):
+def by_class_weight_gradient(p, logits, target):
     return by_kernels(
         p, logits, target, weight=torch.ones(C, dtype=p.logits.dtype).requires_grad_()
     )
 
 
-def by_token_weights_that_want_a_gradient(p, logits, target):
+def by_token_weight_gradient(p, logits, target):
     if p.weights.is_floating_point():
         p = p._replace(weights=p.weights.detach().requires_grad_())
     return by_kernels(p, logits, target)
 
 
 def by_vmap(p, logits, target):
-    """Of two samples that are alike, and of another dimension each."""
+    """vmap over two equal samples, along a different dimension of each input."""
 
     def sample(logits, target, weights):
         return tuple(by_kernels(p._replace(weights=weights), logits, target))
@@ -146,7 +146,7 @@ def by_vmap(p, logits, target):
 
 
 def by_jvp(p, logits, target):
-    """The values beside a derivative: by torch operations as well."""
+    """Under a dual level, torch operations compute the values."""
     with torch.autograd.forward_ad.dual_level():
         return by_kernels(p, logits, target)
 
@@ -154,7 +154,7 @@ def by_jvp(p, logits, target):
 def overwriting(mode):
     def way(p, logits, target):
         results = by_kernels(p, logits * 1, target.detach(), **MODES[mode])
-        if mode == "fused":  # which has no gradient of the others
+        if mode == "fused":  # has no gradients of statistics
             results = CrossEntropyStatistics(results.loss, *(x.detach() for x in results[1:]))
         return results
 
@@ -162,7 +162,7 @@ def overwriting(mode):
 
 
 def by_linear(p, logits, target, **options):
-    """Of a layer that returns what it is given."""
+    """The loss of a linear layer with the identity as weight."""
     eye = torch.eye(C, dtype=logits.dtype)
     return linear_cross_entropy_with_statistics(
         *(logits, eye, target), lse_square_scale=SCALE, **p.options(), **options
@@ -170,7 +170,7 @@ def by_linear(p, logits, target, **options):
 
 
 def by_linear_in_chunks(p, logits, target):
-    """Of the rows that count."""
+    """With drop_ignored, in chunks of three rows."""
     return by_linear(p, logits, target, chunk_rows=3, drop_ignored=True)
 
 
@@ -178,8 +178,8 @@ WAYS = {
     "kernels": by_kernels,
     "inplace": overwriting("inplace"),
     "fused": overwriting("fused"),
-    "gradient of class weights": by_class_weights_that_want_a_gradient,
-    "gradient of token weights": by_token_weights_that_want_a_gradient,
+    "gradient of class weights": by_class_weight_gradient,
+    "gradient of token weights": by_token_weight_gradient,
     "vmap": by_vmap,
     "dual level": by_jvp,
     "linear": by_linear,
@@ -194,21 +194,21 @@ KINDS = (
 
 
 def differentiate(results, leaves, upstream) -> list[Tensor]:
-    """Return the gradients of a sum of all that has one."""
+    """Return the gradients of the weighted sum of all differentiable results."""
     values = [x for x in results[:4] if x.requires_grad]
     total = sum((x.double() * up).sum() for x, up in zip(values, upstream, strict=False))
     gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     return [None if g is None else g.double() for g in gradients]
 
 
-@pytest.mark.cpu("a target that is no class is an error there alone")
+@pytest.mark.cpu("only the CPU raises an error for targets out of range")
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("way", WAYS)
 def test_token_weights(way, target, weights):
-    """Loss, statistics and gradients, to logits and probabilities, as torch's in float64."""
+    """Loss, statistics, gradients of logits and probabilities agree with torch in float64."""
     if "probabilities" in target and "ignored row" in weights:
-        pytest.skip("probabilities have no such rows")
+        pytest.skip("probabilities have no ignored rows")
     for dtype, reduction in KINDS:
         check(way, make_problem(target, weights, dtype, reduction))
 
@@ -231,7 +231,7 @@ def check(way: str, p: Problem) -> None:
     gradients = differentiate(results, leaves, upstream)
     expected = differentiate(exact, exact_leaves, upstream)
     for leaf, one, other in zip(leaves, gradients, expected, strict=True):
-        if one is None:  # of probabilities, where the logits are overwritten
+        if one is None:  # overwriting modes give no gradient of probabilities
             assert leaf is not leaves[0]
             assert way in MODES
             continue
@@ -259,12 +259,12 @@ def check_values(p: Problem, results, exact) -> None:
     assert torch.equal(results.correct, exact.correct)
 
 
-# ---- what a mean divides by --------------------------------------------------------------------
+# ---- the divisor of the mean, and dropped rows -------------------------------------------------
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_mean_by_weights_that_cancel(way):
-    """NaN, as a mean of no rows, not infinity; where weights almost cancel, the true mean."""
+    """A mean by 0 is NaN, not infinite; a mean by a small sum of weights is accurate."""
     target = torch.tensor([[1, 2, 3, IGNORED], [4, 5, IGNORED, 0]])
     weights = torch.tensor([[1.0, -1.0, 2.0, 9.0], [-2.0, 0.5, 9.0, -0.5]])
     p = Problem(torch.randn(*ROWS, C, requires_grad=True), target, weights, "mean")
@@ -287,10 +287,10 @@ def test_token_weights_of_the_loss_alone(reduction):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.cpu("a target that is no class is an error there alone")
+@pytest.mark.cpu("only the CPU raises an error for targets out of range")
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("vmap", "dual level")])
-def test_position_of_a_target_that_is_no_class(way):
-    """The first of a row that counts: the others may hold anything."""
+def test_position_of_a_target_out_of_range(way):
+    """The error reports the first one in a row that counts; dropped rows are skipped."""
     target = torch.tensor([[1, 99, IGNORED, 0], [4, C, 98, 0]])
     weights = torch.tensor([[1.0, 0.0, 1.0, 9.0], [-2.0, 0.5, 1.0, 0.5]])
     p = Problem(torch.randn(*ROWS, C, requires_grad=True), target, weights, "mean")
@@ -313,8 +313,8 @@ def test_probabilities_of_a_row_of_weight_0_may_be_nan(way, reduction):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_gradients_of_weights_beside_rows_that_are_left_out(reduction, soft):
-    """Of the rows that count alone, though the others hold NaN."""
+def test_gradients_of_weights_beside_dropped_rows(reduction, soft):
+    """Only rows that count contribute, although a dropped row holds NaN."""
     logits, tokens = torch.randn(5, C, dtype=DOUBLE), torch.tensor([1.0, 0, 2, -0.5, 1])
     logits[1] = torch.nan
     target = torch.randn(5, C, dtype=DOUBLE).softmax(-1) if soft else torch.arange(5)
@@ -335,10 +335,10 @@ def test_gradients_of_weights_beside_rows_that_are_left_out(reduction, soft):
 
 @pytest.mark.parametrize("way", ["kernels", "inplace", "gradient of class weights"])
 def test_gradients_of_a_mean_by_weights_that_cancel(way):
-    """NaN, to logits and to probabilities."""
+    """Gradients of logits and probabilities are NaN."""
     weights = torch.tensor([[1.0, -1.0, 2.0, -2.0]] * 2)
     leaves = [torch.randn(*ROWS, C), torch.randn(*ROWS, C).softmax(-1)]
-    if way == "inplace":  # which takes the logits' memory
+    if way == "inplace":  # gives no gradient of probabilities here
         leaves = [leaves[0], leaves[1].detach()]
     logits, target = leaves[0].requires_grad_(), leaves[1]
     wanted = [logits] if way == "inplace" else [logits, target.requires_grad_()]

@@ -1,4 +1,4 @@
-"""Each use of torch's private API does on this torch what it is used for."""
+"""The private API of the installed torch behaves as _torch_private.py expects."""
 
 import warnings
 
@@ -10,17 +10,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_xent import _ops, _torch_private
 
-pytestmark = pytest.mark.cpu("of torch's Python, not of a device")
+pytestmark = pytest.mark.cpu("independent of the device")
 
 LOGITS, TARGET = torch.randn(4, 9), torch.arange(4)
 
 
-def test_all_names_are_there():
+def test_all_names_exist():
     for name in _torch_private.__all__:
         assert getattr(_torch_private, name) is not None
 
 
-def test_below_autograd_no_formula_is_called():
+def test_below_autograd_skips_formulas():
     logits = LOGITS.clone().requires_grad_()
     arguments = (logits, TARGET, None, None, None, 1, 1)
     assert torch.ops.fused_xent.loss(*arguments).requires_grad
@@ -34,16 +34,16 @@ def test_kernels_are_called_directly():
     assert torch.equal(on_cpu(*arguments), torch.ops.fused_xent.loss(*arguments))
 
 
-def test_deprecated_reductions_have_torchs_names():
+def test_legacy_reduction_names():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own
+        warnings.simplefilter("ignore")  # of torch
         names = [
             _torch_private.legacy_reduction(*given) for given in ((None, False), (False, None))
         ]
     assert names == ["none", "sum"]
 
 
-def test_transforms_are_seen():
+def test_detects_transforms():
     seen = []
 
     def look(x):
@@ -56,7 +56,7 @@ def test_transforms_are_seen():
     torch.func.vmap(look)(LOGITS)
     torch.func.grad(lambda x: torch.func.vmap(look)(x).sum())(LOGITS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own forward-mode formulas
+        warnings.simplefilter("ignore")  # of torch's forward-mode formulas
         torch.func.jvp(look, (LOGITS,), (LOGITS,))
         with forward_ad.dual_level():
             look(LOGITS)
@@ -64,7 +64,7 @@ def test_transforms_are_seen():
     assert seen == [(False, False), (True, False), *[vmap_or_jvp] * 3, (False, True)]
 
 
-def test_eager_is_what_nothing_looks_at():
+def test_is_eager():
     seen = []
 
     def look(x):
@@ -95,7 +95,7 @@ def test_ordinary_tensors():
         "sparse": LOGITS.to_sparse(),
         "meta": LOGITS.to("meta"),
         "fake": FakeTensorMode().from_tensor(LOGITS),
-        "signs to be changed": torch._neg_view(LOGITS),
+        "lazily negated": torch._neg_view(LOGITS),
     }
     for name, tensor in ordinary.items():
         assert _torch_private.are_ordinary(tensor, LOGITS), name
@@ -105,7 +105,7 @@ def test_ordinary_tensors():
         assert not _torch_private.are_ordinary(LOGITS, tensor), name
 
 
-def test_batches_of_autograd_are_seen():
+def test_detects_batched_gradients():
     seen = []
 
     class Identity(torch.autograd.Function):
@@ -126,7 +126,7 @@ def test_batches_of_autograd_are_seen():
     assert not _torch_private.is_batched_by_autograd(None)
 
 
-def test_values_are_there_in_eager_mode_alone():
+def test_has_values():
     seen = []
 
     def look(x):
@@ -153,12 +153,12 @@ def test_views_and_memory():
     assert not _torch_private.is_one_of_several_views(whole)
 
 
-def test_matrices_of_16_bits_are_asked_of_mkldnn():
+def test_mkldnn_has():
     for dtype in (torch.bfloat16, torch.float16):
         assert isinstance(_torch_private.mkldnn_has(dtype), bool)
 
 
-def test_versions_are_counted_below_the_key_for_views():
+def test_multiply_raises_the_version_once():
     gradient = LOGITS.clone()
     version = gradient._version
     _ops.multiply_(gradient, torch.tensor(2.0))

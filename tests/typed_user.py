@@ -1,7 +1,7 @@
-"""A user's file for `make lint`: mypy must accept every right use and find every wrong one.
+"""Type-checking test for `make lint`: mypy must accept right calls and reject wrong ones.
 
-Nothing runs this file. A wrong use has a `type: ignore` that names its error. If mypy does not find
-the error, the comment is unused, which `mypy --strict` reports.
+Nothing runs this file. Each wrong call has a `type: ignore` with its error code. If mypy misses the
+error, the comment is unused, which `mypy --strict` reports.
 """
 
 import torch

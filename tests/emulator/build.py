@@ -1,4 +1,4 @@
-"""Builds CUDA sources for the emulator: nvcc, translation, g++; everything cached by content.
+"""Builds CUDA sources for the emulator: nvcc, translation, g++; all results cached by content.
 
 library = Harness(sources=[Path("rows.cu")], arch="sm_90").library(build_directory)
 ctypes.CDLL(library)
@@ -19,7 +19,7 @@ from pathlib import Path
 from .ptx2cpp import translate_module
 
 EMULATOR = Path(__file__).resolve().parent
-ROOT = EMULATOR.parents[1]  # of the project: copies of it share their builds
+ROOT = EMULATOR.parents[1]  # of the project; copies of it share their builds
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = str(CUDA / "bin" / "nvcc")
 CXX = os.environ.get("CXX", "g++")
@@ -37,7 +37,7 @@ processes = threading.Semaphore(os.cpu_count() or 1)
 
 @dataclass
 class Harness:
-    """What to build: the sources' host objects, with the emulator as their CUDA runtime."""
+    """What to build: CUDA and host sources, linked with the emulator as the CUDA runtime."""
 
     sources: list[Path]  # CUDA: kernels and launchers
     host_sources: list[Path] = field(default_factory=list)  # plain C++: a main(), bindings
@@ -61,7 +61,9 @@ class Harness:
     def _link(self, build_directory, flags, name):
         cache = Cache(Path(build_directory))
         flags = [*flags, *SANITIZERS[self.sanitizer], *self.link_flags, "-pthread"]
-        with ThreadPoolExecutor(64) as pool:  # most of them wait: `processes` is what limits
+        with ThreadPoolExecutor(
+            64
+        ) as pool:  # most threads wait; `processes` limits the running ones
             jobs = [pool.submit(self._cuda, cache, source, pool) for source in self.sources]
             jobs += [pool.submit(self._host, cache, source) for source in self.host_sources]
             jobs.append(pool.submit(self._machine, cache))
@@ -80,7 +82,7 @@ class Harness:
         return digest_of_files(included_files(source, [*self.include, EMULATOR]))
 
     def _cuda(self, cache, source, pool):
-        """One nvcc run gives the host object and the very PTX that it embeds."""
+        """Run nvcc once, for the host object and the PTX that it embeds."""
         source = Path(source).resolve()
         number = self.arch.removeprefix("sm_")
         flags = ["-lineinfo", "-Xcompiler", "-fPIC", *self._project_flags()]
@@ -118,7 +120,7 @@ class Harness:
         )
 
     def _machine(self, cache):
-        """Compiled as one, which is quicker, and never sanitized: see sanitizer_hooks.h."""
+        """Compile the machine as one file: it is faster. Never sanitized: see sanitizer_hooks.h."""
         flags = [*CXX_FLAGS, "-std=c++17", "-O2", "-g1", f"-I{CUDA}/include", *self.machine_flags]
         flags.append(f"-I{EMULATOR}")
 
@@ -139,12 +141,12 @@ class Harness:
 
 
 def missing_tools():
-    """What a machine needs to build anything, and this one lacks."""
+    """Return the required build tools that are not installed."""
     return [tool for tool in (NVCC, CXX, "objcopy") if shutil.which(tool) is None]
 
 
 class Cache:
-    """Results in folders named by the hash of everything that they depend on."""
+    """A cache of build results, in folders named by the hash of all their inputs."""
 
     def __init__(self, root):
         self.root = root
@@ -156,7 +158,7 @@ class Cache:
             work = Path(tempfile.mkdtemp(dir=self.root))
             build(work)
             try:
-                work.rename(folder)  # atomic: processes may build the same thing at once
+                work.rename(folder)  # atomic, since several processes may build the same result
             except OSError:
                 shutil.rmtree(work)
         return folder / name
@@ -168,7 +170,7 @@ def digest_of(key):
 
 
 def digest_of_folders(folders, suffixes=frozenset(SOURCE_SUFFIXES)):
-    """Of all files below them."""
+    """Return the digest of all source files below the folders."""
     paths = {path for folder in folders for path in Path(folder).rglob("*")}
     return digest_of_files(path for path in paths if path.suffix in suffixes)
 
@@ -179,9 +181,9 @@ def digest_of_files(paths):
 
 
 def included_files(source, folders=()):
-    """The source and the project's files that it includes, whatever its #if directives say.
+    """Return the source and the project files that it includes; #if directives are ignored.
 
-    A file is the project's if it is found beside the one that includes it or in one of the folders.
+    Project files are those found beside the including file or in one of the folders.
     """
     found, to_read = set(), [Path(source).resolve()]
     while to_read:
@@ -196,7 +198,7 @@ def included_files(source, folders=()):
 
 
 def cpu_flags():
-    """With them a fused multiply-add or a conversion of fp16 is an instruction, not a call."""
+    """Return flags that make fused multiply-adds and fp16 conversions instructions, not calls."""
     cpuinfo = Path("/proc/cpuinfo")
     have = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return ["-march=x86-64-v3"] if {"avx2", "fma", "f16c", "bmi2", "movbe"} <= set(have) else []
@@ -212,7 +214,7 @@ def run(command):
 
 
 def preload_environment(sanitizer="address"):
-    """For python itself: environment variables under which it can load an ASan library."""
+    """Return environment variables with which Python can load a library built with ASan."""
     libraries = ["libasan.so", "libstdc++.so"] if sanitizer == "address" else ["libtsan.so"]
     find = [subprocess.check_output([CXX, f"-print-file-name={n}"], text=True) for n in libraries]
     return {"LD_PRELOAD": " ".join(f.strip() for f in find), "ASAN_OPTIONS": "detect_leaks=0"}

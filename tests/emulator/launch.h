@@ -1,4 +1,4 @@
-// A launch, as the CUDA runtime's entry points hand it to the machine.
+// A launch, as passed from the CUDA runtime's entry points to the machine.
 #pragma once
 #include <string>
 
@@ -13,7 +13,7 @@ struct Launch {
   uint32_t dynamic_shared_bytes = 0;
   void** parameters;
 };
-// Runs the launch to its end. Returns "" or a report of what the kernel did wrong.
+// Runs the launch to its end. Returns "", or a report of the kernel's error.
 std::string run(const Launch& launch);
 
 }  // namespace emulator

@@ -19,7 +19,7 @@ class KernelTranslator:
         self.operands = Operands(kernel.parameters)
         self.shared = []  # in the order of the machine's offset table
         self.output = []
-        self.call_sites = {}  # inlined position -> where it was inlined
+        self.call_sites = {}  # inlined position -> position of the call
         body = "\n".join(item.text for item in kernel.items)
         for variable in module.variables:
             if not re.search(rf"(?<![\w$]){re.escape(variable.name)}(?![\w$])", body):
@@ -45,7 +45,7 @@ class KernelTranslator:
         return self
 
     def source_line(self, text):
-        """Reports should name the user's line, not the toolkit header that was inlined there."""
+        """Return the user's line, not that of a toolkit header that was inlined there."""
         place, call_site = (LOCATION.search(text), INLINED_AT.search(text))
         position = place.groups()
         self.call_sites[position] = call_site and call_site.groups()
@@ -59,7 +59,7 @@ class KernelTranslator:
         return re.search(r"/cuda[^/]*/.*include/", self.module.files.get(file, ""))
 
     def local_labels(self, position):
-        """Inline PTX reuses label names; GNU C's __label__ gives them the scope PTX does."""
+        """Declare the labels of a scope: inline PTX reuses names, __label__ makes them local."""
         depth, names = 0, []
         for item in self.kernel.items[position:]:
             depth += {"open": 1, "close": -1}.get(item.kind, 0)
@@ -98,7 +98,7 @@ class KernelTranslator:
 
     def declare_shared(self, name, variable):
         self.operands.shared.add(name)
-        if variable.count is None:  # dynamic shared memory starts the arena
+        if variable.count is None:  # dynamic shared memory is at the start of the arena
             offset = "0"
         else:
             offset = f"current->shared_offsets[{len(self.shared)}]"
@@ -131,7 +131,7 @@ class KernelTranslator:
         return f"kernel_{identifier(self.kernel.name)}"
 
     def table_entry(self):
-        """The initializer of a Kernel, see registry.h."""
+        """Return the initializer of a Kernel: see registry.h."""
         kernel = self.kernel
         pairs = ", ".join(f"{{{size}, {alignment}}}" for size, alignment in self.shared)
         shared = f"shared_of_{self.function}" if pairs else "nullptr"
@@ -142,7 +142,7 @@ class KernelTranslator:
 
 
 def declare_variable(variable):
-    """A __device__ or __constant__ variable becomes an ordinary array."""
+    """Declare a __device__ or __constant__ variable as an ordinary array."""
     declared = f"uint{bits(variable.type)}_t {identifier(variable.name)}[{variable.count}]"
     return f"alignas({variable.alignment}) extern {declared};"
 
@@ -170,7 +170,7 @@ extern "C" void __cudaRegisterVar_{name}(void**, char* variable, char*, const ch
 
 
 def tables(kernels, stored, name):
-    """What the host's stubs, which call these functions by this name, are matched with."""
+    """Return the tables of the module, and the registration functions that host stubs call."""
     shared, entries = zip(*(k.table_entry() for k in kernels), strict=True) if kernels else ((), ())
     names = [(v.name, identifier(v.name)) for v in stored]
     return [
@@ -188,7 +188,7 @@ def tables(kernels, stored, name):
 
 
 def translate_module(text, name="module", lines_per_part=8000):
-    """C++ files, to be compiled in parallel: the tables of the module, and its kernels."""
+    """Return C++ files to compile in parallel: the tables of the module, and its kernels."""
     module = parse_module(text)
     stored = [v for v in module.variables if v.space != "shared"]
     opening = ['#include "ptx_prelude.h"', f"namespace emulator::module_{name} {{"]

@@ -1,4 +1,4 @@
-"""Instruction families that compute: floating point, integers, bits."""
+"""Arithmetic instructions: floating point, integers, bits."""
 
 from .ptx_instructions import DIRECTED_ROUNDING, HALF_TYPES, LOGIC, handles
 from .ptx_operands import C_TYPES, FLOATS, bits
@@ -19,7 +19,7 @@ HALF_OPERATIONS = {
 
 
 def half_arithmetic(i):
-    """fp16, bf16 and their packed pairs: computed in fp32 (fma in fp64, so it rounds once)."""
+    """fp16, bf16 and packed pairs are computed in fp32; fma in fp64, to round once."""
     if i.has("sat", "relu", "ftz", *DIRECTED_ROUNDING) or i.name not in HALF_OPERATIONS:
         return None
     half = i.type.removesuffix("x2")
@@ -57,12 +57,12 @@ def arithmetic(i):
 
 
 def builtin(i, name):
-    """The function of the instruction's type: overloads of std:: take longer to compile."""
+    """Return the builtin for the instruction's type; std:: overloads compile more slowly."""
     return f"__builtin_{name}{'f' if i.type == 'f32' else ''}"
 
 
 def float_operation(i, formula):
-    """The formula's {0}, {1} and {2} are the instruction's inputs."""
+    """Return the operation; {0}, {1} and {2} in the formula are the inputs."""
     c_type = C_TYPES[i.type]
     inputs = [i.read(n) for n in range(1, len(i.arguments))]
     mode = next((DIRECTED_ROUNDING[p] for p in i.parts if p in DIRECTED_ROUNDING), None)

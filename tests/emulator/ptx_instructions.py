@@ -1,6 +1,6 @@
-"""One function per instruction family: from a PTX instruction to a C++ statement.
+"""Handlers that translate PTX instructions to C++ statements, one per instruction family.
 
-A handler returns None for a variant that it does not know; that is an error, never a guess.
+A handler returns None for a variant that it does not know, which is reported as an error.
 """
 
 from .ptx_operands import C_TYPES, FLOATS, bits
@@ -56,7 +56,7 @@ class Instruction:
 
 
 def split_arguments(text):
-    """Splits at commas outside brackets and braces."""
+    """Split at commas outside brackets and braces."""
     if "{" not in text and "[" not in text:
         return [argument.strip() for argument in text.split(",") if argument]
     arguments, depth, current = [], 0, ""
@@ -127,7 +127,7 @@ def comparison(i):
         return f"{'!' if kind == 'num' else ''}unordered({x}, {y})"
     if is_float and kind.endswith("u") and kind[:-1] in COMPARISONS:
         return f"(unordered({x}, {y}) || {x} {COMPARISONS[kind[:-1]]} {y})"
-    if is_float and kind == "ne":  # the ordered one
+    if is_float and kind == "ne":  # the ordered comparison
         return f"({x} < {y} || {x} > {y})"
     return f"({x} {COMPARISONS[kind]} {y})" if kind in COMPARISONS else None
 

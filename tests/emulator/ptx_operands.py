@@ -1,4 +1,4 @@
-"""PTX types and operands as C++ expressions."""
+"""Translates PTX types and operands to C++ expressions."""
 
 import math
 import re
@@ -50,7 +50,7 @@ def bits(type_):
 
 
 def register_type(type_):
-    """Unsigned integers of the declared width, but floats for .f32 and .f64: g++ is far quicker."""
+    """Return the unsigned integer of this width, or a float type: faster to compile."""
     if type_ in FLOATS or type_ == "pred":
         return C_TYPES[type_]
     return C_TYPES[f"b{max(bits(type_), 16)}"]  # 8-bit values live in 16-bit registers
@@ -64,7 +64,7 @@ def identifier(name):
 
 
 def float_literal(pattern, type_):
-    """A C++ literal for a bit pattern."""
+    """Return the C++ literal of a bit pattern."""
     form, suffix = ("If", "f") if type_ == "f32" else ("Qd", "")
     value = struct.unpack(f"={form[1]}", struct.pack(f"={form[0]}", pattern))[0]
     if math.isfinite(value):
@@ -75,12 +75,12 @@ def float_literal(pattern, type_):
 
 
 def bit_cast(type_, value):
-    """Not a template: calls of those were a third of the compile time."""
+    """Return a cast; not a template call, since those took a third of the compile time."""
     return f"__builtin_bit_cast({C_TYPES[type_]}, {value})"
 
 
 class Operands:
-    """Knows the names that are in scope in one kernel."""
+    """The names in scope in one kernel."""
 
     def __init__(self, parameters):
         self.parameters = parameters
@@ -147,7 +147,7 @@ class Operands:
         return f"{name} = ({c_type})({expression});"
 
     def address(self, operand, space):
-        """The host address of a [base+offset] operand."""
+        """Return the host address of a [base+offset] operand."""
         match = re.fullmatch(r"\[\s*([^\]+]+?)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
         if not match:
             raise PtxError(self.line, f"cannot read the address {operand!r}")

@@ -1,4 +1,4 @@
-"""Instruction families that involve memory or other threads."""
+"""Instructions that access memory or synchronize threads."""
 
 from .ptx_instructions import elements, handles
 from .ptx_operands import C_TYPES, FLOATS, bits

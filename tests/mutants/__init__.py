@@ -1,6 +1,6 @@
-"""Mutation tests: faults in tables, each put into a copy of the project to see that a test fails.
+"""Mutation tests: each fault of the tables, put into a copy of the project, must make a test fail.
 
-A table is a module `<name>_faults` with FAULTS, a Fault for each description of one.
+A table is a module `<name>_faults` with FAULTS, which maps descriptions to a Fault.
 """
 
 from . import bench_faults, binding_faults, cpu_faults, cuda_faults, python_faults

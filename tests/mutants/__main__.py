@@ -1,9 +1,9 @@
-"""Puts the faults of the tables into the code, one at a time, and reports what no test sees.
+"""Applies the faults of the tables to the code, one at a time, and reports those no test finds.
 
     make mutants                                      all of them: about an hour on two cores
     make mutants ARGS="--table cuda softcap"          those of one table whose names say softcap
 
-Exit status 1 where a fault survives, or could not be tried.
+The exit status is 1 if a fault survives or could not be tried.
 """
 
 import argparse
@@ -20,9 +20,11 @@ from .runner import Runner
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__.split("\n")[0])
-    parser.add_argument("words", nargs="*", help="only faults whose names have one of these")
-    parser.add_argument("--table", choices=TABLES, action="append", help="only this one")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time")
+    parser.add_argument("words", nargs="*", help="only faults whose names contain one of these")
+    parser.add_argument("--table", choices=TABLES, action="append", help="only this table")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="faults tried in parallel"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutants")
     arguments = parser.parse_args()
     chosen = [

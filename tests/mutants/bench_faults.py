@@ -1,10 +1,10 @@
-"""Faults of the benchmark and of the tests' tolerances, and the tests that see them."""
+"""Faults of the benchmark and of the tests' tolerances, and the tests that find them."""
 
 from .fault import Fault
 
 
 def tests_of(module):
-    """Return what makes tests of tests/test_bench_<module>.py from their names."""
+    """Return a function that maps test names to tests of tests/test_bench_<module>.py."""
     return lambda *names: tuple(f"tests/test_bench_{module}.py::test_{name}" for name in names)
 
 
@@ -368,14 +368,14 @@ DEVICE_FAULTS = {
     ),
     "an earlier peak of the process counts": Fault(
         "bench/device.py",
-        '            PEAK_RESET.write_text("5")  # the peak is what is resident now\n',
+        '            PEAK_RESET.write_text("5")  # resets the peak to what is resident now\n',
         "",
         of_timing("peak_of_a_process_is_of_what_is_inside_alone"),
     ),
     "freed memory is used again uncounted": Fault(
         "bench/device.py",
-        "            ctypes.CDLL(None).malloc_trim(0)  # what has been",
-        "            # what has been",
+        "            ctypes.CDLL(None).malloc_trim(0)  # freed memory",
+        "            # freed memory",
         of_timing("peak_of_a_process_is_of_what_is_inside_alone"),
     ),
     "memory is what is left, not the peak": Fault(
@@ -554,8 +554,8 @@ COMMAND_FAULTS = {
     ),
     "Ctrl-C goes on with the next case": Fault(
         "bench/command.py",
-        'this is what there is", file=sys.stderr)\n            break',
-        'this is what there is", file=sys.stderr)',
+        'these results are partial", file=sys.stderr)\n            break',
+        'these results are partial", file=sys.stderr)',
         of_commands("status_and_what_is_written"),
     ),
     "Ctrl-C loses the case that it ends": Fault(
@@ -1351,8 +1351,8 @@ DEMO_FAULTS = {
     ),
     "the time of a step is the loss's": Fault(
         "bench/demo.py",
-        '("time a step", "step_seconds")',
-        '("time a step", "loss_seconds")',
+        '("time per step", "step_seconds")',
+        '("time per step", "loss_seconds")',
         of_demo("table_of_the_demo"),
     ),
     "the demo never ends early": Fault(
@@ -1425,19 +1425,19 @@ DEMO_FAULTS = {
 }
 
 COMPARISON = "tests/test_compare.py::test_"
-TERMS = (f"{COMPARISON}terms_are_those_of_loss_and_gradient",)
+TERMS = (f"{COMPARISON}terms_of_loss_and_gradient",)
 TOLERANCE_FAULTS = {
     "every test tolerates four times as much": Fault(
         "tests/compare.py",
         "ERROR = 5e-6",
         "ERROR = 2e-5",
-        (f"{COMPARISON}twice_what_is_tolerated_is_found",),
+        (f"{COMPARISON}twice_the_tolerance_is_found",),
     ),
     "every test tolerates ten times as much in float64": Fault(
         "tests/compare.py",
         "1e-13 + n_classes",
         "1e-12 + n_classes",
-        (f"{COMPARISON}twice_what_is_tolerated_is_found",),
+        (f"{COMPARISON}twice_the_tolerance_is_found",),
     ),
     "a truncation is a rounding": Fault(
         "tests/compare.py",
@@ -1467,7 +1467,7 @@ TOLERANCE_FAULTS = {
         "tests/compare.py",
         "~((actual == exact) | (actual.isnan() & exact.isnan()))",
         "~(actual == exact)",
-        (f"{COMPARISON}what_is_right_may_be_no_number",),
+        (f"{COMPARISON}nan_and_infinity_may_be_right",),
     ),
     "a loss of another dtype is right": Fault(
         "tests/compare.py",

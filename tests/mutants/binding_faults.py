@@ -1,4 +1,4 @@
-"""Faults between tensors and the CPU kernels, and the tests that see them."""
+"""Faults of the code between tensors and the CPU kernels, and the tests that find them."""
 
 from .fault import Fault
 
@@ -13,17 +13,17 @@ FORWARD = (f"{OPS}test_wrong_arguments_of_forward_are_refused",)
 BACKWARD = (f"{OPS}test_wrong_arguments_of_backward_are_refused",)
 SCALE = (f"{OPS}test_wrong_arguments_of_scale_gradient_are_refused",)
 MULTIPLY = (f"{OPS}test_wrong_arguments_of_multiply_are_refused",)
-MEMORY = (f"{OPS}test_memory_of_gradients",)
+MEMORY = (f"{OPS}test_operators_refuse_shared_memory",)
 NO_CLASSES = (f"{OPS}test_rows_of_no_classes",)
-HUGE_PAGES = (f"{OPS}test_huge_pages_are_asked_for_within_the_gradient",)
-MEAN = ("tests/test_extras.py::test_mean_by_a_sum_of_0_is_nan",)
-FUSED = (f"{OPS}test_fused_mode_returns_what_forward_does",)
+HUGE_PAGES = (f"{OPS}test_huge_pages_are_requested_within_the_gradient",)
+MEAN = ("tests/test_options.py::test_mean_by_a_sum_of_0_is_nan",)
+FUSED = (f"{OPS}test_fused_mode_returns_the_results_of_forward",)
 STATE = (f"{OPS}test_state_of_all_options",)
 WEIGHTS = (f"{OPS}test_weights_of_rows_have_any_real_dtype_and_strides",)
 
 
 def option(regime: str, name: str, labels: str, dtype: str = "float32") -> tuple[str]:
-    """Return the test of an option in a regime."""
+    """Return the test of this option in this regime."""
     return (f"tests/test_regimes.py::test_option_in_regime[{regime}-{name}-{dtype}-{labels}]",)
 
 
@@ -50,7 +50,7 @@ CALL_FAULTS = {
         CPU,
         "problem.reduction == kMean ? mean_of(1, total_weight) : 1;",
         "problem.reduction == kSum ? mean_of(1, total_weight) : 1;",
-        ("tests/test_overwriting.py::test_gradient_is_the_default_modes_and_in_the_logits",),
+        ("tests/test_overwriting.py::test_gradient_equals_default_mode_and_overwrites_logits",),
     ),
     "the class weights' sum is the number of classes": Fault(
         CPU,
@@ -69,7 +69,7 @@ CALL_FAULTS = {
         "    scan();  // the targets, once more\n",
         "",
         (
-            "tests/test_errors.py::test_target_changed_unseen_by_autograd",
+            "tests/test_errors.py::test_target_changed_through_data",
             *BACKWARD,
         ),
     ),
@@ -84,7 +84,7 @@ CALL_FAULTS = {
         CPU,
         "return problem.normalizer ? normalizer() : of_rows;",
         "return of_rows;",
-        ("tests/test_extras.py::test_normalizer",),
+        ("tests/test_options.py::test_normalizer",),
     ),
     "a loss is rounded to float32 on its way": Fault(
         CPU,
@@ -97,7 +97,7 @@ CALL_FAULTS = {
         "filled(total_weight, ScalarType::Double)}",
         "filled(scan(), ScalarType::Double)}",
         (
-            "tests/test_extras.py::test_normalizer",
+            "tests/test_options.py::test_normalizer",
             f"{OPS}test_a_normalizer_divides_the_gradient",
         ),
     ),
@@ -202,7 +202,7 @@ OPERATORS_FAULTS = {
         "    const Rows rows(call.problem, call.params, statistics && false);\n    auto [loss",
         (
             f"{OPS}test_opcheck",
-            "tests/test_extras.py::test_argmax_is_the_first_of_the_greatest",
+            "tests/test_options.py::test_argmax_is_the_first_maximum",
         ),
     ),
     "the gradients of lse and entropy are swapped": Fault(
@@ -213,13 +213,13 @@ OPERATORS_FAULTS = {
         'problem.rows_of("grad_lse", upstream.grad_lse, p.grad_entropy);\n'
         "    const auto grad_entropy =\n"
         '        problem.rows_of("grad_entropy", upstream.grad_entropy, p.grad_lse);',
-        ("tests/test_regimes.py::test_statistics_where_the_target_is_impossible",),
+        ("tests/test_regimes.py::test_statistics_with_a_masked_target",),
     ),
     "token weights are forgotten when a gradient is scaled": Fault(
         OPERATORS,
         "const Inputs inputs{grad_logits, target, {}, token_weight, {}, dim, kSum};",
         "const Inputs inputs{grad_logits, target, {}, {}, {}, dim, kSum};",
-        ("tests/test_layouts.py::test_upstream_of_rows_left_out_may_be_anything",),
+        ("tests/test_layouts.py::test_upstream_of_dropped_rows_may_be_anything",),
     ),
     "any gradient is scaled in place": Fault(
         OPERATORS,
@@ -239,7 +239,7 @@ OPERATORS_FAULTS = {
         OPERATORS,
         'set_grad_logits(call.params, "logits", inputs.logits, inputs.dim);',
         'set_grad_logits(call.params, "logits", call.problem.logits, inputs.dim);',
-        (f"{OPS}test_more_row_dimensions_than_are_counted_are_not_overwritten",),
+        (f"{OPS}test_more_than_4_row_dimensions_are_not_overwritten",),
     ),
     "a gradient of the entropy goes without it": Fault(
         OPERATORS,
@@ -277,7 +277,7 @@ OPERATORS_FAULTS = {
         'problem.rows_of("entropy", std::nullopt, p.entropy);',
         (
             f"{OPS}test_derivatives_of_forward",
-            "tests/test_doors.py::test_upstream_gradients_of_any_strides",
+            "tests/test_autograd_features.py::test_upstream_gradients_of_any_strides",
         ),
     ),
     "lse and entropy are returned in the other order": Fault(
@@ -300,7 +300,7 @@ OPERATORS_FAULTS = {
         "    FUSED_XENT_OPTIONS(FUSED_XENT_READ)\n",
         "    FUSED_XENT_OPTIONS(FUSED_XENT_READ)\n"
         "    std::swap(options.lse_square_scale, options.focal_gamma);\n",
-        ("tests/test_extras.py::test_formula",),
+        ("tests/test_options.py::test_formula",),
     ),
 }
 
@@ -309,7 +309,7 @@ TENSORS_FAULTS = {
         TENSORS,
         "if (!grad_loss) torch::stable::zero_(rows);",
         "if (!grad_loss) torch::stable::fill_(rows, 1);",
-        (f"{OPS}test_upstream_gradients_that_there_are_not_are_0",),
+        (f"{OPS}test_missing_upstream_gradients_are_0",),
     ),
     "the last size of a text has no comma": Fault(
         TENSORS,
@@ -339,7 +339,7 @@ TENSORS_FAULTS = {
         TENSORS,
         "if (d == dim || size == 1) continue;",
         "if (d == dim) continue;",
-        (f"{OPS}test_dimensions_of_size_1_are_no_row_dimensions",),
+        (f"{OPS}test_dimensions_of_size_1_do_not_count",),
     ),
     "row dimensions with a gap are merged": Fault(
         TENSORS,
@@ -463,7 +463,7 @@ TENSORS_FAULTS = {
         TENSORS,
         "FUSED_XENT_CHECK(!statistics || p.vocab_size < INT32_MAX,",
         "FUSED_XENT_CHECK(!statistics || p.vocab_size <= INT64_MAX,",
-        (f"{OPS}test_statistics_of_more_classes_than_lanes_count_are_refused",),
+        (f"{OPS}test_statistics_of_2_31_classes_are_refused",),
     ),
     "rows of no classes keep what memory held": Fault(
         TENSORS, "  if (p.vocab_size > 0) return;\n", "  return;\n", NO_CLASSES
@@ -481,7 +481,7 @@ TENSORS_FAULTS = {
         TENSORS,
         "  p.row_max = take();\n  p.log_sum = take();\n",
         "  p.log_sum = take();\n  p.row_max = take();\n",
-        (f"{OPS}test_forward_saves_what_its_documentation_says",),
+        (f"{OPS}test_forward_returns_state_and_total_weight",),
     ),
     "any reduction passes": Fault(
         TENSORS,
@@ -548,7 +548,7 @@ TENSORS_FAULTS = {
         TENSORS,
         "  shape.insert(shape.begin(), problem.state_size());\n",
         "  shape.push_back(problem.state_size());\n",
-        (f"{OPS}test_forward_saves_what_its_documentation_says",),
+        (f"{OPS}test_forward_returns_state_and_total_weight",),
     ),
     "the lse is a difference": Fault(
         TENSORS,
@@ -601,7 +601,7 @@ TENSORS_FAULTS = {
         TENSORS,
         "    target = with_layout(*target, dim, params.target_layout);\n",
         "    merge_rows(*target, dim, params.target_layout);\n",
-        ("tests/test_errors.py::test_rows_of_more_dimensions_than_the_kernels_count",),
+        ("tests/test_errors.py::test_more_than_four_row_dimensions",),
     ),
     "a complex upstream gradient is cast": Fault(
         TENSORS,
@@ -634,13 +634,13 @@ TENSORS_FAULTS = {
         "                                           : torch::stable::new_empty(logits, "
         "logits.sizes());",
         "  return gradient;",
-        ("tests/test_errors.py::test_rows_of_more_dimensions_than_the_kernels_count",),
+        ("tests/test_errors.py::test_more_than_four_row_dimensions",),
     ),
     "logits of many dimensions are read in some": Fault(
         TENSORS,
         "  logits = with_layout(logits, dim, params.logits_layout);\n",
         "  merge_rows(logits, dim, params.logits_layout);\n",
-        ("tests/test_errors.py::test_rows_of_more_dimensions_than_the_kernels_count",),
+        ("tests/test_errors.py::test_more_than_four_row_dimensions",),
     ),
     "memory is laid out in another order": Fault(
         TENSORS,
@@ -660,8 +660,8 @@ TENSORS_FAULTS = {
         "  static_cast<Options&>(params) = options;\n",
         "",
         (
-            "tests/test_extras.py::test_any_combination_of_many_options",
-            f"{OPS}test_gradients_of_forward_are_those_of_the_specification",
+            "tests/test_options.py::test_any_combination_of_many_options",
+            f"{OPS}test_gradients_of_forward_equal_the_reference",
         ),
     ),
     "int32 targets are read as int64": Fault(
@@ -697,7 +697,7 @@ SCHEMAS_FAULTS = {
         "ScalarType? loss_dtype",
         (
             f"{OPS}test_derivatives_of_forward",
-            "tests/test_export.py::test_decompositions_are_the_operators",
+            "tests/test_export.py::test_decompositions_equal_the_operators",
         ),
     ),
     "backward_ does not say that it writes": Fault(

@@ -3,14 +3,14 @@
 from .fault import Fault
 
 ACCURACY = "tests/test_accuracy.py::"
-EXTRAS = "tests/test_extras.py::"
+EXTRAS = "tests/test_options.py::"
 LAYOUTS = "tests/test_layouts.py::"
 SHAPE = "tests/test_kernels.py::test_shape"
 OPS = "tests/test_ops.py::"
-INFINITIES = f"{ACCURACY}test_infinities_nan_and_extremes_are_as_in_torch"
+INFINITIES = f"{ACCURACY}test_infinities_nan_and_extremes_match_torch"
 SIZES = f"{ACCURACY}test_exponentials_and_logarithms_of_all_sizes"
-NEAR_0 = f"{ACCURACY}test_a_loss_near_0_has_all_of_its_digits"
-ARGMAX = f"{EXTRAS}test_argmax_is_the_first_of_the_greatest"
+NEAR_0 = f"{ACCURACY}test_losses_near_0_are_accurate"
+ARGMAX = f"{EXTRAS}test_argmax_is_the_first_maximum"
 
 
 def option(regime: str, name: str, labels: str, dtype: str = "float32") -> str:
@@ -20,7 +20,7 @@ def option(regime: str, name: str, labels: str, dtype: str = "float32") -> str:
 
 def masked(regime: str, base: str, mask: str, labels: str, dtype: str = "float32") -> str:
     """Return the test of classes that are -inf in a regime."""
-    test = "test_masked_classes_are_as_if_they_were_not"
+    test = "test_masked_classes"
     return f"tests/test_regimes.py::{test}[{regime}-{base}-{dtype}-{mask}-{labels}]"
 
 
@@ -47,7 +47,7 @@ LAUNCH = {
         "csrc/cpu/launch.cpp",
         "if (is_left_out(p, row)) return zero_gradient(p, row, begin, end);",
         "if (is_left_out(p, row)) return;",
-        (f"{LAYOUTS}test_upstream_of_rows_left_out_may_be_anything",),
+        (f"{LAYOUTS}test_upstream_of_dropped_rows_may_be_anything",),
     ),
     "rows of segments that are left out keep what memory held": Fault(
         "csrc/cpu/launch.cpp",
@@ -108,7 +108,7 @@ LAUNCH = {
         "csrc/cpu/launch.cpp",
         "p.n_rows < kFewRows && p.vocab_size > kSegmentClasses",
         "p.n_rows < 4 * threads.count && p.vocab_size > kSegmentClasses",
-        (f"{ACCURACY}test_bitwise_the_same_for_any_number_of_threads",),
+        (f"{ACCURACY}test_results_do_not_depend_on_the_number_of_threads",),
     ),
     "general rows take the plain backward": Fault(
         "csrc/cpu/instruction_set.h",
@@ -197,7 +197,7 @@ SCAN = {
         "  double sum = 0;\n"
         "  if (threads.count % 2 == 0) std::reverse(blocks.begin(), blocks.end());\n"
         "  for (double block : blocks) sum += block;\n  return sum;",
-        (f"{ACCURACY}test_bitwise_the_same_for_any_number_of_threads",),
+        (f"{ACCURACY}test_results_do_not_depend_on_the_number_of_threads",),
     ),
 }
 
@@ -212,9 +212,7 @@ ROWS = {
         "csrc/cpu/row_inputs.h",
         "         p.grad_lse != nullptr || p.grad_entropy != nullptr;\n}",
         "         p.grad_entropy != nullptr;\n}",
-        (
-            "tests/test_regimes.py::test_statistics_where_the_target_is_impossible[rows-0-1-float32]",
-        ),
+        ("tests/test_regimes.py::test_statistics_with_a_masked_target[rows-0-1-float32]",),
     ),
     "the z-loss's gradient forgets the factor 2": Fault(
         "csrc/xent_rows.h",
@@ -338,9 +336,7 @@ ONE_ROW = {
         "csrc/xent_math.h",
         "return p == 0 ? gradient : gradient + part;",
         "return gradient + part;",
-        (
-            "tests/test_regimes.py::test_statistics_where_the_target_is_impossible[rows-2-0-float32]",
-        ),
+        ("tests/test_regimes.py::test_statistics_with_a_masked_target[rows-2-0-float32]",),
     ),
     "the mass of probabilities is that of class weights": Fault(
         "csrc/cpu/row_passes.h",
@@ -370,7 +366,7 @@ ONE_ROW = {
         "csrc/cpu/launch.cpp",
         "if (!is_left_out(p, row)) k.segment_scale(",
         "k.segment_scale(",
-        (f"{LAYOUTS}test_upstream_of_rows_left_out_may_be_anything",),
+        (f"{LAYOUTS}test_upstream_of_dropped_rows_may_be_anything",),
     ),
     "rows of 16 bits beyond 2^24 are left to the row kernels in fused mode": Fault(
         "csrc/cpu/row_passes.h",
@@ -436,13 +432,13 @@ FORMULAS = {
         "csrc/xent_math.h",
         "on_target == 0 ? log_sum - log_sum : on_target",
         "on_target == 0 ? Real{} : on_target",
-        (f"{ACCURACY}test_target_of_weight_0_hides_no_nan",),
+        (f"{ACCURACY}test_target_of_weight_0_does_not_hide_nan",),
     ),
     "infinite weights of other classes enter the gradient": Fault(
         "csrc/xent_math.h",
         "return spread == 0 ? on_target : on_target + spread * mass;",
         "return on_target + spread * mass;",
-        (f"{ACCURACY}test_weight_of_a_class_that_no_row_has[inf-3-default-float32]",),
+        (f"{ACCURACY}test_weight_of_an_absent_class[inf-3-default-float32]",),
     ),
     "the gradient at a confident target cancels": Fault(
         "csrc/xent_math.h",
@@ -499,7 +495,7 @@ SWEEPS = {
         "csrc/cpu/row_kernels.h",
         "if (block.max > max) max = block.max;",
         "max = block.max;",
-        (f"{OPS}test_forward_saves_what_its_documentation_says[torch.float32-(2, 17000)]",),
+        (f"{OPS}test_forward_returns_state_and_total_weight[torch.float32-(2, 17000)]",),
     ),
     "blocks are added around the origin of the last": Fault(
         "csrc/cpu/row_kernels.h",
@@ -527,8 +523,8 @@ SWEEPS = {
         "return {max_lane(vmax(top[0], top[1])), Exp",
         "return {max_lane(top[0]), Exp",
         (
-            f"{OPS}test_forward_saves_what_its_documentation_says[torch.float32-(3, 200)]",
-            f"{OPS}test_forward_saves_what_its_documentation_says[torch.float32-(2, 17000)]",
+            f"{OPS}test_forward_returns_state_and_total_weight[torch.float32-(3, 200)]",
+            f"{OPS}test_forward_returns_state_and_total_weight[torch.float32-(2, 17000)]",
         ),
     ),
     "0 times -inf of a class of probability 0 is NaN in rows": Fault(
@@ -577,7 +573,7 @@ SWEEPS = {
         "csrc/cpu/row_kernels.h",
         "block_max(x, j, block_end, stats.max)",
         "block_max(x, j, block_end, std::numeric_limits<A>::lowest())",
-        (f"{OPS}test_fused_mode_returns_what_forward_does[(3, 5000)-plain]",),
+        (f"{OPS}test_fused_mode_returns_the_results_of_forward[(3, 5000)-plain]",),
     ),
     "long sums forget what they lost": Fault(
         "csrc/xent_math.h",
@@ -593,7 +589,7 @@ SWEEPS = {
         "return lost - lost == 0 ? sum + lost : sum;",
         "return sum + lost;",
         (
-            f"{ACCURACY}test_distance_beyond_float32_hides_in_no_number",
+            f"{ACCURACY}test_overflowing_distance_gives_no_wrong_loss",
             INFINITIES,
         ),
     ),
@@ -847,7 +843,7 @@ LANES = {
         "csrc/cpu/lane_stats.h",
         "return sum == 0 ? log : log + lost_ / sum;",
         "return log + lost_ / sum;",
-        ("tests/test_regimes.py::test_a_row_of_nothing_but_minus_infinity[tile-float32]",),
+        ("tests/test_regimes.py::test_rows_of_minus_infinity[tile-float32]",),
     ),
     "a lane starts at minus infinity": Fault(
         "csrc/cpu/lane_stats.h",
@@ -922,7 +918,7 @@ TILES = {
         "csrc/cpu/tile_kernels.h",
         "if (n_rows - lane >= kLanes<A>) {",
         "if (n_rows - lane >= kLanes<A> - 1) {",
-        ("tests/test_native.py",),  # Python sees no memory behind a tensor
+        ("tests/test_cpu_native.py",),  # Python sees no memory behind a tensor
     ),
     "the last group of classes is a class short": Fault(
         "csrc/cpu/tile_kernels.h",
@@ -995,7 +991,7 @@ TILES = {
         "csrc/cpu/tile_kernels.h",
         "is_left_out(p, begin + i) ? A(0) : grad_loss",
         "false ? A(0) : grad_loss",
-        (f"{LAYOUTS}test_upstream_of_rows_left_out_may_be_anything",),
+        (f"{LAYOUTS}test_upstream_of_dropped_rows_may_be_anything",),
     ),
     "the first row's upstream scales all rows of a tile": Fault(
         "csrc/cpu/tile_kernels.h",
@@ -1073,9 +1069,7 @@ TILES = {
         "csrc/xent_math.h",
         "return p == 0 ? gradient : gradient + part;",
         "return gradient + part;",
-        (
-            "tests/test_regimes.py::test_statistics_where_the_target_is_impossible[tile-2-0-float32]",
-        ),
+        ("tests/test_regimes.py::test_statistics_with_a_masked_target[tile-2-0-float32]",),
     ),
     "the upstream gradient of a tile begins with the first row's": Fault(
         "csrc/cpu/tile_labels.h",
@@ -1167,13 +1161,13 @@ CHOICE = {
         "csrc/cpu/launch.cpp",
         "rows.push_back(is_left_out(p, row) ? RowBackward()",
         "rows.push_back(row < 0 ? RowBackward()",
-        ("tests/test_guards.py",),
+        ("tests/test_out_of_bounds.py",),
     ),
     "a block's maximum may be far above what it is guessed to be": Fault(
         "csrc/cpu/row_kernels.h",
         "constexpr double kSlack = 8;",
         "constexpr double kSlack = 100;",
-        ("tests/test_accuracy.py::test_a_class_far_above_those_before_it",),
+        ("tests/test_accuracy.py::test_class_far_above_earlier_ones",),
     ),
     "the least instruction set that is allowed is chosen": Fault(
         "csrc/cpu/capability.cpp",
@@ -1204,7 +1198,7 @@ CHOICE = {
         "csrc/cpu/kernels.h",
         "constexpr double kMaxOrigin = 0x1p24;",
         "constexpr double kMaxOrigin = 0x1p200;",
-        ("tests/test_accuracy.py::test_infinities_nan_and_extremes_are_as_in_torch",),
+        ("tests/test_accuracy.py::test_infinities_nan_and_extremes_match_torch",),
     ),
     "the last row dimension is counted by its neighbour's stride": Fault(
         "csrc/xent_params.h",
@@ -1219,13 +1213,13 @@ FROM_OUTSIDE = {
         "csrc/cpu/tile_kernels.h",
         "const bool has_spread = kHasSpread && labels.spread != 0;",
         "const bool has_spread = kHasSpread;",
-        ("tests/test_accuracy.py::test_weight_of_a_class_that_no_row_has",),
+        ("tests/test_accuracy.py::test_weight_of_an_absent_class",),
     ),
     "the argmax of lanes begins above the lowest number": Fault(
         "csrc/cpu/lane_stats.h",
         "Vec<A> top_ = -std::numeric_limits<A>::infinity() - Vec<A>{};",
         "Vec<A> top_ = std::numeric_limits<A>::lowest() - Vec<A>{};",
-        ("tests/test_extras.py::test_argmax_is_the_first_of_the_greatest",),
+        ("tests/test_options.py::test_argmax_is_the_first_maximum",),
     ),
 }
 

@@ -495,7 +495,7 @@ GENERAL = {
     ),
     "what the moment lost is counted twice": emulated(
         "cuda/per_class_options.cuh",
-        "test_cuda.py::test_what_sums_lose_is_rescaled",
+        "test_cuda.py::test_compensation_terms_are_rescaled",
         "    lost_moment = 0;\n",
         "",
     ),
@@ -525,7 +525,7 @@ GENERAL = {
     ),
     "threads without classes have the argmax of what is -inf": emulated(
         "xent_math.h",
-        "test_cuda.py::test_argmax_beside_threads_that_have_no_classes",
+        "test_cuda.py::test_argmax_with_idle_threads",
         "other.argmax >= 0 && is_above",
         "is_above",
     ),
@@ -649,7 +649,7 @@ COLUMNS = {
     ),
     "what a strided row's sum lost is forgotten": emulated(
         "cuda/sweep.cuh",
-        "test_cuda.py::test_small_exponentials_beside_a_great_one",
+        "test_cuda.py::test_small_exponentials_beside_a_large_one",
         "    stats.sum = with_lost(stats.sum, lost_sum);\n",
         "",
     ),
@@ -727,7 +727,7 @@ LAUNCHERS = {
     ),
     "classes of rows in vectors may begin within one": emulated(
         "cuda/launch.cpp",
-        "test_cuda.py::test_rows_in_vectors_whose_classes_begin_within_one",
+        "test_cuda.py::test_row_vectors_need_aligned_classes",
         "if (layout.size[inner] % elements != 0 || layout.class_stride % elements != 0)",
         "if (layout.size[inner] % elements != 0)",
     ),
@@ -760,19 +760,19 @@ LAUNCHERS = {
     ),
     "rows are split over clusters where there are none": emulated(
         "cuda/plan.cpp",
-        "test_plans.py",
+        "test_cuda_plans.py",
         "return device.capability >= 90;",
         "return device.capability >= 80;",
     ),
     "workers are no power of two": emulated(
         "cuda/plan.cpp",
-        "test_plans.py",
+        "test_cuda_plans.py",
         "plan.workers = power_of_two(std::min(missing, shape.vocab_size / 16), 1, 8);",
         "plan.workers = static_cast<int>(std::clamp<int64_t>(missing, 1, 7));",
     ),
     "a plan of more threads than the kernel takes is let pass": emulated(
         "cuda/plan.cpp",
-        "test_plans.py",
+        "test_cuda_plans.py",
         "plan.threads < 32 || plan.threads > max_threads(shape))",
         "plan.threads < 32)",
     ),
@@ -866,13 +866,13 @@ BINDING = {
     ),
     "forced plans are not checked": emulated(
         "binding/cuda.cpp",
-        "test_cuda.py::test_plan_that_cannot_serve",
+        "test_cuda.py::test_invalid_plan",
         "  FUSED_XENT_CHECK(why == nullptr, ",
         "  FUSED_XENT_CHECK(true, ",
     ),
     "rows beyond 2^31 are counted": emulated(
         "binding/cuda.cpp",
-        "test_cuda.py::test_more_rows_or_classes_than_kernels_count",
+        "test_cuda.py::test_too_many_rows_or_classes",
         "params.n_rows <= cuda::kMaxRows && params.vocab_size",
         "params.vocab_size",
     ),

@@ -1,4 +1,4 @@
-"""Builds fused_xent._C of a copy of the project, quickly: what a fault did not change is cached."""
+"""Builds fused_xent._C of a copy of the project; objects that a fault did not change are cached."""
 
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ from torch.utils.cpp_extension import include_paths
 
 import fused_xent
 
-INSTRUCTION_SETS = {"portable", "avx2", "avx512", "avx512_bf16"}  # each a file of csrc/cpu
+INSTRUCTION_SETS = {"portable", "avx2", "avx512", "avx512_bf16"}  # one file of csrc/cpu each
 FLAGS = ["-Og", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS += [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
@@ -18,10 +18,10 @@ BINDING = ("cpu", "schemas", "tensors")
 
 
 def build_library(project: Path, builds: Path) -> Path:
-    """Build the library of this copy of the project; return its path among the builds.
+    """Build the library of this copy of the project; return its path in the build folder.
 
-    Of the instruction sets only that of this processor is the copy's; the others, which do not run
-    here, are those of the project itself.
+    Only the instruction set in use is compiled from the copy; the others, which do not run here,
+    come from the project itself.
     """
     cache = Cache(builds)
 

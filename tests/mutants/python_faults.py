@@ -19,29 +19,27 @@ MAIN = "fused_xent/__main__.py"
 
 TOKENS = ("tests/test_token_weight.py::test_token_weights",)
 CANCEL = ("tests/test_token_weight.py::test_mean_by_weights_that_cancel",)
-POSITION = ("tests/test_token_weight.py::test_position_of_a_target_that_is_no_class",)
+POSITION = ("tests/test_token_weight.py::test_position_of_a_target_out_of_range",)
 NARROW = ("tests/test_linear_dtypes.py::test_narrow_targets",)
 PROBABILITIES = ("tests/test_linear_dtypes.py::test_probabilities_of_another_dtype",)
 REFUSED = ("tests/test_errors.py::test_refused",)
-TAKEN = ("tests/test_errors.py::test_taken",)
+TAKEN = ("tests/test_errors.py::test_accepted",)
 FULL = ("tests/test_errors.py::test_messages_in_full",)
 LINEAR_ERRORS = ("tests/test_linear_errors.py::test_errors",)
 MODULES = ("tests/test_nn.py::test_every_option_reaches_the_function",)
-REPORT = ("tests/test_fallback.py::test_report_of_a_kernel_that_is_wrong",)
+REPORT = ("tests/test_fallback.py::test_report_of_a_wrong_kernel",)
 CHUNKS = ("tests/test_linear.py::test_rows_of_a_chunk",)
 SHIFT = ("tests/test_linear.py::test_shift_and_drop_ignored",)
 STATISTICS = ("tests/test_linear.py::test_statistics",)
-TRANSFORMS = ("tests/test_doors.py::test_transforms_of_torch_func",)
-BATCHES = ("tests/test_doors.py::test_batches_of_upstream_gradients",)
-FORMULA = ("tests/test_extras.py::test_formula",)
-SUBCLASSES = ("tests/test_functional.py::test_tensor_subclasses_are_asked_first",)
-USED_BEFORE = ("tests/test_overwriting_shared.py::test_logits_used_before_the_loss_too",)
+TRANSFORMS = ("tests/test_autograd_features.py::test_transforms_of_torch_func",)
+BATCHES = ("tests/test_autograd_features.py::test_vmap_over_upstream_gradients",)
+FORMULA = ("tests/test_options.py::test_formula",)
+SUBCLASSES = ("tests/test_functional.py::test_torch_function_takes_precedence",)
+USED_BEFORE = ("tests/test_overwriting_shared.py::test_logits_used_before_the_loss",)
 OPERATORS = ("tests/test_ops.py::test_meta_implementations_agree_in_strides",)
-DECOMPOSED = ("tests/test_export.py::test_decompositions_are_the_operators",)
-DECOMPOSED_PROGRAMS = (
-    "tests/test_export.py::test_decomposed_programs_have_no_operator_of_ours_and_train",
-)
-TRACED = ("tests/test_export.py::test_traced_graphs_train",)
+DECOMPOSED = ("tests/test_export.py::test_decompositions_equal_the_operators",)
+DECOMPOSED_PROGRAMS = ("tests/test_export.py::test_decomposed_programs",)
+TRACED = ("tests/test_export.py::test_make_fx_of_the_forward",)
 
 OPTIONS_FAULTS = {
     "inplace_backward may be any object": Fault(
@@ -99,7 +97,7 @@ OPTIONS_FAULTS = {
         OPTIONS,
         "    return dim % n_dims\n",
         "    return dim\n",
-        ("tests/test_extras.py::test_dim",),
+        ("tests/test_options.py::test_dim",),
     ),
     "NaN is in every interval": Fault(
         OPTIONS,
@@ -153,7 +151,7 @@ OPTIONS_FAULTS = {
         OPTIONS,
         "    value = operator.index(value)\n    if not -(2**63)",
         "    if not -(2**63)",
-        ("tests/test_errors.py::test_what_says_which_index_it_is",),
+        ("tests/test_errors.py::test_objects_with_index_are_integers",),
     ),
     "a cap may be 0": Fault(
         OPTIONS,
@@ -231,13 +229,13 @@ OPTIONS_FAULTS = {
         OPTIONS,
         "        number = float(value)  # before it is compared: numpy's float16 warns of 1e30\n",
         "        number = value\n",
-        ("tests/test_errors.py::test_numbers_of_numpy_and_tensors_of_one_number",),
+        ("tests/test_errors.py::test_numpy_numbers_and_scalar_tensors",),
     ),
     "tensors of one number are no numbers": Fault(
         OPTIONS,
         "            value = value.item()\n",
         "            pass\n",
-        ("tests/test_errors.py::test_numbers_of_numpy_and_tensors_of_one_number",),
+        ("tests/test_errors.py::test_numpy_numbers_and_scalar_tensors",),
     ),
     "a tensor of True is a number": Fault(OPTIONS, " and value.dtype != torch.bool:", ":", REFUSED),
     "several numbers are a number": Fault(
@@ -280,7 +278,7 @@ OPTIONS_FAULTS = {
         OPTIONS,
         "    if any(isinstance(value, Tensor) for value in values):\n",
         "    if False:\n",
-        ("tests/test_errors.py::test_numbers_of_numpy_and_tensors_of_one_number",),
+        ("tests/test_errors.py::test_numpy_numbers_and_scalar_tensors",),
     ),
     "True is remembered as 1": Fault(
         OPTIONS,
@@ -298,7 +296,7 @@ OPTIONS_FAULTS = {
         OPTIONS,
         "return resolve_once(n_dims, statistics, tuple(given), *given.values())",
         "return resolve_once(n_dims, False, tuple(given), *given.values())",
-        ("tests/test_extras.py::test_argmax_is_the_first_of_the_greatest",),
+        ("tests/test_options.py::test_argmax_is_the_first_maximum",),
     ),
     "the ratio of scale and cap upside down": Fault(
         OPTIONS, "    ratio = logit_scale / softcap\n", "    ratio = softcap / logit_scale\n", FULL
@@ -316,7 +314,7 @@ OPTIONS_FAULTS = {
         OPTIONS,
         "    if dim is None:  # torch's",
         "    if True:  # torch's",
-        ("tests/test_extras.py::test_dim",),
+        ("tests/test_options.py::test_dim",),
     ),
     "a scalar has classes": Fault(OPTIONS, "    if n_dims == 0:\n", "    if False:\n", REFUSED),
     "options that are defaults reach the operators as None": Fault(
@@ -334,8 +332,8 @@ OPTIONS_FAULTS = {
         "        options.grad_in_forward,\n        options.inplace_backward,\n",
         (
             "tests/test_overwriting.py::test_second_backward_is_refused",
-            "tests/test_overwriting.py::test_gradient_is_the_default_modes_and_in_the_logits",
-            "tests/test_overwriting.py::test_a_leaf_is_refused",
+            "tests/test_overwriting.py::test_gradient_equals_default_mode_and_overwrites_logits",
+            "tests/test_overwriting.py::test_leaves_are_refused",
         ),
     ),
     "any name of an option": Fault(
@@ -400,7 +398,7 @@ PROBLEM_FAULTS = {
         "return normalizer.reshape(()).to(input.device, torch.float64)",
         "return normalizer.reshape(()).to(input.device)",
         (
-            "tests/test_extras.py::test_normalizer",
+            "tests/test_options.py::test_normalizer",
             "tests/test_functional.py::test_normalizer_goes_to_the_logits_device",
         ),
     ),
@@ -420,13 +418,13 @@ PROBLEM_FAULTS = {
         PROBLEM,
         "input.new_full((), float(normalizer)",
         "input.new_full((), int(normalizer)",
-        ("tests/test_extras.py::test_any_combination_of_many_options",),
+        ("tests/test_options.py::test_any_combination_of_many_options",),
     ),
     "logits of inplace_backward are not checked": Fault(
         PROBLEM,
         "    if settings.inplace_backward or settings.grad_in_forward:\n",
         "    if settings.grad_in_forward:\n",
-        ("tests/test_overwriting.py::test_a_leaf_is_refused",),
+        ("tests/test_overwriting.py::test_leaves_are_refused",),
     ),
     "autocast of a device that has none": Fault(
         PROBLEM,
@@ -504,49 +502,49 @@ PROBLEM_FAULTS = {
         PROBLEM,
         "return len(merged) <= 4",
         "return len(merged) <= 5",
-        ("tests/test_errors.py::test_rows_of_one_dimension_too_many",),
+        ("tests/test_errors.py::test_five_row_dimensions_are_refused",),
     ),
     "four row dimensions are refused": Fault(
         PROBLEM,
         "return len(merged) <= 4",
         "return len(merged) <= 3",
-        ("tests/test_errors.py::test_rows_of_as_many_dimensions_as_the_kernels_count",),
+        ("tests/test_errors.py::test_four_row_dimensions",),
     ),
     "dimensions of size 1 are counted": Fault(
         PROBLEM,
         "if d == dim or size == 1:",
         "if d == dim:",
-        ("tests/test_errors.py::test_rows_of_as_many_dimensions_as_the_kernels_count",),
+        ("tests/test_errors.py::test_four_row_dimensions",),
     ),
     "the dimension of the classes is counted": Fault(
         PROBLEM,
         "if d == dim or size == 1:",
         "if size == 1:",
-        ("tests/test_errors.py::test_rows_of_as_many_dimensions_as_the_kernels_count",),
+        ("tests/test_errors.py::test_four_row_dimensions",),
     ),
     "dimensions that merge are counted": Fault(
         PROBLEM,
         "if merged and merged[-1] == size * stride:",
         "if False:",
-        ("tests/test_errors.py::test_rows_of_many_dimensions_that_are_one",),
+        ("tests/test_errors.py::test_many_row_dimensions_that_merge",),
     ),
     "a target in the logits' memory": Fault(
         PROBLEM,
         "    if not is_compiling and _torch_private.share_memory(target, input):\n",
         "    if False:\n",
-        ("tests/test_overwriting_shared.py::test_memory_that_the_target_shares",),
+        ("tests/test_overwriting_shared.py::test_target_in_the_memory_of_the_logits",),
     ),
     "the mode in a message is the other": Fault(
         PROBLEM,
         'name = "grad_in_forward" if settings.grad_in_forward else "inplace_backward"',
         'name = "grad_in_forward"',
-        ("tests/test_overwriting.py::test_a_leaf_is_refused",),
+        ("tests/test_overwriting.py::test_leaves_are_refused",),
     ),
     "views of a leaf are overwritten": Fault(
         PROBLEM,
         "if input.is_leaf or (memory.is_leaf and memory.requires_grad):",
         "if input.is_leaf:",
-        ("tests/test_overwriting.py::test_a_leaf_is_refused",),
+        ("tests/test_overwriting.py::test_leaves_are_refused",),
     ),
     "shared elements are overwritten": Fault(
         PROBLEM, "stride == 0 < size - 1 for", "stride < 0 for", FULL
@@ -561,13 +559,13 @@ PROBLEM_FAULTS = {
         PROBLEM,
         "    if not is_compiling and input.is_neg():",
         "    if False:",
-        ("tests/test_errors.py::test_overwriting_a_view_of_other_signs",),
+        ("tests/test_errors.py::test_overwriting_modes_refuse_negated_views",),
     ),
     "overwriting under torch.func": Fault(
         PROBLEM,
         "    if not is_compiling and _torch_private.is_under_torch_func():\n",
         "    if False:\n",
-        ("tests/test_errors.py::test_overwriting_under_torch_func",),
+        ("tests/test_errors.py::test_overwriting_modes_refuse_torch_func",),
     ),
     "probabilities that want a gradient in fused mode": Fault(
         PROBLEM,
@@ -579,28 +577,25 @@ PROBLEM_FAULTS = {
         PROBLEM,
         "    if input.dtype == torch.float16:\n",
         "    if False:\n",
-        ("tests/test_errors.py::test_float16_has_no_gradient_in_forward",),
+        ("tests/test_errors.py::test_grad_in_forward_refuses_float16",),
     ),
     "a part of a tensor in fused mode": Fault(
         PROBLEM,
         "    if memory.numel() != input.numel() or memory.dtype != input.dtype:\n",
         "    if memory.dtype != input.dtype:\n",
-        ("tests/test_overwriting_shared.py::test_part_of_a_tensor_has_no_gradient_in_forward",),
+        ("tests/test_overwriting_shared.py::test_grad_in_forward_refuses_parts_of_a_tensor",),
     ),
     "memory of another dtype in fused mode": Fault(
         PROBLEM,
         "    if memory.numel() != input.numel() or memory.dtype != input.dtype:\n",
         "    if memory.numel() != input.numel():\n",
-        (
-            "tests/test_overwriting_shared.py::"
-            "test_the_real_part_of_complex_numbers_has_no_gradient_in_forward",
-        ),
+        ("tests/test_overwriting_shared.py::test_grad_in_forward_refuses_real_parts",),
     ),
     "the range in fewer bits": Fault(
         PROBLEM,
         "    target = target.to(torch.int64)  # in fewer bits",
         "    # in fewer bits",
-        ("tests/test_linear_dtypes.py::test_narrow_targets_that_are_no_class",),
+        ("tests/test_linear_dtypes.py::test_narrow_targets_out_of_range",),
     ),
     "negative targets are classes": Fault(
         PROBLEM,
@@ -678,13 +673,13 @@ PROBLEM_FAULTS = {
         PROBLEM,
         "        _check_overwritable(problem)\n",
         "        _check_overwritable(problem._replace(logits=input))\n",
-        ("tests/test_overwriting.py::test_a_leaf_that_is_promoted_is_not_overwritten",),
+        ("tests/test_overwriting.py::test_promoted_leaves_are_not_overwritten",),
     ),
     "range of targets by the last dimension": Fault(
         PROBLEM,
         "n_classes, ignore_index = problem.logits.shape[settings.dim], settings.ignore_index",
         "n_classes, ignore_index = problem.logits.shape[-1], settings.ignore_index",
-        ("tests/test_linear.py::test_a_loss_in_each_of_many_positions",),
+        ("tests/test_linear.py::test_several_positions_per_row",),
     ),
     "a target of no tensor": Fault(PROBLEM, '    check_dense("target", target)\n', "", REFUSED),
     "class weights may be sparse": Fault(
@@ -710,7 +705,7 @@ PROBLEM_FAULTS = {
         PROBLEM,
         "    if weight.shape != (n_classes,):\n",
         "    if weight.numel() != n_classes:\n",
-        ("tests/test_fallback.py::test_weights_of_other_shapes_are_refused",),
+        ("tests/test_fallback.py::test_weights_of_wrong_shape_are_refused",),
     ),
     "a target of one more dimension has no hint": Fault(
         PROBLEM, "    if ones:\n", "    if False:\n", REFUSED
@@ -765,10 +760,7 @@ PROBLEM_FAULTS = {
         PROBLEM,
         "        if memory.is_leaf:\n",
         "        if False:\n",
-        (
-            "tests/test_overwriting_shared.py::"
-            "test_a_view_of_a_tensor_that_autograd_has_not_recorded",
-        ),
+        ("tests/test_overwriting_shared.py::test_view_of_an_unrecorded_tensor",),
     ),
     "leaves are refused without grad mode": Fault(
         PROBLEM,
@@ -845,13 +837,13 @@ FUNCTIONAL_FAULTS = {
         FUNCTIONAL,
         "    return_annotation=CrossEntropyStatistics,\n",
         "",
-        ("tests/test_extras.py::test_signature_of_the_statistics_is_that_of_the_loss",),
+        ("tests/test_options.py::test_statistics_have_the_signature_of_the_loss",),
     ),
     "weights of the statistics are positional": Fault(
         FUNCTIONAL,
         "if i > 2 else parameter",
         "if i > 3 else parameter",
-        ("tests/test_extras.py::test_signature_of_the_statistics_is_that_of_the_loss",),
+        ("tests/test_options.py::test_statistics_have_the_signature_of_the_loss",),
     ),
     "deprecated arguments of the statistics are ignored": Fault(
         FUNCTIONAL,
@@ -863,13 +855,13 @@ FUNCTIONAL_FAULTS = {
         FUNCTIONAL,
         "cross_entropy, *tensors, size_average=size_average, reduce=reduce, **options",
         "cross_entropy, *tensors, **options",
-        ("tests/test_functional.py::test_tensor_subclasses_are_given_all_arguments",),
+        ("tests/test_functional.py::test_torch_function_gets_all_arguments",),
     ),
     "modes take the short way": Fault(
         FUNCTIONAL,
         "if is_plain(*tensors) and not (inplace_backward or grad_in_forward):",
         "if is_plain(*tensors):",
-        ("tests/test_overwriting.py::test_gradient_is_the_default_modes_and_in_the_logits",),
+        ("tests/test_overwriting.py::test_gradient_equals_default_mode_and_overwrites_logits",),
     ),
     "the short way's errors are the kernels'": Fault(
         FUNCTIONAL, "        except CALL_ERRORS:\n", "        except KeyError:\n", REFUSED
@@ -878,7 +870,7 @@ FUNCTIONAL_FAULTS = {
         FUNCTIONAL,
         "    return evaluate(prepare(*tensors, False, options))[0]\n",
         "    return evaluate(prepare(*tensors, True, options))[0].clone()\n",
-        ("tests/test_autograd.py::test_allocated_is_the_gradient_alone",),
+        ("tests/test_autograd.py::test_allocates_only_the_gradient",),
     ),
 }
 
@@ -933,7 +925,7 @@ LINEAR_FAULTS = {
         LINEAR,
         "counts.flatten(1).any(1)",
         "counts.flatten(1).all(1)",
-        ("tests/test_linear_dtypes.py::test_a_row_is_dropped_where_all_of_its_positions_are",),
+        ("tests/test_linear_dtypes.py::test_row_is_dropped_if_all_its_positions_are",),
     ),
     "kept rows by an ignored index of fewer bits": Fault(
         LINEAR,
@@ -945,13 +937,13 @@ LINEAR_FAULTS = {
         LINEAR,
         "counts = is_label if counts is None else counts & is_label",
         "counts = is_label if counts is None else counts | is_label",
-        ("tests/test_linear_dtypes.py::test_a_row_is_dropped_where_all_of_its_positions_are",),
+        ("tests/test_linear_dtypes.py::test_row_is_dropped_if_all_its_positions_are",),
     ),
     "rows of token weight 0 are kept": Fault(
         LINEAR,
         "counts = None if token_weight is None else token_weight != 0",
         "counts = None",
-        ("tests/test_linear_dtypes.py::test_a_row_is_dropped_where_all_of_its_positions_are",),
+        ("tests/test_linear_dtypes.py::test_row_is_dropped_if_all_its_positions_are",),
     ),
     "float64 layers are cast by autocast": Fault(
         LINEAR,
@@ -981,19 +973,19 @@ LINEAR_FAULTS = {
         LINEAR,
         "or _autograd.needs_graph(target, weight, token_weight, normalizer)",
         "or _autograd.needs_graph(weight, token_weight, normalizer)",
-        ("tests/test_linear_doors.py::test_gradients_of_probabilities",),
+        ("tests/test_linear_autograd.py::test_gradients_of_probabilities",),
     ),
     "chunks under torch.func": Fault(
         LINEAR,
         "        or (not is_compiling and is_under_torch_func())\n",
         "",
-        ("tests/test_linear_doors.py::test_transforms_of_torch_func",),
+        ("tests/test_linear_autograd.py::test_transforms_of_torch_func",),
     ),
     "chunks of no positions": Fault(
         LINEAR,
         "        or 0 in problem.logits.shape\n",
         "",
-        ("tests/test_linear.py::test_chunks_of_nothing",),
+        ("tests/test_linear.py::test_empty_layers",),
     ),
     "labels beyond a sequence are the next one's": Fault(
         LINEAR,
@@ -1009,7 +1001,7 @@ LINEAR_FAULTS = {
         "    check_range(problem)\n"
         "    if shift > 0:\n"
         "        problem = problem._replace(token_weight=_without_first(problem, shift))\n",
-        ("tests/test_linear_errors.py::test_position_of_a_target_that_is_no_class",),
+        ("tests/test_linear_errors.py::test_position_of_a_target_out_of_range",),
     ),
     "token weights are not shifted": Fault(
         LINEAR, "flat(tokens)[shift:]", "flat(tokens)[: n_rows - shift]", SHIFT
@@ -1048,13 +1040,13 @@ LINEAR_FAULTS = {
         LINEAR,
         "if drop_ignored and has_values(problem.target):",
         "if has_values(problem.target):",
-        ("tests/test_linear_dtypes.py::test_the_module_drops_what_it_is_told_to",),
+        ("tests/test_linear_dtypes.py::test_drop_ignored_of_the_module",),
     ),
     "rows are dropped in compiled code": Fault(
         LINEAR,
         "if drop_ignored and has_values(problem.target):",
         "if drop_ignored:",
-        ("tests/test_linear_doors.py::test_in_one_graph",),
+        ("tests/test_linear_autograd.py::test_compiles_to_one_graph",),
     ),
     "any object drops rows": Fault(
         LINEAR, '    check_flag("drop_ignored", drop_ignored)\n', "", LINEAR_ERRORS
@@ -1095,13 +1087,13 @@ LINEAR_FAULTS = {
         "        return _overridden(linear_cross_entropy_with_statistics, ",
         "    if has_torch_function_variadic(*tensors, *others[:2]):\n"
         "        return _overridden(linear_cross_entropy_with_statistics, ",
-        ("tests/test_linear_doors.py::test_tensor_subclasses_are_asked_first",),
+        ("tests/test_linear_autograd.py::test_torch_function_takes_precedence",),
     ),
     "statistics of a layer take any name": Fault(
         LINEAR,
         '    check_names("linear_cross_entropy_with_statistics", options, _NAMES)\n',
         "",
-        ("tests/test_linear_errors.py::test_unknown_names",),
+        ("tests/test_linear_errors.py::test_unknown_arguments_of_the_layer",),
     ),
     "logits of all rows are not promoted": Fault(
         LINEAR,
@@ -1113,10 +1105,10 @@ LINEAR_FAULTS = {
         LINEAR,
         "    _SIGNATURE.replace(return_annotation=CrossEntropyStatistics)\n",
         "    _SIGNATURE\n",
-        ("tests/test_extras.py::test_signature_of_the_statistics_is_that_of_the_loss",),
+        ("tests/test_options.py::test_statistics_have_the_signature_of_the_loss",),
     ),
     "a layer's statistics know no reduction": Fault(
-        LINEAR, "[3:]", "[6:]", ("tests/test_linear_doors.py::test_finite_differences",)
+        LINEAR, "[3:]", "[6:]", ("tests/test_linear_autograd.py::test_finite_differences",)
     ),
     "a layer's ignored index is the default": Fault(
         LINEAR, '        loss_options["ignore_index"] = ignore_index\n', "        pass\n", NARROW
@@ -1125,7 +1117,7 @@ LINEAR_FAULTS = {
         LINEAR,
         "    if has_torch_function_variadic(*tensors, *others):\n        given =",
         "    if has_torch_function_variadic(*tensors, *others[1:]):\n        given =",
-        ("tests/test_linear_doors.py::test_tensor_subclasses_are_asked_first",),
+        ("tests/test_linear_autograd.py::test_torch_function_takes_precedence",),
     ),
     "biases of a layer may be sparse": Fault(
         LINEAR, '        check_dense("linear_bias", linear_bias)\n', "", LINEAR_ERRORS
@@ -1222,25 +1214,25 @@ LINEAR_FAULTS = {
         LINEAR,
         "    if chunk_rows is not None or torch.compiler.is_compiling():\n",
         "    if chunk_rows is not None:\n",
-        ("tests/test_linear_doors.py::test_one_graph_of_few_logits_and_of_many",),
+        ("tests/test_linear_autograd.py::test_one_graph_of_few_logits_and_of_many",),
     ),
     "class weights that want a gradient get none": Fault(
         LINEAR,
         "or _autograd.needs_graph(target, weight, token_weight, normalizer)",
         "or _autograd.needs_graph(target, token_weight, normalizer)",
-        ("tests/test_linear_doors.py::test_gradient_of_one_option_alone",),
+        ("tests/test_linear_autograd.py::test_gradient_of_one_option_alone",),
     ),
     "a normalizer that wants a gradient gets none": Fault(
         LINEAR,
         "or _autograd.needs_graph(target, weight, token_weight, normalizer)",
         "or _autograd.needs_graph(target, weight, token_weight)",
-        ("tests/test_linear_doors.py::test_gradient_of_one_option_alone",),
+        ("tests/test_linear_autograd.py::test_gradient_of_one_option_alone",),
     ),
     "chunks where torch operations compute": Fault(
         LINEAR,
         "        _autograd.is_for_torch(problem)\n        or ",
         "        ",
-        ("tests/test_linear_doors.py::test_dual_numbers",),
+        ("tests/test_linear_autograd.py::test_dual_numbers",),
     ),
     "the last rows of sequences have a place in the loss": Fault(
         LINEAR, "rows[-1] - shift) if shift else values", "rows[-1]) if shift else values", SHIFT
@@ -1363,7 +1355,7 @@ PRODUCTS_FAULTS = {
         PRODUCTS,
         "return tuple(gradient.to(self.hidden.dtype) for gradient in gradients)",
         "return gradients",
-        ("tests/test_linear_doors.py::test_gradients_that_are_not_needed_have_no_elements",),
+        ("tests/test_linear_autograd.py::test_unneeded_gradients_are_empty",),
     ),
     "every chunk's weight gradient is the first": Fault(
         PRODUCTS,
@@ -1381,55 +1373,55 @@ PRODUCTS_FAULTS = {
         PRODUCTS,
         "beta if slab.start == 0 else 1)",
         "beta)",
-        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
+        ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "by classes without a gradient of the weight": Fault(
         PRODUCTS,
         "        and inputs.needs[1]\n",
         "",
-        ("tests/test_linear.py::test_what_is_not_laid_out_class_by_class",),
+        ("tests/test_linear.py::test_when_logits_are_not_stored_class_by_class",),
     ),
     "by classes in spite of chunk_rows": Fault(
         PRODUCTS,
         "        and inputs.chunk_rows is None\n",
         "",
-        ("tests/test_linear.py::test_what_is_not_laid_out_class_by_class",),
+        ("tests/test_linear.py::test_when_logits_are_not_stored_class_by_class",),
     ),
     "by classes in several positions": Fault(
         PRODUCTS,
         "        and len(inputs.classes) == 1\n",
         "",
-        ("tests/test_linear.py::test_what_is_not_laid_out_class_by_class",),
+        ("tests/test_linear.py::test_when_logits_are_not_stored_class_by_class",),
     ),
     "by classes of many rows": Fault(
         PRODUCTS,
         "        and n_rows <= most\n",
         "",
-        ("tests/test_linear.py::test_float32_of_more_rows_than_features_is_in_chunks",),
+        ("tests/test_linear.py::test_float32_with_more_rows_than_features_uses_chunks",),
     ),
     "never by classes": Fault(
         PRODUCTS,
         "        and n_rows * n_classes * size > FEW_BYTES\n",
         "        and n_rows * n_classes * size < 0\n",
-        ("tests/test_linear.py::test_logits_of_few_rows_lie_in_the_gradients_memory",),
+        ("tests/test_linear.py::test_logits_of_few_rows_use_the_gradients_memory",),
     ),
     "logits at the start of the gradient's memory": Fault(
         PRODUCTS,
         "grad_weight.view(-1)[n_classes * (n_features - n_first) :].view(n_classes, n_first)",
         "grad_weight.view(-1)[: n_classes * n_first].view(n_classes, n_first)",
-        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
+        ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "products are cast by autocast": Fault(
         PRODUCTS,
         "with below_autograd(), torch.autocast(inputs.hidden.device.type, enabled=False):",
         "with below_autograd():",
-        ("tests/test_linear_doors.py::test_autocast_casts_the_layer_and_nothing_else",),
+        ("tests/test_linear_autograd.py::test_autocast_casts_the_layer_and_nothing_else",),
     ),
     "the backward has no entropy": Fault(
         PRODUCTS,
         "_replace(statistics=grad_entropy is not None)",
         "_replace(statistics=False)",
-        ("tests/test_linear_doors.py::test_finite_differences",),
+        ("tests/test_linear_autograd.py::test_finite_differences",),
     ),
     "token weights of the first chunk for all": Fault(
         PRODUCTS,
@@ -1441,43 +1433,43 @@ PRODUCTS_FAULTS = {
         PRODUCTS,
         "for dtype in (acc, acc, torch.int64)]",
         "for dtype in (acc, acc, torch.int32)]",
-        ("tests/test_linear_doors.py::test_operators",),
+        ("tests/test_linear_autograd.py::test_operators",),
     ),
     "a scalar loss in compiled code": Fault(
         PRODUCTS,
         'shape = inputs.row_shape if inputs.reduction == REDUCTIONS["none"] else []',
         "shape = []",
-        ("tests/test_linear_doors.py::test_in_one_graph",),
+        ("tests/test_linear_autograd.py::test_compiles_to_one_graph",),
     ),
     "gradients that are not needed in compiled code": Fault(
         PRODUCTS,
         "inputs.hidden.new_empty(tensor.shape if needed else [0])",
         "inputs.hidden.new_empty([0] if tensor is None else tensor.shape)",
-        ("tests/test_linear_doors.py::test_gradients_that_are_not_needed_have_no_elements",),
+        ("tests/test_linear_autograd.py::test_unneeded_gradients_are_empty",),
     ),
     "32-bit products are slow": Fault(
         PRODUCTS,
         "matrix.is_cpu and matrix.element_size() == 2 and",
         "matrix.is_cpu and",
-        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
+        ("tests/test_linear.py::test_detection_of_slow_products",),
     ),
     "products of other devices are slow": Fault(
         PRODUCTS,
         "matrix.is_cpu and matrix.element_size() == 2 and",
         "matrix.element_size() == 2 and",
-        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
+        ("tests/test_linear.py::test_detection_of_slow_products",),
     ),
     "chunks of a GPU on a CPU": Fault(
         PRODUCTS,
         "CPU_ROWS, CPU_BYTES = 256, 100 << 20",
         "CPU_ROWS, CPU_BYTES = 4096, 100 << 20",
-        ("tests/test_linear.py::test_limits_are_those_of_the_documentation",),
+        ("tests/test_linear.py::test_documented_limits",),
     ),
     "chunks of 4 GiB": Fault(
         PRODUCTS,
         "GPU_ROWS, GPU_BYTES = 4096, 1 << 30",
         "GPU_ROWS, GPU_BYTES = 4096, 1 << 32",
-        ("tests/test_linear.py::test_limits_are_those_of_the_documentation",),
+        ("tests/test_linear.py::test_documented_limits",),
     ),
     "limits of the other device": Fault(
         PRODUCTS,
@@ -1490,7 +1482,7 @@ PRODUCTS_FAULTS = {
         "beta=0 if is_first else 1",
         "beta=1",
         (
-            "tests/test_linear.py::test_both_ways_to_multiply_16_bits",
+            "tests/test_linear.py::test_16_bit_and_float32_products",
             "tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",
         ),
     ),
@@ -1498,13 +1490,13 @@ PRODUCTS_FAULTS = {
         PRODUCTS,
         "        out.copy_(bias)\n        beta = 1\n",
         "        out.copy_(bias)\n",
-        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
+        ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "chunks have the upstream gradients of the first": Fault(
         PRODUCTS,
         "else grad[rows]\n",
         "else grad[: rows.stop - rows.start]\n",
-        ("tests/test_linear_doors.py::test_finite_differences",),
+        ("tests/test_linear_autograd.py::test_finite_differences",),
     ),
     "the sum of chunks is not cast": Fault(
         PRODUCTS,
@@ -1531,19 +1523,19 @@ PRODUCTS_FAULTS = {
         PRODUCTS,
         "        if not any(inputs.needs):\n",
         "        if False:\n",
-        ("tests/test_linear_doors.py::test_without_gradients_no_gradient_is_made",),
+        ("tests/test_linear_autograd.py::test_no_grad_skips_the_gradient_products",),
     ),
     "the loss of all logits is in float64": Fault(
         PRODUCTS,
         "_replace(settings=problem.settings._replace(loss_dtype=self.loss_dtype))",
         "_replace()",
-        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+        ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
     ),
     "all logits are divided by their own weights": Fault(
         PRODUCTS,
         "problem = self.problem(logits, slice(None), self.normalizer)",
         "problem = self.problem(logits, slice(None), None)",
-        ("tests/test_linear_doors.py::test_second_derivatives_of_several_positions",),
+        ("tests/test_linear_autograd.py::test_second_derivatives_of_several_positions",),
     ),
     "by classes of float32 logits of a 16-bit layer": Fault(
         PRODUCTS,
@@ -1567,7 +1559,7 @@ PRODUCTS_FAULTS = {
         PRODUCTS,
         "dtypes = (None, sums if n_chunks > 1 else None, sums)",
         "dtypes = (None, sums, sums)",
-        ("tests/test_linear.py::test_gradients_of_one_chunk_take_no_memory_beside",),
+        ("tests/test_linear.py::test_one_chunk_needs_no_float32_gradient_sums",),
     ),
     "many chunks' weight gradient in 16 bits": Fault(
         PRODUCTS,
@@ -1585,37 +1577,37 @@ PRODUCTS_FAULTS = {
         PRODUCTS,
         "out[slab] = product(one[slab], other, out[slab], beta)",
         "out[slab] = product(one[slab], other, out[: slab.stop - slab.start], beta)",
-        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
+        ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "the columns' slabs add nothing": Fault(
         PRODUCTS,
         "out[:, slab] = product(one, other[:, slab], out[:, slab], beta)",
         "out[:, slab] = product(one, other[:, slab], out[:, slab], 0)",
-        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
+        ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "products of 16 bits are summed in 16 bits": Fault(
         PRODUCTS,
         "torch.addmm(out.float(), one.float(), other.float(), beta=beta)",
         "torch.addmm(out, one.to(out.dtype), other.to(out.dtype), beta=beta)",
-        ("tests/test_linear.py::test_both_ways_to_multiply_16_bits",),
+        ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "slabs of any length": Fault(
         PRODUCTS,
         "size = max(1, (GPU_SLAB_BYTES if is_cuda else SLAB_BYTES) // item_bytes)",
         "size = length",
-        ("tests/test_linear.py::test_slabs_are_as_many_bytes_as_they_may",),
+        ("tests/test_linear.py::test_slabs_fill_their_byte_limit",),
     ),
     "no fake of a layer's backward": Fault(
         PRODUCTS,
         "_backward, _fake_backward)",
         "_backward, _fake_forward)",
-        ("tests/test_linear_doors.py::test_operators",),
+        ("tests/test_linear_autograd.py::test_operators",),
     ),
     "no fake of a layer's forward": Fault(
         PRODUCTS,
         "_forward, _fake_forward)\n    of",
         "_forward, _fake_backward)\n    of",
-        ("tests/test_linear_doors.py::test_in_one_graph",),
+        ("tests/test_linear_autograd.py::test_compiles_to_one_graph",),
     ),
 }
 
@@ -1624,31 +1616,31 @@ LINEAR_AUTOGRAD_FAULTS = {
         LINEAR_AUTOGRAD,
         "return F.linear(hidden, weight, bias)",
         "return F.linear(hidden, weight)",
-        ("tests/test_linear_doors.py::test_transforms_of_torch_func",),
+        ("tests/test_linear_autograd.py::test_transforms_of_torch_func",),
     ),
     "float16 gradients without a loss scale": Fault(
         LINEAR_AUTOGRAD,
         " and layer.hidden.dtype != torch.float16\n",
         "\n",
-        ("tests/test_linear_doors.py::test_loss_scale",),
+        ("tests/test_linear_autograd.py::test_loss_scale",),
     ),
     "gradients of no reduction are made in the forward": Fault(
         LINEAR_AUTOGRAD,
         'is_fused = settings.reduction != REDUCTIONS["none"] and layer',
         "is_fused = layer",
-        ("tests/test_linear_doors.py::test_batched_upstream_gradients",),
+        ("tests/test_linear_autograd.py::test_batched_upstream_gradients",),
     ),
     "gradients are kept beside the loss": Fault(
         LINEAR_AUTOGRAD,
         "gradients, ctx.gradients = ctx.gradients, None",
         "gradients = ctx.gradients",
-        ("tests/test_linear_doors.py::test_gradients_are_not_kept_beside_the_loss",),
+        ("tests/test_linear_autograd.py::test_gradients_are_freed_by_backward",),
     ),
     "zeros for gradients that never come": Fault(
         LINEAR_AUTOGRAD,
         "    ctx.set_materialize_grads(False)\n",
         "",
-        ("tests/test_linear.py::test_logits_are_made_once_for_a_loss_and_its_gradient",),
+        ("tests/test_linear.py::test_logits_are_computed_once",),
     ),
     "gradients are not scaled": Fault(
         LINEAR_AUTOGRAD, "        _ops.multiply_(gradient, grad_loss)\n", "        pass\n", SHIFT
@@ -1657,13 +1649,13 @@ LINEAR_AUTOGRAD_FAULTS = {
         LINEAR_AUTOGRAD,
         "    if is_batched_by_autograd(grad_loss):\n",
         "    if False:\n",
-        ("tests/test_linear_doors.py::test_batched_upstream_gradients",),
+        ("tests/test_linear_autograd.py::test_batched_upstream_gradients",),
     ),
     "a second derivative under autocast": Fault(
         LINEAR_AUTOGRAD,
         "    with _no_casts(inputs.hidden):  # in",
         "    with nullcontext():  # in",
-        ("tests/test_linear_doors.py::test_autocast_casts_the_layer_and_nothing_else",),
+        ("tests/test_linear_autograd.py::test_autocast_casts_the_layer_and_nothing_else",),
     ),
     "gradients of statistics are left out": Fault(
         LINEAR_AUTOGRAD,
@@ -1675,43 +1667,43 @@ LINEAR_AUTOGRAD_FAULTS = {
         LINEAR_AUTOGRAD,
         "    elif torch.is_grad_enabled():\n",
         "    elif False:\n",
-        ("tests/test_linear_doors.py::test_batched_upstream_gradients",),
+        ("tests/test_linear_autograd.py::test_batched_upstream_gradients",),
     ),
     "lse and entropy of a graph are swapped": Fault(
         LINEAR_AUTOGRAD,
         "    return results.loss, results.lse, results.entropy, results.argmax\n",
         "    return results.loss, results.entropy, results.lse, results.argmax\n",
-        ("tests/test_linear_doors.py::test_upstream_gradients_that_are_expanded",),
+        ("tests/test_linear_autograd.py::test_expanded_upstream_gradients",),
     ),
     "a gradient that is not needed for a graph": Fault(
         LINEAR_AUTOGRAD,
         "    return [next(found) if needed else None for needed in needs]\n\n\ndef by_all",
         "    return [next(found, None) for needed in needs]\n\n\ndef by_all",
-        ("tests/test_linear_doors.py::test_second_derivatives_of_some_of_the_layer",),
+        ("tests/test_linear_autograd.py::test_second_derivatives_of_any_subset",),
     ),
     "the bias wants no gradient": Fault(
         LINEAR_AUTOGRAD,
         "    elif any(needs):\n",
         "    elif any(needs[:2]):\n",
-        ("tests/test_linear.py::test_whichever_of_the_layer_wants_a_gradient",),
+        ("tests/test_linear.py::test_any_subset_of_gradients",),
     ),
     "all of the layer must want a gradient": Fault(
         LINEAR_AUTOGRAD,
         "    elif any(needs):\n",
         "    elif all(needs):\n",
-        ("tests/test_linear.py::test_whichever_of_the_layer_wants_a_gradient",),
+        ("tests/test_linear.py::test_any_subset_of_gradients",),
     ),
     "compiled gradients are the saved inputs": Fault(
         LINEAR_AUTOGRAD,
         "_backward(ctx, upstream[:3], ctx.saved_tensors[_N_TENSORS:], _multiplied)",
         "_backward(ctx, upstream[:3], ctx.saved_tensors[:3], _multiplied)",
-        ("tests/test_linear_doors.py::test_graphs_of_dynamic_shapes",),
+        ("tests/test_linear_autograd.py::test_graphs_of_dynamic_shapes",),
     ),
     "one tensor in two places has both gradients twice": Fault(
         LINEAR_AUTOGRAD,
         "tensor.view_as(tensor) for tensor in inputs[:3]",
         "tensor for tensor in inputs[:3]",
-        ("tests/test_linear_doors.py::test_one_tensor_in_two_places",),
+        ("tests/test_linear_autograd.py::test_same_tensor_as_input_and_weight",),
     ),
     "all logits are multiplied in the layer's dtype": Fault(
         LINEAR_AUTOGRAD,
@@ -1723,77 +1715,77 @@ LINEAR_AUTOGRAD_FAULTS = {
         LINEAR_AUTOGRAD,
         "return logits.unflatten(-1, weight.shape[:-1])",
         "return logits",
-        ("tests/test_linear_doors.py::test_second_derivatives_of_several_positions",),
+        ("tests/test_linear_autograd.py::test_second_derivatives_of_several_positions",),
     ),
     "positions' bias of all logits is lost": Fault(
         LINEAR_AUTOGRAD,
         "logits = F.linear(hidden, weight.flatten(0, -2), flat_bias)",
         "logits = F.linear(hidden, weight.flatten(0, -2))",
-        ("tests/test_linear_doors.py::test_second_derivatives_of_several_positions",),
+        ("tests/test_linear_autograd.py::test_second_derivatives_of_several_positions",),
     ),
     "a gradient not made with the loss is none": Fault(
         LINEAR_AUTOGRAD,
         "        or any(needed and not made for needed, made in zip(needs, ctx.made, "
         "strict=True))\n",
         "",
-        ("tests/test_linear_doors.py::test_backward_again_and_again",),
+        ("tests/test_linear_autograd.py::test_repeated_backward",),
     ),
     "the operator's lse has no gradient": Fault(
         LINEAR_AUTOGRAD,
         "n_differentiable = 3 if Inputs(*inputs).statistics else 1",
         "n_differentiable = 1",
-        ("tests/test_linear_doors.py::test_statistics_in_one_graph",),
+        ("tests/test_linear_autograd.py::test_statistics_compile_to_one_graph",),
     ),
     "a layer's loss in a graph has no formula": Fault(
         LINEAR_AUTOGRAD,
         '    _ops.register_formula("linear_forward", _forward_formula)\n',
         "",
-        ("tests/test_linear_doors.py::test_gradients_of_the_operator_of_a_layer",),
+        ("tests/test_linear_autograd.py::test_gradients_of_linear_forward",),
     ),
     "a layer's backward has no formula": Fault(
         LINEAR_AUTOGRAD,
         '    _ops.register_formula("linear_backward", _backward_formula)\n',
         "",
-        ("tests/test_linear_doors.py::test_the_backward_of_a_layer_has_no_derivative",),
+        ("tests/test_linear_autograd.py::test_linear_backward_has_no_derivative",),
     ),
     "a layer's backward has a silent derivative": Fault(
         LINEAR_AUTOGRAD,
         "    if needs_graph(*upstream, *inputs[:_N_TENSORS]):\n",
         "    if False:\n",
-        ("tests/test_linear_doors.py::test_the_backward_of_a_layer_has_no_derivative",),
+        ("tests/test_linear_autograd.py::test_linear_backward_has_no_derivative",),
     ),
     "class weights in a graph have no gradient": Fault(
         LINEAR_AUTOGRAD,
         "    if needs_graph(*inputs[3:_N_TENSORS]):\n",
         "    if False:\n",
-        ("tests/test_linear_doors.py::test_gradients_of_the_operator_of_a_layer",),
+        ("tests/test_linear_autograd.py::test_gradients_of_linear_forward",),
     ),
     "a graph of all logits lacks gradients' places": Fault(
         LINEAR_AUTOGRAD,
         "return *results, *_linear.empty_results(inputs)[len(results) :]",
         "return results",
-        ("tests/test_linear_doors.py::test_gradients_of_the_operator_of_a_layer",),
+        ("tests/test_linear_autograd.py::test_gradients_of_linear_forward",),
     ),
     "traces have no operator of a layer": Fault(
         LINEAR_AUTOGRAD,
         "    if is_traced():\n",
         "    if False:\n",
         (
-            "tests/test_linear_doors.py::test_in_one_graph",
-            "tests/test_export.py::test_jit_traces_train",
+            "tests/test_linear_autograd.py::test_compiles_to_one_graph",
+            "tests/test_export.py::test_jit_trace",
         ),
     ),
     "results of no elements have a gradient": Fault(
         LINEAR_AUTOGRAD,
         "n_differentiable = 3 if Inputs(*inputs).statistics else 1",
         "n_differentiable = 3",
-        ("tests/test_linear_doors.py::test_what_has_no_gradient_of_a_layer",),
+        ("tests/test_linear_autograd.py::test_non_differentiable_results_of_the_layer",),
     ),
     "a layer's Function starts at the outermost level": Fault(
         LINEAR_AUTOGRAD,
         "return apply_at_this_level(LinearCrossEntropy, *inputs)",
         "return LinearCrossEntropy.apply(*inputs)",
-        ("tests/test_linear_doors.py::test_operator_of_a_layer_under_the_gradient_of_torch_func",),
+        ("tests/test_linear_autograd.py::test_linear_operator_under_torch_func_grad",),
     ),
 }
 
@@ -1844,7 +1836,7 @@ AUTOGRAD_FAULTS = {
             "problem.settings.of_operators):\n"
         ),
         "    if any(needs[1:]):\n",
-        ("tests/test_doors.py::test_all_options",),
+        ("tests/test_autograd_features.py::test_all_options",),
     ),
     "no classes reach the kernels": Fault(
         AUTOGRAD,
@@ -1868,7 +1860,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "is_inplace = settings.inplace_backward or settings.grad_in_forward",
         "is_inplace = settings.inplace_backward",
-        ("tests/test_compile.py::test_logits_from_outside_that_are_needed_after_that",),
+        ("tests/test_compile.py::test_overwritten_inputs_of_the_graph",),
     ),
     "logits without a gradient are overwritten": Fault(
         AUTOGRAD,
@@ -1892,7 +1884,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "return torch.is_grad_enabled() and any(map(_requires_grad, tensors))",
         "return any(map(_requires_grad, tensors))",
-        ("tests/test_linear_doors.py::test_without_gradients_no_gradient_is_made",),
+        ("tests/test_linear_autograd.py::test_no_grad_skips_the_gradient_products",),
     ),
     "probabilities alone want no graph": Fault(
         AUTOGRAD,
@@ -1910,7 +1902,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "    if not problem.settings.inplace_backward:\n",
         "    if True:\n",
-        ("tests/test_overwriting.py::test_gradient_is_the_default_modes_and_in_the_logits",),
+        ("tests/test_overwriting.py::test_gradient_equals_default_mode_and_overwrites_logits",),
     ),
     "a gradient for a graph that has none": Fault(
         AUTOGRAD,
@@ -1922,19 +1914,19 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):\n",
         "    if any(needs[1:]):\n",
-        ("tests/test_doors.py::test_batches_of_gradients_for_a_graph",),
+        ("tests/test_autograd_features.py::test_batched_gradients_with_create_graph",),
     ),
     "every gradient for a graph is by torch operations": Fault(
         AUTOGRAD,
         "    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):\n",
         "    if True:\n",
-        ("tests/test_doors.py::test_first_derivative_for_a_graph_is_the_kernels",),
+        ("tests/test_autograd_features.py::test_create_graph_gives_the_same_gradient",),
     ),
     "gradients that are not needed": Fault(
         AUTOGRAD,
         "    if needs[0] and upstream.loss is not None:\n",
         "    if problem.target.is_floating_point() and upstream.loss is not None:\n",
-        ("tests/test_autograd.py::test_allocated_is_the_gradient_alone",),
+        ("tests/test_autograd.py::test_allocates_only_the_gradient",),
     ),
     "no vmap of a gradient's gradient": Fault(
         AUTOGRAD, "    generate_vmap_rule = True\n", "    generate_vmap_rule = False\n", TRANSFORMS
@@ -1945,20 +1937,20 @@ AUTOGRAD_FAULTS = {
         "needs = (True, False, False, False, False, *ctx",
         (
             "tests/test_ops.py::test_derivatives_of_backward",
-            "tests/test_doors.py::test_all_options",
+            "tests/test_autograd_features.py::test_all_options",
         ),
     ),
     "second derivative of the gradient's upstream": Fault(
         AUTOGRAD,
         "needs = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[8:])",
         "needs = (*ctx.needs_input_grad[:5], False, False, False)",
-        ("tests/test_doors.py::test_all_options",),
+        ("tests/test_autograd_features.py::test_all_options",),
     ),
     "the overwritten memory is not marked": Fault(
         AUTOGRAD,
         "        ctx.mark_dirty(memory)\n",
         "",
-        ("tests/test_overwriting_shared.py::test_logits_used_after_the_loss_too",),
+        ("tests/test_overwriting_shared.py::test_logits_used_after_the_loss",),
     ),
     "gradients of statistics in fused mode are lost": Fault(
         AUTOGRAD,
@@ -1970,7 +1962,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "        if grad_memory is not None:",
         "        if False:",
-        ("tests/test_overwriting_shared.py::test_logits_used_after_the_loss_too",),
+        ("tests/test_overwriting_shared.py::test_logits_used_after_the_loss",),
     ),
     "a graph in fused mode": Fault(
         AUTOGRAD,
@@ -1988,13 +1980,13 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "rows = (target, token_weight, ctx.settings.dim, ctx.settings.ignore_index)",
         "rows = (target, None, ctx.settings.dim, ctx.settings.ignore_index)",
-        ("tests/test_overwriting.py::test_upstream_of_each_row_is_its_own",),
+        ("tests/test_overwriting.py::test_each_row_has_its_own_upstream_gradient",),
     ),
     "ignored rows are scaled": Fault(
         AUTOGRAD,
         "rows = (target, token_weight, ctx.settings.dim, ctx.settings.ignore_index)",
         "rows = (target, token_weight, ctx.settings.dim, -1)",
-        ("tests/test_overwriting.py::test_upstream_of_each_row_is_its_own",),
+        ("tests/test_overwriting.py::test_each_row_has_its_own_upstream_gradient",),
     ),
     "the gradient in fused mode is that of a loss": Fault(
         AUTOGRAD,
@@ -2030,7 +2022,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "Saved(total_weight, state, entropy)\n        return *",
         "Saved(total_weight, state.flip(0), entropy)\n        return *",
-        ("tests/test_extras.py::test_any_combination_of_many_options",),
+        ("tests/test_options.py::test_any_combination_of_many_options",),
     ),
     "the formulas' loss lacks its statistics": Fault(
         AUTOGRAD,
@@ -2072,13 +2064,13 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "        ctx.mark_non_differentiable(*output[1:3], *output[5:])\n",
         "",
-        ("tests/test_ops.py::test_what_has_no_gradient",),
+        ("tests/test_ops.py::test_non_differentiable_results",),
     ),
     "lse and entropy of operators have no gradient": Fault(
         AUTOGRAD,
         "ctx.mark_non_differentiable(*output[1:3], *output[5:])",
         "ctx.mark_non_differentiable(*output[1:])",
-        ("tests/test_ops.py::test_what_has_no_gradient",),
+        ("tests/test_ops.py::test_non_differentiable_results",),
     ),
     "gradients of lse and entropy of operators are swapped": Fault(
         AUTOGRAD,
@@ -2091,7 +2083,7 @@ AUTOGRAD_FAULTS = {
         '        options.get("ignore_index",',
         '        options.get("",',
         (
-            "tests/test_ops.py::test_gradients_of_forward_are_those_of_the_specification",
+            "tests/test_ops.py::test_gradients_of_forward_equal_the_reference",
             *DECOMPOSED,
         ),
     ),
@@ -2105,7 +2097,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "        loss_dtype[0] if loss_dtype else None,\n",
         "        None,\n",
-        ("tests/test_ops.py::test_losses_that_are_recorded_have_the_dtype_that_is_asked_for",),
+        ("tests/test_ops.py::test_differentiable_losses_have_the_requested_dtype",),
     ),
     "the backward's gradient of a mean is that of a sum": Fault(
         AUTOGRAD,
@@ -2117,7 +2109,7 @@ AUTOGRAD_FAULTS = {
         ),
         (
             "tests/test_ops.py::test_derivatives_of_backward",
-            "tests/test_doors.py::test_first_derivative_for_a_graph_is_the_kernels",
+            "tests/test_autograd_features.py::test_create_graph_gives_the_same_gradient",
         ),
     ),
     "derivatives of the backward forget its upstream": Fault(
@@ -2130,7 +2122,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "    if all(map(_is_none, upstream)):\n",
         "    if False:\n",
-        ("tests/test_autograd.py::test_no_upstream_gradient_at_all",),
+        ("tests/test_autograd.py::test_undefined_upstream_gradient",),
     ),
     "probabilities' gradient is of overwritten logits": Fault(
         AUTOGRAD,
@@ -2158,19 +2150,19 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "    if any(map(is_batched_by_autograd, upstream)):\n        raise",
         "    if False:\n        raise",
-        ("tests/test_errors.py::test_batches_of_gradients_have_no_place_in_the_logits",),
+        ("tests/test_errors.py::test_overwriting_modes_refuse_batched_gradients",),
     ),
     "batches overwrite the logits in fused mode": Fault(
         AUTOGRAD,
         "        if is_batched_by_autograd(grad_loss):\n",
         "        if False:\n",
-        ("tests/test_errors.py::test_batches_of_gradients_have_no_place_in_the_logits",),
+        ("tests/test_errors.py::test_overwriting_modes_refuse_batched_gradients",),
     ),
     "a gradient in fused mode without one of the loss": Fault(
         AUTOGRAD,
         "        if grad_loss is not None:\n",
         "        if True:\n",
-        ("tests/test_autograd.py::test_no_upstream_gradient_at_all",),
+        ("tests/test_autograd.py::test_undefined_upstream_gradient",),
     ),
     "class weights go the short way": Fault(
         AUTOGRAD,
@@ -2188,7 +2180,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "        weight is token_weight is normalizer is None\n",
         "        weight is token_weight is None\n",
-        ("tests/test_extras.py::test_normalizer",),
+        ("tests/test_options.py::test_normalizer",),
     ),
     "targets of fewer bits go the short way": Fault(
         AUTOGRAD,
@@ -2206,7 +2198,7 @@ AUTOGRAD_FAULTS = {
         "        and are_ordinary(input, target)\n",
         "",
         (
-            "tests/test_errors.py::test_overwriting_a_view_of_other_signs",
+            "tests/test_errors.py::test_overwriting_modes_refuse_negated_views",
             "tests/test_functional.py::test_meta_tensors_have_shapes_and_dtypes",
         ),
     ),
@@ -2214,7 +2206,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "        and _ops.has_kernels(input)\n",
         "",
-        ("tests/test_fallback.py::test_installation_without_a_library_that_loads",),
+        ("tests/test_fallback.py::test_package_without_a_working_library",),
     ),
     "the short way under autocast": Fault(
         AUTOGRAD,
@@ -2226,7 +2218,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "        and is_eager()\n",
         "        and False\n",
-        ("tests/test_autograd.py::test_small_calls_go_the_short_way",),
+        ("tests/test_autograd.py::test_small_calls_take_the_fast_path",),
     ),
     "the short way records nothing": Fault(
         AUTOGRAD,
@@ -2240,7 +2232,7 @@ AUTOGRAD_FAULTS = {
         "logits):\n",
         "        if is_eager() and are_ordinary(grad_loss, logits):\n",
         (
-            "tests/test_doors.py::test_third_derivative",
+            "tests/test_autograd_features.py::test_third_derivative",
             "tests/test_autograd.py::test_gradcheck",
         ),
     ),
@@ -2250,8 +2242,8 @@ AUTOGRAD_FAULTS = {
         "logits):\n",
         "        if not torch.is_grad_enabled() and is_eager():\n",
         (
-            "tests/test_doors.py::test_batches_of_gradients_for_a_graph",
-            "tests/test_doors.py::test_every_mode_of_gradcheck",
+            "tests/test_autograd_features.py::test_batched_gradients_with_create_graph",
+            "tests/test_autograd_features.py::test_every_mode_of_gradcheck",
         ),
     ),
     "the short way saves another order": Fault(
@@ -2273,7 +2265,7 @@ FORMULAS_FAULTS = {
         FORMULAS,
         "left_out = (target == settings.ignore_index) | (weights == 0)",
         "left_out = target == settings.ignore_index",
-        ("tests/test_linear.py::test_a_row_that_is_left_out_has_no_part_in_the_mean",),
+        ("tests/test_linear.py::test_dropped_row_is_not_in_the_mean",),
     ),
     "ignored rows have a part in the mean": Fault(
         FORMULAS,
@@ -2336,7 +2328,7 @@ FORMULAS_FAULTS = {
         FORMULAS,
         'logits.to(row_max.dtype), options.get("softcap"), options',
         "logits.to(row_max.dtype), None, options",
-        ("tests/test_doors.py::test_all_options",),
+        ("tests/test_autograd_features.py::test_all_options",),
     ),
     "torch operations in the dtype of the logits": Fault(
         FORMULAS,
@@ -2348,7 +2340,7 @@ FORMULAS_FAULTS = {
         FORMULAS,
         "        **settings.of_operators,\n",
         '        **{k: v for k, v in settings.of_operators.items() if k != "focal_gamma"},\n',
-        ("tests/test_doors.py::test_all_options",),
+        ("tests/test_autograd_features.py::test_all_options",),
     ),
     "dimension of the classes is torch's by torch operations": Fault(
         FORMULAS, "        dim=settings.dim,\n", "", TOKENS
@@ -2366,7 +2358,7 @@ FORMULAS_FAULTS = {
         FORMULAS,
         "        normalizer=normalizer,\n",
         "",
-        ("tests/test_doors.py::test_gradients_of_weights_and_normalizer",),
+        ("tests/test_autograd_features.py::test_gradients_of_weights_and_normalizer",),
     ),
     "token weights are lost by torch operations": Fault(
         FORMULAS, "        token_weight=token_weight,\n", "", TOKENS
@@ -2375,25 +2367,25 @@ FORMULAS_FAULTS = {
         FORMULAS,
         "(results.loss, results.lse, results.entropy)\n        pairs",
         "(results.loss, results.entropy, results.lse)\n        pairs",
-        ("tests/test_doors.py::test_all_options",),
+        ("tests/test_autograd_features.py::test_all_options",),
     ),
     "gradients go to the next tensor that needs one": Fault(
         FORMULAS,
         "    return [next(found) if needed else None for needed in needs]\n",
         "    return [*found, *[None] * (len(needs) - sum(needs))]\n",
-        ("tests/test_doors.py::test_gradients_of_weights_and_normalizer",),
+        ("tests/test_autograd_features.py::test_gradients_of_weights_and_normalizer",),
     ),
     "tensors that need no gradient are lost": Fault(
         FORMULAS,
         "*(next(given) if needed else x for",
         "*(next(given) if needed else None for",
-        ("tests/test_doors.py::test_gradients_of_weights_and_normalizer",),
+        ("tests/test_autograd_features.py::test_gradients_of_weights_and_normalizer",),
     ),
     "gradient of probabilities of logits without a scale": Fault(
         FORMULAS,
         'options.get("softcap"), options.get("logit_scale", 1.0)',
         'options.get("softcap"), 1.0',
-        ("tests/test_doors.py::test_all_options",),
+        ("tests/test_autograd_features.py::test_all_options",),
     ),
     "sums of weights in the dtype of the logits": Fault(
         FORMULAS,
@@ -2411,10 +2403,7 @@ DECOMPOSITIONS_FAULTS = {
         DECOMPOSITIONS,
         "        operators.loss.default: _loss,\n",
         "",
-        (
-            "tests/test_export.py::"
-            "test_decompositions_are_of_all_operators_but_those_that_overwrite",
-        ),
+        ("tests/test_export.py::test_decompositions_cover_all_but_overwriting_operators",),
     ),
     "no decomposition of the forward": Fault(
         DECOMPOSITIONS, "        operators.forward.default: _forward,\n", "", DECOMPOSED_PROGRAMS
@@ -2438,7 +2427,7 @@ DECOMPOSITIONS_FAULTS = {
         DECOMPOSITIONS,
         "        operators.linear_backward.default: _linear_backward,\n",
         "",
-        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+        ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
     ),
     "a decomposed loss in the dtype of its sums": Fault(
         DECOMPOSITIONS,
@@ -2570,7 +2559,7 @@ DECOMPOSITIONS_FAULTS = {
         DECOMPOSITIONS,
         "        kept = token_weight != 0\n",
         "        pass\n",
-        ("tests/test_export.py::test_decompositions_of_rows_left_out",),
+        ("tests/test_export.py::test_decompositions_skip_dropped_rows",),
     ),
     "decomposed ignored rows count": Fault(
         DECOMPOSITIONS,
@@ -2582,7 +2571,7 @@ DECOMPOSITIONS_FAULTS = {
         DECOMPOSITIONS,
         "    index = target.to(torch.int64)\n",
         "    index = target\n",
-        ("tests/test_export.py::test_decompositions_of_targets_of_fewer_bits",),
+        ("tests/test_export.py::test_decompositions_with_narrow_targets",),
     ),
     "decomposed probabilities without smoothing": Fault(
         DECOMPOSITIONS,
@@ -2594,13 +2583,13 @@ DECOMPOSITIONS_FAULTS = {
         DECOMPOSITIONS,
         "scatter(dim, index, 1).masked_fill(~is_class, torch.nan)",
         "scatter(dim, index, 1)",
-        ("tests/test_export.py::test_a_decomposed_gradient_of_a_target_that_is_no_class_is_nan",),
+        ("tests/test_export.py::test_decomposed_gradient_of_targets_out_of_range_is_nan",),
     ),
     "decomposed infinite weights of other classes": Fault(
         DECOMPOSITIONS,
         "torch.where(one_hot == 0, 0, w * one_hot)",
         "w * one_hot",
-        ("tests/test_export.py::test_decompositions_beside_an_infinite_weight",),
+        ("tests/test_export.py::test_decompositions_with_an_infinite_weight",),
     ),
     "decomposed labels without smoothing": Fault(
         DECOMPOSITIONS, "        q = q + smoothing / n_classes * w\n", "        pass\n", DECOMPOSED
@@ -2621,37 +2610,37 @@ DECOMPOSITIONS_FAULTS = {
         DECOMPOSITIONS,
         "    return *found, *_linear.empty_results(inputs)[len(found) : 4], *gradients\n",
         "    return *found, *_linear.empty_results(inputs)[len(found) :]\n",
-        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+        ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
     ),
     "decomposed gradients of a layer that are not needed": Fault(
         DECOMPOSITIONS,
         "(grad_logits @ flat).to(hidden.dtype) if needs_hidden else none",
         "(grad_logits @ flat).to(hidden.dtype)",
-        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+        ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
     ),
     "a decomposed layer's gradients in the logits' dtype": Fault(
         DECOMPOSITIONS,
         "(grad_logits @ flat).to(hidden.dtype) if",
         "(grad_logits @ flat) if",
-        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+        ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
     ),
     "a decomposed bias has the shape of all classes": Fault(
         DECOMPOSITIONS,
         "grad_logits.sum(0).view_as(bias).to(bias.dtype)",
         "grad_logits.sum(0).to(bias.dtype)",
-        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+        ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
     ),
     "a decomposed backward of a layer without the entropy": Fault(
         DECOMPOSITIONS,
         "_ops.saved_of(results), upstream",
         "_ops.saved_of(results[:3]), upstream",
-        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+        ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
     ),
     "a decomposed layer's upstream gradients are swapped": Fault(
         DECOMPOSITIONS,
         "    upstream = Upstream(grad_loss, grad_lse, grad_entropy)\n",
         "    upstream = Upstream(grad_loss, grad_entropy, grad_lse)\n",
-        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+        ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
     ),
     "a decomposed layer's logits in its own dtype": Fault(
         DECOMPOSITIONS,
@@ -2659,7 +2648,7 @@ DECOMPOSITIONS_FAULTS = {
         "    loss,",
         "    problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.hidden.dtype))\n"
         "    loss,",
-        ("tests/test_export.py::test_decompositions_of_a_layer_are_the_operators",),
+        ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
     ),
 }
 
@@ -2668,19 +2657,19 @@ PRIVATE_FAULTS = {
         PRIVATE,
         "return FunctionalTensor.to_functional(tensor.from_functional())",
         "return tensor",
-        ("tests/test_compile.py::test_logits_that_are_returned_keep_their_values",),
+        ("tests/test_compile.py::test_returned_logits_keep_their_values",),
     ),
     "inputs of a graph are copied": Fault(
         PRIVATE,
         'if made_by is None or made_by.name() == "torch::autograd::Error":',
         "if made_by is None:",
-        ("tests/test_compile.py::test_logits_from_outside_that_are_needed_after_that",),
+        ("tests/test_compile.py::test_overwritten_inputs_of_the_graph",),
     ),
     "a tensor that left a transform is taken as one under it": Fault(
         PRIVATE,
         ".apply(*unwrap_dead_wrappers(inputs))",
         ".apply(*inputs)",
-        ("tests/test_autograd.py::test_tensors_that_left_a_transform",),
+        ("tests/test_autograd.py::test_tensors_used_after_their_transform",),
     ),
     "values of targets are looked at under vmap": Fault(
         PRIVATE,
@@ -2701,49 +2690,49 @@ PRIVATE_FAULTS = {
         PRIVATE,
         "    is_dual = forward_ad._current_level >= 0\n",
         "    is_dual = forward_ad._current_level > 0\n",
-        ("tests/test_doors.py::test_dual_numbers",),
+        ("tests/test_autograd_features.py::test_dual_numbers",),
     ),
     "values of meta tensors are looked at": Fault(
         PRIVATE,
         "tensor.is_meta or isinstance(tensor, FakeTensor)",
         "isinstance(tensor, FakeTensor)",
-        ("tests/test_linear_doors.py::test_tensors_without_memory",),
+        ("tests/test_linear_autograd.py::test_meta_tensors",),
     ),
     "values of fake tensors are looked at": Fault(
         PRIVATE,
         "tensor.is_meta or isinstance(tensor, FakeTensor)",
         "tensor.is_meta",
-        ("tests/test_linear_doors.py::test_fake_tensors_outside_their_mode",),
+        ("tests/test_linear_autograd.py::test_fake_tensors_outside_fake_mode",),
     ),
     "the view is marked dirty, not its owner": Fault(
         PRIVATE,
         "return tensor if tensor._base is None else tensor._base",
         "return tensor",
-        ("tests/test_overwriting_shared.py::test_logits_used_after_the_loss_too",),
+        ("tests/test_overwriting_shared.py::test_logits_used_after_the_loss",),
     ),
     "16-bit products by the other dtype's processor": Fault(
         PRIVATE,
         'name = "bf16" if dtype == torch.bfloat16 else "fp16"',
         'name = "fp16" if dtype == torch.bfloat16 else "bf16"',
-        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
+        ("tests/test_linear.py::test_detection_of_slow_products",),
     ),
     "batches of autograd's are not seen": Fault(
         PRIVATE,
         "return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)",
         "return False",
-        ("tests/test_doors.py::test_batches_of_gradients_for_a_graph",),
+        ("tests/test_autograd_features.py::test_batched_gradients_with_create_graph",),
     ),
     "values of traced tensors are looked at": Fault(
         PRIVATE,
         "    return not is_under_vmap_or_jvp() and get_proxy_mode() is None\n",
         "    return not is_under_vmap_or_jvp()\n",
-        ("tests/test_export.py::test_rows_are_not_dropped_in_a_trace",),
+        ("tests/test_export.py::test_drop_ignored_does_not_bake_rows_into_a_trace",),
     ),
     "no transform of torch.func is seen": Fault(
         PRIVATE,
         "    return _innermost_transform() is not None\n",
         "    return False\n",
-        ("tests/test_errors.py::test_overwriting_under_torch_func",),
+        ("tests/test_errors.py::test_overwriting_modes_refuse_torch_func",),
     ),
     "outputs of unbind are as other views": Fault(
         PRIVATE,
@@ -2755,19 +2744,19 @@ PRIVATE_FAULTS = {
         PRIVATE,
         "one.untyped_storage()._cdata == other.untyped_storage()._cdata",
         "one.data_ptr() == other.data_ptr()",
-        ("tests/test_overwriting_shared.py::test_memory_that_the_target_shares_beside_the_logits",),
+        ("tests/test_overwriting_shared.py::test_target_in_the_storage_of_the_logits",),
     ),
     "16-bit products are fast on every processor": Fault(
         PRIVATE,
         "    return is_supported is not None and is_supported()\n",
         "    return True\n",
-        ("tests/test_linear.py::test_products_that_torch_is_slow_at",),
+        ("tests/test_linear.py::test_detection_of_slow_products",),
     ),
     "operators that overwrite raise the version twice": Fault(
         PRIVATE,
         "        below = keyset & torch._C._after_ADInplaceOrView_keyset\n",
         "        below = keyset\n",
-        ("tests/test_ops.py::test_version_of_what_is_overwritten",),
+        ("tests/test_ops.py::test_version_of_the_overwritten_tensor",),
     ),
     "a short call of what a mode sees": Fault(
         PRIVATE, "        and _n_dispatch_modes() == 0\n", "", TRACED
@@ -2776,20 +2765,20 @@ PRIVATE_FAULTS = {
         PRIVATE,
         "        and is_jit_tracing() is None\n",
         "",
-        ("tests/test_export.py::test_jit_traces_train",),
+        ("tests/test_export.py::test_jit_trace",),
     ),
     "a short call of dual numbers": Fault(
         PRIVATE,
         "        and forward_ad._current_level < 0\n",
         "",
-        ("tests/test_doors.py::test_dual_numbers",),
+        ("tests/test_autograd_features.py::test_dual_numbers",),
     ),
     "every tensor is ordinary": Fault(
         PRIVATE,
         "    return keys in _ORDINARY and _dispatch_keys(other).raw_repr() == keys\n",
         "    return True\n",
         (
-            "tests/test_errors.py::test_overwriting_a_view_of_other_signs",
+            "tests/test_errors.py::test_overwriting_modes_refuse_negated_views",
             "tests/test_functional.py::test_meta_tensors_have_shapes_and_dtypes",
         ),
     ),
@@ -2797,7 +2786,7 @@ PRIVATE_FAULTS = {
         PRIVATE,
         "    return keys in _ORDINARY and _dispatch_keys(other).raw_repr() == keys\n",
         "    return False\n",
-        ("tests/test_autograd.py::test_small_calls_go_the_short_way",),
+        ("tests/test_autograd.py::test_small_calls_take_the_fast_path",),
     ),
     "one of two tensors is ordinary": Fault(
         PRIVATE,
@@ -2806,29 +2795,29 @@ PRIVATE_FAULTS = {
         (
             *REFUSED,
             *LINEAR_ERRORS,
-            "tests/test_doors.py::test_every_mode_of_gradcheck",
+            "tests/test_autograd_features.py::test_every_mode_of_gradcheck",
         ),
     ),
     "a Function at a level of torch.func is refused": Fault(
         PRIVATE,
         "    with enable_single_level_autograd_function():\n",
         "    if True:\n",
-        ("tests/test_ops.py::test_forward_under_the_transforms_of_gradients",),
+        ("tests/test_ops.py::test_forward_under_torch_func",),
     ),
     "a Function at a level of torch.func starts at the outermost": Fault(
         PRIVATE,
         "return super(torch.autograd.Function, function).apply(*inputs)",
         "return function.apply(*inputs)",
         (
-            "tests/test_ops.py::test_backward_under_the_transforms_of_gradients",
-            "tests/test_ops.py::test_forward_under_the_transforms_of_gradients",
+            "tests/test_ops.py::test_backward_under_torch_func",
+            "tests/test_ops.py::test_forward_under_torch_func",
         ),
     ),
     "a short call of what a transform sees": Fault(
         PRIVATE,
         "        and _innermost_transform() is None\n",
         "",
-        ("tests/test_torch_private.py::test_eager_is_what_nothing_looks_at",),
+        ("tests/test_torch_private.py::test_is_eager",),
     ),
     "the first tensor is not asked": Fault(
         PRIVATE,
@@ -2906,43 +2895,43 @@ OPS_FAULTS = {
         OPS,
         "return LOAD_ERROR is None and (tensor.is_cpu or tensor.is_meta)",
         "return tensor.is_cpu or tensor.is_meta",
-        ("tests/test_fallback.py::test_installation_without_a_library_that_loads",),
+        ("tests/test_fallback.py::test_package_without_a_working_library",),
     ),
     "CUDA kernels without a library": Fault(
         OPS,
         "return CUDA_LOAD_ERROR is None",
         "return True",
-        ("tests/test_fallback.py::test_cuda_library_that_does_not_load",),
+        ("tests/test_fallback.py::test_broken_cuda_library",),
     ),
     "a broken library is an error": Fault(
         OPS,
         "            except OSError as error:\n",
         "            except KeyError as error:\n",
-        ("tests/test_fallback.py::test_installation_without_a_library_that_loads",),
+        ("tests/test_fallback.py::test_package_without_a_working_library",),
     ),
     "an instruction set without a library": Fault(
         OPS,
         "return _ops.cpu_capability() if LOAD_ERROR is None else None",
         "return _ops.cpu_capability()",
-        ("tests/test_fallback.py::test_installation_without_a_library_that_loads",),
+        ("tests/test_fallback.py::test_package_without_a_working_library",),
     ),
     "versions of fused mode's memory stay": Fault(
         OPS,
         "    for _name in OVERWRITING:\n",
         '    for _name in ("backward_", "scale_gradient_", "multiply_"):\n',
-        ("tests/test_ops.py::test_version_of_what_is_overwritten",),
+        ("tests/test_ops.py::test_version_of_the_overwritten_tensor",),
     ),
     "versions of a scaled gradient stay": Fault(
         OPS,
         "    for _name in OVERWRITING:\n",
         "    for _name in OVERWRITING[:3]:\n",
-        ("tests/test_ops.py::test_version_of_what_is_overwritten",),
+        ("tests/test_ops.py::test_version_of_the_overwritten_tensor",),
     ),
     "no fake of the backward in place": Fault(
         OPS,
         ("        if not results:\n            return None\n"),
         ("        if not results:\n            return arguments[0]\n"),
-        ("tests/test_ops.py::test_meta_tensors_are_overwritten_by_nothing",),
+        ("tests/test_ops.py::test_overwriting_operators_accept_meta_tensors",),
     ),
     "rows of meta tensors without the first dimension": Fault(
         OPS,
@@ -2954,7 +2943,7 @@ OPS_FAULTS = {
         OPS,
         "    if LOAD_ERROR is not None:  # without",
         "    if False:  # without",
-        ("tests/test_fallback.py::test_no_cuda_kernels_without_the_library_of_the_schemas",),
+        ("tests/test_fallback.py::test_cuda_needs_the_library_with_the_schemas",),
     ),
     "meta tensors have no kernels": Fault(
         OPS,
@@ -2975,31 +2964,31 @@ OPS_FAULTS = {
         OPS,
         "        if recorded and torch.is_grad_enabled():\n",
         "        if False:\n",
-        ("tests/test_ops.py::test_what_overwrites_has_no_derivative",),
+        ("tests/test_ops.py::test_overwriting_operators_have_no_derivative",),
     ),
     "what overwrites is refused without grad mode": Fault(
         OPS,
         "        if recorded and torch.is_grad_enabled():\n",
         "        if recorded:\n",
-        ("tests/test_ops.py::test_what_overwrites_where_no_gradient_is_recorded",),
+        ("tests/test_ops.py::test_overwriting_operators_without_gradients",),
     ),
     "what overwrites has no formula": Fault(
         OPS,
         "        register_formula(_name, _refusal(_name))\n",
         "",
-        ("tests/test_ops.py::test_what_overwrites_has_no_derivative",),
+        ("tests/test_ops.py::test_overwriting_operators_have_no_derivative",),
     ),
     "class weights beside what overwrites have a silent derivative": Fault(
         OPS,
         "recorded = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]",
         "recorded = [x for x in arguments[:1] if x.requires_grad]",
-        ("tests/test_ops.py::test_what_overwrites_has_no_derivative",),
+        ("tests/test_ops.py::test_overwriting_operators_have_no_derivative",),
     ),
     "a normalizer goes where token weights do": Fault(
         OPS,
         "        token_weight,\n        normalizer,\n        settings.dim,\n",
         "        normalizer,\n        token_weight,\n        settings.dim,\n",
-        ("tests/test_extras.py::test_normalizer",),
+        ("tests/test_options.py::test_normalizer",),
     ),
     "the backward divides by the normalizer": Fault(
         OPS,
@@ -3007,7 +2996,7 @@ OPS_FAULTS = {
         "        token_weight,\n        problem.normalizer,\n        settings.dim,\n",
         (
             "tests/test_autograd.py::test_gradcheck",
-            "tests/test_extras.py::test_normalizer",
+            "tests/test_options.py::test_normalizer",
             "tests/test_functional.py::test_torchs_samples",
         ),
     ),
@@ -3015,7 +3004,7 @@ OPS_FAULTS = {
         OPS,
         "    _call_backward(_backward_, problem",
         "    _call_backward(_backward, problem",
-        ("tests/test_overwriting.py::test_gradient_is_the_default_modes_and_in_the_logits",),
+        ("tests/test_overwriting.py::test_gradient_equals_default_mode_and_overwrites_logits",),
     ),
     "the backward has no options": Fault(
         OPS,
@@ -3023,7 +3012,7 @@ OPS_FAULTS = {
         "        *upstream,\n",
         (
             "tests/test_autograd.py::test_gradcheck",
-            "tests/test_extras.py::test_any_combination_of_many_options",
+            "tests/test_options.py::test_any_combination_of_many_options",
         ),
     ),
     "statistics are returned unasked": Fault(
@@ -3031,7 +3020,7 @@ OPS_FAULTS = {
         "_call(_of_loss[problem.settings.statistics], problem, **inplace)",
         "_call(_of_loss[1], problem, **inplace)",
         (
-            "tests/test_autograd.py::test_saved_are_the_inputs_and_numbers_a_row",
+            "tests/test_autograd.py::test_saves_only_inputs_and_a_few_numbers_per_row",
             *TOKENS,
         ),
     ),
@@ -3053,7 +3042,7 @@ OPS_FAULTS = {
         "        **inplace,\n",
         (
             *FORMULA,
-            "tests/test_extras.py::test_any_combination_of_many_options",
+            "tests/test_options.py::test_any_combination_of_many_options",
             "tests/test_functional.py::test_torchs_samples",
         ),
     ),
@@ -3094,25 +3083,25 @@ REFERENCE_FAULTS = {
         REFERENCE,
         "        target = target.masked_fill(~kept.unsqueeze(dim), 0)\n",
         "",
-        ("tests/test_token_weight.py::test_gradients_of_weights_beside_rows_that_are_left_out",),
+        ("tests/test_token_weight.py::test_gradients_of_weights_beside_dropped_rows",),
     ),
     "scale after the cap": Fault(
         REFERENCE,
         "softcap * (logits / softcap).tanh()",
         "softcap * (input / softcap).tanh() * logit_scale",
-        ("tests/test_extras.py::test_cap_of_scaled_logits",),
+        ("tests/test_options.py::test_softcap_of_scaled_logits",),
     ),
     "focal loss at probability 1": Fault(
         REFERENCE,
         "minus_log_p = cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)",
         "minus_log_p = cross_entropy / mass",
-        ("tests/test_extras.py::test_focal_loss_of_certain_rows",),
+        ("tests/test_options.py::test_focal_loss_of_certain_rows",),
     ),
     "focal loss without the mass": Fault(
         REFERENCE,
         "/ mass.masked_fill(zero, 1)",
         "",
-        ("tests/test_extras.py::test_any_combination_of_many_options",),
+        ("tests/test_options.py::test_any_combination_of_many_options",),
     ),
     "0 times minus infinity": Fault(
         REFERENCE,
@@ -3124,7 +3113,7 @@ REFERENCE_FAULTS = {
         REFERENCE,
         "    row_loss = row_loss * torch.where(is_class | ~kept, 1.0, torch.nan)\n",
         "",
-        ("tests/test_reference.py::test_a_target_that_is_no_class_is_nan",),
+        ("tests/test_reference.py::test_target_out_of_range_is_nan",),
     ),
     "mean of no classes": Fault(
         REFERENCE,
@@ -3163,7 +3152,7 @@ REFERENCE_FAULTS = {
         REFERENCE,
         "smooth_loss = -_weighted_sum(class_weight, log_prob, dim)",
         "smooth_loss = -_weighted_sum(torch.ones_like(log_prob), log_prob, dim)",
-        ("tests/test_reference.py::test_is_torchs",),
+        ("tests/test_reference.py::test_equals_torch",),
     ),
     "entropy of probabilities that are 0": Fault(
         REFERENCE,
@@ -3175,16 +3164,13 @@ REFERENCE_FAULTS = {
         REFERENCE,
         "return 0 if input.dim() == 1 else 1",
         "return 1",
-        ("tests/test_reference.py::test_is_torchs",),
+        ("tests/test_reference.py::test_equals_torch",),
     ),
     "a z-loss of scale 0 is added": Fault(
         REFERENCE,
         "    if lse_square_scale != 0:\n        row_loss = row_loss + z_loss\n",
         "    row_loss = row_loss + z_loss\n",
-        (
-            "tests/test_reference.py::"
-            "test_the_square_of_a_great_lse_is_no_part_of_a_loss_without_it",
-        ),
+        ("tests/test_reference.py::test_no_z_loss_of_an_infinite_square",),
     ),
 }
 
@@ -3218,7 +3204,7 @@ NN_FAULTS = {
         NN,
         "super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)",
         "super().__init__(weight, reduce, ignore_index, size_average, reduction, label_smoothing)",
-        ("tests/test_nn.py::test_positional_arguments_are_torchs",),
+        ("tests/test_nn.py::test_positional_arguments_match_torch",),
     ),
     "a linear module without its class weights": Fault(
         NN, "        super().__init__(weight)\n", "        super().__init__()\n", MODULES
@@ -3251,25 +3237,25 @@ NN_FAULTS = {
         NN,
         "            linear_bias=linear_bias,\n",
         "",
-        ("tests/test_linear_doors.py::test_module",),
+        ("tests/test_linear_autograd.py::test_module",),
     ),
     "positions before classes": Fault(
         NN,
         "shape = (self.num_classes, *self.out_features)",
         "shape = (*self.out_features, self.num_classes)",
-        ("tests/test_linear_doors.py::test_module",),
+        ("tests/test_linear_autograd.py::test_module",),
     ),
     "repr shows defaults": Fault(
         NN,
         "            if not _is_default(value, self.DEFAULTS[name])\n",
         "",
-        ("tests/test_nn.py::test_shows_its_options",),
+        ("tests/test_nn.py::test_repr_shows_options",),
     ),
     "old modules have no later option": Fault(
         NN,
         "return {name: getattr(self, name, value) for name, value in self.DEFAULTS.items()}",
         "return {name: getattr(self, name) for name in self.DEFAULTS}",
-        ("tests/test_nn.py::test_state_of_a_module_of_before_an_option_was_there",),
+        ("tests/test_nn.py::test_old_modules_without_newer_options",),
     ),
     "modules forget their options": Fault(
         NN,
@@ -3297,19 +3283,19 @@ NN_FAULTS = {
         NN,
         '"reduction": self.reduction,',
         '"reduction": reduction,',
-        ("tests/test_nn.py::test_positional_arguments_are_torchs",),
+        ("tests/test_nn.py::test_positional_arguments_match_torch",),
     ),
     "repr compares tensors": Fault(
         NN,
         "return value is default or (isinstance(value, (int, float, str)) and value == default)",
         "return bool(value == default)",
-        ("tests/test_nn.py::test_shows_a_subclass_that_keeps_tensors_under_the_names_of_options",),
+        ("tests/test_nn.py::test_repr_of_a_subclass_with_tensor_attributes",),
     ),
     "repr shows equal defaults": Fault(
         NN,
         "return value is default or (isinstance(value, (int, float, str)) and value == default)",
         "return value is default",
-        ("tests/test_nn.py::test_shows_its_options",),
+        ("tests/test_nn.py::test_repr_shows_options",),
     ),
     "the linear module drops a batch's tensors": Fault(
         NN,
@@ -3346,7 +3332,7 @@ MAIN_FAULTS = {
         "found = Errors(*map(max, found, (error(*pair) for pair in pairs)))",
         "found = Errors(*(error(*pair) for pair in pairs))",
         (
-            "tests/test_fallback.py::test_report_of_one_shape_that_is_wrong",
+            "tests/test_fallback.py::test_report_of_one_wrong_shape",
             *REPORT,
         ),
     ),
@@ -3406,19 +3392,19 @@ MAIN_FAULTS = {
         MAIN,
         "    except ValueError as error:",
         "    except KeyError as error:",
-        ("tests/test_fallback.py::test_report_of_an_instruction_set_that_does_not_exist",),
+        ("tests/test_fallback.py::test_unknown_instruction_set",),
     ),
     "an unknown instruction set is no failure": Fault(
         MAIN,
         'print(f"CPU: no kernels, because {error}")\n        return 1',
         'print(f"CPU: no kernels, because {error}")\n        return 0',
-        ("tests/test_fallback.py::test_report_of_an_instruction_set_that_does_not_exist",),
+        ("tests/test_fallback.py::test_unknown_instruction_set",),
     ),
     "a reader that has seen enough is an error": Fault(
         MAIN,
         '    if hasattr(signal, "SIGPIPE"):',
         "    if False:",
-        ("tests/test_fallback.py::test_report_that_is_not_read_to_its_end",),
+        ("tests/test_fallback.py::test_report_into_a_closed_pipe",),
     ),
     "a GPU of too low a capability has kernels": Fault(
         MAIN,

@@ -10,21 +10,21 @@ from pathlib import Path
 from . import TABLES
 from .tree import Outcome, Tree
 
-Key = tuple[str, str]  # a table and the name of one of its faults
-NATIVE = ("cpu", "binding")  # tables of faults in fused_xent._C; the emulator builds CUDA's
+Key = tuple[str, str]  # the name of a table, and of one of its faults
+NATIVE = ("cpu", "binding")  # faults in fused_xent._C; those of CUDA are built for the emulator
 
 
 class Runner:
-    """As many copies of the project as jobs run at a time."""
+    """Runs jobs in parallel, each in its own copy of the project."""
 
     def __init__(self, folder: Path, jobs: int, builds: Path) -> None:
-        """Copy the project into the folder, as often as that."""
+        """Make a copy of the project in the folder for each job."""
         self.trees: queue.Queue[Tree] = queue.Queue()
         for i in range(jobs):
             self.trees.put(Tree(folder.resolve() / str(i), builds.resolve()))
 
     def unbroken(self, keys: list[Key]) -> str:
-        """Run the tests of these faults without a fault; return what fails."""
+        """Run the tests of these faults on unchanged code; return the output if any fail."""
         tests = dict.fromkeys(test for table, name in keys for test in TABLES[table][name].tests)
         tree = self.trees.get()
         if any(table in NATIVE for table, _ in keys):
@@ -35,7 +35,7 @@ class Runner:
         return "" if result.returncode == 0 else result.stdout[-5000:]
 
     def run(self, keys: list[Key]) -> Iterator[tuple[Key, Outcome, float]]:
-        """Try these faults; yield each outcome, and its seconds, when it is known."""
+        """Try these faults; yield each outcome and its duration as soon as it is known."""
         with ThreadPoolExecutor(self.trees.qsize()) as pool:
             for job in as_completed([pool.submit(self._attempt, key) for key in keys]):
                 yield job.result()

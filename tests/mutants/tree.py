@@ -1,4 +1,4 @@
-"""A copy of the project, in which faults are tried one at a time."""
+"""A copy of the project in which faults are tried one at a time."""
 
 import os
 import shutil
@@ -13,28 +13,28 @@ from .fault import Fault
 from .library import build_library
 
 IGNORED = shutil.ignore_patterns(*(".*", "build", "dist", "__pycache__", "*.egg-info"))
-LONGEST = 1800  # seconds that the tests of one fault may take: it may be an endless loop
+LONGEST = 1800  # seconds for the tests of one fault, which may loop forever
 LIBRARY = "fused_xent/_C.abi3.so"
 
 
 class Outcome(NamedTuple):
-    """What the tests said."""
+    """The result of running the tests of a fault."""
 
-    verdict: str  # "found", "SURVIVED", "unseen", or "INVALID" if they could not say
+    verdict: str  # "found", "SURVIVED", "unseen", or "INVALID" if the tests could not run
     output: str
 
 
 class Tree:
-    """A copy of the project in a folder, with builds that copies share in another."""
+    """A copy of the project in a folder, and the build folder that all copies share."""
 
     def __init__(self, folder: Path, builds: Path) -> None:
-        """Copy the project as it is now."""
+        """Copy the project in its current state."""
         self.folder, self.builds = folder, builds
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(ROOT, folder, ignore=IGNORED)
 
     def run(self, tests, *options: str) -> subprocess.CompletedProcess:
-        """Run some of its tests."""
+        """Run these tests in the copy."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
         own = {"FUSED_XENT_TEST_BUILDS": str(self.builds), "PYTHONDONTWRITEBYTECODE": "1"}
         return subprocess.run(
@@ -49,19 +49,19 @@ class Tree:
         )
 
     def use_library(self) -> None:
-        """Let the tests run with the library of this copy's csrc."""
+        """Use the library built from this copy's csrc."""
         self._replace_library(build_library(self.folder, self.builds))
 
     def restore_library(self) -> None:
-        """Let the tests run with the project's own library."""
+        """Use the project's own library again."""
         self._replace_library(ROOT / LIBRARY)
 
     def _replace_library(self, path: Path) -> None:
-        (self.folder / LIBRARY).unlink(missing_ok=True)  # not written over: it may be in use
+        (self.folder / LIBRARY).unlink(missing_ok=True)  # not overwritten, since it may be in use
         shutil.copy2(path, self.folder / LIBRARY)
 
     def attempt(self, fault: Fault, is_native: bool) -> Outcome:
-        """Put a fault in, run its tests, and take it out again. is_native: it is in _C."""
+        """Apply a fault, run its tests, and undo it. is_native: the fault is in _C."""
         path = self.folder / fault.path
         text = path.read_text()
         path.write_text(fault.apply(text))
@@ -81,9 +81,9 @@ class Tree:
 
 
 def _verdict(fault: Fault, status: int) -> str:
-    """Return what pytest's exit status says of a fault."""
+    """Return the verdict for pytest's exit status."""
     if status == 0:
         return "unseen" if fault.unseen else "SURVIVED"
     if status == 1 or status < 0:  # a test failed, or a signal ended it
         return "INVALID" if fault.unseen else "found"
-    return "INVALID"  # nothing was tried: no such test, or an error of another kind
+    return "INVALID"  # no test ran: wrong test name, or another error

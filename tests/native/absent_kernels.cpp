@@ -1,5 +1,5 @@
-// Stand-ins for the kernels that a program of some files of csrc/cuda has not: weak, so that those
-// which it has come before them.
+// Weak stand-ins for the launchers of csrc/cuda files that a program is built without; linked files
+// override them.
 #include "../../csrc/cuda/regimes.h"
 
 namespace fused_xent::cuda {

@@ -1,4 +1,4 @@
-// What checks of the kernels, on CPU and CUDA, share: counting, per-row results, comparisons.
+// Common code of the CPU and CUDA checks: counters, per-row results, comparisons, labels, options.
 #pragma once
 
 #include <cinttypes>
@@ -31,7 +31,7 @@ inline void check(bool passes, const Case& c, const std::string& what) {
   if (!passes) fail(c, what);
 }
 
-// Returns the error, and 0 where both are the same infinity or NaN.
+// Returns the error; 0 if both are NaN or the same infinity.
 inline double check_near(double actual, const Expected& expected, const Case& c, const char* what,
                          int64_t row, int64_t j) {
   ++n_checks;
@@ -90,7 +90,7 @@ inline void write_to(Params& p, Tensor& grad_logits) {
   p.grad_layout = grad_logits.layout;
 }
 
-// Where logits are transformed, those nearly as great as the greatest may be greater once rounded.
+// After a transformation, rounding may put a logit that is almost the maximum above it.
 inline bool is_argmax(const Problem& problem, const Reference& reference, int64_t row, int64_t j) {
   const int64_t best = reference.argmax[row];
   if (j == best || !has_transform(problem.params)) return j == best;
@@ -166,7 +166,7 @@ inline const Labels kLabels[] = {
      Ignored::none},
 };
 
-// Each kind of formula on each kind of labels: row options, transforms, statistics, all at once.
+// Options beyond torch's: those of the loss, transformations, statistics, and all at once.
 inline const Extras kExtras[] = {
     {.name = "token weights and z-loss",
      .token_weight = true,

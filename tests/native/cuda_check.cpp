@@ -1,11 +1,11 @@
-// Runs the CUDA kernels, by their launchers, over a table of cases and compares with the
-// definitions in long double: under the emulator, as a program of its own for the sanitizers.
+// Runs the launchers of the CUDA kernels on a table of cases, in the emulator, and compares with
+// the definitions in long double. A program without torch, so that sanitizers can be used.
 //
 //   cuda_check [--small] [--bfloat16]
 //   [forward|backward|forward_backward|columns|per_class_options|sums]
 //
-// --small: blocks of 64 threads and few cases, for race checks. --bfloat16: no other logits.
-// forward ...: the kernels of that file in csrc/cuda alone, linked without the others.
+// --small: blocks of 64 threads and few cases, for race checks. --bfloat16: bfloat16 logits only.
+// forward ...: only the kernels of that file in csrc/cuda; the others need not be linked.
 #include <set>
 #include <string>
 #include <vector>
@@ -26,8 +26,8 @@ void require(cudaError_t error, const Case& c, const char* what) {
   check(error == cudaSuccess, c, std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Ignored rows of adjacent classes, which nobody may read. Seen by AddressSanitizer alone, and but
-// for their first and last bytes, which share 8 with others.
+// Poisons ignored rows with class stride 1, which no kernel may read. Only AddressSanitizer sees
+// it; the first and last 8 bytes are left out, since ASan's granules of 8 bytes may span two rows.
 class Forbidden {
  public:
   Forbidden(const Problem& problem, const Tensor& logits) : problem_(problem), logits_(logits) {
@@ -54,7 +54,7 @@ class Forbidden {
   const Tensor& logits_;
 };
 
-// What the kernels make of a problem, by one choice of plans, in fresh memory.
+// Runs the kernels on a problem with one choice of plans, in fresh memory, and checks the results.
 class Run {
  public:
   Run(const Problem& problem, const Reference& reference, const Plans& plans,
@@ -62,7 +62,7 @@ class Run {
       : problem_(problem), reference_(reference) {
     static_cast<Params&>(a_) = problem.params;
     if (problem.c.labels.has_weight) a_.weight_sum_on_device = &problem.params.weight_sum;
-    if (problem.c.n_rows % 2 == 1) {  // the same scale by another way
+    if (problem.c.n_rows % 2 == 1) {  // the same scale, partly as total_weight
       a_.total_weight = &kTotalWeight;
       a_.grad_scale *= kTotalWeight;
     }
@@ -83,7 +83,7 @@ class Run {
     {
       const Forbidden forbidden(problem_, logits);
       Memory workspace(cuda::workspace_bytes(a_, plans.forward), 0);
-      // Numbers, where what is not written would else be NaN, as a row without a class is.
+      // Fill with numbers: NaN in unwritten parts could pass for the NaN of a target out of range.
       std::memset(workspace.data(), 0x3f, cuda::workspace_bytes(a_, plans.forward));
       if (only != "backward") {
         require(cuda::forward(a_, plans.forward, workspace.data(), nullptr), c, "forward");
@@ -126,7 +126,7 @@ class Run {
     }
   }
 
-  // By the definitions, for a backward without a forward.
+  // Fills in the state from the reference, for a backward without a forward.
   void fill_rows() {
     for (int64_t row = 0; row < problem_.c.n_rows; ++row) {
       if (problem_.is_ignored(row)) continue;
@@ -142,7 +142,7 @@ class Run {
     }
   }
 
-  // Of any numbers. Those of ignored rows are 0, and stay 0 whatever they are multiplied by.
+  // Scales a gradient of random numbers. Ignored rows are 0, and must stay 0 for any factor.
   void scale(Plan plan) {
     const Case& c = problem_.c;
     Tensor before = problem_.logits;
@@ -179,7 +179,7 @@ class Run {
 
 // ---- the table -------------------------------------------------------------------------------
 
-// Unlike on the CPU, where they are found before a kernel runs.
+// Targets out of range reach the CUDA kernels; on the CPU a check refuses them first.
 const Labels kNoClassLabels[] = {
     {"int64, some no class", TargetKind::int64, false, false, 0, Ignored::bad},
     {"weighted smoothed int32, some no class", TargetKind::int32, false, true, 0.1, Ignored::bad},
@@ -193,7 +193,7 @@ class Table {
     if (cuda::describe_device(&device_) != cudaSuccess) std::exit(2);
   }
 
-  // Every shape of every kernel, for every vocabulary size that matters to some of them.
+  // Every launch shape of every kernel, with all vocabulary sizes that are boundaries for some.
   void vocabularies() {
     // 520: 65 vectors of bfloat16, one more than two warps have.
     std::vector<int64_t> sizes{1, 2, 7, 8, 9, 15, 17, 31, 33, 64, 100, 129, 257, 520, 600};
@@ -211,15 +211,15 @@ class Table {
     });
   }
 
-  // Every layout, and rows in vectors where they can be.
+  // Every layout, with vectors of rows where possible.
   void layouts() {
     each_labels([&](DType dtype, const Labels& labels) {
       for (int i = 0; i < kShapes; ++i) {
         const Shape shape = static_cast<Shape>(i);
         if (small_ && shape != Shape::column && shape != Shape::odd_image) continue;
         const bool is_adjacent = has_adjacent_rows(shape);
-        // 32: rows are whole vectors of any type, also in two batches. 36: they are not in two.
-        // 24: as many as 2 x 2 x 2 x 3.
+        // 32: rows form whole vectors of any type, even in two batches; 36: not in two batches.
+        // 24 = 2 x 2 x 2 x 3, for rows of several dimensions.
         const int64_t n_rows = shape == Shape::padded_image ? 36 : is_adjacent ? 32 : 24;
         Case c{dtype, labels, n_rows, shape == Shape::image ? 21 : 1 + next(70)};
         c.logits = shape;
@@ -243,8 +243,8 @@ class Table {
     });
   }
 
-  // Every option beyond torch's, on every kind of labels, in every regime; the kinds of values in
-  // turn.
+  // Every option beyond torch's, with every kind of labels, in every regime; kinds of values take
+  // turns.
   void extras() {
     const int64_t shapes[][2] = {{7, 150}, {40, 7}, {3, 600}, {2, 3000}};
     const auto plans = all_plans(small_, device_, 1);
@@ -272,11 +272,11 @@ class Table {
           run(c, {plans[next(plans.size())], default_plans(c)});
         }
       }
-      ++turn;  // or each option would have the same values with all labels
+      ++turn;  // otherwise each option would have one kind of values for all labels
     });
   }
 
-  // More rows in parts than one block merges.
+  // More split rows than one block merges.
   void many_rows() {
     const Plan split = by_rows(64, 64, 2);
     run({DType::bfloat16, kLabels[0], 300, 600}, {{split, split, by_rows(64, 64)}});
@@ -289,7 +289,7 @@ class Table {
     check_sums(labels, bfloat16_only_);
   }
 
-  // As users call it: the plans that are chosen, at lengths around which they change.
+  // The plans chosen for users, at row lengths around which they change.
   void chosen() {
     for (const int64_t bytes : {96, 128, 512, 4096, 5000, 32768, 40000, 66000, 140000}) {
       for (const DType dtype : kDTypes) {
@@ -300,7 +300,7 @@ class Table {
           c.misalignment = next(3);
           run(c, {default_plans(c)});
           if (labels != 0 || bytes > 40000) continue;
-          c.values = Values::peaked;  // beside many classes only such a target's logit counts
+          c.values = Values::peaked;  // with many classes, other targets have almost no probability
           c.n_rows = 4;
           run(c, {default_plans(c)});
         }
@@ -325,7 +325,8 @@ class Table {
   static cuda::Shape shape_of(const Problem& problem) {
     Params p = problem.params;
     p.grad_logits = const_cast<void*>(p.logits);
-    if (problem.wants_entropy()) p.entropy = p.grad_logits;  // any memory: it is general
+    if (problem.wants_entropy())
+      p.entropy = p.grad_logits;  // any memory: this only selects the general kernels
     p.grad_layout = layout_of(problem.c.gradient, p.n_rows, p.vocab_size);
     return cuda::shape_of(p);
   }
@@ -356,7 +357,7 @@ class Table {
           skip |= (plan->regime == Regime::columns) != (only_ == "columns");
       }
       if (skip) continue;
-      if (n_failures > 20) return;  // enough is known
+      if (n_failures > 20) return;  // enough output
       const int64_t failures = n_failures;
       Run(problem, reference, plans, only_);
       if (n_failures > failures) {

@@ -1,5 +1,5 @@
-// The operators of csrc/binding/cuda.cpp for tensors of the CPU, under names of their own: the CUDA
-// kernels run in the emulator, whose device memory is the machine's. And what tests set and ask.
+// The operators of csrc/binding/cuda.cpp for CPU tensors, in a separate namespace: the kernels run
+// in the emulator, where device memory is host memory. Also settings and queries for tests.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// The plans that the CUDA kernels are tried with: every shape of every regime.
+// The plans that the CUDA kernels are tested with: every launch shape of every regime.
 #pragma once
 
 #include <string>
@@ -47,7 +47,7 @@ inline std::vector<Plans> all_plans(bool small, const cuda::Device& device, int 
       {by_rows(64, 64), by_rows(64, 64, 3), by_rows(64, 64, 1, 4, 1)},
       {by_rows(64, 64, 2), by_rows(64, 32), by_rows(64, 64, cluster ? 4 : 1, 4, 1)},
       {by_columns(64, 1, vector), by_columns(64, 2, 1), by_columns(64, 2, vector)},
-      // One group of threads takes all rows, one after the other.
+      // One group of threads computes all rows in sequence.
       {by_rows(64, 64, 1, 0, 1), by_rows(64, 64, 1, 0, 1), by_rows(64, 64, 1, 0, 1)},
       {by_rows(64, 8, 1, 0, 1), by_rows(64, 8, 1, 0, 1), by_rows(64, 8, 1, 0, 1)},
   };

@@ -1,5 +1,5 @@
-// Checks the sums over rows and over class weights, by csrc/cuda/sums.cu, against sums in long
-// double: one block and several, every kind of labels, every dtype of the loss.
+// Compares the sums over rows and class weights of csrc/cuda/sums.cu with sums in long double: one
+// block and several, every kind of labels, every dtype of the loss.
 #pragma once
 
 #include <algorithm>
@@ -81,7 +81,7 @@ inline void check_class_weights(DType dtype, int64_t vocab_size) {
   check_near(sum, {exact, 1e-12 * exact, 1}, c, "sum of class weights", -1, -1);
 }
 
-// A block takes 512 threads, each 32 rows; there are at most 256 blocks, whose threads then loop.
+// A block has 512 threads with 32 rows each; beyond 256 blocks, threads loop.
 inline void check_sums(const std::vector<Labels>& all_labels, bool bfloat16_only) {
   const double normalizer = -2.5;
   int turn = 0;

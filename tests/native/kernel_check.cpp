@@ -1,12 +1,12 @@
-// Runs every CPU kernel of the instruction set in use over a table of cases, and compares with the
-// definitions in long double. No torch: also for sanitizers and for emulated processors.
+// Runs every CPU kernel of the instruction set in use on a table of cases, and compares with the
+// definitions in long double. Without torch, so sanitizers and emulated processors can be used.
 //
 //   g++ -O2 -std=c++20 -Wno-psabi csrc/cpu/*.cpp tests/native/kernel_check.cpp -o kernel_check
 //   FUSED_XENT_CPU_CAPABILITY=avx2 ./kernel_check [--small] [--threads N] [--capability]
 //
-// --small: fewer and smaller cases, half a billion instructions in all.
-// --threads: 3 unless told, 1 with --small. Where more than 1, results must be those of 1.
-// --capability: print which instruction set is in use, and end.
+// --small: fewer and smaller cases, half a billion instructions in total.
+// --threads: default 3, or 1 with --small. Above 1, results must equal those of one thread.
+// --capability: print the instruction set in use, and exit.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -30,7 +30,7 @@ cpu::Threads threads_of(int64_t count) {
           }};
 }
 
-// All that the kernels make of a problem, in fresh memory.
+// All results of the kernels for a problem, in fresh memory.
 struct Results {
   Params p;
   Tensor logits, grad_logits, in_place, fused;
@@ -60,7 +60,7 @@ struct Results {
   }
 };
 
-// Multiplies a gradient in place by other factors.
+// Multiplies a gradient in place by new factors.
 void check_scale_gradient(const Problem& problem, const Tensor& gradient,
                           const cpu::Threads& threads) {
   const Case& c = problem.c;
@@ -107,7 +107,7 @@ void run(const Case& c, int64_t n_threads) {
   }
   problem.fill_grad_loss();
   check_scale_gradient(problem, results.fused, threads_of(n_threads));
-  // Nothing is left to do where one factor is 1, but where the first of several is.
+  // A kernel may skip the work if a single factor is 1, but not if only the first of several is.
   problem.params.grad_scale = 1;
   write(problem.acc, problem.grad_loss.data(), 0, 1);
   check_scale_gradient(problem, results.fused, threads_of(n_threads));
@@ -115,7 +115,7 @@ void run(const Case& c, int64_t n_threads) {
 
 // ---- what has no gradient --------------------------------------------------------------------
 
-// scan_rows and sum_rows, which go by blocks of rows.
+// scan_rows and sum_rows, which work by blocks of rows.
 void run_scan(const Extras& extras, int64_t n_threads) {
   const Labels labels{"weighted indices", TargetKind::int32, false, true, 0, Ignored::some};
   Case c{DType::float32, labels, 70003, 1};
@@ -156,7 +156,7 @@ class Table {
  public:
   Table(bool small, int64_t n_threads) : small_(small), n_threads_(n_threads) {}
 
-  // Every vocabulary size around the widths of vectors, pairs, blocks and segments.
+  // Vocabulary sizes around the widths of vectors, pairs, blocks and segments.
   void vocabularies() {
     std::vector<int64_t> sizes{63,   64,   65,   127,  128,  129,   130,   160,   257,
                                1000, 2047, 2048, 2049, 4097, 16383, 16384, 16385, 33000};
@@ -172,7 +172,7 @@ class Table {
     });
   }
 
-  // Every layout, of logits, gradient and target each.
+  // Every layout, for logits, gradient and target each.
   void layouts() {
     std::vector<int64_t> sizes{1, 2, 3, 13, 40, 129, 300};
     if (small_) sizes = {1, 13, 129};
@@ -198,8 +198,7 @@ class Table {
       for (int values = 1; values < kValues; ++values) {
         for (Case c : shapes) {
           if (small_ && next(3) != 0) continue;
-          if (c.vocab_size == 16500 && &labels != kLabels)
-            continue;  // segments, whatever the labels
+          if (c.vocab_size == 16500 && &labels != kLabels) continue;  // segments, for all labels
           c.dtype = dtype;
           c.labels = labels;
           c.values = static_cast<Values>(values);
@@ -210,7 +209,7 @@ class Table {
     });
   }
 
-  // Every option beyond torch's, on every kind of labels, by rows and by tiles.
+  // Every option beyond torch's, with every kind of labels, by rows and by tiles.
   void extras() {
     std::vector<Case> shapes{
         {{}, {}, 300, 7}, {{}, {}, 7, 150}, {{}, {}, 2, 2100}, {{}, {}, 1, 16500}};
@@ -233,11 +232,11 @@ class Table {
     });
   }
 
-  // Every way of distributing work, on enough of it for several threads.
+  // Every way to distribute work, with enough of it for several threads.
   void threads() {
-    const Case shapes[] = {{{}, {}, 7, 16385},   // segments of few rows, or rows in one thread
+    const Case shapes[] = {{{}, {}, 7, 16385},   // few rows: segments, or rows with one thread
                            {{}, {}, 13, 16385},  // rows
-                           {{}, {}, 300, 129},   // rows, many a task
+                           {{}, {}, 300, 129},   // rows, many per task
                            {{}, {}, 600, 13},    // tiles
                            {{}, {}, 600, 130}};
     each_labels([&](DType dtype, const Labels& labels) {

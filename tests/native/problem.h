@@ -1,4 +1,4 @@
-// One case of the table, and the inputs that it describes.
+// One case of the table, and the inputs made from it.
 #pragma once
 
 #include <cmath>
@@ -11,37 +11,37 @@
 
 namespace fused_xent::test {
 
-enum class Ignored { none, some, all, bad };  // bad: of some rows the target is no class
+enum class Ignored { none, some, all, bad };  // bad: some targets are out of range
 
 struct Labels {
   const char* name;
   TargetKind kind;
-  bool is_float32;  // probabilities, under logits of any type; else they are of the logits' type
+  bool is_float32;  // float32 probabilities for any logits; otherwise they have the logits' type
   bool has_weight;
   double smoothing;
   Ignored ignored;
-  bool has_infinite_weights = false;  // of classes that are no row's target
+  bool has_infinite_weights = false;  // at classes that are no row's target
 };
 
-// What a row's loss, results and gradient are made of besides.
+// Options beyond torch's, statistics, and the upstream gradients of statistics.
 struct Extras {
   const char* name = "no extras";
-  bool token_weight = false;  // of some rows 0 or negative; where 0 the target is no class
+  bool token_weight = false;  // 0 or negative in some rows; where 0, the target is out of range
   double lse_square_scale = 0, focal_gamma = 0, softcap = 0, logit_scale = 1;
   bool statistics = false, grad_lse = false, grad_entropy = false;
 };
 
 enum class Values {
   normal,
-  offset,     // all about 1e4 or 100 away from 0
-  peaked,     // the target's probability near 1
-  ascending,  // each block of a row has a new maximum
+  offset,     // all near 1e4 or 100
+  peaked,     // the target has a probability near 1
+  ascending,  // every block of a row has a new maximum
   equal,
-  large,    // differences near the range of the type
-  masked,   // -inf, but not at the target
-  special,  // rows of NaN, inf, -inf
-  late,     // many that a sum rounds, and after them one that is far above
-  halves    // further apart than an exponential reaches, where 16-bit kernels change their scale
+  large,    // differences close to the range of the type
+  masked,   // -inf at classes other than the target
+  special,  // NaN, inf and -inf, by row
+  late,     // many values whose sum is rounded, then a far larger one
+  halves    // too far apart for one exponential; 16-bit kernels change the scale
 };
 constexpr int kValues = 10;
 
@@ -76,7 +76,7 @@ struct Case {
   }
 };
 
-// The same numbers on every machine: splitmix64.
+// splitmix64: the same numbers on every machine.
 class Random {
  public:
   double uniform() {
@@ -92,7 +92,7 @@ class Random {
   uint64_t state_ = 1;
 };
 
-// The inputs of a case, and params that point to them but to no output.
+// The inputs of a case, and params that point to the inputs only.
 class Problem {
  public:
   const Case c;
@@ -124,7 +124,7 @@ class Problem {
   Problem(const Problem&) = delete;
 
   bool has_indices() const { return c.labels.kind != TargetKind::probabilities; }
-  // -1 for probabilities.
+  // Returns -1 for probabilities.
   int64_t index(int64_t row) const {
     switch (c.labels.kind) {
       case TargetKind::int64:
@@ -137,7 +137,7 @@ class Problem {
         return -1;
     }
   }
-  // Not to be read.
+  // Kernels must not read such rows.
   bool is_ignored(int64_t row) const {
     return weight_of_row(row) == 0 || (has_indices() && index(row) == params.ignore_index);
   }
@@ -149,7 +149,7 @@ class Problem {
   double weight_of_row(int64_t row) const {
     return c.extras.token_weight ? acc_at(token_weight, row) : 1;
   }
-  // Of the loss; token_weight is no part of it.
+  // The upstream gradient of a row's loss, without token_weight.
   double upstream(int64_t row) const {
     return acc_at(grad_loss, row * params.grad_loss_stride) * params.grad_scale;
   }
@@ -234,7 +234,8 @@ class Problem {
                                c.labels.kind == TargetKind::int64 ? 1LL << 32 : -2};
         y = is_byte ? 254 : bad[row / 3 % 3];
       }
-      std::memcpy(static_cast<char*>(indices.data()) + row * size, &y, size);  // little-endian
+      std::memcpy(static_cast<char*>(indices.data()) + row * size, &y,
+                  size);  // assumes little-endian
     }
   }
 
@@ -297,7 +298,7 @@ class Problem {
     params.logits = logits.memory.data();
     params.logits_layout = logits.layout;
     for (int64_t row = 0; row < c.n_rows; ++row) {
-      if (is_ignored(row)) continue;  // they stay NaN
+      if (is_ignored(row)) continue;  // stays NaN
       for (int64_t j = 0; j < c.vocab_size; ++j) logits.set(row, j, logit(row, j));
     }
   }

@@ -1,4 +1,4 @@
-// What the kernels must give, by the definitions and in long double, and how near they must come.
+// The expected results, by the definitions in long double, and the allowed errors.
 #pragma once
 
 #include <cmath>
@@ -15,12 +15,12 @@ using Real = long double;
 struct Expected {
   double value = 0;
   double allowed = 0;    // the largest error
-  double magnitude = 0;  // of the terms that value is the difference of
+  double magnitude = 0;  // of the terms whose difference is value
 };
 
 inline double unit_roundoff(DType acc) { return format_of(acc).epsilon / 2; }
 
-// Of a float row the loss is exact to 5e-6, absolutely or by its terms.
+// A float loss has an error of at most 5e-6, absolute or relative to its terms.
 inline Expected expected_loss(DType acc, Real loss, Real terms) {
   const double scale = std::fmax(1, static_cast<double>(std::fabs(terms)));
   return {static_cast<double>(loss),
@@ -30,7 +30,7 @@ inline Expected expected_loss(DType acc, Real loss) { return expected_loss(acc, 
 
 class Reference {
  public:
-  std::vector<Expected> loss, lse, entropy, loss_slope;  // a row
+  std::vector<Expected> loss, lse, entropy, loss_slope;  // per row
   std::vector<int64_t> argmax;
   std::vector<Real> exact_lse, max, log_sum;
   std::vector<Expected> gradient;  // (n_rows, vocab_size)
@@ -55,7 +55,7 @@ class Reference {
     }
   }
 
-  // q_j of xent_math.h.
+  // q_j in xent_math.h.
   Real label(int64_t row, int64_t j) const {
     const Params& p = problem_.params;
     const Real smoothing = p.label_smoothing, uniform = smoothing / p.vocab_size;
@@ -70,7 +70,7 @@ class Reference {
                : problem_.class_weight(j) * ((1 - smoothing) * hard + uniform);
   }
 
-  // z of xent_math.h.
+  // z in xent_math.h.
   Real logit(int64_t row, int64_t j) const {
     const Params& p = problem_.params;
     const Real x = p.logit_scale * static_cast<Real>(problem_.logits.at(row, j));
@@ -78,14 +78,14 @@ class Reference {
   }
 
  private:
-  // What all classes of a row share.
+  // Values common to all classes of a row.
   struct Row {
     std::vector<Real> q, e, shifted;
     Real max = -INFINITY, sum = 0, mass = 0, log_sum = 0, cross_entropy = 0, entropy = 0;
     double transform_error = 0;
   };
 
-  // How far the logits are from these once they are rounded.
+  // The error of the transformed logits due to rounding.
   double transform_error(Real largest) const {
     const Params& p = problem_.params;
     if (!has_transform(p)) return 0;
@@ -123,7 +123,7 @@ class Reference {
     }
     r.log_sum = std::log(r.sum);
     r.entropy = r.log_sum - moment / r.sum;
-    r.cross_entropy = r.log_sum - r.log_sum;  // 0, or not a number
+    r.cross_entropy = r.log_sum - r.log_sum;  // 0, or NaN
     for (int64_t j = 0; j < vocab_size; ++j) {
       if (r.q[j] != 0) r.cross_entropy += r.q[j] * (r.log_sum - r.shifted[j]);
     }
@@ -131,7 +131,7 @@ class Reference {
     return r;
   }
 
-  // The focal loss and its slope by the definition: P is the label's probability.
+  // The focal loss and its slope by the definition, with P the probability of the label.
   Real focal_loss(Real cross_entropy, Real mass) const {
     const Real gamma = problem_.params.focal_gamma;
     if (gamma == 0 || cross_entropy == 0) return cross_entropy;
@@ -184,7 +184,7 @@ class Reference {
     for (int64_t j = 0; j < problem_.c.vocab_size; ++j) {
       const Real probability = r.e[j] / r.sum, softmax = g * r.mass * probability;
       const Real label = g * r.q[j], shifted = r.e[j] == 0 ? 0 : r.shifted[j];
-      // At an index its probability p comes from p - 1: right beside 1, not beside p.
+      // At the target, p is part of p - 1, so its error is relative to 1, not to p.
       const Real beside = j == problem_.index(row) ? g * r.mass : softmax;
       Real more = of_square + of_lse, terms = std::fabs(of_square) + std::fabs(of_lse);
       if (of_entropy != 0) {
@@ -208,7 +208,7 @@ class Reference {
     }
   }
 
-  // What the rounding of a cross-entropy does to the slope.
+  // The error of the slope due to the rounding of the cross-entropy.
   Real error_of_slope(const Row& r) const {
     if (problem_.params.focal_gamma == 0) return 0;
     Real terms = r.mass * (1 + r.log_sum);
@@ -223,15 +223,15 @@ class Reference {
            kRoundings * u * (1 + problem_.params.focal_gamma) * std::fabs(slope);
   }
 
-  // Rounding x - max, its multiple in exp and log_sum moves a probability by a unit roundoff times
-  // each of them, the rest of the arithmetic by a few; then the result is rounded to its own type.
+  // Rounding x - max, its multiple in exp, and log_sum changes a probability by each of them times
+  // the unit roundoff; other arithmetic by a few roundoffs. Then the result is rounded to its type.
   Expected expected_gradient(Real gradient, Real terms, Real exponents) const {
     const DType dtype = problem_.c.dtype, acc = problem_.acc;
     const double value = static_cast<double>(gradient), magnitude = static_cast<double>(terms);
     const double computing =
         (kRoundings + static_cast<double>(exponents)) * unit_roundoff(acc) * magnitude;
     const double storing = dtype == acc ? 0 : ulp(dtype, value) / 2;
-    // A probability below the smallest normal number may be 0.
+    // A probability below the smallest normal number may be flushed to 0.
     const double smallest = 4 * format_of(acc).smallest;
     return {value, computing + storing + smallest, magnitude};
   }

@@ -1,5 +1,5 @@
-// The memory of a test: buffers of exactly the size that a kernel may touch, filled and surrounded
-// with NaN, and tensors in them of every dtype and layout.
+// Memory of tests: buffers of exactly the size that a kernel may access, filled with and surrounded
+// by NaN; and tensors of every dtype and layout in them.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +13,11 @@
 
 namespace fused_xent::test {
 
-// Bytes between guards. Under AddressSanitizer the guards are its own, which see reads as well.
+// Bytes between guards. Under AddressSanitizer its own guards are used, which also detect reads.
 class Memory {
  public:
   Memory() = default;
-  // The first byte lies `shift` bytes behind an aligned address.
+  // The first byte is `shift` bytes after an aligned address.
   Memory(int64_t n_bytes, int64_t shift)
       : lead_(kGuard + shift), bytes_(new_bytes(kGuard + shift + n_bytes + kGuard)) {}
 
@@ -39,7 +39,7 @@ class Memory {
 #endif
   static std::vector<unsigned char> new_bytes(int64_t n) {
     std::vector<unsigned char> bytes;
-    bytes.reserve(n);  // exactly: the sanitizer sees the end of the allocation
+    bytes.reserve(n);  // exact, so that the sanitizer detects accesses past the end
     bytes.resize(n, 0xff);
     return bytes;
   }
@@ -48,7 +48,7 @@ class Memory {
   std::vector<unsigned char> bytes_;
 };
 
-// The distance of the numbers at 1, and the smallest normal number.
+// The spacing of numbers at 1, and the smallest normal number.
 struct Format {
   double epsilon, smallest;
 };
@@ -65,7 +65,7 @@ inline Format format_of(DType dtype) {
   }
 }
 
-// The distance of dtype's numbers at |value|.
+// The spacing of dtype's numbers at |value|.
 inline double ulp(DType dtype, double value) {
   const Format format = format_of(dtype);
   const auto exponent = std::bit_cast<uint64_t>(value) & 0x7ff0000000000000;
@@ -81,7 +81,7 @@ inline double half_to_double(uint16_t bits) {
   return (bits & 0x8000) != 0 ? -magnitude : magnitude;
 }
 
-// Rounded to nearest; too small a number becomes 0.
+// Rounds to nearest; numbers below the range become 0.
 inline uint16_t double_to_half(double value) {
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   const double magnitude = std::fabs(value);
@@ -132,15 +132,15 @@ inline void write(DType dtype, void* data, int64_t i, double value) {
 
 enum class Shape {
   contiguous,
-  padded,        // class stride 1, rows apart
+  padded,        // class stride 1, gaps between rows
   column,        // a transposed matrix
   image,         // (batch, class, pixel)
   strided,       // no stride is 1
-  slices,        // rows of two dimensions that do not merge
-  permuted,      // rows of three dimensions, the innermost row not the nearest in memory
-  scattered,     // rows of four dimensions, classes in their midst
-  padded_image,  // an image whose classes are whole vectors apart, though its pixels are none
-  odd_image      // an image whose pixels are whole vectors, though its batches are none apart
+  slices,        // two row dimensions that do not merge
+  permuted,      // three row dimensions, not in the order of their strides
+  scattered,     // four row dimensions, with the classes between them
+  padded_image,  // class stride is a whole number of vectors, pixel count is not
+  odd_image      // pixel count is a whole number of vectors, batch stride is not
 };
 constexpr int kShapes = 10;
 
@@ -150,13 +150,13 @@ inline const char* name_of(Shape shape) {
   return names[static_cast<int>(shape)];
 }
 
-// Whether rows are neighbours in memory, so that several may be read as one vector.
+// True if rows are adjacent in memory, so that several can be read as one vector.
 inline bool has_adjacent_rows(Shape shape) {
   return shape == Shape::column || shape == Shape::image || shape == Shape::padded_image ||
          shape == Shape::odd_image;
 }
 
-// Splits n_rows into `count` factors, the last ones small.
+// Splits n_rows into `count` factors; the last ones are small.
 inline std::vector<int64_t> factors(int64_t n_rows, int count) {
   std::vector<int64_t> sizes(count, 1);
   for (int d = count - 1; d > 0; --d) {
@@ -171,7 +171,7 @@ inline std::vector<int64_t> factors(int64_t n_rows, int count) {
 
 constexpr int kClass = -1;
 
-// Lays dimensions out, the innermost first, each `pad` elements longer than what it holds.
+// Computes strides from the innermost dimension outwards, with `pad` elements after each.
 inline Layout arrange(const std::vector<int64_t>& sizes, int64_t vocab_size,
                       const std::vector<int>& order, int64_t first_stride, int64_t pad) {
   Layout layout{static_cast<int>(sizes.size()), {}, {}, 0};
@@ -217,7 +217,7 @@ inline int64_t extent(const Layout& layout, int64_t vocab_size) {
   return last + 1;
 }
 
-// (n_rows, vocab_size), first of all NaN.
+// A (n_rows, vocab_size) tensor, initially all NaN.
 struct Tensor {
   DType dtype{};
   int64_t n_rows = 0, vocab_size = 0;
@@ -241,7 +241,7 @@ struct Tensor {
     write(dtype, memory.data(), index(row, j), value);
   }
 
-  // Whether all that lies between and around the elements is as it was made.
+  // True if the memory between and around the elements is unchanged.
   bool gaps_are_intact() const {
     const int64_t size = element_size(dtype), n_bytes = extent(layout, vocab_size) * size;
     if (!memory.guards_are_intact()) return false;

@@ -1,4 +1,4 @@
-// Cases that are launched by name, with the buffers that they share.
+// Cases that are launched by name, and their common buffers.
 #pragma once
 #include <cuda_runtime.h>
 

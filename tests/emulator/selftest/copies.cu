@@ -20,7 +20,7 @@ __device__ void copy_async(void* target, const void* source) {  // .ca: 4, 8 or 
                "l"(source), "n"(kBytes)
                : "memory");
 }
-// What source_bytes leaves of the 16 is filled with zeros.
+// Copies source_bytes; the rest of the 16 bytes is filled with zeros.
 __device__ void copy_async_16(void* target, const void* source, int source_bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
                "l"(source), "r"(source_bytes)
@@ -42,8 +42,8 @@ __global__ void stage(const float* x, float* y) {
   y[threadIdx.x] = staged[kThreads - 1 - threadIdx.x];
 }
 
-// y: the first half after the older of two groups has arrived, what is there of the second half by
-// then, and afterwards.
+// y: the first half after the wait for the older of two groups, the second half at that time, and
+// the second half after its own wait.
 __global__ void two_groups(const float* x, float* y) {
   __shared__ alignas(16) float staged[kThreads];
   const int i = static_cast<int>(threadIdx.x), half = kThreads / 2;  // 8 threads, 4 floats each
@@ -86,7 +86,7 @@ __global__ void double_buffer(const float* x, float* y) {
   y[i] = sum;
 }
 
-// Each thread has a place of its own, and asks for its next element before it has read this one.
+// Each thread has its own element in shared memory, and issues the next copy before reading it.
 __global__ void overwrite_alone(const float* x, float* y) {
   __shared__ float place[kThreads / 2];
   const unsigned i = threadIdx.x;

@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ rarely gives a test by chance, as inline PTX, against plain C++
-// written from the PTX manual's words. mismatches() runs one of them on many inputs.
+// Instructions that CUDA C++ rarely generates, as inline PTX, compared with plain C++ written from
+// the PTX manual. mismatches() runs one of them on many inputs.
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -38,7 +38,7 @@ INSTRUCTION(bf16_of_f64,
             "{.reg .f64 d; .reg .b16 h; mov.b64 d, {%2, %1}; cvt.rn.bf16.f64 h, d;"
             " cvt.u32.u16 %0, h;}")
 
-// The order of the block decides what a CAS finds; the sum does not depend on it.
+// The order of threads decides what each CAS finds, but not the sum.
 __global__ void compare_and_swap(const Inputs* inputs, uint32_t* outputs) {
   const Inputs i = inputs[blockIdx.x];
   if (threadIdx.x == 0) outputs[blockIdx.x] = i.a;
@@ -65,7 +65,7 @@ __global__ void warp_reduction(const Inputs* inputs, uint32_t* outputs) {
     outputs[blockIdx.x] = sum + 3 * largest + 5 * static_cast<uint32_t>(smallest) + 7 * mixed;
 }
 
-// The double precision functions, for which nvcc refines a coarse reciprocal: 1 where they agree.
+// Double precision functions that nvcc computes by refining a coarse reciprocal: 1 if they agree.
 __global__ void double_identities(const Inputs* inputs, uint32_t* outputs) {
   const double x = 1e-3 + inputs[blockIdx.x].a * 0x1p-29;  // up to 8
   const bool inverse = fabs(exp(log(x)) / x - 1) < 1e-14;
@@ -209,7 +209,7 @@ const Tested kTested[] = {
     {"redux", warp_reduction, plain_warp_reduction, 32},
 };
 
-// Corners with each other: counts around 32 and 255, numbers, zeros, infinities, NaN; and noise.
+// All pairs of corner cases: counts near 32 and 255, numbers, zeros, infinities, NaN; and noise.
 std::vector<Inputs> make_inputs() {
   const uint32_t corners[] = {0,      1,          8,          31,         32,         33,
                               255,    0x0820,     0x1f08,     0xff1c,     0x80000000, 0x7f800000,

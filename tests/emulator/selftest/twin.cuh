@@ -1,4 +1,4 @@
-// Included by two files: static kernels and variables of one mangled name belong to their file.
+// Included by two files: each has its own static kernels and variables of the same mangled name.
 #include <cuda_runtime.h>
 
 static __device__ int value;

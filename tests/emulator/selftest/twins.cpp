@@ -1,4 +1,4 @@
-// A Python module over kernels; by hand, because pybind11 takes seven seconds to compile.
+// A Python module that calls kernels, without pybind11, which takes seven seconds to compile.
 #include <Python.h>
 
 int triple(int number);

@@ -1,12 +1,12 @@
-"""Nothing is read or written beside the logits: they lie between pages that end the process."""
+"""Kernels access no memory outside the logits: protected pages around them would crash."""
 
 from pathlib import Path
 
 import pytest
 
 pytestmark = [
-    pytest.mark.cpu("of memory that the processor guards"),
-    pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mprotect as Linux has it"),
+    pytest.mark.cpu("mprotect guards CPU memory only"),
+    pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs mprotect of Linux"),
 ]
 
 BETWEEN_GUARDS = """
@@ -63,6 +63,6 @@ for n_classes in (9, 300, 20000):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_logits_between_guards(dtype, run_python):
-    """The row at the edge is left out, and its target points beyond the edge."""
+    """The row at the edge is dropped, and its target points beyond the edge."""
     result = run_python("-c", BETWEEN_GUARDS, dtype)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -1,7 +1,8 @@
-"""The faults that users of other implementations reported, each as a test of its own.
+"""Bugs that users reported in other implementations, one test for each.
 
-The numbers are those of a list that the project keeps of them. Those that need a GPU or several
-processes are not here: ranks that smooth differently (6), launches that wait for the host (7).
+Names state the bug; the numbers are those of the project's list of bugs. Two that need several
+processes or a GPU are not here: ranks that smooth differently (6), launches that wait for the host
+(7).
 """
 
 import pytest
@@ -19,7 +20,7 @@ N_ROWS, N_CLASSES = 8, 1003
 
 @pytest.fixture
 def problem():
-    """Float32 logits and targets, two of them ignored."""
+    """Float32 logits, and targets with two ignored rows."""
     target = torch.randint(0, N_CLASSES, (N_ROWS,))
     target[2:4] = -100
     return make_logits((N_ROWS, N_CLASSES), torch.float32), target
@@ -50,7 +51,7 @@ def test_03_stride_0_upstream_gradient_read_out_of_bounds(problem, mode):
     assert_gradient(gradient, exact, torch.float32, roundings(mode))
 
 
-def test_03_transposed_logits_give_a_wrong_loss(problem):
+def test_03_wrong_loss_for_transposed_logits(problem):
     logits, target = problem
     transposed = logits.T.contiguous().T
     exact = truth(logits, target)
@@ -96,7 +97,7 @@ def test_05_bfloat16_gradient_patched_after_rounding(mode):
     assert_gradient(gradient, exact, torch.bfloat16, roundings(mode))
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
 def test_08_compiled_loss_of_ignored_rows_is_whatever_was_in_memory(problem):
     compiled = torch.compile(fused_xent.cross_entropy, backend="aot_eager", fullgraph=True)
     logits, target = problem
@@ -108,7 +109,7 @@ def test_08_compiled_loss_of_ignored_rows_is_whatever_was_in_memory(problem):
 
 
 def test_09_offsets_of_32_bits():
-    """More logits than 2**32, of which few are touched."""
+    """More than 2**32 logits; rows share memory (stride 0), so they take little."""
     n_rows, n_classes = 2**24 + 3, 256
     logits = make_logits((1, n_classes), torch.float32).expand(n_rows, n_classes)
     assert logits.numel() > 2**32
@@ -119,7 +120,7 @@ def test_09_offsets_of_32_bits():
 
 
 def test_10_all_rows_ignored(problem):
-    """NaN as torch's mean, 0 as torch's sum, and no NaN in the gradient."""
+    """As in torch, the mean is NaN and the sum 0; the gradient has no NaN."""
     logits, target = problem
     target = torch.full_like(target, -100)
     loss, gradient = loss_and_gradient(logits, target)
@@ -129,8 +130,8 @@ def test_10_all_rows_ignored(problem):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_12_autocast_makes_a_dtype_mismatch(problem, dtype, device):
-    """A layer's logits, its weight in float32, and a float32 loss of them."""
+def test_12_dtype_mismatch_under_autocast(problem, dtype, device):
+    """16-bit logits of an autocast layer with a float32 class weight give a float32 loss."""
     layer = torch.nn.Linear(16, N_CLASSES)
     criterion = fused_xent.CrossEntropyLoss(torch.rand(N_CLASSES), label_smoothing=0.1)
     amp = torch.bfloat16 if dtype == torch.float32 else dtype
@@ -151,7 +152,7 @@ def test_14_second_backward_under_retain_graph(problem):
 @by_mode
 @pytest.mark.parametrize("n_classes", [1, 3, 7, 9, 131, 1003])
 def test_15_padded_lanes_take_probability(n_classes, mode):
-    """At logits of -50 a lane that held 0 would take nearly all of it."""
+    """With all logits at -50, a padded lane that held 0 would take nearly all probability."""
     logits = torch.full((3, n_classes), -50.0)
     target = torch.zeros(3, dtype=torch.int64)
     loss, gradient = loss_and_gradient(logits, target, mode=mode)
@@ -160,7 +161,7 @@ def test_15_padded_lanes_take_probability(n_classes, mode):
     assert_gradient(gradient, exact, torch.float32, roundings(mode))
 
 
-@pytest.mark.cpu("elsewhere such rows become NaN: test_cuda.py")
+@pytest.mark.cpu("a GPU gives NaN for such rows: test_cuda.py")
 @by_mode
 @pytest.mark.parametrize("bad", [-1, N_CLASSES, 2**31, -(2**62)])
 def test_16_target_out_of_range_reads_out_of_bounds(problem, bad, mode):
@@ -170,7 +171,7 @@ def test_16_target_out_of_range_reads_out_of_bounds(problem, bad, mode):
         loss_and_gradient(logits, target, mode=mode)
 
 
-def test_17_library_loads_without_torch_being_imported_first(run_python):
+def test_17_library_does_not_load_before_torch(run_python):
     result = run_python("-c", "import fused_xent; print(fused_xent.cpu_capability())")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() not in ("", "None")
@@ -195,7 +196,7 @@ def test_19_results_differ_from_run_to_run(shape):
 
 @pytest.mark.parametrize("remainder", range(17))
 def test_20_tail_loop_strides_by_one(remainder):
-    """Each class of the tail is written, and written once: the others keep their numbers."""
+    """Each class of the tail gets its gradient exactly once, for every remainder."""
     n_classes = 1024 + remainder
     logits, target = make_logits((3, n_classes), torch.float32), torch.tensor([0, 5, n_classes - 1])
     loss, gradient = loss_and_gradient(logits, target, reduction="sum")

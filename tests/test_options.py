@@ -1,4 +1,4 @@
-"""The options beyond torch's: each by its formula, and all of them with each other."""
+"""The options beyond torch's: each against its formula, and combinations of all; statistics."""
 
 import math
 import random
@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, make_logits
-from extras import check_problem, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modes import MODES, has_mode
+from problems import check_problem, make_problem
 from test_random import laid_out, layouts
 
 import fused_xent
@@ -40,13 +40,13 @@ def test_any_combination(problem):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_combination_of_many_options(seed):
-    """As Hypothesis likes to leave options out."""
+    """Hypothesis tends to leave options out; these problems have many."""
     draw = random.Random(seed)
     for _ in range(25):
         check_problem(make_problem(lambda choices: draw.choice(choices)))
 
 
-# ---- each by its formula: of row losses c, probabilities p and logits z ------------------------
+# ---- each option against its formula -----------------------------------------------------------
 
 
 def by_row(z, target=TARGET, **options):
@@ -79,7 +79,7 @@ def test_formula(option, function):
 
 
 def test_focal_loss_of_the_paper():
-    """Table of (1 - p)^gamma * -log(p), Lin et al., for p = 0.9 and 0.5, gamma = 2 and 5."""
+    """(1 - p)^gamma * -log(p), as in Lin et al., for p = 0.9, gamma = 2 and p = 0.5, gamma = 5."""
     for p, gamma, expected in ((0.9, 2, 0.01 * 0.10536), (0.5, 5, 0.03125 * 0.69315)):
         logits = torch.tensor([[math.log(p), math.log(1 - p)]])
         loss = cross_entropy(logits, torch.tensor([0]), focal_gamma=gamma)
@@ -87,7 +87,7 @@ def test_focal_loss_of_the_paper():
 
 
 @pytest.mark.parametrize("function", [cross_entropy, reference.cross_entropy])
-def test_cap_of_scaled_logits(function):
+def test_softcap_of_scaled_logits(function):
     logits, target = problem()
     expected = F.cross_entropy(2.5 * torch.tanh(1.7 * logits / 2.5), target)
     loss = function(logits, target, softcap=2.5, logit_scale=1.7)
@@ -98,7 +98,7 @@ def test_cap_of_scaled_logits(function):
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("function", [cross_entropy, reference.cross_entropy])
 def test_focal_loss_of_certain_rows(function, gamma, soft):
-    """0, and so its gradients, though the power of 0 has no derivative."""
+    """Loss and gradients are 0, although x^gamma may have no derivative at 0."""
     logits = torch.tensor([[1e4, 0, -1], [0, 2, 1]], dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 1])
     labels = F.one_hot(target, 3).double() if soft else target
@@ -116,7 +116,7 @@ def test_focal_loss_of_certain_rows(function, gamma, soft):
 @pytest.mark.parametrize("of_weight", [False, True], ids=["kernels", "torch operations"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_entropy_of_masked_classes(dtype, of_weight):
-    """Classes of logit minus infinity add 0, and get the gradient 0."""
+    """Classes with logit minus infinity add 0 and get gradient 0."""
     logits = make_logits((3, 7), dtype)
     logits[:, [1, 4]] = -torch.inf
     leaf, weight = logits.requires_grad_(), torch.ones(7, dtype=dtype, requires_grad=of_weight)
@@ -135,7 +135,7 @@ def test_entropy_of_masked_classes(dtype, of_weight):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("n_classes", [9, 200, 17000])
 def test_focal_loss_of_certain_and_impossible_targets(n_classes, dtype):
-    """Of the cross-entropy c, from 0 to infinity: (1 - e^-c)^gamma c, and its derivative."""
+    """(1 - e^-c)^gamma c and its derivative, for a cross-entropy c from 0 to infinity."""
     logits = make_logits((4, n_classes), dtype, 0.1)
     logits[torch.arange(4), torch.arange(4)] = torch.tensor([800.0, 30.0, 3.0, -math.inf]).to(dtype)
     target = torch.arange(4)
@@ -170,7 +170,7 @@ def test_mean_divides_by_class_weight_times_token_weight():
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("cancelled", ["token weights", "class weights", "normalizer"])
 def test_mean_by_a_sum_of_0_is_nan(cancelled, soft, function):
-    """Also where the losses do not cancel: torch divides the parts of a loss apart."""
+    """The mean is NaN even if the sum of the losses is not 0."""
     logits, options = make_logits((4, 7), torch.float64), {}
     target = torch.tensor([0, 1, 0, 1])
     if cancelled == "token weights":
@@ -181,7 +181,7 @@ def test_mean_by_a_sum_of_0_is_nan(cancelled, soft, function):
         options["normalizer"] = torch.tensor(0.0)
     if soft:
         target = F.one_hot(target, 7).double()
-    by_class = soft and cancelled == "class weights"  # which do not count there
+    by_class = soft and cancelled == "class weights"  # not in the divisor for probabilities
     leaf = logits.requires_grad_()
     if function in MODES:
         loss = cross_entropy(leaf * 1, target, **options, **MODES[function])
@@ -194,7 +194,7 @@ def test_mean_by_a_sum_of_0_is_nan(cancelled, soft, function):
 
 @pytest.mark.parametrize("normalizer", [8, 8.0, torch.tensor(8), torch.tensor(8.0).half()])
 def test_normalizer(normalizer):
-    """Two halves of a batch with the count of the whole are the whole."""
+    """The losses of two half batches, divided by the count of the whole, sum to its mean."""
     logits, target = make_logits((12, 9), torch.float32), torch.arange(12) % 9
     target[::3] = -100
     whole = cross_entropy(logits, target)
@@ -209,7 +209,7 @@ def test_normalizer(normalizer):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("shape", [(3, 5), (3, 1000)])
-def test_a_row_of_weight_0_may_hold_anything(shape, soft, dtype, mode, weights):
+def test_rows_of_weight_0_may_hold_anything(shape, soft, dtype, mode, weights):
     if not has_mode(mode, dtype):
         pytest.skip("float16 has no fused mode")
     logits = make_logits(shape, dtype)
@@ -240,8 +240,8 @@ def test_dim():
 
 @pytest.mark.parametrize("n_classes", [7, 300, 5000, 40000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_argmax_is_the_first_of_the_greatest(dtype, n_classes):
-    """Ties, NaN above all, infinities, nothing but minus infinity, and rows that are not read."""
+def test_argmax_is_the_first_maximum(dtype, n_classes):
+    """Rows with ties, NaN (the largest), infinities, only minus infinity; and dropped rows."""
     logits = make_logits((11, n_classes), dtype).round()
     logits[0] = 1
     logits[1, [n_classes // 2, n_classes - 1]] = 100
@@ -274,13 +274,13 @@ def test_statistics_of_a_language_model():
     torch.testing.assert_close(results.loss, plain)
 
 
-def test_statistics_change_no_bit_of_the_loss_without_a_transformation():
+def test_loss_with_statistics_equals_the_plain_loss():
     logits, target = make_logits((40, 3000), torch.float32), torch.randint(3000, (40,))
     loss = cross_entropy_with_statistics(logits, target).loss
     torch.testing.assert_close(loss, cross_entropy(logits, target), rtol=1e-6, atol=0)
 
 
-def test_signature_of_the_statistics_is_that_of_the_loss():
+def test_statistics_have_the_signature_of_the_loss():
     import inspect
 
     from fused_xent._options import DEFAULTS
@@ -310,7 +310,7 @@ def test_signature_of_the_statistics_is_that_of_the_loss():
 @pytest.mark.kernels
 @pytest.mark.parametrize("shape", [(64, 30), (16, 5000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_softcap_is_as_near_as_torch_in_float32(shape, dtype):
+def test_softcap_is_as_accurate_as_torch(shape, dtype):
     logits, target = make_logits(shape, dtype, 30.0), torch.randint(shape[1], shape[:1])
 
     def by_torch(x):
@@ -326,7 +326,7 @@ def test_softcap_is_as_near_as_torch_in_float32(shape, dtype):
 
 @pytest.mark.kernels
 def test_derivative_of_a_saturated_softcap():
-    """1 - tanh^2 in float32 is 0 from 9 on, or has a single digit."""
+    """In float32, 1 - tanh^2 is 0 from 9 on, and has one digit just below."""
     logits = torch.tensor([[4.0, -4.0, 0.0], [7.0, 6.0, -6.5]])
     options = {"softcap": 0.8, "reduction": "sum"}
     exact = logits.double().requires_grad_()

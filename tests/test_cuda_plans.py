@@ -1,4 +1,4 @@
-"""Which CUDA kernel runs, and in what shape: csrc/cuda/plan.h, at every boundary of its table."""
+"""The plans of csrc/cuda/plan.h: regime and launch shape at every boundary of its table."""
 
 import cuda_builds
 import pytest
@@ -8,7 +8,7 @@ OPERATIONS = ("forward", "backward", "forward_backward")
 MEMBERS = (*("regime", "threads", "team", "parts", "held", "workers", "row_vector", "max_groups"),)
 KIB = 1024
 
-pytestmark = pytest.mark.cpu("in the emulator")
+pytestmark = pytest.mark.cpu("runs in the emulator")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def emulated(emulator_builds):
 
 @pytest.fixture(scope="module")
 def devices(emulated):
-    """The facts that plans depend on, of an A100, an H200 and an RTX 5090."""
+    """The properties that plans depend on, for an A100, an H200 and an RTX 5090."""
     return {
         "sm_80": emulated.Device(80, 108, 163 * KIB),
         "sm_90": emulated.Device(90, 132, 227 * KIB),
@@ -48,7 +48,7 @@ def test_regime_by_length(plan, operation, row_bytes, regime):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_classes_apart_are_for_columns(plan, operation):
+def test_strided_classes_use_columns(plan, operation):
     assert plan(operation, 100_000, 4 * KIB, adjacent_classes=False)["regime"] == COLUMNS
 
 
@@ -56,7 +56,7 @@ def test_classes_apart_are_for_columns(plan, operation):
     ("row_bytes", "team"), [(130, 2), (256, 2), (258, 4), (512, 4), (2000, 16), (4 * KIB, 32)]
 )
 def test_team_of_a_warp(plan, row_bytes, team):
-    """A lane has eight vectors of 16 bytes."""
+    """Each lane has at most eight vectors of 16 bytes."""
     for operation in OPERATIONS:
         assert plan(operation, 100_000, row_bytes)["team"] == team
 
@@ -66,7 +66,7 @@ def test_few_rows_are_split_in_forward(plan):
     assert plan("forward", 528, v)["regime"] == BLOCK
     few = plan("forward", 527, v)
     assert (few["regime"], few["parts"]) == (SPLIT, 2)
-    assert plan("forward", 1, v)["parts"] == v // 16 // (4 * 256)  # no part has less to do
+    assert plan("forward", 1, v)["parts"] == v // 16 // (4 * 256)  # the least work per part
 
 
 def test_long_rows_are_split_in_backward(plan):
@@ -80,7 +80,7 @@ def test_long_rows_are_split_in_backward(plan):
     ("n_classes", "element_size", "parts"),
     [
         (128_256, 2, 1),
-        (151_936, 2, 1),  # of which a little is read twice
+        (151_936, 2, 1),  # a small part of the row is read twice
         (160_000, 2, 2),
         (262_144, 2, 2),
         (262_144, 4, 4),
@@ -100,32 +100,32 @@ def test_clusters(plan, n_classes, element_size, parts):
     [
         (2000, "sm_90", 128, 0),  # eight vectors for each lane, in registers
         (8 * KIB, "sm_90", 32, 8),
-        (64_000, "sm_90", 128, 24),  # 32000 of bfloat16, and all of it
+        (64_000, "sm_90", 128, 24),  # 32000 classes of bfloat16, all held
         (128 * KIB, "sm_90", 256, 24),
         (128 * KIB + 2, "sm_90", 512, 12),
-        (256_512, "sm_90", 512, 24),  # 128256, by one block that has a multiprocessor
-        (303_872, "sm_90", 512, 28),  # 151936: all that there is room for
-        (524_288, "sm_90", 512, 24),  # 262144, by a cluster of two
+        (256_512, "sm_90", 512, 24),  # 128256 classes, one block per multiprocessor
+        (303_872, "sm_90", 512, 28),  # 151936 classes: as much as fits
+        (524_288, "sm_90", 512, 24),  # 262144 classes, a cluster of two blocks
         (256_512, "sm_80", 512, 20),
         (64_000, "sm_120", 128, 24),
         (256_512, "sm_120", 512, 8),
     ],
 )
-def test_what_is_held_on_chip(plan, row_bytes, device, threads, held):
+def test_held_vectors(plan, row_bytes, device, threads, held):
     chosen = plan("forward_backward", 8192, row_bytes, device)
     assert (chosen["threads"], chosen["held"]) == (threads, held)
 
 
-def test_labels_on_all_classes_take_the_registers(plan):
-    """So that all of a row is in shared memory, of twice as many threads; 128256 of a cluster."""
+def test_spread_labels_use_shared_memory(plan):
+    """So the row is in shared memory, with twice the threads; 128256 classes take a cluster."""
     for row_bytes, threads, held in ((2000, 128, 8), (64_000, 256, 16), (256_512, 512, 16)):
         chosen = plan("forward_backward", 8192, row_bytes, spread=True)
         assert (chosen["threads"], chosen["held"]) == (threads, held)
 
 
-def test_a_block_has_two_rows_where_rows_are_many(plan):
+def test_number_of_groups(plan):
     assert plan("forward_backward", 8192, 256_512)["max_groups"] == 4096
-    assert plan("forward_backward", 8192, 2000)["max_groups"] == 528  # of eight teams each
+    assert plan("forward_backward", 8192, 2000)["max_groups"] == 528  # eight teams per block
     assert plan("forward_backward", 200, 256_512)["max_groups"] == 132
     assert plan("forward_backward", 200, 524_288)["max_groups"] == 100
 
@@ -142,8 +142,8 @@ def test_workers_and_vectors_of_columns(plan):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_general_kernels_hold_nothing(plan, operation):
-    """And take the teams and parts of the others, but for clusters."""
+def test_general_kernels_hold_no_vectors(plan, operation):
+    """Except in fused mode, they have the same plans as the plain kernels."""
     for v in (1000, 128 * KIB, 256_512):
         chosen = plan(operation, 8192, v, general=True)
         assert (chosen["held"], chosen["threads"] <= 256) == (0, True)
@@ -157,10 +157,10 @@ def test_general_kernels_hold_nothing(plan, operation):
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("element_size", [2, 4, 8])
 @pytest.mark.parametrize("device", ["sm_80", "sm_90", "sm_120"])
-def test_every_choice_can_serve(
+def test_chosen_plans_are_valid(
     emulated, devices, operation, element_size, device, general, spread
 ):
-    """As :func:`why_not` sees it, for sizes from nothing to the largest."""
+    """why_not accepts every chosen plan, for sizes from 0 to the largest."""
     for n_rows in (0, 1, 3, 500, 70_000, 2**31 - 1):
         for vocab_size in (0, 1, 2, 63, 65, 1000, 2049, 20_000, 131_072, 300_007, 2**31 - 1):
             for adjacent in (True, False):
@@ -174,25 +174,25 @@ def test_every_choice_can_serve(
 ROWS = {"regime": BLOCK, "threads": 64, "team": 64, "parts": 1, "held": 0}
 ROWS |= {"workers": 1, "row_vector": 1, "max_groups": 0}
 REFUSED = {
-    "threads of no power of two": ({"threads": 96, "team": 96}, "threads must be a power of two"),
+    "threads not a power of two": ({"threads": 96, "team": 96}, "threads must be a power of two"),
     "threads of half a warp": ({"threads": 16, "team": 16}, "threads must be a power of two"),
     "more threads than the launch bounds": ({"threads": 1024, "team": 1024}, "threads must be"),
-    "more shared memory than there is": ({"threads": 512, "team": 512, "held": 32}, "less shared"),
+    "more shared memory than available": ({"threads": 512, "team": 512, "held": 32}, "less shared"),
     "a team of two warps in a block of four": ({"threads": 128}, "team must be threads"),
     "parts of a block": ({"threads": 128, "team": 32, "parts": 2}, "parts must be of whole"),
     "no parts": ({"parts": 0}, "parts must be of whole"),
     "parts of a row that is not split": ({"parts": 2}, "parts must be those of a split"),
-    "held vectors of no whole group": ({"held": 6}, "held must be a multiple of 4"),
-    "fewer than no vectors": ({"held": -4}, "must not be negative"),
-    "workers of no power of two": ({"regime": COLUMNS, "workers": 3}, "workers must be a power"),
+    "held vectors not a multiple of a group": ({"held": 6}, "held must be a multiple of 4"),
+    "negative number of vectors": ({"held": -4}, "must not be negative"),
+    "workers not a power of two": ({"regime": COLUMNS, "workers": 3}, "workers must be a power"),
     "more workers than warps": ({"regime": COLUMNS, "workers": 4}, "workers must be a power"),
     "parts by columns": ({"regime": COLUMNS, "parts": 2}, "parts must be 1 by columns"),
-    "rows in vectors that are apart": ({"regime": COLUMNS, "row_vector": 4}, "row_vector must be"),
+    "vectors of separate rows": ({"regime": COLUMNS, "row_vector": 4}, "row_vector must be"),
 }
 
 
 @pytest.mark.parametrize("plan", REFUSED)
-def test_plans_that_no_kernel_can_run(emulated, devices, plan):
+def test_invalid_plans(emulated, devices, plan):
     changes, message = REFUSED[plan]
     shape = emulated.Shape(9, 5000, 4, True, False, False, False)
     assert emulated.why_not(list(ROWS.values()), shape, devices["sm_90"]) is None

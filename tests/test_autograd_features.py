@@ -1,4 +1,4 @@
-"""Every way into autograd: what is saved, repeated, batched, nested."""
+"""cross_entropy with torch.func, batched and higher derivatives, hooks, autocast, threads."""
 
 import threading
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_xent import cross_entropy, cross_entropy_with_statistics
 
-# Of torch's own forward-mode formulas, and of linearize.
+# Warnings of torch itself: of its forward-mode formulas and of linearize.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning"),
@@ -38,7 +38,7 @@ def outputs(logits, target, **options):
     return results.loss, results.lse, results.entropy, results.z_loss
 
 
-def close(one, other):
+def assert_close(one, other):
     torch.testing.assert_close(one, other)
 
 
@@ -109,20 +109,20 @@ TRANSFORMS = {
 def test_transforms_of_torch_func(name):
     x = small()
     transform = TRANSFORMS[name]
-    close(transform(ours, our_rows)(x), transform(theirs, their_rows)(x))
+    assert_close(transform(ours, our_rows)(x), transform(theirs, their_rows)(x))
 
 
 def test_per_sample_gradients():
     x, target = small(), torch.tensor([1, 2, 5])
     both = (func.vmap(func.grad(loss))(x, target) for loss in (cross_entropy, F.cross_entropy))
-    close(*both)
+    assert_close(*both)
 
 
 def test_dual_numbers():
     x = small()
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, x.cos())
-        close(*(forward_ad.unpack_dual(f(dual)).tangent for f in (ours, theirs)))
+        assert_close(*(forward_ad.unpack_dual(f(dual)).tangent for f in (ours, theirs)))
 
 
 def test_every_mode_of_gradcheck():
@@ -139,11 +139,11 @@ def test_third_derivative():
         return torch.autograd.grad(loss, x)[0]
 
     x = small(requires_grad=True)
-    close(third(ours(x), x), third(theirs(x), x))
+    assert_close(third(ours(x), x), third(theirs(x), x))
 
 
-def test_first_derivative_for_a_graph_is_the_kernels():
-    """Bit for bit the same as without a graph."""
+def test_create_graph_gives_the_same_gradient():
+    """It is bitwise the same as without create_graph."""
     x = torch.randn(3, 600, requires_grad=True)
     target = torch.tensor([1, -100, 5])
     (plain,) = torch.autograd.grad(cross_entropy(x, target), x)
@@ -164,8 +164,8 @@ OUTPUTS = {
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_batches_of_upstream_gradients(name, reduction, dim):
-    """Along any dimension of theirs, sample by sample and no sample for another."""
+def test_vmap_over_upstream_gradients(name, reduction, dim):
+    """vmap over the upstream gradient, in any of its dimensions, gives each sample its own."""
     x = small()
 
     def output(x):
@@ -179,13 +179,13 @@ def test_batches_of_upstream_gradients(name, reduction, dim):
     in_dim = dim if one.dim() else 0
     _, exact = func.vjp(lambda x: OUTPUTS[name](x, reduction), x)
     both = (func.vmap(f, in_dims=in_dim)(upstream)[0] for f in (pull, exact))
-    close(*both)
+    assert_close(*both)
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_batches_of_gradients_for_a_graph(reduction, dtype):
-    """Of autograd's own vmap: each has a second derivative, as the gradient of one has."""
+def test_batched_gradients_with_create_graph(reduction, dtype):
+    """is_grads_batched with create_graph: each gradient can be differentiated again."""
     x = torch.randn(3, 6, dtype=dtype, requires_grad=True)
     results = []
     for function in (cross_entropy, F.cross_entropy):
@@ -196,10 +196,10 @@ def test_batches_of_gradients_for_a_graph(reduction, dtype):
         )
         (second,) = torch.autograd.grad(gradient.pow(2).sum(), x)
         results.append((gradient, second))
-    close(*results)
+    assert_close(*results)
 
 
-# ---- what is saved, and when it is used --------------------------------------------------------
+# ---- saved tensors, repeated backwards, contexts -----------------------------------------------
 
 
 @pytest.mark.parametrize("shape", ["expanded", "every second"])
@@ -214,7 +214,7 @@ def test_upstream_gradients_of_any_strides(shape):
             log_p = logits.log_softmax(1)
             exact = -(log_p.exp() * log_p).sum(1)
         (expected,) = torch.autograd.grad(exact * (TARGET != -100), logits, upstream)
-        close(gradient, expected)
+        assert_close(gradient, expected)
 
 
 def test_a_second_backward_with_another_upstream_gradient():
@@ -222,11 +222,11 @@ def test_a_second_backward_with_another_upstream_gradient():
     loss = ours(logits * 1)
     (first,) = torch.autograd.grad(loss, logits, torch.tensor(2.0, dtype=DOUBLE), retain_graph=True)
     (second,) = torch.autograd.grad(loss, logits, torch.tensor(-3.0, dtype=DOUBLE))
-    close(first / 2, second / -3)
+    assert_close(first / 2, second / -3)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
-def test_nothing_as_large_as_the_logits_is_saved_but_the_inputs(soft):
+def test_only_inputs_are_saved_at_logits_size(soft):
     logits = torch.randn(4, 1000, requires_grad=True)
     target = torch.randn(4, 1000).softmax(1) if soft else torch.arange(4)
     packed = []
@@ -239,12 +239,12 @@ def test_nothing_as_large_as_the_logits_is_saved_but_the_inputs(soft):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_saved_tensors_elsewhere(mode):
+def test_save_on_cpu(mode):
     leaf, target = make_problem()
     expected = torch.autograd.grad(cross_entropy(leaf * 1, target), leaf)[0]
     with torch.autograd.graph.save_on_cpu():
         loss = cross_entropy(leaf * 1, target, **MODES[mode])
-    close(torch.autograd.grad(loss, leaf)[0], expected)
+    assert_close(torch.autograd.grad(loss, leaf)[0], expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -257,7 +257,7 @@ def test_activation_checkpointing(mode, reentrant):
         return cross_entropy(x * 2, target, **MODES[mode])
 
     checkpoint(model, leaf, use_reentrant=reentrant).backward()
-    close(leaf.grad, expected)
+    assert_close(leaf.grad, expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -269,7 +269,7 @@ def test_anomaly_mode_and_deterministic_algorithms(mode):
             cross_entropy(leaf * 1, target, **MODES[mode]).backward()
     finally:
         torch.use_deterministic_algorithms(False)
-    close(leaf.grad, torch.autograd.grad(F.cross_entropy(leaf, target), leaf)[0])
+    assert_close(leaf.grad, torch.autograd.grad(F.cross_entropy(leaf, target), leaf)[0])
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -283,18 +283,18 @@ def test_without_gradients_nothing_is_saved_or_overwritten(context):
     assert torch.equal(leaf, before)
 
 
-@pytest.mark.cpu("autocast of the CPU")
+@pytest.mark.cpu("uses autocast of the CPU")
 def test_autocast_with_statistics():
     logits, target = torch.randn(4, 50).bfloat16(), torch.arange(4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = cross_entropy_with_statistics(logits, target, softcap=5.0)
     assert {results.loss.dtype, results.lse.dtype, results.entropy.dtype} == {torch.float32}
-    close(results.loss, F.cross_entropy(5 * torch.tanh(logits.float() / 5), target))
+    assert_close(results.loss, F.cross_entropy(5 * torch.tanh(logits.float() / 5), target))
 
 
 @pytest.mark.parametrize("mode", ["default", "inplace"])
 def test_loss_scale(mode, device):
-    """Gradients of about 1e-8, which float16 has not without a scale."""
+    """Gradients of about 1e-8, which underflow in float16 without a loss scale."""
     scaler = torch.amp.GradScaler(device, init_scale=2.0**15)
     leaf, target = make_problem(n_classes=4000)
     parameter = torch.nn.Parameter(leaf.detach())
@@ -307,8 +307,8 @@ def test_loss_scale(mode, device):
     torch.testing.assert_close(parameter.grad.double(), exact, rtol=2e-3, atol=1e-9)
 
 
-def test_threads_of_python():
-    """As DataParallel has them: the same bits as one after another."""
+def test_calls_from_several_threads():
+    """Concurrent calls, as in DataParallel, are bitwise equal to sequential ones."""
     inputs = [torch.randn(40, 700, requires_grad=True) for _ in range(4)]
     target = torch.randint(700, (40,))
     expected = [torch.autograd.grad(cross_entropy(x, target), x)[0] for x in inputs]

@@ -1,4 +1,4 @@
-"""A linear layer and its loss through every way into autograd, compiled code, and as a module."""
+"""The loss of a linear layer under autograd, torch.func, torch.compile, and as a module."""
 
 import copy
 import io
@@ -30,19 +30,19 @@ from torch.utils.checkpoint import checkpoint
 import fused_xent
 from fused_xent import LinearCrossEntropyLoss, _linear, _ops, linear_cross_entropy, reference
 
-# Of torch's own forward-mode formulas, of linearize, and of torch.compile.
+# Warnings of torch itself: of its forward-mode formulas, of linearize and of torch.compile.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
     pytest.mark.usefixtures("few_logits_in_chunks"),
 ]
 DOUBLE = torch.float64
-EXTRAS = {"lse_square_scale": 0.1, "softcap": 4.0, "focal_gamma": 1.5, "label_smoothing": 0.1}
+OPTIONS = {"lse_square_scale": 0.1, "softcap": 4.0, "focal_gamma": 1.5, "label_smoothing": 0.1}
 
 
 @pytest.fixture(params=["chunks", "classes"])
 def layout(request, monkeypatch, device):
     if request.param == "classes" and device != "cpu":
-        pytest.skip("logits lie class by class on the CPU alone")
+        pytest.skip("only the CPU stores logits class by class")
     {"chunks": in_chunks, "classes": by_classes}[request.param](monkeypatch)
 
 
@@ -57,7 +57,7 @@ SMALL_TARGET = torch.tensor([1, -100, 5, 0])
 
 
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
-@pytest.mark.parametrize("options", [{}, EXTRAS], ids=["plain", "extras"])
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all options"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_finite_differences(reduction, options, check, layout):
     def outputs(hidden, linear_weight, bias):
@@ -86,7 +86,7 @@ def test_gradient_of_one_option_alone(name):
 
 
 def test_second_derivatives_of_several_positions():
-    """And under a normalizer."""
+    """With a normalizer too."""
     layer = make_layer(DOUBLE, (3,), (4, 2), n_features=3)
     target, results = torch.randint(4, (3, 2)), []
     exact = unfused(F.cross_entropy, layer, target, reduction="sum") / 2.5
@@ -96,7 +96,7 @@ def test_second_derivatives_of_several_positions():
     torch.testing.assert_close(*results)
 
 
-def test_gradients_of_all_that_may_have_one(layout):
+def test_gradients_of_all_inputs(layout):
     layer = small_layer()
     weight, tokens = torch.rand(6, dtype=DOUBLE), torch.rand(4, dtype=DOUBLE)
     soft = torch.rand(4, 6, dtype=DOUBLE)
@@ -111,7 +111,7 @@ def test_gradients_of_all_that_may_have_one(layout):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("of_layer", [False, True], ids=["alone", "and of the layer"])
+@pytest.mark.parametrize("of_layer", [False, True], ids=["target alone", "target and layer"])
 def test_gradients_of_probabilities(of_layer, reduction, layout):
     layer, target = small_layer(), torch.rand(4, 6, dtype=DOUBLE, requires_grad=True)
     for leaf in layer:
@@ -149,7 +149,7 @@ def test_transforms_of_torch_func(name):
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])
-def test_second_derivatives_of_some_of_the_layer(needs, layout):
+def test_second_derivatives_of_any_subset(needs, layout):
     layer = small_layer()
     for leaf, needed in zip(layer, needs, strict=True):
         leaf.requires_grad_(needed)
@@ -162,8 +162,8 @@ def test_second_derivatives_of_some_of_the_layer(needs, layout):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_no_gradient_is_made(context, monkeypatch):
-    """Which takes two matrix products more, and memory for it."""
+def test_no_grad_skips_the_gradient_products(context, monkeypatch):
+    """The gradient would take two more matrix products per chunk, and memory."""
     in_chunks(monkeypatch)
     products, product = [], _linear._product
     monkeypatch.setattr(
@@ -173,13 +173,13 @@ def test_without_gradients_no_gradient_is_made(context, monkeypatch):
     monkeypatch.setattr(_ops, "forward_backward_", None)
     with context():
         fused(layer, target)
-    assert products == [1] * 3  # of four rows each
+    assert products == [1] * 3  # one per chunk of at most four rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
-def test_gradients_that_are_not_needed_have_no_elements(needs, dtype):
-    """And those that are have the layer's dtype, of several chunks as well."""
+def test_unneeded_gradients_are_empty(needs, dtype):
+    """Needed gradients have the dtype of the layer, even with several chunks."""
     layer, target = [x.detach() for x in make_layer(dtype)], make_target()
     inputs = (*layer, target, None, None, None, 1, dtype)
     for device in ("cpu", "meta"):
@@ -201,8 +201,8 @@ def test_dual_numbers():
         torch.testing.assert_close(*(forward_ad.unpack_dual(x).tangent for x in losses))
 
 
-def test_one_tensor_in_two_places(layout):
-    """Each gets its part of the gradient, of the first and of the second order."""
+def test_same_tensor_as_input_and_weight(layout):
+    """The same tensor is input and weight: first and second derivatives add up both parts."""
     both = torch.randn(7, 7, dtype=DOUBLE, requires_grad=True)
     target = torch.arange(7)
 
@@ -219,12 +219,12 @@ def test_one_tensor_in_two_places(layout):
     torch.testing.assert_close(*(gradients_of(x.pow(2).sum(), both) for x in gradients))
 
 
-# ---- when gradients are used -------------------------------------------------------------------
+# ---- use of the gradients ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_backward_again_and_again(dtype, reduction, layout):
+def test_repeated_backward(dtype, reduction, layout):
     layer, target = make_layer(dtype), make_target()
     losses = [fused(layer, target, reduction=reduction)]
     losses.append(unfused(fused_xent.cross_entropy, layer, target, reduction=reduction))
@@ -255,8 +255,8 @@ def test_batched_upstream_gradients(reduction, layout):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["lse", "entropy", "z_loss", "loss"])
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_upstream_gradients_that_are_expanded(create_graph, name, reduction, layout):
-    """As those of a sum are, of each output alone; for a graph as well."""
+def test_expanded_upstream_gradients(create_graph, name, reduction, layout):
+    """The backward of sum() expands a scalar; each output alone, with and without create_graph."""
     hidden, linear_weight, bias = layer = make_layer(DOUBLE)
     target = make_target()
     options = {"lse_square_scale": 0.1, "reduction": reduction}
@@ -279,7 +279,7 @@ USES = {
 
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("use", USES)
-def test_gradients_are_not_kept_beside_the_loss(use, create_graph):
+def test_gradients_are_freed_by_backward(use, create_graph):
     layer, target = make_layer(bias=False), make_target()
     results = fused_xent.linear_cross_entropy_with_statistics(*layer, target)
     kept = [weakref.ref(x) for x in results.loss.grad_fn.gradients[:2]]
@@ -288,7 +288,7 @@ def test_gradients_are_not_kept_beside_the_loss(use, create_graph):
     assert all(ref() is None for ref in kept)
 
 
-def test_a_gradient_that_was_given_away_stays_as_it_is(layout):
+def test_returned_gradients_are_not_modified_later(layout):
     layer, target = make_layer(), make_target()
     loss = fused(layer, target)
     first = torch.autograd.grad(loss, layer, retain_graph=True)
@@ -298,7 +298,7 @@ def test_a_gradient_that_was_given_away_stays_as_it_is(layout):
 
 
 def test_parameters_that_change_after_the_forward(layout):
-    """The gradient is where the loss was; one that must be computed anew is an error."""
+    """The first backward uses the gradient from forward; a second one must raise."""
     layer, target = make_layer(), make_target()
     expected = gradients_of(unfused(F.cross_entropy, layer, target), layer)
     loss = fused(layer, target)
@@ -324,7 +324,7 @@ def test_activation_checkpointing(reduction, reentrant, layout):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_saved_tensors_elsewhere_and_anomaly_mode(reduction, layout):
+def test_save_on_cpu_and_anomaly_mode(reduction, layout):
     layer, target = make_layer(), make_target()
     expected = gradients_of(
         unfused(F.cross_entropy, layer, target, reduction=reduction).sum(), layer
@@ -344,11 +344,11 @@ def test_without_gradients(context, layout):
     torch.testing.assert_close(loss, expected.detach())
 
 
-@pytest.mark.cpu("autocast of the CPU")
+@pytest.mark.cpu("uses autocast of the CPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_autocast(create_graph, dtype, layout):
-    """The loss in float32, gradients of the parameters' dtype, as torch's."""
+    """As in torch, the loss is float32 and gradients have the dtype of the parameters."""
     layer, target = make_layer(), make_target()
     results = []
     for function in (fused, lambda *x: unfused(F.cross_entropy, *x)):
@@ -360,11 +360,11 @@ def test_autocast(create_graph, dtype, layout):
     torch.testing.assert_close(*results, rtol=0.02, atol=0.005)
 
 
-@pytest.mark.cpu("autocast of the CPU")
+@pytest.mark.cpu("uses autocast of the CPU")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_autocast_casts_the_layer_and_nothing_else(dtype, reduction, layout):
-    """Bit for bit what explicit casts give, in the backward as well, and under create_graph."""
+    """Loss and gradients are bitwise those of explicit casts, also with create_graph."""
     layer, target = make_layer(), make_target()
     cast = [x.to(dtype) for x in layer]
     expected = fused(cast, target, reduction=reduction, loss_dtype=torch.float32).sum()
@@ -380,7 +380,7 @@ def test_autocast_casts_the_layer_and_nothing_else(dtype, reduction, layout):
 
 
 def test_loss_scale(device):
-    """Gradients that float16 has not at all without it."""
+    """Gradients that underflow to 0 in float16 without a loss scale."""
     layer, target = make_layer(torch.float16, (N,), (4000,)), torch.arange(N)
     exact_layer = [x.detach().double().requires_grad_() for x in layer]
     exact = unfused(F.cross_entropy, exact_layer, target, reduction="sum") / 1e6
@@ -395,7 +395,7 @@ def test_loss_scale(device):
 
 
 @pytest.fixture
-def no_code_of_other_tests():
+def fresh_compiler():
     torch.compiler.reset()
     counters.clear()
 
@@ -405,12 +405,12 @@ COMPILED = {
     "none": {"reduction": "none"},
     "shift": {"shift": 1, "reduction": "none"},
     "drop": {"drop_ignored": True},
-    "extras": EXTRAS | {"normalizer": 7},
+    "all options": OPTIONS | {"normalizer": 7},
 }
 
 
 @pytest.mark.parametrize("name", [*COMPILED, "plain, inductor"])
-def test_in_one_graph(name, no_code_of_other_tests):
+def test_compiles_to_one_graph(name, fresh_compiler):
     name, _, backend = name.partition(", ")
     layer, target = make_layer(), make_target()
 
@@ -419,18 +419,18 @@ def test_in_one_graph(name, no_code_of_other_tests):
         return (losses + 0.01 * losses.square()).sum()
 
     compiled = torch.compile(model, backend=backend or "aot_eager", fullgraph=True)
-    for n in (1, 2):  # twice: nothing is used up
+    for n in (1, 2):  # twice: a second call must work too
         losses = [f(target, *layer) * n for f in (model, compiled)]
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*(gradients_of(x, layer) for x in losses))
 
 
-def test_statistics_in_one_graph(no_code_of_other_tests):
+def test_statistics_compile_to_one_graph(fresh_compiler):
     layer, target = make_layer(), make_target()
 
     def model(target, hidden, linear_weight, bias):
         results = fused_xent.linear_cross_entropy_with_statistics(
-            *(hidden * 2, linear_weight, target), linear_bias=bias, **EXTRAS
+            *(hidden * 2, linear_weight, target), linear_bias=bias, **OPTIONS
         )
         return results.loss + (results.lse * results.entropy + results.z_loss).sum()
 
@@ -440,7 +440,7 @@ def test_statistics_in_one_graph(no_code_of_other_tests):
     torch.testing.assert_close(*(gradients_of(x, layer) for x in losses))
 
 
-def test_graphs_of_dynamic_shapes(no_code_of_other_tests):
+def test_graphs_of_dynamic_shapes(fresh_compiler):
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True)
     for n_rows, n_classes in ((11, 37), (5, 37), (20, 50)):
         layer = make_layer(rows=(n_rows,), classes=(n_classes,))
@@ -451,7 +451,7 @@ def test_graphs_of_dynamic_shapes(no_code_of_other_tests):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_one_graph_of_few_logits_and_of_many(no_code_of_other_tests, monkeypatch):
+def test_one_graph_of_few_logits_and_of_many(fresh_compiler, monkeypatch):
     monkeypatch.setattr("fused_xent.linear.FEW_LOGITS", 12 * C)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True)
     for n_rows in (20, 5):
@@ -461,7 +461,7 @@ def test_one_graph_of_few_logits_and_of_many(no_code_of_other_tests, monkeypatch
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_compiled_without_gradients(context, no_code_of_other_tests):
+def test_compiled_without_gradients(context, fresh_compiler):
     layer, target = make_layer(), make_target()
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     with context():
@@ -487,8 +487,8 @@ def test_operators(soft, reduction, needs):
 @pytest.mark.parametrize("needs", [[1, 1, 1], [0, 1, 0], [1, 0, 1]])
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("statistics", [False, True], ids=["", "statistics"])
-def test_operators_where_gradients_are_recorded(statistics, soft, needs):
-    """The formula of ``linear_forward``: in a graph of operators, the same gradients."""
+def test_opcheck_of_linear_forward_with_gradients(statistics, soft, needs):
+    """opcheck of the autograd formula of ``linear_forward``."""
     layer = [x.detach().requires_grad_(bool(n)) for x, n in zip(make_layer(), needs, strict=True)]
     inputs = (*layer, make_target(soft), None, torch.rand(N), None, 1)
     inputs += (torch.float32, torch.float32, statistics, 4, needs)
@@ -497,31 +497,31 @@ def test_operators_where_gradients_are_recorded(statistics, soft, needs):
 
 
 def forward_of(layer, *tensors, statistics=True, needs=(1, 1, 1)):
-    """Call the operator of a loss of which target, weight and token weight are given."""
+    """Call linear_forward with a layer and target, weight and token weight."""
     tensors = (*layer, *tensors, None, 1, DOUBLE, DOUBLE, statistics, 2, list(needs))
-    return torch.ops.fused_xent.linear_forward(*tensors, **EXTRAS)
+    return torch.ops.fused_xent.linear_forward(*tensors, **OPTIONS)
 
 
-def test_operator_of_a_layer_under_the_gradient_of_torch_func():
+def test_linear_operator_under_torch_func_grad():
     layer = [x.detach() for x in small_layer()]
 
     def loss(*layer):
         return forward_of(layer, SMALL_TARGET, None, None)[0]
 
     leaves = [x.clone().requires_grad_() for x in layer]
-    exact = unfused(reference.cross_entropy, leaves, SMALL_TARGET, **EXTRAS)
+    exact = unfused(reference.cross_entropy, leaves, SMALL_TARGET, **OPTIONS)
     found = torch.func.grad(loss, (0, 1, 2))(*layer)
     torch.testing.assert_close(found, gradients_of(exact, leaves))
 
 
 @pytest.mark.parametrize("statistics", [False, True])
-def test_what_has_no_gradient_of_a_layer(statistics):
+def test_non_differentiable_results_of_the_layer(statistics):
     results = forward_of(small_layer(), SMALL_TARGET, None, None, statistics=statistics)
     assert [x.requires_grad for x in results] == [True, statistics, statistics, *[False] * 4]
 
 
 @pytest.mark.parametrize("name", ["linear_forward", "linear_backward"])
-def test_options_of_the_operators_of_a_layer_are_those_of_the_loss(name):
+def test_linear_operators_have_the_options_of_the_loss(name):
     def options(operator):
         arguments = operator.default._schema.arguments
         return [(x.name, str(x.type), x.default_value) for x in arguments if x.kwarg_only]
@@ -531,8 +531,8 @@ def test_options_of_the_operators_of_a_layer_are_those_of_the_loss(name):
     assert len(options(operators.backward)) == 6
 
 
-def test_the_backward_of_a_layer_has_no_derivative():
-    """Which is an error, and no gradient of 0."""
+def test_linear_backward_has_no_derivative():
+    """Asking for one raises, instead of giving a gradient of 0."""
     backward = torch.ops.fused_xent.linear_backward
     layer, upstream = small_layer(), torch.ones((), dtype=DOUBLE)
     others = (SMALL_TARGET, None, None, None, 1, DOUBLE, DOUBLE, False, None, [1, 1, 1])
@@ -546,8 +546,8 @@ def test_the_backward_of_a_layer_has_no_derivative():
     torch.testing.assert_close(gradients, gradients_of(fused(layer, SMALL_TARGET), layer))
 
 
-@pytest.mark.parametrize("of_weight", [False, True], ids=["of the layer", "of a weight as well"])
-def test_gradients_of_the_operator_of_a_layer(of_weight):
+@pytest.mark.parametrize("of_weight", [False, True], ids=["layer", "layer and class weight"])
+def test_gradients_of_linear_forward(of_weight):
     layer = leaves = small_layer()
     weight = torch.rand(6, dtype=DOUBLE, requires_grad=of_weight)
     if of_weight:
@@ -556,7 +556,7 @@ def test_gradients_of_the_operator_of_a_layer(of_weight):
     assert [x.shape for x in results[4:]] == [x.shape for x in layer] or of_weight
     assert len(results) == 7
     exact = unfused(
-        reference.cross_entropy_with_statistics, layer, SMALL_TARGET, weight=weight, **EXTRAS
+        reference.cross_entropy_with_statistics, layer, SMALL_TARGET, weight=weight, **OPTIONS
     )
     values = (
         results[0] + (results[1] * results[2]).sum(),
@@ -570,7 +570,7 @@ def test_gradients_of_the_operator_of_a_layer(of_weight):
     "options", [{}, {"reduction": "none"}, {"shift": 1}, {"drop_ignored": True}], ids=str
 )
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_tensors_without_memory(create_graph, options):
+def test_meta_tensors(create_graph, options):
     layer = [x.detach().to("meta").requires_grad_() for x in make_layer()]
     target = torch.empty(N, dtype=torch.int64, device="meta")
     loss = fused(layer, target, **options)
@@ -581,7 +581,7 @@ def test_tensors_without_memory(create_graph, options):
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "none"}, {"shift": 1}, {"drop_ignored": True}], ids=str
 )
-def test_fake_tensors_outside_their_mode(options):
+def test_fake_tensors_outside_fake_mode(options):
     with FakeTensorMode():
         layer, target = make_layer(), make_target()
     gradients = gradients_of(fused(layer, target, **options).sum(), layer)
@@ -595,7 +595,7 @@ TENSORS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_w
 
 
 @pytest.mark.parametrize("name", [*TENSORS, "normalizer"])
-def test_tensor_subclasses_are_asked_first(name):
+def test_torch_function_takes_precedence(name):
     asked = []
 
     class Asked(torch.Tensor):
@@ -643,9 +643,9 @@ def test_module_of_no_positions():
     assert loss(torch.randn(4, 3), torch.full((4, 0), -100)).isnan()
 
 
-def test_modules_options_and_copies():
+def test_options_and_copies_of_the_module():
     tokens = torch.rand(2, 6)
-    options = EXTRAS | {"shift": 1, "drop_ignored": True, "chunk_rows": 3, "ignore_index": 2}
+    options = OPTIONS | {"shift": 1, "drop_ignored": True, "chunk_rows": 3, "ignore_index": 2}
     module = LinearCrossEntropyLoss(H, C, weight=torch.rand(C), **options)
     input, target = torch.randn(2, 6, H), torch.randint(C, (2, 6))
     expected = linear_cross_entropy(
@@ -667,7 +667,7 @@ def test_modules_options_and_copies():
 
 
 class Model(torch.nn.Module):
-    """An embedding, a layer, and a classifier that is the embedding."""
+    """An embedding, a layer, and a classifier that shares the embedding's weight."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Problems with every option beyond torch's, and when their results are right."""
+"""Problems with all options beyond torch's, and the check of their results in float64."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 import fused_xent
 from fused_xent import reference
 
-ERROR = 1e-5  # relative to the terms that are added up; for float64 see below
+ERROR = 1e-5  # relative to the summed terms; for float64 see check_problem
 STATISTICS = ("lse", "z_loss", "entropy")
 
 
@@ -30,7 +30,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(choose, lay_out=lambda values: values) -> Problem:
-    """Make a problem of what choose(list) picks."""
+    """Make a problem; choose(list) picks each of its properties."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(choose(range(2**16)))
 
     def numbers(shape) -> Tensor:
@@ -58,7 +58,7 @@ def make_problem(choose, lay_out=lambda values: values) -> Problem:
         "logit_scale": choose([0.5, 3.0]),
         "focal_gamma": choose([0.5, 2.0]),
     }
-    if options["reduction"] == "mean":  # by no sum of weights that cancel each other
+    if options["reduction"] == "mean":  # positive weights: their sum, the divisor, must not cancel
         some["token_weight"] = some["token_weight"].abs()
     options |= {name: value for name, value in some.items() if choose([False, True])}
     if choose([False, True]) and options["reduction"] == "mean":
@@ -68,7 +68,7 @@ def make_problem(choose, lay_out=lambda values: values) -> Problem:
 
 
 def exact_results(problem: Problem, logits: Tensor) -> reference.CrossEntropyStatistics:
-    """Return what the readable specification gives in the dtype of logits."""
+    """Return the results of fused_xent.reference, in the dtype of logits."""
     tensors = ("weight", "token_weight")
     options = {
         name: value.to(logits.dtype) if name in tensors else value
@@ -80,12 +80,12 @@ def exact_results(problem: Problem, logits: Tensor) -> reference.CrossEntropySta
 
 
 def total(results, upstream: list[Tensor]) -> Tensor:
-    """Return the sum of what gradients flow from, each times its upstream gradient."""
+    """Return the sum of the differentiable results, each times its upstream gradient."""
     return sum((result.double() * up).sum() for result, up in zip(results, upstream, strict=True))
 
 
 def check_problem(problem: Problem) -> None:
-    """Compare loss, statistics and gradient with the specification in float64."""
+    """Compare loss, statistics and gradient with fused_xent.reference in float64."""
     exact_logits = problem.logits.double().requires_grad_()
     exact = exact_results(problem, exact_logits)
     leaf = problem.logits.detach().requires_grad_()
@@ -108,7 +108,7 @@ def check_problem(problem: Problem) -> None:
     assert_near("loss", outputs[0], exact.loss, error * scale * (1 + exact.loss.abs()))
     upstream = [
         torch.arange(1.0 + i, 1 + i + output.numel()).remainder(7).sub(2.5).view(output.shape)
-        for i, output in enumerate(exact_outputs)  # of each another
+        for i, output in enumerate(exact_outputs)  # a different one per output
     ]
     total(outputs, upstream).backward()
     total(exact_outputs, upstream).backward()
@@ -125,7 +125,7 @@ def check_statistics(actual, exact, problem: Problem) -> None:
         scale = (1 + problem.options.get("softcap", 0) / 10) * (1 + other.abs())
         assert_near(name, one, other, error * scale)
         assert one.dtype == torch.promote_types(problem.logits.dtype, torch.float32)
-    # A rounding may decide between two logits that the transformation makes almost equal.
+    # If softcap makes two logits almost equal, rounding may decide which one is the maximum.
     chosen = [
         reference.transform(
             problem.logits.double(),
@@ -143,7 +143,7 @@ def check_statistics(actual, exact, problem: Problem) -> None:
 
 
 def gradient_terms(problem: Problem, exact, upstream: list[Tensor]) -> Tensor:
-    """Return the size of what each entry of the gradient is the sum of, by the formulas."""
+    """Return the magnitude of the terms that each gradient entry sums, by the formulas."""
     options, dim = problem.options, problem.dim
     softcap, scale = options.get("softcap"), options.get("logit_scale", 1.0)
     z = reference.transform(problem.logits.double(), softcap, scale)
@@ -174,7 +174,7 @@ def gradient_terms(problem: Problem, exact, upstream: list[Tensor]) -> Tensor:
 
 
 def total_weight(problem: Problem) -> Tensor:
-    """Return by what mean divides without a normalizer."""
+    """Return the divisor of the mean without a normalizer."""
     target, options = problem.target, problem.options
     rows = torch.ones(problem.logits.select(problem.dim, 0).shape, dtype=torch.float64)
     if not target.is_floating_point():
@@ -185,7 +185,7 @@ def total_weight(problem: Problem) -> Tensor:
 
 
 def assert_near(name: str, actual: Tensor, exact: Tensor, tolerance: Tensor) -> None:
-    """Compare entry by entry; the same infinities and NaN are equal."""
+    """Compare entry by entry; equal infinities match, and NaN matches NaN."""
     actual, exact = actual.detach().double(), exact.detach()
     assert actual.shape == exact.shape, name
     right = (actual == exact) | (actual.isnan() & exact.isnan())
