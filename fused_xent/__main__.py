@@ -1,4 +1,4 @@
-"""``python -m fused_xent``: what is installed, which kernels run here, and are they right here."""
+"""``python -m fused_xent``: reports what is installed, which kernels run here, and checks them."""
 
 import argparse
 import itertools
@@ -23,9 +23,9 @@ NUMBERS = {
 }
 MODES: tuple[dict[str, bool], ...] = ({}, {"inplace_backward": True}, {"grad_in_forward": True})
 EPILOG = (
-    "The errors are the largest of three modes, relative above 1; WRONG is what exceeds 5e-6 for "
-    "the loss and the dtype's rounding for a gradient (float64: 1e-12), or a thousand times that "
-    "where torch's operations compute. The exit status is 1 where something is wrong, else 0. "
+    "Each error is the largest of three modes, relative to values above 1. WRONG means more than "
+    "5e-6 for the loss, or the dtype's rounding for a gradient (float64: 1e-12); a thousand times "
+    "that where torch's operations compute. The exit status is 1 if something is wrong, else 0. "
     "FUSED_XENT_CPU_CAPABILITY (avx512_bf16, avx512, avx2, portable) lowers the instruction set."
 )
 
@@ -39,7 +39,7 @@ class Errors(NamedTuple):
 
 
 def make_options(logits: torch.Tensor, soft: bool) -> dict[str, Any]:
-    """Return all options, with weights of which some are 0, and a class that is ignored."""
+    """Return all options, with some weights of 0 and an ignored class."""
     rows = logits.select(1, 0)
     options = {"weight": torch.rand(logits.shape[1]).to(logits.dtype)}
     options["token_weight"] = torch.rand(rows.shape).round(decimals=1)
@@ -47,7 +47,7 @@ def make_options(logits: torch.Tensor, soft: bool) -> dict[str, Any]:
 
 
 def largest_errors(dtype: torch.dtype, soft: bool, device: str, has_options: bool) -> Errors:
-    """Compare with the readable specification on the CPU, row by row and in every mode."""
+    """Compare each row with fused_xent.reference on the CPU, in every mode."""
     found = Errors(0.0, 0.0, 0.0)
     for shape in SHAPES:
         logits = (torch.randn(shape) * 3).to(dtype)
@@ -65,7 +65,7 @@ def largest_errors(dtype: torch.dtype, soft: bool, device: str, has_options: boo
         )
         expected.loss.sum().backward()
         options = {n: x.to(device) if torch.is_tensor(x) else x for n, x in options.items()}
-        for mode in MODES[: 2 if dtype == torch.float16 else 3]:  # which refuses the last
+        for mode in MODES[: 2 if dtype == torch.float16 else 3]:  # float16 has no grad_in_forward
             arguments = {"loss_dtype": torch.float64, **options, **mode}
             leaf = logits.to(device, copy=True).requires_grad_()
             loss = cross_entropy(leaf * 1 if mode else leaf, target.to(device), **arguments)
@@ -87,7 +87,7 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def is_right(errors: Errors, dtype: torch.dtype, device: str) -> bool:
-    """Whether errors are within what is promised, or within torch's own where it computes."""
+    """Return True if the errors are within the limits, which are wider for torch operations."""
     slack = 1 if _ops.has_kernels(torch.empty(0, device=device)) else 1000
     loss = 5e-6 if dtype != torch.float64 else 1e-12
     rounding = max(torch.finfo(dtype).eps, 16 * torch.finfo(torch.float32).eps)
@@ -97,7 +97,7 @@ def is_right(errors: Errors, dtype: torch.dtype, device: str) -> bool:
 
 
 def cuda_kernels() -> str:
-    """Return whether the CUDA kernels are loaded, and why not."""
+    """Return what computes on CUDA devices, and why."""
     if _ops.CUDA_LOAD_ERROR is None:
         return "native kernels" if torch.cuda.is_available() else "no GPU is visible to torch"
     if _ops.CUDA_LOAD_ERROR == _ops.LOAD_ERROR:
@@ -106,7 +106,7 @@ def cuda_kernels() -> str:
 
 
 def gpus() -> list[str]:
-    """Return a line for each GPU: its name, and which kernels it gets."""
+    """Return a line for each GPU: its name and its kernels."""
     lines = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
@@ -121,7 +121,7 @@ def gpus() -> list[str]:
 
 
 def print_report() -> None:
-    """Print what is installed, and what will run. Raises ValueError for an unknown capability."""
+    """Print what is installed and what will run. Raises ValueError for an unknown capability."""
     torchs = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"fused_xent {__version__} in {Path(__file__).parent}, {torchs}")
     print(platform.platform())
@@ -150,7 +150,7 @@ def print_checks(device: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report and the checks; return 1 where a kernel is wrong or none can be had."""
+    """Print the report and the checks; return 1 if a kernel is wrong or cannot be loaded."""
     command = argparse.ArgumentParser(
         prog="python -m fused_xent", description=__doc__.partition(": ")[2], epilog=EPILOG
     )
@@ -165,11 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         devices.append("cuda")
     n_wrong = sum(print_checks(device) for device in devices)
-    print(f"\n{n_wrong} lines are WRONG" if n_wrong else "\nall of it within what is promised")
+    print(f"\n{n_wrong} lines are WRONG" if n_wrong else "\nall errors are within the limits")
     return 1 if n_wrong else 0
 
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader may have seen enough
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if the reader closes the pipe
     sys.exit(main())

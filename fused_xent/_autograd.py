@@ -1,7 +1,7 @@
-"""The autograd Functions of the loss: the only place that knows what is saved for backward.
+"""The autograd Functions of the loss, and what they save for the backward.
 
-They serve twice: called by the functions that users call, and as the autograd formulas of the
-operators, so that a graph of operators alone (torch.export, make_fx) has the same gradients.
+The public functions call them, and they are the autograd formulas of the operators: a graph of
+operators (torch.export, make_fx) has the same gradients.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ N_TENSORS = len(Problem._fields) - 1
 
 
 def is_traced() -> bool:
-    """Return True where operators go into a graph, which is to have their autograd formulas."""
+    """Return True if a compiler or torch.jit.trace records the operators in a graph."""
     return torch.compiler.is_compiling() or is_jit_tracing() is not None
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
-    """Return True if a gradient of one of these is recorded."""
+    """Return True if autograd records operations on one of these tensors."""
     return torch.is_grad_enabled() and any(map(_requires_grad, tensors))
 
 
@@ -52,12 +52,12 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 
 
 def evaluate(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
-    """Return the loss, and with statistics all of them."""
+    """Return the loss, or all statistics."""
     *tensors, settings = problem
     if is_for_torch(problem):
         return _by_torch(problem)
     if is_traced():
-        # Compiled code cannot tell whether the logits are used later, as grad_in_forward must.
+        # A graph cannot check that nothing uses the logits later, so grad_in_forward is not used.
         is_inplace = settings.inplace_backward or settings.grad_in_forward
         inplace = {"inplace_backward": True} if is_inplace else {}
         results = _ops.forward(problem, **inplace)
@@ -74,10 +74,9 @@ def evaluate(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
 
 
 def is_plain(input: Any, target: Any, weight: Any, token_weight: Any, normalizer: Any) -> bool:
-    """Return True for a call that needs no more checks than the operator's own.
+    """Return True for a plain call: class indices and logits alone, in eager mode, with kernels.
 
-    Class indices and logits alone, for the kernels, in eager mode: most calls. A small loss takes
-    less time than the checks in Python do.
+    The operator's own checks suffice there. Checks in Python take longer than a small loss.
     """
     return (
         weight is token_weight is normalizer is None
@@ -93,14 +92,14 @@ def is_plain(input: Any, target: Any, weight: Any, token_weight: Any, normalizer
 
 
 def evaluate_plain(logits: Tensor, target: Tensor, settings: Settings) -> Tensor:
-    """Return the loss of a call that :func:`is_plain`."""
+    """Return the loss of a plain call."""
     if torch.is_grad_enabled() and logits.requires_grad:
         return apply_in_eager(PlainCrossEntropy, logits, target, settings)  # type: ignore[no-any-return]
     return _ops.plain_loss(Problem(logits, target, None, None, None, settings))
 
 
 def is_for_torch(problem: Problem) -> bool:
-    """Return True if torch operations compute the loss: without kernels, or under transforms."""
+    """Return True if torch operations compute the loss: no kernels, no classes, or a transform."""
     logits, *_, settings = problem
     return not _ops.has_kernels(logits) or logits.size(settings.dim) == 0 or is_under_vmap_or_jvp()
 
@@ -115,7 +114,7 @@ def _by_torch(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
 def complete(
     problem: Problem, loss: Tensor, lse: Tensor, entropy: Tensor, argmax: Tensor
 ) -> CrossEntropyStatistics:
-    """Return all statistics, those that follow from the others as well."""
+    """Return all statistics: compute z_loss and correct from the others."""
     _, target, _, token_weight, _, settings = problem
     z_loss = settings.of_operators.get("lse_square_scale", 0.0) * lse.square()
     if token_weight is not None:
@@ -145,7 +144,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        """Save the inputs and a few numbers a row; nothing else of the logits' size."""
+        """Save the inputs and a few numbers per row; nothing else of the logits' size."""
         *tensors, ctx.settings = inputs
         ctx.save_for_backward(*tensors, *saved_of(output))
         ctx.set_materialize_grads(False)
@@ -164,7 +163,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class PlainCrossEntropy(torch.autograd.Function):
-    """The same for a call that :func:`is_plain`: less to save takes less time."""
+    """The same for a plain call. It saves less, which is faster."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -248,7 +247,7 @@ def _gradients_with_graph(
 
 
 class CrossEntropyBackward(torch.autograd.Function):
-    """The gradient of the logits by the kernels, its own derivatives by torch operations."""
+    """The gradient of the logits, by the kernels. Torch operations compute its derivatives."""
 
     generate_vmap_rule = True
 
@@ -288,16 +287,15 @@ class CrossEntropyBackward(torch.autograd.Function):
 class CrossEntropyGradInForward(torch.autograd.Function):
     """Loss and gradient in one read and one write of the logits, which then hold the gradient.
 
-    ``memory`` is the tensor that owns the logits' memory, ``view`` how the logits lie in it:
-    marking the owner dirty, and not a view of it, makes later uses of either pass through this
-    node.
+    ``memory`` is the base tensor of the logits, ``view`` their size, strides and offset in it. The
+    base is marked dirty, not the view, so that later uses of either pass through this node.
     """
 
     @staticmethod
     def forward(ctx: Any, memory: Tensor, view: tuple[Any, ...], *inputs: Any) -> Any:
-        """Return the memory, now the gradient for an upstream of 1, and what users see.
+        """Return the memory, which holds the gradient for an upstream of 1, then the results.
 
-        The further inputs are a Problem's, without logits.
+        The other inputs are a Problem's, without logits.
         """
         problem = Problem(memory.as_strided(*view), *inputs)
         ctx.view, ctx.settings = view, problem.settings
@@ -313,7 +311,7 @@ class CrossEntropyGradInForward(torch.autograd.Function):
     def backward(
         ctx: Any, grad_memory: Tensor | None, grad_loss: Tensor | None, *grads: Tensor | None
     ) -> Grads:
-        """Scale the gradient by the upstream one, once."""
+        """Multiply the gradient by the upstream one, in place; this works once."""
         if any(grad is not None for grad in grads):
             raise RuntimeError(
                 "grad_in_forward must be False where lse, z_loss or entropy are differentiated: "
@@ -334,7 +332,7 @@ class CrossEntropyGradInForward(torch.autograd.Function):
         gradient = None
         if grad_loss is not None:
             memory, target, token_weight = ctx.saved_tensors
-            gradient = memory.detach()  # of the same version: a second backward finds it changed
+            gradient = memory.detach()  # shares the version, so a second backward raises an error
             logits = gradient.as_strided(*ctx.view)
             rows = (target, token_weight, ctx.settings.dim, ctx.settings.ignore_index)
             with below_autograd():
@@ -357,7 +355,7 @@ def _grad_in_forward(problem: Problem) -> tuple[Any, ...]:
 def problem_of(
     statistics: bool, *arguments: Any, inplace_backward: bool = False, **options: Any
 ) -> Problem:
-    """Return the problem that an operator of a loss, or of its gradient, is given."""
+    """Return the problem made of an operator's arguments."""
     logits, target, weight, token_weight, normalizer, dim, reduction, *loss_dtype = arguments
     settings = Settings(
         dim,

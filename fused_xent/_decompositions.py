@@ -1,4 +1,4 @@
-"""The operators as torch operations, for backends that have no kernels of ours."""
+"""The operators as torch operations, for backends without fused_xent's kernels."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return a table for ``torch.export.ExportedProgram.run_decompositions``.
 
     Add it to torch's own: ``torch.export.default_decompositions() | fused_xent.decompositions()``.
-    No operator of fused_xent is left in the program then, so that ONNX and other backends can run
-    it: ``torch.onnx.export(program.run_decompositions(table), dynamo=True)``.
+    Then no operator of fused_xent is left in the program, and ONNX and other backends can run it:
+    ``torch.onnx.export(program.run_decompositions(table), dynamo=True)``.
 
-    The table has the operators of losses and of their gradients. Those that overwrite their
-    argument are not among them: a program that was exported has none, unless of a loss with
-    ``inplace_backward``.
+    The table has the operators of losses and of their gradients, but none that overwrites its
+    argument. Exported programs have such an operator only for a loss with ``inplace_backward``.
     """
-    if _ops.LOAD_ERROR is not None:  # such a program has torch operations already
+    if _ops.LOAD_ERROR is not None:  # without operators, programs have torch operations already
         return {}
     operators = torch.ops.fused_xent
     return {
@@ -52,7 +51,7 @@ def _forward(*arguments: Any, statistics: bool = False, **options: Any) -> tuple
     results = _formulas.by_torch(problem)
     loss = results.loss.to(settings.loss_dtype or logits.dtype)
     rows = row_shape(logits, settings.dim)
-    # Only the kernels' backward reads the state: NaN shows that it was left without the forward.
+    # Only the kernels' backward reads the state. NaN shows if it is used by mistake.
     size, acc = _ops.state_size(target, options), accumulation_dtype(logits.dtype)
     state = logits.new_full([size, *rows], torch.nan, dtype=acc)
     of_statistics = (results.lse, results.entropy, results.argmax) if statistics else ()
@@ -60,7 +59,7 @@ def _forward(*arguments: Any, statistics: bool = False, **options: Any) -> tuple
 
 
 def _backward(*arguments: Any, **options: Any) -> Any:
-    """Return the gradient by the formulas of csrc/xent_math.h, whose names these are."""
+    """Return the gradient, by the formulas of csrc/xent_math.h, with its names."""
     *of_problem, _, _, grad_loss, grad_lse, grad_entropy = arguments
     problem = _autograd.problem_of(False, *of_problem, **options)
     total_weight: Any  # never None, unlike a normalizer
@@ -99,7 +98,7 @@ def _backward(*arguments: Any, **options: Any) -> Any:
 
 
 def _labels(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which rows count, and the weight q of each class in a row's loss."""
+    """Return the rows that count, and the weight q of each class in a row's loss."""
     _, target, weight, token_weight, _, settings = problem
     dim, n_classes = settings.dim, x.shape[settings.dim]
     smoothing = settings.of_operators.get("label_smoothing", 0.0)
@@ -165,7 +164,7 @@ def _linear_gradients(
     results: Sequence[Tensor],
     upstream: Upstream,
 ) -> tuple[Tensor, ...]:
-    """Return those of hidden, weight and bias; of no elements where they are not needed."""
+    """Return the gradients of hidden, weight and bias; empty tensors where not needed."""
     grad_logits = _ops.backward(problem, _ops.saved_of(results), upstream).flatten(1)
     bias: Any  # not None where its gradient is needed
     hidden, weight, bias = inputs[:3]

@@ -1,7 +1,7 @@
-"""The loss and its derivatives by torch operations, where kernels do not serve.
+"""The loss and its derivatives by torch operations.
 
-For gradients of class weights, token weights, the normalizer and probabilities, for gradients of
-gradients, and as decompositions of the operators.
+Used for gradients of class weights, token weights, the normalizer and probabilities, for gradients
+of gradients, and for decompositions of the operators.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._problem import Problem, accumulation_dtype, row_shape
 
 def by_torch(problem: Problem) -> reference.CrossEntropyStatistics:
     """Compute the loss in the kernels' precision, not yet cast to its dtype."""
-    logits: Any  # that these are no None is lost on the way
+    logits: Any  # for mypy: these two are never None
     target: Any
     acc = accumulation_dtype(problem.logits.dtype)
     logits, target, weight, token_weight, normalizer = (
@@ -58,7 +58,7 @@ def gradients(problem: Problem, upstream: Upstream, needs: Sequence[bool]) -> li
 def pull_back(
     function: Callable[..., Any], tensors: Sequence[Any], needs: Sequence[bool], grads: Any
 ) -> list[Tensor | None]:
-    """Return the gradients of the tensors that are needed, by those of the function of all."""
+    """Return the gradients of the needed tensors: the vjp of ``function(*tensors)``."""
     variables = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
 
     def of_variables(*variables: Tensor) -> Any:
@@ -75,7 +75,7 @@ def pull_back(
 def target_gradient(problem: Problem, saved: Saved, grad_loss: Tensor) -> Tensor:
     """Return the gradient of probabilities: minus the weighted log-probabilities.
 
-    In fewer passes than :func:`gradients` takes; not for the focal loss.
+    Needs fewer passes than :func:`gradients`. Not for the focal loss.
     """
     logits, target, weight, token_weight, _, settings = problem
     dim, options = settings.dim, settings.of_operators
@@ -103,7 +103,7 @@ def target_gradient(problem: Problem, saved: Saved, grad_loss: Tensor) -> Tensor
 
 
 def total_weight(problem: Problem) -> Tensor:
-    """Return by what the mean divides: the normalizer, or the weights of the rows that count."""
+    """Return the divisor of the mean: the normalizer, or the sum of the weights of the rows."""
     logits, target, weight, token_weight, normalizer, settings = problem
     if normalizer is not None:
         return normalizer
@@ -111,7 +111,7 @@ def total_weight(problem: Problem) -> Tensor:
     if token_weight is not None:
         weights = weights * token_weight
     if not target.is_floating_point():
-        target = target.to(torch.int64)  # in fewer bits, ignore_index would be another number
+        target = target.to(torch.int64)  # a narrower dtype may not hold ignore_index
         left_out = (target == settings.ignore_index) | (weights == 0)
         if weight is not None:
             weights = weights * weight[target.clamp(0, weight.shape[0] - 1)]

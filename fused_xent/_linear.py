@@ -1,19 +1,18 @@
-"""The operators of a linear layer and its loss, which hold no more logits than a chunk's.
+"""The operators of a linear layer and its loss, which store one chunk of logits at a time.
 
 With ``N`` rows of ``H`` features, ``C`` classes in each of the positions ``D`` (mostly none), and
 ``K`` the product of ``(C, *D)``:
 
 ``linear_forward`` takes ``hidden`` (N, H), ``linear_weight`` (C, *D, H), ``linear_bias`` (C, *D),
-and of the loss what the operators of ``_ops`` take beside logits of shape (N, C, *D). It returns
-the loss, the statistics (of no elements where they are not wanted), and the gradients of hidden,
-weight and bias for an upstream gradient of 1, of no elements but for those that ``needs`` names.
-``linear_backward`` makes these gradients for any upstream gradient, from logits that it multiplies
-anew.
+and what the operators of ``_ops`` take besides logits, which would be (N, C, *D). It returns the
+loss, the statistics, and the gradients of hidden, weight and bias for an upstream gradient of 1.
+Statistics that are not wanted and gradients that ``needs`` does not name are empty.
+``linear_backward`` recomputes the logits and returns these gradients for any upstream gradient.
 
-Chunks are of rows. A chunk's logits lie in one buffer, which the fused kernels turn into their
-gradient, to be multiplied into the gradients of hidden and weight. Where the rows are few beside
-the features, the logits of all rows are instead kept class by class, in the memory that the
-weight's gradient will take: one matrix product each, and only a slab of logits beyond the outputs.
+A chunk is a range of rows. Its logits lie in one buffer. The fused kernels turn them into their
+gradient, which is multiplied into the gradients of hidden and weight. If there are few rows
+compared with features, the logits of all rows are stored class by class in the memory of the
+weight's gradient instead: one matrix product each, and only one slab of logits as extra memory.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from ._torch_private import below_autograd, mkldnn_has
 # How many rows make a matrix product efficient, and how many bytes of logits a chunk may have.
 CPU_ROWS, CPU_BYTES = 256, 100 << 20
 GPU_ROWS, GPU_BYTES = 4096, 1 << 30
-FEW_BYTES = 32 << 20  # of logits, for which no layout is better than another
+FEW_BYTES = 32 << 20  # of logits: below this, both layouts are equally fast
 SLAB_BYTES, GPU_SLAB_BYTES = 1 << 20, 256 << 20
 
-Turn = Callable[[Tensor, slice], None]  # logits (n, C, *D) into their gradient; of which rows
+Turn = Callable[[Tensor, slice], None]  # turns logits (n, C, *D) of these rows into their gradient
 
 
-# What both operators take by position: the fields of Inputs but the last.
+# The positional arguments of both operators: the fields of Inputs except the last.
 Arguments = tuple[
     Tensor,
     Tensor,
@@ -59,7 +58,7 @@ Arguments = tuple[
 
 
 class Inputs(NamedTuple):
-    """What both operators take, in their order."""
+    """The arguments of both operators, in their order."""
 
     hidden: Tensor
     linear_weight: Tensor
@@ -87,7 +86,7 @@ class Inputs(NamedTuple):
         return [self.hidden.shape[0], *self.classes[1:]]
 
     def problem(self, logits: Tensor, rows: slice, total: Tensor | None) -> Problem:
-        """Return the loss of some rows' logits; ``total`` divides the mean of all rows."""
+        """Return the problem of some rows; ``total`` is the divisor of the mean of all rows."""
         tokens = None if self.token_weight is None else self.token_weight[rows]
         is_none = self.reduction == REDUCTIONS["none"]
         loss_dtype = self.loss_dtype if is_none else torch.float64
@@ -98,7 +97,7 @@ class Inputs(NamedTuple):
         return Problem(logits, self.target[rows], self.weight, tokens, total, settings)
 
     def problem_of_all(self, logits: Tensor) -> Problem:
-        """Return the loss of all logits."""
+        """Return the problem of all rows."""
         problem = self.problem(logits, slice(None), self.normalizer)
         return problem._replace(settings=problem.settings._replace(loss_dtype=self.loss_dtype))
 
@@ -160,14 +159,14 @@ def _backward(
 
 
 def _empty_statistics(inputs: Inputs) -> list[Tensor]:
-    """Return memory for lse, entropy and argmax; of no elements where they are not wanted."""
+    """Return memory for lse, entropy and argmax; empty without statistics."""
     shape = inputs.row_shape if inputs.statistics else [0]
     acc = accumulation_dtype(inputs.logits_dtype)
     return [inputs.hidden.new_empty(shape, dtype=dtype) for dtype in (acc, acc, torch.int64)]
 
 
 def _empty_gradients(inputs: Inputs) -> list[Tensor]:
-    """Return memory for those of hidden, weight and bias; of no elements for those not needed."""
+    """Return memory for the gradients of hidden, weight and bias; empty for those not needed."""
     tensors: tuple[Any, ...] = (inputs.hidden, inputs.linear_weight, inputs.linear_bias)
     return [
         inputs.hidden.new_empty(tensor.shape if needed else [0])
@@ -197,7 +196,7 @@ def _fake_backward(
 
 
 def _total_weight(inputs: Inputs) -> Tensor | None:
-    """Return by what the mean of all chunks divides; None for other reductions."""
+    """Return the divisor of the mean over all chunks; None for other reductions."""
     if inputs.reduction != REDUCTIONS["mean"]:
         return None
     logits = inputs.hidden.new_zeros(()).expand(inputs.hidden.shape[0], *inputs.classes)
@@ -205,7 +204,7 @@ def _total_weight(inputs: Inputs) -> Tensor | None:
 
 
 def _multiply(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
-    """Multiply the logits, let each be turned into its gradient, and multiply by those."""
+    """Compute logits, turn them into their gradient, and multiply that; return the gradients."""
     # Tensors are already cast; turn autocast off.
     with below_autograd(), torch.autocast(inputs.hidden.device.type, enabled=False):
         return (_by_classes if _is_by_classes(inputs) else _by_rows)(inputs, turn)
@@ -248,7 +247,7 @@ def _matrices(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 class _Gradients:
-    """The gradients of hidden, weight and bias, summed over chunks: in float32 of 16-bit ones."""
+    """The gradients of hidden, weight and bias, summed over chunks in at least float32."""
 
     def __init__(self, inputs: Inputs, n_chunks: int) -> None:
         self.hidden, self.linear_weight, _ = _matrices(inputs)
@@ -261,7 +260,7 @@ class _Gradients:
         self.needs = inputs.needs
 
     def add(self, grad_logits: Tensor, rows: slice) -> None:
-        """Add those of a chunk, the first of which starts at row 0."""
+        """Add the gradients of a chunk; the first chunk starts at row 0."""
         needs_hidden, needs_weight, needs_bias = self.needs
         is_first = rows.start == 0
         if needs_hidden:
@@ -274,7 +273,7 @@ class _Gradients:
             self.grad_bias = summed if is_first else self.grad_bias.add_(summed)
 
     def results(self) -> tuple[Tensor, ...]:
-        """Return them in the dtype of the tensors whose gradients they are."""
+        """Return the gradients in the dtype of their tensors."""
         gradients = (self.grad_hidden, self.grad_weight, self.grad_bias)
         return tuple(gradient.to(self.hidden.dtype) for gradient in gradients)
 
@@ -285,9 +284,9 @@ class _Gradients:
 def _product(
     one: Tensor, other: Tensor, out: Tensor, bias: Tensor | None = None, beta: int = 0
 ) -> None:
-    """Write ``beta * out + one @ other``, or the product plus a bias of a shape that is expanded.
+    """Write ``beta * out + one @ other``, or with a bias, which is broadcast, product plus bias.
 
-    Summed in float32 or more, and rounded once, whatever the dtypes of the three.
+    Sums are in float32 or float64 and rounded once, for any dtypes of the three.
     """
     if bias is not None:
         out.copy_(bias)
@@ -305,14 +304,14 @@ def _product(
 
 
 def _is_slow(matrix: Tensor) -> bool:
-    """Return True if torch multiplies such matrices element by element: in 16 bits on most CPUs."""
+    """Return True if torch has no fast product for this dtype here: 16 bits on most CPUs."""
     return matrix.is_cpu and matrix.element_size() == 2 and not mkldnn_has(matrix.dtype)
 
 
 def _slab_by_slab(one: Tensor, other: Tensor, out: Tensor, beta: int) -> None:
     """Write ``beta * out + one @ other`` by products in float32.
 
-    The longest dimension is cut into slabs, so that nothing large is there in float32.
+    The longest dimension is cut into slabs, so that only a slab is converted to float32.
     """
     sizes = (one.shape[0], one.shape[1], other.shape[1])
     longest = max(range(3), key=sizes.__getitem__)
@@ -346,10 +345,10 @@ def _slabs(length: int, item_bytes: int, is_cuda: bool = False) -> Iterator[slic
 
 
 def _is_by_classes(inputs: Inputs) -> bool | int:
-    """Whether that takes less memory than chunks of rows, or repeats less."""
+    """Return True if that needs less memory, or fewer passes over the weight, than chunks."""
     (n_rows, n_features), n_classes = inputs.hidden.shape, inputs.classes[0]
     size = inputs.hidden.element_size()
-    # Beyond these, chunks take less: of 16-bit numbers, they need sums in float32.
+    # With more rows, chunks need less memory; in 16 bits, they also need sums in float32.
     most = n_features * (3 if size == 2 else 1)
     return (
         inputs.hidden.is_cpu
@@ -363,11 +362,10 @@ def _is_by_classes(inputs: Inputs) -> bool | int:
 
 
 def _by_classes(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
-    """Compute with logits (K, n) of the first rows in the gradient's memory, others beside it.
+    """Store logits (K, n) of the first rows at the end of the weight's gradient, others beside it.
 
-    They lie at its end. Slab by slab from its start, the weight's gradient is written over them:
-    up to class c that takes c * H elements, and the logits of later classes start at
-    K * (H - n) + c * n, which is no less.
+    The weight's gradient is then written over them, slab by slab from its start. Up to class c it
+    takes c * H elements; later classes' logits start at K * (H - n) + c * n, which is no less.
     """
     hidden, linear_weight, linear_bias = _matrices(inputs)
     (n_rows, n_features), n_classes = hidden.shape, linear_weight.shape[0]

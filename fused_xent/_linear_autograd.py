@@ -1,4 +1,4 @@
-"""The autograd Functions of a linear layer and its loss: what is saved, and what is made when."""
+"""The autograd Functions of a linear layer and its loss."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Layer(NamedTuple):
     linear_bias: Tensor | None
 
     def logits(self, dtype: torch.dtype) -> Tensor:
-        """Multiply all of them, (*rows, C, *D)."""
-        hidden: Any  # that these are no None is lost on the way
+        """Return all logits, (*rows, C, *D)."""
+        hidden: Any  # for mypy: these two are never None
         weight: Any
         hidden, weight, bias = (
             None if tensor is None else tensor.to(torch.promote_types(dtype, tensor.dtype))
@@ -47,9 +47,9 @@ class Layer(NamedTuple):
 def evaluate(
     layer: Layer, problem: Problem, chunk_rows: int | None
 ) -> tuple[Tensor] | CrossEntropyStatistics:
-    """Return the loss, and with statistics all of them.
+    """Return the loss, or all statistics.
 
-    Hidden is (N, H); of the problem's logits, (N, C, *D), there are shape, dtype and device alone.
+    Hidden is (N, H). The problem's logits (N, C, *D) have shape, dtype and device, but no values.
     """
     logits, target, *_, settings = problem
     needs = [int(needs_graph(tensor)) for tensor in layer]
@@ -87,9 +87,9 @@ def _forward(inputs: Inputs) -> Tensors:
 class LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients from one matrix product for each of logits, grad_hidden and grad_weight.
 
-    The gradients are made with the loss, for an upstream gradient of 1. They are made in the
-    backward alone where they depend on more than a factor, and in float16, whose range they need a
-    loss scale to fit. This is the formula of the operator.
+    The forward computes the gradients too, for an upstream gradient of 1. The backward computes
+    them if they depend on more than one factor, and in float16, where they would underflow without
+    a loss scale. This is the autograd formula of the operator.
     """
 
     @staticmethod
@@ -108,14 +108,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class LinearCrossEntropyInEager(torch.autograd.Function):
-    """The same in eager mode. The first backward hands out the gradients; later ones compute."""
+    """The same in eager mode. The first backward returns the gradients; later ones recompute."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensors:
         """Return loss, lse, entropy and argmax."""
         *results, grad_hidden, grad_weight, grad_bias = _forward(Inputs(*inputs))
         _save(ctx, Inputs(*inputs), ())
-        # Not among what is saved: there, to be scaled in place would be an error.
+        # Not in save_for_backward, which forbids to scale them in place.
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(results[3])
         return tuple(results)
@@ -123,7 +123,7 @@ class LinearCrossEntropyInEager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Grads:
         """Return the gradients of hidden, weight and bias."""
-        # Kept no longer than what autograd saves, whether they are of use or not.
+        # Freed here as saved tensors are, used or not.
         gradients, ctx.gradients = ctx.gradients, None
         return _backward(ctx, upstream[:3], gradients, _scaled)
 
@@ -165,7 +165,7 @@ def _saved(ctx: Any) -> Inputs:
 
 
 def _anew(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """Return gradients from logits that are multiplied once more."""
+    """Return gradients from recomputed logits."""
     *arguments, options = inputs._replace(needs=[int(needed) for needed in needs])
     with below_autograd():
         found = _linear.backward(*upstream, *arguments, **options)
@@ -177,7 +177,7 @@ def _multiplied(gradient: Tensor, grad_loss: Tensor) -> Tensor:
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """Multiply in place; where that is by 1, without a pass over memory and unknown to the host."""
+    """Multiply in place. A factor of 1 costs no pass over memory, and no wait for the GPU."""
     if is_batched_by_autograd(grad_loss):
         return _multiplied(gradient, grad_loss)
     with below_autograd():
@@ -186,8 +186,8 @@ def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
 
 
 def _with_graph(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """Return gradients that can be differentiated, by way of all logits."""
-    # Views, so that one tensor in two places has a gradient for each.
+    """Return gradients that can be differentiated, through all logits."""
+    # Views, so that a tensor that is given twice has a gradient for each.
     layer: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs[:3]]
     inputs = Inputs._make([*layer, *inputs[3:]])
     variables = [tensor for tensor, needed in zip(layer, needs, strict=True) if needed]
@@ -197,13 +197,13 @@ def _with_graph(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> lis
         if grad is not None
     ]
     values, grads = zip(*outputs, strict=True)
-    with _no_casts(inputs.hidden):  # in the gradients of the product, either
+    with _no_casts(inputs.hidden):  # also in the gradients of the product
         found = iter(torch.autograd.grad(values, variables, grads, create_graph=True))
     return [next(found) if needed else None for needed in needs]
 
 
 def by_all_logits(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Return loss, and with statistics lse, entropy and argmax, by way of all logits."""
+    """Return loss, and with statistics lse, entropy and argmax, through all logits."""
     with _no_casts(inputs.hidden):
         logits = Layer(*inputs[:3]).logits(inputs.logits_dtype)
         results = _autograd.evaluate(inputs.problem_of_all(logits))

@@ -50,7 +50,7 @@ def _load(name: str, missing: str) -> str | None:
 
 def _load_cuda() -> str | None:
     """Load the library of CUDA kernels where torch has CUDA, which the library needs."""
-    if LOAD_ERROR is not None:  # without the schemas there is nothing to implement
+    if LOAD_ERROR is not None:  # the schemas are in the other library
         return LOAD_ERROR
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) has no CUDA"
@@ -67,7 +67,7 @@ _ops = torch.ops.fused_xent
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Return True if native kernels serve a tensor's device; otherwise torch's operations do."""
+    """Return True if there are native kernels for a tensor's device."""
     if tensor.is_cuda:
         return CUDA_LOAD_ERROR is None
     return LOAD_ERROR is None and (tensor.is_cpu or tensor.is_meta)
@@ -77,7 +77,7 @@ def cpu_capability() -> str | None:
     """Return the instruction set whose CPU kernels run here.
 
     One of ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` and ``"portable"``: the best that the
-    processor has, or that the environment variable ``FUSED_XENT_CPU_CAPABILITY`` allows. None where
+    processor has, or that the environment variable ``FUSED_XENT_CPU_CAPABILITY`` allows. None if
     there is no native library.
     """
     return _ops.cpu_capability() if LOAD_ERROR is None else None
@@ -149,7 +149,7 @@ def _meta(schema: torch.FunctionSchema) -> Callable[..., Any]:
 
 
 def _in_turn(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
-    """Return the rule of vmap for an operator that returns one tensor: sample by sample."""
+    """Return the vmap rule of an operator that returns one tensor: one call per sample."""
 
     def rule(
         info: Any, in_dims: Sequence[int | None], *arguments: Any, **options: Any
@@ -170,22 +170,22 @@ def _in_turn(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int
 
 
 def _count_version(name: str) -> None:
-    """Let an operator raise the version of what it overwrites, also in compiled code.
+    """Make an operator increment the version of the tensor it overwrites, also in compiled code.
 
-    By that autograd knows, wherever it needs the old values, that they are gone.
+    Autograd raises an error from it if it needs the old values.
     """
     operator = getattr(_ops, name).default
 
     def counted(keyset: Any, overwritten: Tensor, *arguments: Any, **options: Any) -> Any:
         results = redispatch_below_inplace(operator, keyset, (overwritten, *arguments), options)
-        increment_version(overwritten)  # not before: what is refused stays as it was
+        increment_version(overwritten)  # after the call: a refused tensor is unchanged
         return results
 
     _library.impl(name, counted, "ADInplaceOrView", with_keyset=True)
 
 
 def register_formula(name: str, formula: Callable[..., Any]) -> None:
-    """Register the autograd formula of an operator: a function of its arguments."""
+    """Register the autograd formula of an operator. It takes the operator's arguments."""
     _library.impl(name, formula, "Autograd")
 
 

@@ -1,8 +1,8 @@
 """The options of a loss, each declared once: its name, type, range and default.
 
-To add one: a line in :class:`Options` and in :class:`LossOptions`, a parameter and its meaning in
-``functional.cross_entropy`` and ``linear.linear_cross_entropy``, and, if the kernels compute it, a
-line in ``csrc/xent_params.h``. Modules, the variants with statistics, checks and operators follow
+To add one, add a line to :class:`Options` and to :class:`LossOptions`, a parameter with its meaning
+to ``functional.cross_entropy`` and ``linear.linear_cross_entropy``, and, if the kernels compute it,
+a line to ``csrc/xent_params.h``. Modules, the variants with statistics, checks and operators follow
 by name.
 """
 
@@ -20,12 +20,12 @@ from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions as LinearCrossEntropyOptions
-else:  # typing.get_type_hints asks for it, which torch has from 2.13 on
+else:  # typing.get_type_hints needs the name; torch has the class from 2.13 on
     LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", object)
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
 REDUCTION_NAMES = {code: name for name, code in REDUCTIONS.items()}
-# What options and operators raise for arguments that do not fit.
+# Raised by options and operators for arguments that do not fit.
 CALL_ERRORS = (ValueError, TypeError, IndexError, RuntimeError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -39,12 +39,12 @@ class Number(NamedTuple):
     most: float
 
     def __call__(self, name: str, value: Any) -> float:
-        """Return it as a float. numpy's numbers and tensors of one number are numbers."""
+        """Return it as a float. Takes numpy's numbers and 0-d tensors too."""
         if isinstance(value, Tensor) and value.dim() == 0 and value.dtype != torch.bool:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, (float, Real)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        number = float(value)  # before it is compared: numpy's float16 warns of 1e30
+        number = float(value)  # before comparing: numpy's float16 warns about 1e30
         if not self.least <= number <= self.most:
             raise ValueError(f"{name} must be in [{self.least:g}, {self.most:g}], got {value}")
         return number
@@ -78,15 +78,15 @@ def check_dtype(name: str, value: torch.dtype) -> torch.dtype:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Return a bool: no string or tensor turns something on."""
+    """Return a bool. No other type is converted."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     return value
 
 
-# The kernels' float32 has a little more than 1e30.
+# The limits of 1e30 keep the kernels' float32 numbers finite.
 class Options(NamedTuple):
-    """The options of a loss besides its tensors. None, where it is a default, passes unchecked."""
+    """The options of a loss, without its tensors. A default of None is not checked."""
 
     ignore_index: Annotated[int, check_index] = -100
     reduction: Annotated[str, check_reduction] = "mean"
@@ -102,7 +102,7 @@ class Options(NamedTuple):
 
 
 DEFAULTS = Options._field_defaults
-# Of which the operators know nothing, or take them as arguments of another type.
+# Options that the operators do not take, or take as positional arguments of another type.
 OF_PYTHON = ("reduction", "dim", "loss_dtype", "inplace_backward", "grad_in_forward")
 CHECKS: dict[str, Check] = {
     name: hint.__metadata__[0]
@@ -111,7 +111,7 @@ CHECKS: dict[str, Check] = {
 
 
 class LossOptions(TypedDict, total=False):
-    """What both losses, and their modules, take by name."""
+    """The keyword arguments of both losses and their modules."""
 
     lse_square_scale: float
     softcap: float | None
@@ -121,7 +121,7 @@ class LossOptions(TypedDict, total=False):
 
 
 class CrossEntropyOptions(LossOptions, total=False):
-    """What :class:`fused_xent.CrossEntropyLoss` takes beyond torch's arguments."""
+    """The arguments of :class:`fused_xent.CrossEntropyLoss` that torch's class does not have."""
 
     dim: int | None
     inplace_backward: bool
@@ -129,7 +129,7 @@ class CrossEntropyOptions(LossOptions, total=False):
 
 
 class StatisticsOptions(CrossEntropyOptions, total=False):
-    """What :func:`fused_xent.cross_entropy_with_statistics` takes besides tensors."""
+    """The options of :func:`fused_xent.cross_entropy_with_statistics`."""
 
     size_average: bool | None
     ignore_index: int
@@ -139,7 +139,7 @@ class StatisticsOptions(CrossEntropyOptions, total=False):
 
 
 class LinearOptions(LossOptions, total=False):
-    """What :func:`fused_xent.linear_cross_entropy` and its module take besides tensors."""
+    """The options of :func:`fused_xent.linear_cross_entropy` and its module."""
 
     reduction: str
     ignore_index: int | None
@@ -152,7 +152,7 @@ class LinearOptions(LossOptions, total=False):
 
 
 class Settings(NamedTuple):
-    """The options of a loss as the layers below take them: checked."""
+    """The checked options of a loss."""
 
     dim: int  # of the classes, not negative
     reduction: int  # its code in REDUCTIONS
@@ -161,24 +161,24 @@ class Settings(NamedTuple):
     ignore_index: int
     inplace_backward: bool
     grad_in_forward: bool
-    of_operators: dict[str, Any]  # what operators take by name, where it is not their default
+    of_operators: dict[str, Any]  # keyword arguments of the operators that are not defaults
 
 
 def resolve(n_dims: int, statistics: bool, given: dict[str, Any]) -> Settings:
-    """Check the options of a loss, of which any that are not given have their defaults."""
+    """Check the options of a loss. Options that are not given have their defaults."""
     if not torch.compiler.is_compiling():
         try:
             return resolve_once(n_dims, statistics, tuple(given), *given.values())
-        except TypeError:  # not a number, or one that cannot be a key, such as a tensor
+        except TypeError:  # an error, or a value that cannot be a key, such as a tensor
             pass
     return _resolve(n_dims, statistics, given)
 
 
 @functools.lru_cache(maxsize=256, typed=True)
 def resolve_once(n_dims: int, statistics: bool, names: tuple[str, ...], *values: Any) -> Settings:
-    """Do as :func:`resolve` does, and remember it. Raises TypeError for what cannot be a key."""
+    """Do what :func:`resolve` does, cached. Raises TypeError for a value that cannot be a key."""
     if any(isinstance(value, Tensor) for value in values):
-        raise TypeError("a tensor may change after it has been seen")
+        raise TypeError("a tensor cannot be a key: its value may change")
     return _resolve(n_dims, statistics, dict(zip(names, values, strict=True)))
 
 
@@ -219,7 +219,7 @@ def _class_dim(dim: int | None, n_dims: int) -> int:
 
 
 def _check_softcap(softcap: float, logit_scale: float) -> None:
-    """Check what the kernels multiply a logit by before they take its tanh."""
+    """Check the factor of a logit inside the tanh."""
     ratio = logit_scale / softcap
     if not 1e-30 <= ratio <= 1e30:
         raise ValueError(

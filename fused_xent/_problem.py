@@ -1,4 +1,4 @@
-"""From a user's tensors to one validated problem: each error names the argument, rule and value."""
+"""Checks of a user's tensors. Errors name the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from . import _torch_private
 from ._options import DTYPES, REDUCTION_NAMES, REDUCTIONS, Settings, resolve
 
-# Asked once: of some versions of torch, the compiler cannot trace the question.
+# Called once, at import: some versions of torch.compile cannot trace this function.
 _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
 
 class Problem(NamedTuple):
-    """A loss to compute: tensors that have been checked and promoted, and frozen options."""
+    """A loss to compute: checked and promoted tensors, and frozen options."""
 
     logits: Tensor
     target: Tensor
@@ -38,7 +38,7 @@ def prepare(
     statistics: bool,
     options: dict[str, Any],
 ) -> Problem:
-    """Check the arguments against each other and promote tensors; no values are looked at."""
+    """Check the arguments against each other and promote tensors. Reads no values of tensors."""
     check_dense("input", input)
     check_floating("input", input)
     settings = resolve(input.dim(), statistics, options)
@@ -65,14 +65,14 @@ def prepare(
 
 def is_autocast(tensor: Tensor) -> bool:
     """Return True if operations on the tensor's device are cast."""
-    if tensor.is_cpu:  # asked first: the name of a device takes a while
+    if tensor.is_cpu:  # first, because device.type is slower
         return torch.is_autocast_enabled("cpu")
     device = tensor.device
     return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which the kernels keep sums for logits of this type."""
+    """Return the dtype in which the kernels sum, for logits of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -87,8 +87,8 @@ def _promote(
 ) -> tuple[Tensor, Tensor, torch.dtype]:
     """Return logits and probabilities in dtypes that the kernels take, and the loss's dtype.
 
-    The kernels read 16-bit logits beside probabilities of their own dtype or float32, so that only
-    rarer pairs need a copy.
+    The kernels read 16-bit logits with probabilities of the same dtype or float32. Only other pairs
+    need a copy.
     """
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
@@ -117,13 +117,13 @@ def check_dense(name: str, tensor: Any) -> None:
 
 
 def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
-    """Check that a tensor is where input is."""
+    """Check that a tensor is on input's device."""
     if tensor.device != input.device:
         raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Check that the kernels have instructions for a tensor's dtype."""
+    """Check that the kernels support a tensor's dtype."""
     if tensor.dtype not in DTYPES:
         raise ValueError(
             f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}"
@@ -131,7 +131,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def _check_target(input: Tensor, target: Tensor, settings: Settings) -> None:
-    """Check all of a target but its values."""
+    """Check a target's layout, device, dtype and shape."""
     check_dense("target", target)
     check_device("target", target, input)
     dim, shape = settings.dim, target.shape
@@ -165,7 +165,7 @@ def _target_hint(target: Tensor, rows: Sequence[int]) -> str:
 
 
 def check_probabilities(target: Tensor, shape: str) -> None:
-    """Check the dtype of a target of the logits' shape."""
+    """Check the dtype of a target that has the logits' shape."""
     if target.dtype not in DTYPES:
         raise ValueError(
             f"target must hold floating-point probabilities where it has {shape}, got "
@@ -196,7 +196,7 @@ def _check_token_weight(input: Tensor, dim: int, token_weight: Tensor) -> None:
 
 
 def _check_normalizer(normalizer: Any, reduction: int, input: Tensor) -> Tensor:
-    """Return by what the mean divides, as a float64 scalar on input's device."""
+    """Return the divisor of the mean as a float64 scalar on input's device."""
     if reduction != REDUCTIONS["mean"]:
         raise ValueError(
             f"normalizer must be None unless reduction is 'mean', got {normalizer} and "
@@ -217,14 +217,14 @@ def _check_normalizer(normalizer: Any, reduction: int, input: Tensor) -> Tensor:
 
 
 def check_range(problem: Problem) -> None:
-    """Check the class indices of the rows that count, where that waits for no device."""
+    """Check the class indices of the rows that count; not on a GPU, where the host would wait."""
     _, target, _, token_weight, _, settings = problem
     if target.is_floating_point() or target.device.type != "cpu":
         return
     if not _torch_private.has_values(target):
         return
     n_classes, ignore_index = problem.logits.shape[settings.dim], settings.ignore_index
-    target = target.to(torch.int64)  # in fewer bits, ignore_index would be another number
+    target = target.to(torch.int64)  # a narrower dtype may not hold ignore_index
     bad = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
     if token_weight is not None:
         bad = bad & (token_weight != 0)
@@ -240,7 +240,7 @@ def check_range(problem: Problem) -> None:
 
 
 def _check_overwritable(problem: Problem) -> None:
-    """Check that the gradient may take the logits' memory, by the in-place mode that is on."""
+    """Check that the in-place mode that is on may overwrite the logits."""
     input, target, *_, settings = problem
     name = "grad_in_forward" if settings.grad_in_forward else "inplace_backward"
 
@@ -296,7 +296,7 @@ def _check_grad_in_forward(input: Tensor, target: Tensor, memory: Tensor) -> Non
 
 
 def _has_layout(tensor: Tensor, dim: int) -> bool:
-    """Return True if the kernels can count its rows: in at most 4 dimensions after merging."""
+    """Return True if the rows have at most 4 dimensions after merging: the kernels' limit."""
     merged: list[int] = []
     for d in range(tensor.dim()):
         size, stride = tensor.shape[d], tensor.stride(d)

@@ -1,6 +1,6 @@
-"""All that fused_xent uses of torch's private API, with the public way that does not serve.
+"""All uses of torch's private API, each with the reason why a public one does not do.
 
-tests/test_torch_private.py tries each on the torch that is installed.
+tests/test_torch_private.py tests each on the installed torch.
 """
 
 import functools
@@ -44,7 +44,7 @@ __all__ = [
 # function would still be called.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
-# None, or the state of torch.jit.trace. torch.jit.is_tracing() asks by way of two more functions.
+# None, or the state of torch.jit.trace. torch.jit.is_tracing() is slower.
 is_jit_tracing = torch._C._get_tracing_state
 
 _dispatch_keys = torch._C._dispatch_keys
@@ -61,15 +61,16 @@ def _key_sets(backend: str) -> tuple[Any, int]:
 # The key of each backend's kernels, and all keys of an ordinary tensor there.
 _BACKENDS, _ORDINARY = zip(*map(_key_sets, ("CPU", "CUDA")), strict=True)
 
-# Names the deprecated size_average and reduce, with torch's own warning. Not public in any form.
+# Translates the deprecated size_average and reduce, with torch's own warning. Not public.
 legacy_reduction = _reduction.legacy_get_string
 
 
 def kernels_of(op: Any) -> tuple[Any, Any]:
     """Return the kernels of an operator, on CPUs and on GPUs, to call with ordinary tensors.
 
-    The dispatcher would ask for autograd, autocast and modes, of which there are none: see
-    :func:`is_eager` and :func:`is_ordinary`. That takes as long as the kernel of a small loss.
+    The dispatcher would look for autograd, autocast and modes. The caller has checked that there
+    are none, by :func:`is_eager` and :func:`are_ordinary`. Dispatch takes as long as the kernel of
+    a small loss.
     """
     redispatch = op.default._handle.redispatch_boxed
     cpu, cuda = (functools.partial(redispatch, keys) for keys in _BACKENDS)
@@ -86,7 +87,7 @@ def apply_in_eager(function: type[torch.autograd.Function], *inputs: Any) -> Any
 
 
 def apply_at_this_level(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """Apply a Function where torch.func has already chosen the level: in an operator's formula.
+    """Apply a Function inside an operator's formula, where torch.func has already chosen the level.
 
     ``Function.apply`` would start at the outermost level again.
     """
@@ -95,12 +96,12 @@ def apply_at_this_level(function: type[torch.autograd.Function], *inputs: Any) -
 
 
 def is_under_torch_func() -> bool:
-    """Return True under a transform of torch.func, which has no public question for it."""
+    """Return True under a transform of torch.func, which has no public function for this."""
     return _innermost_transform() is not None
 
 
 def is_eager() -> bool:
-    """Return True where operations run now and for autograd alone: one question instead of five."""
+    """Return True in eager mode: no compiler, tracer, dispatch mode or transform is active."""
     return (
         not is_compiling()  # first: the compiler cannot trace the others
         and _innermost_transform() is None
@@ -111,10 +112,10 @@ def is_eager() -> bool:
 
 
 def are_ordinary(one: Tensor, other: Tensor) -> bool:
-    """Return True for two tensors that an operator's kernel takes as they are, on a CPU or GPU.
+    """Return True if a kernel can take two tensors as they are, both on the CPU or both on a GPU.
 
-    Not for sparse, nested, fake and batched ones, for views whose signs are to be changed, and for
-    subclasses with a rule of their own: the dispatcher does something to these first.
+    False for sparse, nested, fake and batched tensors, lazily negated views, and subclasses with
+    ``__torch_dispatch__``: for these the dispatcher does something first.
     """
     keys = _dispatch_keys(one).raw_repr()
     return keys in _ORDINARY and _dispatch_keys(other).raw_repr() == keys
@@ -124,7 +125,7 @@ def is_under_vmap_or_jvp() -> bool:
     """Return True under torch.func.vmap or forward-mode differentiation, of either kind."""
     if _innermost_transform() is None and forward_ad._current_level < 0:
         return False
-    if is_compiling():  # which traces a transform by itself
+    if is_compiling():  # the compiler traces transforms by itself
         return False
     stack = torch._C._functorch.get_interpreter_stack() or ()
     kinds = torch._C._functorch.TransformType
@@ -133,7 +134,7 @@ def is_under_vmap_or_jvp() -> bool:
 
 
 def is_batched_by_autograd(tensor: Tensor | None) -> bool:
-    """Return True for the batches of ``is_grads_batched=True``, which torch.func does not know."""
+    """Return True for the batched tensors of ``is_grads_batched=True``; torch.func has others."""
     return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
@@ -150,7 +151,7 @@ def memory_of(tensor: Tensor) -> Tensor:
 
 
 def is_one_of_several_views(tensor: Tensor) -> bool:
-    """Return True for outputs of chunk, split and unbind, which autograd lets nobody overwrite."""
+    """Return True for outputs of chunk, split and unbind: autograd forbids overwriting them."""
     several = torch._C._autograd.CreationMeta.MULTI_OUTPUT_NODE
     return tensor._is_view() and torch._C._autograd._get_creation_meta(tensor) == several
 
@@ -176,14 +177,14 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def mkldnn_has(dtype: torch.dtype) -> bool:
-    """Return True if this CPU multiplies matrices of a 16-bit dtype by instructions of its own."""
+    """Return True if this CPU has instructions for matrix products in a 16-bit dtype."""
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
     return is_supported is not None and is_supported()
 
 
 def redispatch_below_inplace(op: Any, keyset: Any, arguments: tuple[Any, ...], options: Any) -> Any:
-    """Call an operator below the key under which operators raise the version of what they write."""
+    """Call an operator below ADInplaceOrView, the dispatch key that increments versions."""
     with torch._C._AutoDispatchBelowADInplaceOrView():
         below = keyset & torch._C._after_ADInplaceOrView_keyset
         return op.redispatch(below, *arguments, **options)

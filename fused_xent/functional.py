@@ -1,4 +1,4 @@
-"""The loss as users call it: from arguments to one validated problem."""
+"""The public loss functions: check the arguments and make one problem of them."""
 
 from __future__ import annotations
 
@@ -73,57 +73,57 @@ def cross_entropy(
             probabilities of ``input``'s shape (floating; differentiable).
         weight: one weight per class, ``(C,)``, of any floating-point dtype.
         size_average: deprecated in torch, see ``reduction``.
-        ignore_index: rows of this class index have loss and gradient 0, do not count in ``mean``,
-            and their logits may hold anything. Any integer. Probabilities have no such rows, so
-            that it must be negative beside them: see ``token_weight``.
+        ignore_index: rows with this class index have loss and gradient 0 and do not count in
+            ``mean``; their logits may hold anything. Any integer. With probabilities it has no
+            effect and must be negative: use ``token_weight`` to leave rows out.
         reduce: deprecated in torch, see ``reduction``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         label_smoothing: in [0, 1].
-        dim: the dimension of the classes, where it is not torch's: ``-1`` takes ``(B, T, C)``,
-            of which probabilities would else be taken for those of ``T`` classes.
+        dim: the dimension of the classes. None: torch's rule above. ``-1`` takes ``(B, T, C)``;
+            torch's rule would read that as ``T`` classes.
         token_weight: one weight a row, of the unreduced loss's shape; any real numbers. A row of
             weight 0 is left out as if it were ignored, whatever its logits, target or
             probabilities, and out of the statistics. ``mean`` divides by the sum of class weight
-            times token weight (for probabilities, of token weight); of weights of either sign,
-            which may almost cancel each other, pass a ``normalizer``.
-        normalizer: what ``mean`` divides the sum by instead, a finite number or a tensor of one
-            number: for a part of a batch, what the whole batch would be divided by, which without
-            weights is the number of its rows that are not ignored. A mean by 0 is NaN.
-        lse_square_scale: of the z-loss, which no class weight multiplies; in [0, 1e30].
+            times token weight (for probabilities, of token weight). If weights have both signs,
+            that sum may be close to 0: pass a ``normalizer``.
+        normalizer: the divisor of ``mean``, a finite number or a tensor of one number. For one part
+            of a batch (a micro-batch, or the rows of one process) pass the divisor of the whole
+            batch: without weights, its number of rows that are not ignored. A mean by 0 is NaN.
+        lse_square_scale: factor of the z-loss; class weights do not apply to it; in [0, 1e30].
         softcap: a number in [1e-30, 1e30]; None: no cap.
         logit_scale: a number in [1e-30, 1e30]. To learn a scale, multiply the logits by it.
         focal_gamma: in [0, 1e30]; 0: plain cross-entropy.
-        loss_dtype: dtype of the loss. None is torch's rule: that of ``input``, or that to which it
-            is promoted with probabilities; float32 under autocast. Sums are float32 or better at
-            any.
-        inplace_backward: the backward writes the gradient over the logits: no memory for it, half
-            the traffic of a fresh one. The logits must not be needed after the backward; autograd
-            raises its own error where it needs them. A compiled function that returns logits which
-            it has computed copies them first.
-        grad_in_forward: the forward writes the gradient over the logits, and the backward only
-            multiplies it by the upstream gradient, if that is not 1: one read and one write of the
-            logits in all. The logits must not be needed after the forward; autograd raises an error
-            where a gradient is to flow through another use of them. In compiled code, which cannot
-            raise that error, this is ``inplace_backward``.
+        loss_dtype: dtype of the loss. None: torch's rule, which is the dtype of ``input`` (promoted
+            with that of probabilities), or float32 under autocast. Sums are always computed in
+            float32 or float64.
+        inplace_backward: the backward writes the gradient over the logits. It needs no memory for
+            the gradient and half the memory traffic. Nothing may need the logits after the
+            backward; autograd raises its own error if it needs them. A compiled function that
+            computes the logits and returns them copies them first.
+        grad_in_forward: the forward writes the gradient over the logits. The backward multiplies it
+            by the upstream gradient if that is not 1: in total, one read and one write of the
+            logits. Nothing may need the logits after the forward; autograd raises an error if a
+            gradient flows through another use of them. Compiled code cannot raise that error: there
+            this option means ``inplace_backward``.
 
-    The last two need ``input`` to be computed, not a leaf of the graph; where no gradient is
-    recorded they change nothing. ``grad_in_forward`` refuses float16, whose range a gradient needs
-    a loss scale to fit.
+    The last two options need an ``input`` that is not a leaf of the graph. They have no effect if
+    no gradient is recorded. ``grad_in_forward`` refuses float16: without a loss scale, gradients
+    underflow there.
 
-    Gradients flow to ``input`` and probabilities from the kernels, and to ``weight``,
-    ``token_weight`` and ``normalizer``, second derivatives, and under ``torch.func.vmap`` and
-    forward-mode differentiation by torch operations.
+    Kernels compute the gradient of ``input``. Torch operations compute those of probabilities,
+    ``weight``, ``token_weight`` and ``normalizer``, second derivatives, and everything under
+    ``torch.func.vmap`` and forward-mode differentiation.
 
     Returns:
-        A scalar, or for ``"none"`` a loss a row, of ``input``'s shape without ``C``.
+        A scalar, or with ``"none"`` one loss per row: ``input``'s shape without ``C``.
 
     Raises:
-        IndexError: a target is no class and not ``ignore_index``; nothing has been written by then.
-            On CUDA devices, where that would wait for the GPU, the row's loss and gradient are NaN.
-        ValueError: a shape, dtype, device or option that does not fit; the message names it.
-        TypeError: an argument of the wrong type.
-        RuntimeError: ``inplace_backward`` or ``grad_in_forward`` with logits that they cannot
-        overwrite.
+        IndexError: a target is out of range and not ``ignore_index``. Nothing has been written.
+            On CUDA devices the check would wait for the GPU: there the row's loss and gradient are
+            NaN instead.
+        ValueError: a shape, dtype, device or option does not fit; the message names it.
+        TypeError: an argument has the wrong type.
+        RuntimeError: ``inplace_backward`` or ``grad_in_forward`` cannot overwrite these logits.
     """
     tensors = (input, target, weight, token_weight, normalizer)
     options = {
@@ -150,7 +150,7 @@ def cross_entropy(
             settings = resolve_once(input.dim(), False, tuple(options), *options.values())
             return evaluate_plain(input, target, settings)
         except CALL_ERRORS:
-            pass  # the checks on the long way say which argument is wrong
+            pass  # prepare() checks everything and names the wrong argument
     return evaluate(prepare(*tensors, False, options))[0]
 
 
@@ -163,27 +163,27 @@ def cross_entropy_with_statistics(
     normalizer: Tensor | float | None = None,
     **options: Unpack[StatisticsOptions],
 ) -> CrossEntropyStatistics:
-    """Return what one pass over the logits tells: the loss, and statistics of each row.
+    """Return the loss and statistics of each row, from one pass over the logits.
 
     Takes the arguments of :func:`fused_xent.cross_entropy`, all but the first three by name. The
-    statistics have the shape of the unreduced loss, and float64 for float64 logits and float32 for
-    others. Rows that are ignored or of token weight 0 are not read, and have 0, ``argmax`` -1 and
-    ``correct`` False: ``correct.sum() / (argmax >= 0).sum()`` is the accuracy of the others.
+    statistics have the shape of the unreduced loss. They are float64 for float64 logits and float32
+    for all others. Rows that are ignored or have token weight 0 get 0, ``argmax`` -1 and
+    ``correct`` False: ``correct.sum() / (argmax >= 0).sum()`` is the accuracy of all other rows.
 
     Returns:
         A named tuple:
 
-        - ``loss``: as of :func:`fused_xent.cross_entropy`, z-loss and all.
+        - ``loss``: that of :func:`fused_xent.cross_entropy`, with all of its terms.
         - ``lse``: :math:`\\log \\sum_j \\exp z_j`; differentiable.
-        - ``z_loss``: the row's part of the loss that is ``lse_square_scale * lse^2``, times its
-          token weight; differentiable.
+        - ``z_loss``: the row's ``lse_square_scale * lse^2`` times its token weight: a term of its
+          loss; differentiable.
         - ``entropy``: :math:`-\\sum_j p_j \\log p_j`; differentiable.
-        - ``argmax``: int64, the first class of the greatest :math:`z_j`, NaN above all numbers.
-          Under a ``softcap``, logits of more than about nine times that are equal.
-        - ``correct``: bool, whether that is the target, or the argmax of the probabilities.
+        - ``argmax``: int64, the first class with the largest :math:`z_j`; NaN counts as largest.
+          With a ``softcap``, logits above about nine times the cap are equal.
+        - ``correct``: bool, True if ``argmax`` is the target, or the argmax of the probabilities.
 
-        With ``grad_in_forward``, a gradient through any but ``loss`` raises an error, unless in
-        compiled code, where that is ``inplace_backward``.
+        With ``grad_in_forward`` in eager mode, a gradient through any field but ``loss`` raises an
+        error.
     """
     check_names("cross_entropy_with_statistics", options, _SIGNATURE.parameters)
     tensors = (input, target, weight, token_weight, normalizer)
@@ -206,7 +206,7 @@ def _overridden(
     /,
     **options: Any,
 ) -> T:
-    """Ask the tensors that are subclasses with a rule of their own."""
+    """Call the ``__torch_function__`` of a tensor subclass."""
     result: T = handle_torch_function(
         function,
         (input, target, weight, token_weight, normalizer),

@@ -1,4 +1,4 @@
-"""The loss of a linear layer as users call it: from hidden states to the loss, without logits."""
+"""The public loss functions of a linear layer, which never store all logits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from ._problem import (
 from ._torch_private import are_ordinary, has_values, is_under_torch_func
 from .reference import CrossEntropyStatistics
 
-FEW_LOGITS = 16384  # as many are computed at once: a chunk of its own takes longer than its product
+FEW_LOGITS = 16384  # up to so many are computed at once, which is faster than chunks
 
 T = TypeVar("T")
 
@@ -67,75 +67,73 @@ def linear_cross_entropy(
     drop_ignored: bool = False,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    r"""Softmax cross-entropy of the logits ``input @ linear_weight.T``, which never exist as one.
+    r"""Softmax cross-entropy of the logits ``input @ linear_weight.T``, which are never all stored.
 
     Equivalent to :func:`torch.nn.functional.linear_cross_entropy` of torch 2.13, and to
     :func:`fused_xent.cross_entropy` of :func:`torch.nn.functional.linear`, in values, dtypes and
-    gradients: the logits are rounded to ``input``'s dtype as a linear layer's are. They are made a
-    chunk of rows at a time, and the gradients with them, by three matrix products in all. Beside
-    the gradients that takes the memory of one chunk, and for several chunks of 16-bit numbers of
-    the weight's gradient in float32, in which it is summed.
+    gradients: the logits are rounded to ``input``'s dtype as in a linear layer. The forward
+    computes logits and gradients one chunk of rows at a time, in three matrix products in total.
+    Besides the gradients, this needs the memory of one chunk. With several chunks of 16-bit numbers
+    it also needs the weight's gradient in float32, where it is summed.
 
     Args:
         input: hidden states, ``(H,)``, ``(N, H)`` or with any more dimensions of rows, such as
             ``(B, T, H)``; float32, float64, bfloat16 or float16.
-        linear_weight: ``(C, H)`` for ``C`` classes, or ``(C, d1, ..., dk, H)`` for a loss in each
-            of ``d1 x ... x dk`` positions of a row; of ``input``'s dtype, or any under autocast.
+        linear_weight: ``(C, H)`` for ``C`` classes, or ``(C, d1, ..., dk, H)`` for one loss in each
+            of the ``d1 x ... x dk`` positions of a row; ``input``'s dtype, or any under autocast.
         target: class indices (int64, int32 or uint8) of the rows' shape, ``(N,)`` or
             ``(N, d1, ..., dk)``, or probabilities, ``(N, C)`` or ``(N, C, d1, ..., dk)``.
-        linear_bias: of ``linear_weight``'s shape without ``H``, and its dtype.
-        weight: one weight a class, ``(C,)``.
+        linear_bias: ``linear_weight``'s shape without ``H``, and its dtype.
+        weight: one weight per class, ``(C,)``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        ignore_index: rows of this class index have loss and gradient 0; None: -100. Must be None
-            beside probabilities.
+        ignore_index: rows with this class index have loss and gradient 0. None: -100. Must be None
+            with probabilities.
         label_smoothing: in [0, 1].
-        options: torch's own; its ``batch_chunk_size`` is ``chunk_rows``, all else in it is without
-            effect.
-        token_weight: one weight for each position of a row, of the class indices' shape.
-        normalizer: what ``mean`` divides the sum by instead.
-        lse_square_scale: of the z-loss.
-        softcap: of the logits; None: no cap.
-        logit_scale: of the logits.
-        focal_gamma: of the focal loss.
-        loss_dtype: dtype of the loss; None: that of the logits, float32 under autocast.
-        logits_dtype: dtype of the logits. None: that of ``input``, to which a linear layer rounds
-            its output. ``torch.float32`` beside 16-bit ``input`` keeps the logits and their
-            gradient in float32, as a head in float32 does; ``input`` and ``linear_weight`` stay in
-            16 bits.
-        shift: the label of a row is that of the row so many after it, within each sequence, which
-            is ``input``'s last dimension before the features: 1 (or True) for next-token labels.
+        options: torch's own. Its ``batch_chunk_size`` is used as ``chunk_rows``; its other fields
+            have no effect.
+        token_weight: one weight for each position of a row: the class indices' shape.
+        normalizer: the divisor of ``mean``.
+        lse_square_scale: factor of the z-loss.
+        softcap: cap of the logits; None: no cap.
+        logit_scale: factor of the logits.
+        focal_gamma: exponent of the focal loss.
+        loss_dtype: dtype of the loss. None: that of the logits, or float32 under autocast.
+        logits_dtype: dtype of the logits. None: that of ``input``, as in a linear layer. With
+            16-bit ``input``, ``torch.float32`` keeps the logits and their gradient in float32, like
+            a head in float32; ``input`` and ``linear_weight`` stay in 16 bits.
+        shift: row ``i`` of a sequence takes the label of row ``i + shift``: 1 (or True) for
+            next-token labels. A sequence is ``input``'s last dimension before the features.
             ``target`` and ``token_weight`` keep the shape of all rows. The last ``shift`` rows of a
-            sequence have no label, and no place in an unreduced loss: it is ``(B, T - shift)`` for
-            ``(B, T)``. Nothing is copied for it.
-        drop_ignored: rows without a label that counts (ignored, or of token weight 0) are left out
-            of the matrix products, at the cost of a copy of the hidden states that are left. Which
-            rows these are must be known on the host: on a GPU that waits for it, once, so that a
-            CUDA graph cannot be captured. Compiled code keeps all rows: the results are the same,
-            unless the hidden state of such a row is not finite, which the weight's gradient then is
-            not either.
-        chunk_rows: how many rows the logits are made of at a time. None: as many as make matrix
-            products efficient, 256 rows and 100 MiB on a CPU and 4096 rows and 1 GiB on a GPU at
-            most; and on a CPU, where rows are few beside features, all of them, class by class in
-            the memory that the weight's gradient takes.
+            sequence have no label: an unreduced loss is ``(B, T - shift)`` for ``(B, T)``. Nothing
+            is copied.
+        drop_ignored: leave rows that do not count (ignored, or token weight 0) out of the matrix
+            products. This copies the hidden states of the other rows. On a GPU the host waits once,
+            to learn which rows count, so a CUDA graph cannot be captured. Compiled code keeps all
+            rows. The results are the same, unless the hidden state of such a row is not finite:
+            then the weight's gradient in compiled code is not finite either.
+        chunk_rows: number of rows in a chunk of logits. None: enough for efficient matrix products,
+            at most 256 rows and 100 MiB on a CPU, or 4096 rows and 1 GiB on a GPU. On a CPU, if
+            there are few rows compared with features, all rows are one chunk, which is stored
+            class by class in the memory of the weight's gradient.
 
-    What is not said here is as in :func:`fused_xent.cross_entropy`. The gradients of ``input``,
-    ``linear_weight`` and ``linear_bias``, of those that require one, are made with the loss, and
-    multiplied by the upstream gradient in the backward, in place, if that is not 1: they are those
-    of the values that the loss was computed of, whatever has been written over them since, and an
-    upstream gradient that is not finite makes NaN of the zeros of ignored rows. They are computed
-    anew, with the logits, in a second backward, for ``reduction="none"``, float16,
-    and gradients through statistics. All logits at once are needed, and used, for gradients of
-    gradients, of ``weight``, ``token_weight``, ``normalizer`` and probabilities, and under
-    ``torch.func`` and forward-mode differentiation.
+    :func:`fused_xent.cross_entropy` describes what is not described here. The forward computes the
+    gradients of ``input``, ``linear_weight`` and ``linear_bias`` that are required. The backward
+    multiplies them in place by the upstream gradient if that is not 1. So they are the gradients at
+    the values of the forward, even if these have been overwritten since. If the upstream gradient
+    is not finite, the zeros of ignored rows become NaN. The backward recomputes logits and
+    gradients if it is a second one, for ``reduction="none"``, for float16, and for gradients
+    through statistics. All logits are stored for gradients of gradients, of ``weight``,
+    ``token_weight``, ``normalizer`` and probabilities, and under ``torch.func`` and forward-mode
+    differentiation.
 
     Returns:
-        A scalar, or for ``"none"`` a loss for each position of a row.
+        A scalar, or with ``"none"`` one loss for each position of a row.
 
     Raises:
-        IndexError: a target is no class and not ``ignore_index``. On CUDA devices, where that would
-            wait for the GPU, loss and gradients are NaN.
-        ValueError: a shape, dtype, device or option that does not fit; the message names it.
-        TypeError: an argument of the wrong type.
+        IndexError: a target is out of range and not ``ignore_index``. On CUDA devices the check
+            would wait for the GPU: there the loss and gradients are NaN instead.
+        ValueError: a shape, dtype, device or option does not fit; the message names it.
+        TypeError: an argument has the wrong type.
     """
     tensors = (input, linear_weight, target)
     others = (linear_bias, weight, token_weight, normalizer)
@@ -168,7 +166,7 @@ def linear_cross_entropy(
             logits = F.linear(input, linear_weight, linear_bias)
             return _autograd.evaluate_plain(logits, target, settings)
         except CALL_ERRORS:
-            pass  # the checks on the long way say which argument is wrong
+            pass  # _evaluate() checks everything and names the wrong argument
     return _evaluate(*tensors, *others, statistics=False, **of_layer, **of_loss)[0]
 
 
@@ -186,8 +184,8 @@ def linear_cross_entropy_with_statistics(
     """Return the loss of a linear layer, and statistics of each position of a row.
 
     Takes the arguments of :func:`fused_xent.linear_cross_entropy`, all but the first three by name,
-    and returns what :func:`fused_xent.cross_entropy_with_statistics` does. A gradient through
-    ``lse``, ``z_loss`` or ``entropy`` multiplies the logits anew in the backward.
+    and returns what :func:`fused_xent.cross_entropy_with_statistics` does. For a gradient through
+    ``lse``, ``z_loss`` or ``entropy`` the backward recomputes the logits.
     """
     check_names("linear_cross_entropy_with_statistics", options, _NAMES)
     tensors = (input, linear_weight, target)
@@ -208,7 +206,7 @@ linear_cross_entropy_with_statistics.__signature__ = (  # type: ignore[attr-defi
 def _overridden(
     function: Callable[..., T], tensors: tuple[Any, ...], others: tuple[Any, ...], options: Any
 ) -> T:
-    """Ask the tensors that are subclasses with a rule of their own."""
+    """Call the ``__torch_function__`` of a tensor subclass."""
     linear_bias, weight, token_weight, normalizer = others
     result: T = handle_torch_function(
         function,
@@ -232,7 +230,7 @@ def _is_plain(
     token_weight: Any,
     normalizer: Any,
 ) -> bool:
-    """Return True for few logits, for which torch makes all checks: of matrices, and as there."""
+    """Return True for a plain call (see _autograd) with few logits; torch checks the product."""
     return (
         _autograd.is_plain(input, target, weight, token_weight, normalizer)
         and isinstance(linear_weight, Tensor)
@@ -265,7 +263,7 @@ def _evaluate(
     chunk_rows: int | None = None,
     **loss_options: Any,
 ) -> tuple[Tensor] | CrossEntropyStatistics:
-    """Check the arguments and compute the loss, and with statistics all of them."""
+    """Check the arguments and return the loss, or all statistics."""
     _check_linear(input, linear_weight, linear_bias)
     shift = _check_shift(shift, input)
     check_flag("drop_ignored", drop_ignored)
@@ -274,7 +272,7 @@ def _evaluate(
     logits_dtype = _check_dtypes(layer, logits_dtype)
     rows, classes = layer.hidden.shape[:-1], layer.linear_weight.shape[:-1]
     _check_target(target, rows, classes, ignore_index, shift)
-    # Of the logits' shape, dtype and device, which is all that is looked at, but of one element.
+    # Stands in for the logits in checks: their shape, dtype and device, but one element of memory.
     logits = layer.hidden.new_zeros((), dtype=logits_dtype).expand(*rows, *classes)
     loss_options["dim"] = len(rows)
     if ignore_index is not None:
@@ -313,7 +311,7 @@ def _evaluate(
 
 
 def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    """Check what a linear layer multiplies."""
+    """Check the tensors of the linear layer."""
     check_dense("input", input)
     check_dense("linear_weight", linear_weight)
     check_device("linear_weight", linear_weight, input)
@@ -341,7 +339,7 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
 
 
 def _check_dtypes(layer: Layer, logits_dtype: torch.dtype | None) -> torch.dtype:
-    """Check that a matrix product takes them, after autocast's casts; return the logits' dtype."""
+    """Check the dtypes of the matrix product, after autocast; return the logits' dtype."""
     hidden, linear_weight, linear_bias = layer
     dtype = hidden.dtype
     for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
@@ -364,7 +362,7 @@ def _check_target(
     ignore_index: int | None,
     shift: int,
 ) -> None:
-    """Check a target's shape where there are no logits to compare it with."""
+    """Check the target's shape against hidden states and weight, and name these in the message."""
     check_dense("target", target)
     of_indices, of_probabilities = (*rows, *classes[1:]), (*rows, *classes)
     if target.shape == of_probabilities:
@@ -388,7 +386,7 @@ def _check_target(
 
 
 def _check_shift(shift: int, input: Tensor) -> int:
-    """Return by how many positions the labels are ahead of the hidden states."""
+    """Return shift as an int."""
     shift = int(shift) if isinstance(shift, bool) else check_index("shift", shift)
     if shift < 0:
         raise ValueError(f"shift must not be negative, got {shift}")
@@ -408,7 +406,7 @@ def _check_shift(shift: int, input: Tensor) -> int:
 
 
 def _check_chunk_rows(chunk_rows: int | None, options: Any) -> int | None:
-    """Return of how many rows the logits are made at a time, by what torch's options say too."""
+    """Return chunk_rows, which torch's options may give too."""
     is_given = options is not None
     if is_given and (isinstance(options, type) or not hasattr(options, "batch_chunk_size")):
         raise TypeError(
@@ -428,11 +426,11 @@ def _check_chunk_rows(chunk_rows: int | None, options: Any) -> int | None:
 
 
 def _autocast(layer: Layer) -> Layer:
-    """Return what autocast casts the operands of a linear layer to."""
+    """Cast the layer as autocast casts the operands of a matrix product."""
     if not is_autocast(layer.hidden):
         return layer
     dtype = torch.get_autocast_dtype(layer.hidden.device.type)
-    hidden: Any  # that these are no None is lost on the way
+    hidden: Any  # for mypy: these two are never None
     weight: Any
     hidden, weight, bias = (
         tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
@@ -442,7 +440,7 @@ def _autocast(layer: Layer) -> Layer:
 
 
 def _without_first(problem: Problem, shift: int) -> Tensor:
-    """Return the token weights without those labels that are first in a sequence, of no row."""
+    """Return token weights with 0 for the first labels of each sequence, which belong to no row."""
     logits, token_weight, dim = problem.logits, problem.token_weight, problem.settings.dim
     if token_weight is None:
         acc = accumulation_dtype(logits.dtype)
@@ -452,10 +450,10 @@ def _without_first(problem: Problem, shift: int) -> Tensor:
 
 
 def _flatten(layer: Layer, problem: Problem, shift: int) -> tuple[Layer, Problem]:
-    """Return hidden (N, H), and all that is of rows in one dimension.
+    """Return hidden (N, H), and a problem with all rows in one dimension.
 
-    With a shift, row i goes with label i + shift of all sequences one after another. Where that is
-    of another sequence, its weight is 0.
+    With a shift, row i takes label i + shift of all sequences, one after another. Labels of the
+    next sequence have weight 0.
     """
     n_row_dims = problem.settings.dim
     if n_row_dims == 1 and not shift:
@@ -478,7 +476,7 @@ def _flatten(layer: Layer, problem: Problem, shift: int) -> tuple[Layer, Problem
 
 
 def _kept_rows(problem: Problem) -> Tensor | None:
-    """Return which rows have a label that counts; None for all of them."""
+    """Return the indices of the rows that count; None if all do."""
     target, token_weight = problem.target, problem.token_weight
     counts = None if token_weight is None else token_weight != 0
     if not target.is_floating_point():
@@ -504,21 +502,20 @@ def _select(layer: Layer, problem: Problem, kept: Tensor | None) -> tuple[Layer,
 
 
 def _has_few_logits(problem: Problem, chunk_rows: int | None) -> bool:
-    """Return True if chunks would take longer than they save; compiled code keeps one graph."""
+    """Return True if chunks would be slower. False in compiled code, to keep one graph."""
     if chunk_rows is not None or torch.compiler.is_compiling():
         return False
     return problem.logits.numel() <= FEW_LOGITS
 
 
 def _needs_all_logits(layer: Layer, problem: Problem) -> bool:
-    """Return True for what autograd's own formulas compute."""
+    """Return True if autograd must differentiate through the logits."""
     _, target, weight, token_weight, normalizer, _ = problem
     is_compiling = torch.compiler.is_compiling()
     return (
         _autograd.is_for_torch(problem)
         or _autograd.needs_graph(target, weight, token_weight, normalizer)
         or (not is_compiling and is_under_torch_func())
-        or 0 in layer.hidden.shape
         or 0 in problem.logits.shape
         or (target.dtype == torch.float64 and layer.hidden.dtype != torch.float64)
     )
@@ -527,7 +524,7 @@ def _needs_all_logits(layer: Layer, problem: Problem) -> bool:
 def _restore(
     results: tuple[Tensor] | CrossEntropyStatistics, is_none: bool, restore: Callable[..., Tensor]
 ) -> tuple[Tensor] | CrossEntropyStatistics:
-    """Give what is of rows the shape that the caller's have."""
+    """Give per-row results the shape of the caller's rows."""
     loss, *of_rows = results
     if is_none:
         loss = restore(loss)

@@ -34,7 +34,7 @@ def _defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 class _Loss(WeightedLoss):
-    """What both modules share: an attribute of each option's name, which forward passes on."""
+    """Base of both modules: keeps each option as an attribute, and passes it on in forward."""
 
     DEFAULTS: dict[str, Any]
 
@@ -44,7 +44,7 @@ class _Loss(WeightedLoss):
             setattr(self, name, options.get(name, default))
 
     def _options(self) -> dict[str, Any]:
-        """Return all options; of a module that was pickled before one was there, its default."""
+        """Return all options. A module pickled by an older version may lack one: its default."""
         return {name: getattr(self, name, value) for name, value in self.DEFAULTS.items()}
 
     def extra_repr(self) -> str:
@@ -57,16 +57,16 @@ class _Loss(WeightedLoss):
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    """Compare what can be compared: a tensor or an array has no one answer."""
+    """Compare with ==, but not tensors and arrays, whose == is not a bool."""
     return value is default or (isinstance(value, (int, float, str)) and value == default)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Loss):
     """Module of :func:`fused_xent.cross_entropy`, equivalent to :class:`torch.nn.CrossEntropyLoss`.
 
-    Takes torch's arguments and the options of the function, where each is explained, but for
-    ``token_weight`` and ``normalizer``, which are a batch's and go to ``forward``. They are checked
-    when the loss is computed. A subclass of torch's: state dicts and isinstance checks carry over.
+    Takes torch's arguments and the options of the function. ``token_weight`` and ``normalizer``
+    belong to a batch and go to ``forward``. Options are checked when the loss is computed. It is a
+    subclass of torch's class: state dicts and isinstance checks carry over.
     """
 
     DEFAULTS = _defaults_of(cross_entropy)
@@ -81,7 +81,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Loss):
         label_smoothing: float = 0.0,
         **options: Unpack[CrossEntropyOptions],
     ) -> None:
-        """Keep the arguments of the function, but for a batch's tensors."""
+        """Keep the options of the function."""
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         own = {
             "ignore_index": ignore_index,
@@ -114,8 +114,8 @@ class LinearCrossEntropyLoss(_Loss):
     Takes the arguments, and has the parameters, of ``torch.nn.LinearCrossEntropyLoss``:
     ``linear.weight`` of shape ``(num_classes * d1 * ... * dk, in_features)`` and, with ``bias``,
     ``linear.bias``, for ``out_features = (d1, ..., dk)``; state dicts carry over. To tie it to an
-    embedding, assign ``linear.weight``. All other arguments are the function's, but for
-    ``token_weight`` and ``normalizer``, which are a batch's and go to ``forward``; they are checked
+    embedding, assign ``linear.weight``. All other arguments are options of the function;
+    ``token_weight`` and ``normalizer`` belong to a batch and go to ``forward``. Options are checked
     when the loss is computed.
     """
 
@@ -133,7 +133,7 @@ class LinearCrossEntropyLoss(_Loss):
         weight: Tensor | None = None,
         **options: Unpack[LinearOptions],
     ) -> None:
-        """Make the layer, and keep the arguments of the function."""
+        """Make the layer, and keep the options of the function."""
         super().__init__(weight)
         self.num_classes = num_classes
         self.out_features = tuple(out_features)

@@ -1,7 +1,7 @@
-"""What the kernels compute, written to be read: plain differentiable torch operations.
+"""A readable reference of what the kernels compute, in differentiable torch operations.
 
-Tests and the benchmark compare with it in float64. It also serves where no kernel does: on devices
-without native kernels, and for gradients of gradients.
+Tests and the benchmark compare with it in float64. It also computes the loss on devices without
+kernels, and gradients of gradients.
 """
 
 from typing import Any, NamedTuple
@@ -77,10 +77,10 @@ def cross_entropy_with_statistics(
         token_weight = input.new_ones(input.shape[:dim] + input.shape[dim + 1 :])
     kept = token_weight != 0
     if not target.is_floating_point():
-        target = target.to(torch.int64)  # in fewer bits, ignore_index would be another number
+        target = target.to(torch.int64)  # a narrower dtype may not hold ignore_index
         kept = kept & (target != ignore_index)
     token_weight = token_weight.masked_fill(~kept, 0)
-    # Before all else, so that what is left out has no part in anything, NaN or not.
+    # First, so that logits of rows left out have no effect, not even NaN.
     logits = input.masked_fill(~kept.unsqueeze(dim), 0)
     logits = transform(logits, softcap, logit_scale)
     log_prob = logits.log_softmax(dim)
@@ -132,7 +132,7 @@ def _weighted_sum(q: Tensor, log_prob: Tensor, dim: int) -> Tensor:
 
 def _focal(cross_entropy: Tensor, mass: Tensor, gamma: float) -> Tensor:
     """Return ``(1 - P)^gamma * cross_entropy`` with ``P = exp(-cross_entropy / mass)``."""
-    zero = cross_entropy == 0  # there the power may have no derivative
+    zero = cross_entropy == 0  # the power may have no derivative at 0
     minus_log_p = cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)
     return ((-torch.expm1(-minus_log_p)) ** gamma * cross_entropy).masked_fill(zero, 0)
 

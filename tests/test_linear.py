@@ -470,7 +470,7 @@ def test_documented_limits():
     limits = (_linear.CPU_ROWS, _linear.CPU_BYTES, _linear.GPU_ROWS, _linear.GPU_BYTES)
     assert limits == (256, 100 * 2**20, 4096, 2**30)
     text = " ".join(linear_cross_entropy.__doc__.split())
-    assert "256 rows and 100 MiB on a CPU and 4096 rows and 1 GiB on a GPU at most" in text
+    assert "at most 256 rows and 100 MiB on a CPU, or 4096 rows and 1 GiB on a GPU" in text
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

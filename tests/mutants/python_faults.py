@@ -227,7 +227,7 @@ OPTIONS_FAULTS = {
     ),
     "numbers are compared before they are floats": Fault(
         OPTIONS,
-        "        number = float(value)  # before it is compared: numpy's float16 warns of 1e30\n",
+        "        number = float(value)  # before comparing: numpy's float16 warns about 1e30\n",
         "        number = value\n",
         ("tests/test_errors.py::test_numpy_numbers_and_scalar_tensors",),
     ),
@@ -593,8 +593,8 @@ PROBLEM_FAULTS = {
     ),
     "the range in fewer bits": Fault(
         PROBLEM,
-        "    target = target.to(torch.int64)  # in fewer bits",
-        "    # in fewer bits",
+        "    target = target.to(torch.int64)  # a narrower",
+        "    # a narrower",
         ("tests/test_linear_dtypes.py::test_narrow_targets_out_of_range",),
     ),
     "negative targets are classes": Fault(
@@ -1653,8 +1653,8 @@ LINEAR_AUTOGRAD_FAULTS = {
     ),
     "a second derivative under autocast": Fault(
         LINEAR_AUTOGRAD,
-        "    with _no_casts(inputs.hidden):  # in",
-        "    with nullcontext():  # in",
+        "    with _no_casts(inputs.hidden):  # also",
+        "    with nullcontext():  # also",
         ("tests/test_linear_autograd.py::test_autocast_casts_the_layer_and_nothing_else",),
     ),
     "gradients of statistics are left out": Fault(
@@ -2257,8 +2257,8 @@ AUTOGRAD_FAULTS = {
 FORMULAS_FAULTS = {
     "weights of narrow targets": Fault(
         FORMULAS,
-        "        target = target.to(torch.int64)  # in fewer bits",
-        "        # in fewer bits",
+        "        target = target.to(torch.int64)  # a narrower",
+        "        # a narrower",
         NARROW,
     ),
     "rows of weight 0 have a part in the mean": Fault(
@@ -2883,7 +2883,7 @@ OPS_FAULTS = {
         OPERATORS,
     ),
     "versions of what is overwritten stay": Fault(
-        OPS, "        increment_version(overwritten)  # not", "        pass  # not", USED_BEFORE
+        OPS, "        increment_version(overwritten)  # after", "        pass  # after", USED_BEFORE
     ),
     "versions of refused arguments are raised": Fault(
         OPS,
@@ -2941,8 +2941,8 @@ OPS_FAULTS = {
     ),
     "the CUDA library is loaded without the schemas": Fault(
         OPS,
-        "    if LOAD_ERROR is not None:  # without",
-        "    if False:  # without",
+        "    if LOAD_ERROR is not None:  # the schemas",
+        "    if False:  # the schemas",
         ("tests/test_fallback.py::test_cuda_needs_the_library_with_the_schemas",),
     ),
     "meta tensors have no kernels": Fault(
@@ -3069,8 +3069,8 @@ REFERENCE_FAULTS = {
     ),
     "ignored index of fewer bits by torch operations": Fault(
         REFERENCE,
-        "        target = target.to(torch.int64)  # in fewer bits",
-        "        # in fewer bits",
+        "        target = target.to(torch.int64)  # a narrower",
+        "        # a narrower",
         ("tests/test_functional.py::test_ignore_index_beyond_the_targets_type",),
     ),
     "NaN weights of ignored rows by torch operations": Fault(
