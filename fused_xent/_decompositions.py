@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from . import _autograd, _formulas, _linear, _ops, reference
-from ._linear import Arguments, Inputs
+from ._linear import Inputs
 from ._linear_autograd import Layer
 from ._ops import Upstream
 from ._options import REDUCTIONS
@@ -135,8 +134,8 @@ def _focal_slope(cross_entropy: Tensor, mass: Tensor, options: dict[str, float])
     return (one_minus_p**gamma * (1 + rise)).masked_fill(zero, 0)
 
 
-def _linear_forward(*arguments: Unpack[Arguments], **options: Any) -> tuple[Tensor, ...]:
-    inputs = Inputs(*arguments, options)
+def _linear_forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    inputs = Inputs._make((*arguments, options))
     problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.logits_dtype))
     loss, _, _, *statistics = results = _ops.forward(problem)
     found = (loss, *statistics)
@@ -149,10 +148,10 @@ def _linear_backward(
     grad_loss: Tensor | None,
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
-    *arguments: Unpack[Arguments],
+    *arguments: Any,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    inputs = Inputs(*arguments, options)
+    inputs = Inputs._make((*arguments, options))
     problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.logits_dtype))
     upstream = Upstream(grad_loss, grad_lse, grad_entropy)
     return _linear_gradients(inputs, problem, _ops.forward(problem), upstream)

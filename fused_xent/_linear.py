@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from . import _formulas, _ops
 from ._options import DEFAULTS, REDUCTIONS, Settings
@@ -37,24 +36,6 @@ FEW_BYTES = 32 << 20  # of logits: below this, both layouts are equally fast
 SLAB_BYTES, GPU_SLAB_BYTES = 1 << 20, 256 << 20
 
 Turn = Callable[[Tensor, slice], None]  # turns logits (n, C, *D) of these rows into their gradient
-
-
-# The positional arguments of both operators: the fields of Inputs except the last.
-Arguments = tuple[
-    Tensor,
-    Tensor,
-    Tensor | None,
-    Tensor,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    int,
-    torch.dtype,
-    torch.dtype,
-    bool,
-    int | None,
-    Sequence[int],
-]
 
 
 class Inputs(NamedTuple):
@@ -108,9 +89,9 @@ ScalarType loss_dtype, bool statistics, SymInt? chunk_rows, int[] needs, {option
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_linear_weight, Tensor grad_linear_bias)"
 
 
-def _forward(*arguments: Unpack[Arguments], **options: Any) -> tuple[Tensor, ...]:
+def _forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     """Return loss, lse, entropy, argmax and the gradients."""
-    inputs = Inputs(*arguments, options)
+    inputs = Inputs._make((*arguments, options))
     total = _total_weight(inputs)
     losses, statistics = [], []
 
@@ -139,11 +120,11 @@ def _backward(
     grad_loss: Tensor | None,
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
-    *arguments: Unpack[Arguments],
+    *arguments: Any,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of hidden, weight and bias."""
-    inputs = Inputs(*arguments, options)._replace(statistics=grad_entropy is not None)
+    inputs = Inputs._make((*arguments, options))._replace(statistics=grad_entropy is not None)
     total = _total_weight(inputs)
 
     def turn(logits: Tensor, rows: slice) -> None:
@@ -181,18 +162,18 @@ def empty_results(inputs: Inputs) -> tuple[Tensor, ...]:
     return loss, *_empty_statistics(inputs), *_empty_gradients(inputs)
 
 
-def _fake_forward(*arguments: Unpack[Arguments], **options: Any) -> tuple[Tensor, ...]:
-    return empty_results(Inputs(*arguments, options))
+def _fake_forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    return empty_results(Inputs._make((*arguments, options)))
 
 
 def _fake_backward(
     grad_loss: Tensor | None,
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
-    *arguments: Unpack[Arguments],
+    *arguments: Any,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients(Inputs(*arguments, options)))
+    return tuple(_empty_gradients(Inputs._make((*arguments, options))))
 
 
 def _total_weight(inputs: Inputs) -> Tensor | None:

@@ -9,11 +9,10 @@ from typing import Any, Final, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import Unpack
 
 from . import _autograd, _linear, _ops
 from ._autograd import Grads, Tensors, is_traced, needs_graph
-from ._linear import Arguments, Inputs
+from ._linear import Inputs
 from ._options import REDUCTIONS
 from ._problem import Problem, is_autocast
 from ._torch_private import apply_at_this_level, below_autograd, is_batched_by_autograd
@@ -222,8 +221,8 @@ def _no_casts(tensor: Tensor) -> Any:
 # ---- the operators' formulas ---------------------------------------------------------------------
 
 
-def _forward_formula(*arguments: Unpack[Arguments], **options: Any) -> Any:
-    inputs = Inputs(*arguments, options)
+def _forward_formula(*arguments: Any, **options: Any) -> Any:
+    inputs = Inputs._make((*arguments, options))
     if needs_graph(*inputs[3:_N_TENSORS]):
         results = by_all_logits(inputs)
         return *results, *_linear.empty_results(inputs)[len(results) :]
@@ -236,10 +235,10 @@ def _backward_formula(
     grad_loss: Tensor | None,
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
-    *arguments: Unpack[Arguments],
+    *arguments: Any,
     **options: Any,
 ) -> Tensors:
-    inputs, upstream = Inputs(*arguments, options), (grad_loss, grad_lse, grad_entropy)
+    inputs, upstream = Inputs._make((*arguments, options)), (grad_loss, grad_lse, grad_entropy)
     if needs_graph(*upstream, *inputs[:_N_TENSORS]):
         raise RuntimeError(
             "fused_xent::linear_backward has no derivative: for gradients of gradients, use "
