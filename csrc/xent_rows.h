@@ -114,8 +114,8 @@ XENT_INLINE void write_unread_row(const Params& p, int64_t row, Acc value) {
 // The results of which the loss is the cross-entropy alone: see apply_options.
 template <typename Acc>
 XENT_INLINE RowResults<Acc> plain_results(const Params& p, const RowLabels<Acc>& labels,
-                                          Acc target_logit, const RowStats<Acc>& stats) {
-  const Acc log_sum = log_sum_of(stats);
+                                          Acc target_logit, const RowStats<Acc>& stats,
+                                          Acc log_sum) {
   const Acc loss = has_indices(p)
                        ? index_loss(labels.on_target, labels.spread, target_logit - stats.max,
                                     log_sum, stats.mass, stats.dot)

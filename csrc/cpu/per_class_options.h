@@ -65,6 +65,7 @@ FullStats<double> general_stats(const Params& p, int64_t row, int64_t begin, int
   using Exp = SubtractingExp<A>;
   const T* x = logits_row<T>(p, row);
   const Transform<A> transform(p);
+  const int64_t apart = class_apart(p, row);
   constexpr double kLowest = std::numeric_limits<A>::lowest();
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   FullStats<double> all{{kLowest, 0, 0, 0}, 0, -kInfinity, -1};
@@ -77,7 +78,7 @@ FullStats<double> general_stats(const Params& p, int64_t row, int64_t begin, int
       const Exp exp(max > kLowest ? max : kLowest);
       const SpreadFrom<std::decay_t<decltype(spread)>> of_block{spread, j};
       const RowStats<double> block =
-          block_stats(z.values, exp, of_block, 0, count, exponentials.values);
+          block_stats(z.values, exp, of_block, 0, count, apart - j, exponentials.values);
       const double moment =
           Exp::kScale * block_moment(z.values, exponentials.values, count, exp.max);
       raise_top(all, z.values, j, count, max, block.sum);

@@ -70,40 +70,60 @@ struct RunSums {
 };
 
 // The maximum of a block, and its sums relative to exp.origin(). The powers of exp are written to
-// saved, in load_pair's order, if it is not null; it may be x.
+// saved, in load_pair's order, if it is not null; it may be x. Class `apart`, if it is in the block
+// and there is no spread, counts as a logit of -inf: see add_target.
 template <typename T, typename Exp, typename Spread>
 XENT_INLINE RowStats<double> block_stats(const T* x, const Exp& exp, const Spread& spread,
-                                         int64_t begin, int64_t end, Acc<T>* saved) {
+                                         int64_t begin, int64_t end, int64_t apart, Acc<T>* saved) {
   using A = Acc<T>;
-  constexpr int64_t kRun = 16 * 2 * kLanes<A>;
+  constexpr int64_t kPair = 2 * kLanes<A>, kRun = 16 * kPair;
   constexpr A kLowest = -std::numeric_limits<A>::infinity();
   Vec<A> top[2] = {Vec<A>{} + kLowest, Vec<A>{} + kLowest};
   LongSum<A> sum, mass, dot;
+  // The pair of vectors with class `apart` is read from a copy: a loop that stops for it is slower.
+  T without[kPair];
+  int64_t pair_apart = -1;
+  if (!Spread::kExists && begin <= apart && apart < end) {
+    const int64_t pair = apart - (apart - begin) % kPair;
+    if (pair + kPair <= end) {
+      pair_apart = pair;
+      __builtin_memcpy(without, x + pair, sizeof without);
+      store_one(without + (apart - pair), kLowest);
+    }
+  }
   for (int64_t run = begin; run < end; run += kRun) {
+    const int64_t run_end = run + kRun < end ? run + kRun : end;
     RunSums<A> sums;
+    const auto add_pair = [&](int64_t j, const Pair<A>& logits) __attribute__((always_inline)) {
+      fetch_ahead(x + j);
+      Pair<A> t{};
+      if constexpr (Spread::kExists) t = spread.pair(j);
+      top[0] = vmax(logits.first, top[0]);
+      top[1] = vmax(logits.second, top[1]);
+      const Vec<A> first = sums.template add<Spread::kExists>(0, exp, logits.first, t.first);
+      const Vec<A> second = sums.template add<Spread::kExists>(1, exp, logits.second, t.second);
+      if (saved == nullptr) return;
+      store(saved + j, first);
+      store(saved + j + kLanes<A>, second);
+    };
+    const auto add_rest = [&](int64_t j, int n) __attribute__((always_inline)) {
+      Vec<A> logits = load_first(x + j, n, kLowest), t{};
+      if constexpr (Spread::kExists) {
+        t = spread.first(j, n);
+      } else {
+        const int64_t i = apart - j;
+        logits = with_lane<A>(logits, 0 <= i && i < n ? static_cast<int>(i) : -1, kLowest);
+      }
+      top[0] = vmax(logits, top[0]);
+      const Vec<A> e = sums.template add<Spread::kExists>(0, exp, logits, t);
+      if (saved != nullptr) store_first(saved + j, e, n);
+    };
     for_pairs<A>(
-        run, run + kRun < end ? run + kRun : end,
+        run, run_end,
         [&](int64_t j) __attribute__((always_inline)) {
-          fetch_ahead(x + j);
-          const Pair<A> logits = load_pair<T>(x + j);
-          Pair<A> t{};
-          if constexpr (Spread::kExists) t = spread.pair(j);
-          top[0] = vmax(logits.first, top[0]);
-          top[1] = vmax(logits.second, top[1]);
-          const Vec<A> first = sums.template add<Spread::kExists>(0, exp, logits.first, t.first);
-          const Vec<A> second = sums.template add<Spread::kExists>(1, exp, logits.second, t.second);
-          if (saved == nullptr) return;
-          store(saved + j, first);
-          store(saved + j + kLanes<A>, second);
+          add_pair(j, load_pair<T>(!Spread::kExists && j == pair_apart ? without : x + j));
         },
-        [&](int64_t j, int n) __attribute__((always_inline)) {
-          const Vec<A> logits = load_first(x + j, n, kLowest);
-          Vec<A> t{};
-          if constexpr (Spread::kExists) t = spread.first(j, n);
-          top[0] = vmax(logits, top[0]);
-          const Vec<A> e = sums.template add<Spread::kExists>(0, exp, logits, t);
-          if (saved != nullptr) store_first(saved + j, e, n);
-        });
+        add_rest);
     sum.add(sums.sum[0] + sums.sum[1]);
     if (!Spread::kExists) continue;
     mass.add(sums.mass[0] + sums.mass[1]);
@@ -122,8 +142,8 @@ XENT_INLINE void add_block(RowStats<double>& stats, const RowStats<double>& bloc
 // guess was far too low. saved: see block_stats; origins: the origin of each block's exponentials.
 // Both may be null.
 template <typename T, typename Spread>
-RowStats<double> sweep(const T* x, const Spread& spread, int64_t begin, int64_t end, Acc<T>* saved,
-                       double* origins) {
+XENT_INLINE RowStats<double> sweep(const T* x, const Spread& spread, int64_t begin, int64_t end,
+                                   int64_t apart, Acc<T>* saved, double* origins) {
   constexpr int64_t kSample = 64;  // the guess is the maximum of so many classes
   constexpr double kSlack = 8;     // how far a maximum may be above its guess: costs 4 bits
   RowStats<double> stats{-kMaxOrigin, 0, 0, 0};
@@ -135,7 +155,7 @@ RowStats<double> sweep(const T* x, const Spread& spread, int64_t begin, int64_t 
     RowStats<double> block;
     do {
       const RowExp<Acc<T>, Spread> exp(guess);
-      block = block_stats(x, exp, spread, j, block_end, saved);
+      block = block_stats(x, exp, spread, j, block_end, apart, saved);
       origin = exp.origin();
       guessed = guess;
       guess = block.max;
@@ -151,12 +171,13 @@ RowStats<double> sweep(const T* x, const Spread& spread, int64_t begin, int64_t 
 // The same, with exponentials that overwrite the logits: a block cannot be summed again, so its
 // maximum is computed first.
 template <typename A, typename Spread>
-RowStats<double> sweep_in_place(A* x, const Spread& spread, int64_t end, double* origins) {
+RowStats<double> sweep_in_place(A* x, const Spread& spread, int64_t end, int64_t apart,
+                                double* origins) {
   RowStats<double> stats{std::numeric_limits<A>::lowest(), 0, 0, 0};
   for (int64_t j = 0; j < end; j += kBlock) {
     const int64_t block_end = j + kBlock < end ? j + kBlock : end;
     const SubtractingExp<A> exp(block_max(x, j, block_end, stats.max));
-    add_block(stats, block_stats(x, exp, spread, j, block_end, x), exp.origin());
+    add_block(stats, block_stats(x, exp, spread, j, block_end, apart, x), exp.origin());
     origins[j / kBlock] = exp.origin();
   }
   return stats;
@@ -169,7 +190,8 @@ template <typename T, typename Target>
 FullStats<double> segment_stats(const Params& p, int64_t row, int64_t begin, int64_t end) {
   return with_spread<T, Target>(p, row, [&](const auto& spread) {
     Acc<T>* saved = nullptr;
-    return as_full(sweep(logits_row<T>(p, row), spread, begin, end, saved, nullptr));
+    return as_full(
+        sweep(logits_row<T>(p, row), spread, begin, end, class_apart(p, row), saved, nullptr));
   });
 }
 
@@ -245,13 +267,14 @@ void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
 // the accumulation type: over the logits if these are of that type, otherwise in scratch memory.
 template <typename T, typename Target>
 FullStats<double> row_stats_saving(const Params& p, int64_t row, const RowScratch& scratch) {
+  const int64_t apart = class_apart(p, row);
   return with_spread<T, Target>(p, row, [&](const auto& spread) {
     if constexpr (std::is_same_v<T, Acc<T>>) {
       T* x = gradient_row<T>(p, row);
-      return as_full(sweep_in_place(x, spread, p.vocab_size, scratch.origins));
+      return as_full(sweep_in_place(x, spread, p.vocab_size, apart, scratch.origins));
     } else {
-      return as_full(sweep(logits_row<T>(p, row), spread, 0, p.vocab_size, scratch.exponentials,
-                           scratch.origins));
+      return as_full(sweep(logits_row<T>(p, row), spread, 0, p.vocab_size, apart,
+                           scratch.exponentials, scratch.origins));
     }
   });
 }

@@ -51,21 +51,49 @@ inline void forward_tile(const Params& p, const Kernels& k, int64_t begin, int64
   finish_rows(p, begin, end);
 }
 
-// From the statistics of all of a row's classes.
-inline void finish_row(const Params& p, int64_t row, const FullStats<double>& stats,
+// Adds the target to the statistics of the other classes and returns log(s). Where the target has
+// almost all of the probability, the other classes' sum is the loss: added to 1 it would lose its
+// digits.
+inline double add_target(const Params& p, int64_t row, double target_logit,
+                         FullStats<double>& stats) {
+  const int64_t apart = class_apart(p, row);
+  if (apart < 0) return log_sum_of(stats);
+  double log_sum;
+  if (target_logit >= stats.max) {
+    shift_stats(stats, target_logit);
+    log_sum = std::log1p(stats.sum);
+    stats.sum += 1;
+  } else {
+    const double d = target_logit - stats.max, e = std::exp(d);
+    stats.sum += e;
+    if (e != 0) stats.moment += e * d;
+    log_sum = log_sum_of(stats);
+  }
+  if (p.argmax != nullptr && is_above(stats, target_logit, apart)) {
+    stats.top = target_logit;
+    stats.argmax = apart;
+  }
+  return log_sum;
+}
+
+inline void finish_row(const Params& p, int64_t row, const FullStats<double>& stats, double log_sum,
                        double target_logit) {
   // The transformed target may be rounded differently than in the loop over all classes.
   const double logit = std::min(target_logit, stats.max);
-  RowResults<double> results = plain_results<double>(p, labels_of_row(p, row), logit, stats);
-  results.entropy = entropy_of(stats, results.log_sum);
+  RowResults<double> results =
+      plain_results<double>(p, labels_of_row(p, row), logit, stats, log_sum);
+  results.entropy = entropy_of(stats, log_sum);
   write_results(p, row, results, stats.argmax);
   finish_rows(p, row, row + 1);
 }
 
+// From the statistics of a row's classes, to which the target is added.
 inline void finish_row_or_tile(const Params& p, const Kernels& k, int64_t row,
-                               const FullStats<double>& stats) {
+                               FullStats<double>& stats) {
+  const double target = target_logit(p, k, row).logit;
+  const double log_sum = add_target(p, row, target, stats);
   if (is_for_tiles(p, stats.max)) return forward_tile(p, k, row, row + 1);
-  finish_row(p, row, stats, target_logit(p, k, row).logit);
+  finish_row(p, row, stats, log_sum, target);
 }
 
 inline void forward_row(const Params& p, const Kernels& k, int64_t row) {
@@ -136,13 +164,14 @@ inline void forward_backward_row(const Params& p, const Kernels& k, int64_t row,
     return zero_gradient(p, row, 0, p.vocab_size);
   }
   const Transformed target = target_logit(p, k, row);  // before it is overwritten
-  const FullStats<double> stats = k.row_stats_saving(p, row, scratch);
+  FullStats<double> stats = k.row_stats_saving(p, row, scratch);
+  const double log_sum = add_target(p, row, target.logit, stats);
   // 16-bit logits have not been overwritten yet.
   if (is_for_tiles(p, stats.max) && element_size(p.dtype) == 2) {
     forward_tile(p, k, row, row + 1);
     return k.tile_backward(p, row, row + 1);
   }
-  finish_row(p, row, stats, target.logit);
+  finish_row(p, row, stats, log_sum, target.logit);
   const RowBackward backward(p, row, target);
   k.row_gradient_of_saved(p, row, scratch, backward.gradient);
   backward.write_target(p, k, row, 0, p.vocab_size);

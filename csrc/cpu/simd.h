@@ -318,6 +318,15 @@ XENT_INLINE void store_first(T* to, Vec<Acc<T>> value, int n) {
 }
 #endif
 
+// The vector with another value in one lane; of lane -1, as it is.
+template <typename A>
+XENT_INLINE Vec<A> with_lane(Vec<A> vector, int lane, A value) {
+  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  Vec<Index> lanes{};
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = i;
+  return lanes == static_cast<Index>(lane) ? Vec<A>{} + value : vector;
+}
+
 XENT_INLINE float load_one(const float* from) { return *from; }
 XENT_INLINE double load_one(const double* from) { return *from; }
 XENT_INLINE float load_one(const BFloat16* from) {

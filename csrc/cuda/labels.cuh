@@ -120,7 +120,7 @@ template <typename A>
 __device__ __forceinline__ RowResults<A> results_of_row(const Arguments& a, int64_t row, int target,
                                                         A target_logit, const RowStats<A>& stats) {
   const RowLabels<A> labels = labels_of_row<A>(a, target);
-  RowResults<A> results = plain_results(a, labels, target_logit, stats);
+  RowResults<A> results = plain_results(a, labels, target_logit, stats, log_sum_of(stats));
   apply_options(a, row, labels, stats.mass, results);
   return results;
 }

@@ -201,6 +201,58 @@ SCAN = {
     ),
 }
 
+NEAR_1 = (f"{ACCURACY}test_loss_and_target_gradient_as_p_approaches_1",)
+TARGET_APART = {
+    "the target's exponential hides the others": Fault(
+        "csrc/cpu/row_inputs.h",
+        "return has_spread(p) ? -1 : target_index(p, row);",
+        "return has_spread(p) || row >= 0 ? -1 : target_index(p, row);",
+        NEAR_1,
+    ),
+    "the others' sum is added to 1 before its logarithm": Fault(
+        "csrc/cpu/row_passes.h",
+        "log_sum = std::log1p(stats.sum);\n",
+        "log_sum = std::log(1 + stats.sum);\n",
+        NEAR_1,
+    ),
+    "a target that is the maximum of its block is added as another": Fault(
+        "csrc/cpu/row_passes.h",
+        "if (target_logit >= stats.max) {",
+        "if (target_logit > stats.max) {",
+        NEAR_1,
+    ),
+    "a target below the maximum is left out of the sum": Fault(
+        "csrc/cpu/row_passes.h",
+        "    stats.sum += e;\n",
+        "",
+        ("tests/test_regimes.py::test_option_in_regime[rows-none-float32-index]",),
+    ),
+    "a target is left out of the entropy": Fault(
+        "csrc/cpu/row_passes.h",
+        "    if (e != 0) stats.moment += e * d;\n",
+        "",
+        ("tests/test_regimes.py",),
+    ),
+    "a target is never the argmax": Fault(
+        "csrc/cpu/row_passes.h",
+        "if (p.argmax != nullptr && is_above(stats, target_logit, apart)) {",
+        "if (false) {",
+        ("tests/test_options.py::test_argmax_is_the_first_maximum",),
+    ),
+    "a target in the last lanes hides the others": Fault(
+        "csrc/cpu/row_kernels.h",
+        "0 <= i && i < n ? static_cast<int>(i) : -1, kLowest",
+        "-1, kLowest",
+        NEAR_1,
+    ),
+    "another class is left out than the target": Fault(
+        "csrc/cpu/row_kernels.h",
+        "store_one(without + (apart - pair), kLowest);",
+        "store_one(without, kLowest);",
+        NEAR_1,
+    ),
+}
+
 ROWS = {
     "rows left out are those of token weight 0 alone": Fault(
         "csrc/cpu/row_inputs.h",
@@ -505,8 +557,8 @@ SWEEPS = {
     ),
     "a row's last lanes add exponentials of 0": Fault(
         "csrc/cpu/row_kernels.h",
-        "const Vec<A> logits = load_first(x + j, n, kLowest);",
-        "const Vec<A> logits = load_first(x + j, n);",
+        "Vec<A> logits = load_first(x + j, n, kLowest), t{};",
+        "Vec<A> logits = load_first(x + j, n), t{};",
         (option("rows", "none", "index"),),
     ),
     "the maximum of a row's last lanes may be 0": Fault(
@@ -1226,6 +1278,7 @@ FROM_OUTSIDE = {
 FAULTS = {
     **LAUNCH,
     **SCAN,
+    **TARGET_APART,
     **ROWS,
     **ONE_ROW,
     **FORMULAS,
