@@ -1,12 +1,12 @@
-# Each target does its own set-up in .venv, once, and builds what has changed.
+# Each target sets up .venv if needed, and builds only what has changed.
 PYTHON ?= python3
 RUN := .venv/bin/python
 WITH_NINJA := PATH="$(CURDIR)/.venv/bin:$$PATH"
 # What `make build` compiles.
 CAPABILITY ?= $(if $(filter x86_64,$(shell uname -m)),avx2,portable)
 ARCH ?= 9.0
-# What `make check` runs: at most two minutes on two cores, once everything is built. No sanitizers,
-# and of the emulator one kernel file.
+# The tests of `make check`: at most two minutes on two cores, once everything is built. They leave
+# out the sanitizers, and run one kernel file in the emulator.
 CHECK ?= $(patsubst %,tests/test_%.py,functional nn errors layouts autograd overwriting linear_errors) \
 	"tests/test_cuda_native.py::test_part[forward]"
 
@@ -14,9 +14,9 @@ CHECK ?= $(patsubst %,tests/test_%.py,functional nn errors layouts autograd over
 
 setup: build/full
 
-# For the time while kernels are edited: one instruction set and one GPU architecture, as in
-# `make build CAPABILITY=avx512 ARCH=8.0`. `make setup` and all that needs it replace it by a full
-# build. Writes compile_commands.json for editors, as a full build does.
+# A fast build for editing kernels: one instruction set and one GPU architecture, as in
+# `make build CAPABILITY=avx512 ARCH=8.0`. `make setup`, and every target that needs it, replaces it
+# by a full build. Both builds write compile_commands.json for editors.
 build: .venv/ready
 	rm -f build/full
 	$(WITH_NINJA) FUSED_XENT_CPU_CAPABILITIES=$(CAPABILITY) TORCH_CUDA_ARCH_LIST=$(ARCH) \
@@ -28,8 +28,8 @@ check: build
 test: setup
 	$(RUN) -m pytest
 
-# Puts faults into copies of the code, one at a time, and reports what no test sees: about an hour on
-# two cores.
+# Puts faults into copies of the code, one at a time, and reports those that no test finds. Takes
+# about an hour on two cores.
 mutants: setup
 	PYTHONPATH=tests $(RUN) -m mutants $(ARGS)
 
@@ -39,15 +39,15 @@ demo: setup
 bench: setup
 	$(RUN) -m bench
 
-# From bench/results.
+# Writes the tables in README.md from bench/results.
 readme-tables: setup
 	$(RUN) -m bench.readme
 
-# All of it on the GPU of this machine, with the Python that is there: no set-up, no network.
+# Builds, tests and measures on this machine's GPU, with $(PYTHON): no .venv, no network.
 gpu:
 	PYTHON=$(PYTHON) tests/gpu.sh $(STAGES)
 
-# That the binary which is built here, under any torch, loads under one with CUDA; needs no GPU.
+# Checks that the binary, built here under any torch, loads under a torch with CUDA. Needs no GPU.
 cuda-check: setup .venv-cuda/ready
 	.venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	.venv-cuda/bin/pip install --quiet --no-deps --no-index --find-links dist --force-reinstall fused_xent
@@ -72,12 +72,12 @@ clean:
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.venv-cuda/ready:  # torch from PyPI has CUDA: 5 GB
+.venv-cuda/ready:  # torch from PyPI includes CUDA: 5 GB
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet --disable-pip-version-check torch numpy
 	touch $@
 
-# Both libraries, where nvcc is; build/full says when.
+# Builds the CPU library and, if nvcc is found, the CUDA library. build/full is the time stamp.
 build/full: .venv/ready setup.py pyproject.toml $(shell find csrc -type f)
 	$(WITH_NINJA) FUSED_XENT_CPU_CAPABILITIES= .venv/bin/pip install --quiet \
 		--disable-pip-version-check --no-build-isolation --no-deps --editable .

@@ -1,4 +1,4 @@
-"""Measures cross-entropy losses on this machine, and compares what was measured."""
+"""Measures cross-entropy losses on this machine and compares the results."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import os
 import sys
 from importlib import import_module
 
-# Command: the module and the function, and what it does. Each is imported when it is called: only
-# plots need matplotlib.
+# Command: (module:function, help text). A module is imported when its command is called, because
+# only `plot` needs matplotlib.
 COMMANDS = {
     "loss": ("loss:main", "the loss of logits and its gradient, beside torch and others (default)"),
     "linear": ("linear:main", "a linear layer and its loss, beside the bare matrix products"),
-    "overhead": ("overhead:main", "the price of a call, on tiny inputs and one thread"),
+    "overhead": ("overhead:main", "the overhead of a call, on tiny inputs and one thread"),
     "sweep": ("loss:sweep_main", "the loss at 1000 to 262144 classes"),
-    "roofline": ("roofline:main", "how near they come to what this machine can do"),
-    "compare": ("compare:main", "two --json files: status 1 where the second is slower"),
-    "plot": ("plots:main", "plots of --json files, as PNG and SVG"),
+    "roofline": ("roofline:main", "how close losses come to the limits of this machine"),
+    "compare": ("compare:main", "compares two --json files: exit status 1 if the second is slower"),
+    "plot": ("plots:main", "plots --json files, as PNG and SVG"),
 }
 NEEDED = {"rich", "matplotlib"}
 
 
 def usage() -> str:
-    """What there is."""
+    """Returns the help text: all commands."""
     commands = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
     return (
         f"usage: python -m bench [COMMAND] ...\n\n{__doc__}\n\n{commands}\n\n"
-        "python -m bench COMMAND --help tells the options of each."
+        "python -m bench COMMAND --help lists the options of a command."
     )
 
 
@@ -51,15 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> int:
-    """The program: what goes wrong with stdout and the keyboard ends it without a traceback."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without some character
+    """Runs the program; Ctrl-C and errors of stdout end it without a traceback."""
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack a character
     try:
         status = main()
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:  # before there was anything to print
+    except KeyboardInterrupt:  # outside of a measurement, which handles it itself
         return 130
-    except BrokenPipeError:  # as a program in C that SIGPIPE ends
+    except BrokenPipeError:  # 128 + SIGPIPE, as a program in C would end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:

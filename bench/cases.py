@@ -1,4 +1,4 @@
-"""What is measured: cases named after real models, and what they must move and compute."""
+"""Cases, named after real models, and the bytes and operations that each mode needs."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Options:
-    """What a loss is asked for beyond torch's plain mean, which the defaults are."""
+    """Options of the loss. The defaults are torch's plain mean."""
 
     label_smoothing: float = 0.0
-    ignored: float = 0.0  # share of the rows, chosen at random; one is left
+    ignored: float = 0.0  # share of the rows, chosen at random; at least one row counts
     lse_square_scale: float = 0.0
-    softcap: float = 0.0  # 0 for none
+    softcap: float = 0.0  # 0: off
 
     @property
     def wanted(self) -> dict[str, float]:
-        """Those that are not their defaults."""
+        """The options that differ from their defaults."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of logits, class dimension 1, with class indices or soft labels as target."""
+    """Logits of one shape, classes in dimension 1; the target is class indices or soft labels."""
 
     name: str
     shape: tuple[int, ...]
     soft: bool = False
-    dtypes: tuple[str, ...] = BOTH_DTYPES  # unless others are asked for
+    dtypes: tuple[str, ...] = BOTH_DTYPES  # measured by default
     options: Options = Options()
 
     def tensors(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-        """The logits and the target, the same in every run."""
+        """Makes the logits and the target, the same in every run."""
         source = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         logits = torch.randn(self.shape, **source).to(dtype)
         if self.soft:
@@ -51,7 +51,7 @@ class Case:
         target = torch.randint(self.shape[1], positions, **source)
         if self.options.ignored:
             order = torch.randperm(target.numel(), **source).view(positions)
-            # Of one row at least the loss remains.
+            # At least one row counts: the mean of no rows is NaN.
             n_ignored = min(round(self.options.ignored * target.numel()), target.numel() - 1)
             target[order < n_ignored] = IGNORE_INDEX
         return logits, target
@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Suite:
-    """The cases of one kind of device."""
+    """The cases for one type of device."""
 
     cases: dict[str, Case]
     default: tuple[str, ...]
@@ -72,7 +72,7 @@ def _by_name(*cases: Case) -> dict[str, Case]:
 
 CPU = Suite(
     _by_name(
-        Case("gpt2", (512, 50257)),  # odd: no two rows are aligned alike
+        Case("gpt2", (512, 50257)),  # odd: neighbouring rows differ in alignment
         Case("llama2", (1024, 32000)),
         Case("llama3", (256, 128256)),
         Case("qwen", (256, 151936)),
@@ -87,11 +87,11 @@ CPU = Suite(
     quick=("llama3", "imagenet"),
 )
 
-ROWS, BFLOAT16 = 8192, ("bfloat16",)  # a micro-batch of tokens, as a GPU trains on
+ROWS, BFLOAT16 = 8192, ("bfloat16",)  # tokens of a micro-batch in training on a GPU
 CUDA = Suite(
     _by_name(
         Case("imagenet", (ROWS, 1000)),
-        Case("codec", (ROWS, 4096), dtypes=BFLOAT16),  # tokens of images or sound
+        Case("codec", (ROWS, 4096), dtypes=BFLOAT16),  # tokens of images or audio
         Case("llama2", (ROWS, 32000)),
         Case("gpt2", (ROWS, 50257)),
         Case("llama3", (ROWS, 128256)),
@@ -114,7 +114,7 @@ SUITES = {"cpu": CPU, "cuda": CUDA}
 
 
 def sweep(vocabs: list[int], device: str, soft: bool, options: Options) -> list[Case]:
-    """One case for each number of classes: as many logits each on a CPU, as many rows on a GPU."""
+    """Makes a case per number of classes, with equal logits on a CPU, equal rows on a GPU."""
     cases = []
     for vocab in vocabs:
         n_rows = ROWS if device == "cuda" else max(1, SWEPT_LOGITS // vocab)
@@ -123,33 +123,33 @@ def sweep(vocabs: list[int], device: str, soft: bool, options: Options) -> list[
     return cases
 
 
-SWEPT = "V="  # how the names of its cases begin
+SWEPT = "V="  # prefix of the names of its cases
 SWEPT_VOCABS = (1000, 2048, 4096, 8192, 16384, 32000, 50257, 65536, 128256, 151936, 201088, 262144)
 SWEPT_LOGITS = 1 << 25
 
-# What the algorithm must move: reads of its inputs (the target, and the logits of rows that are not
-# ignored) and writes of the gradient, which is as large as the logits. A target is as large as the
-# logits too where labels are soft, and 8 bytes a row where they are class indices. What a provider
-# moves beyond that, in temporaries or per-row state, is its own affair: it shows as fewer GB/s.
+# Bytes that the algorithm must move: it reads its inputs (the target, and the logits of rows that
+# are not ignored) and writes the gradient, which is as large as the logits. Soft labels are as
+# large as the logits too; class indices take 8 bytes per row. Other traffic of a provider, for
+# temporaries or per-row state, is not counted: it lowers the provider's GB/s.
 PASSES = {"forward": (1, 0), "backward": (1, 1), "both": (2, 1)}  # mode: (reads, writes)
 FUSED_PASSES = (1, 1)  # loss and gradient from one read
 
-# What it must compute, for a logit: forward, a maximum, a difference, an exponential and a sum;
-# backward, a difference, an exponential and a product; with soft labels a product and a sum more in
-# each. An exponential counts as one operation, whatever it takes.
+# Operations per logit. Forward: maximum, difference, exponential, sum. Backward: difference,
+# exponential, product. Soft labels add a product and a sum to each. An exponential counts as one
+# operation.
 OPERATIONS = {"forward": 4, "backward": 3, "both": 7}
 SOFT_OPERATIONS = {"forward": 2, "backward": 2, "both": 4}
 
 
 def _counted(logits: Tensor, target: Tensor) -> int:
-    """Logits of rows that are not ignored."""
+    """Returns the number of logits in rows that are not ignored."""
     if target.is_floating_point():
         return logits.numel()
     return int((target != IGNORE_INDEX).sum()) * logits.size(1)
 
 
 def bytes_moved(logits: Tensor, target: Tensor, mode: str, fused: bool = False) -> int:
-    """Bytes that `mode` must move; the baselines "copy" and "read" touch the logits alone."""
+    """Bytes that `mode` must move; the baselines "copy" and "read" touch only the logits."""
     if mode in ("copy", "read"):
         return logits.nbytes * (2 if mode == "copy" else 1)
     reads, writes = FUSED_PASSES if fused else PASSES[mode]

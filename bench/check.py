@@ -1,4 +1,4 @@
-"""Whether a provider tells the truth: its loss and gradient beside torch's in float64."""
+"""Checks providers: compares their loss and gradient with torch's in float64."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .timing import Loss, Workload
 
 
 class Tolerance(NamedTuple):
-    """How far a provider may be from float64 on the same rounded inputs, relatively.
+    """The largest relative errors allowed, against float64 on the same rounded inputs.
 
-    Wide enough for torch eager, which rounds to the dtype between passes: so that each entry is a
-    little wrong at random, but no row or class as a whole, and hardly their scale.
+    Wide enough for torch eager, which rounds to the dtype between passes. These errors are small
+    and random in each entry: they do not shift a row or a class as a whole, and hardly the scale.
     """
 
     loss: float
     gradient: float  # in the Euclidean norm
-    part: float  # of the gradient of one row, or of one class
-    scale: float  # of the multiple of float64's gradient that is nearest
+    part: float  # of the gradient of one row or one class, or at one target
+    scale: float  # of the factor c for which c * exact gradient fits best; ideally 1
 
 
 TOLERANCE = {
@@ -32,15 +32,15 @@ TOLERANCE = {
     torch.bfloat16: Tolerance(2e-2, 5e-2, 2e-1, 1e-2),
     torch.float16: Tolerance(2e-3, 1e-2, 1e-1, 2e-3),
 }
-CHUNK = 1 << 25  # elements that are compared at a time: 256 MiB in float64
+CHUNK = 1 << 25  # elements compared at a time: 256 MiB in float64
 
 
 class WrongResult(Exception):
-    """A provider's loss or gradient is not what float64 gives."""
+    """A provider's loss or gradient is wrong, or the provider wrote to the target."""
 
 
 def torch_loss(logits: Tensor, target: Tensor, options: Options, reduction: str = "mean") -> Tensor:
-    """The loss with its options by torch's own operations, in the dtype of the logits."""
+    """Computes the loss with its options by torch operations, in the dtype of the logits."""
     if options.softcap:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     loss = F.cross_entropy(
@@ -56,10 +56,10 @@ def torch_loss(logits: Tensor, target: Tensor, options: Options, reduction: str 
 
 
 class Check:
-    """Compares providers with torch's loss in float64, by chunks of rows that leave memory free."""
+    """Compares providers with torch's loss in float64, in chunks of rows to save memory."""
 
     def __init__(self, workload: Workload, options: Options) -> None:
-        """Computes the loss in float64, from the workload's rounded logits."""
+        """Computes the loss in float64 from the workload's rounded logits."""
         self.workload, self.options = workload, options
         logits, target = self._inputs
         self.n_rows = logits.numel() // logits.size(1)
@@ -67,19 +67,19 @@ class Check:
             self.n_rows = int((target != IGNORE_INDEX).sum())
         step = max(1, CHUNK * len(logits) // logits.numel())
         self.chunks = [slice(i, i + step) for i in range(0, len(logits), step)]
-        # What one chunk gives is kept; of several, each is computed again for each provider.
+        # Keeps the results of a single chunk; several are computed again for each provider.
         self._exact = lru_cache(maxsize=1)(self._compute_exact)
         self.loss = sum(self._exact(i)[0] for i in range(len(self.chunks)))
-        # The mean's gradient has entries near 1 / (rows * classes), below the smallest half. So it
-        # is judged as loss scaling would scale it: by a power of two, which no rounding disturbs.
+        # The gradient of the mean has entries near 1 / (rows * classes), too small for float16. So
+        # it is scaled up, as loss scaling does, by a power of two, which adds no rounding.
         self.upstream = 2.0 ** min(max(self.n_rows, 1).bit_length() - 1, 15)
 
     def __call__(self, loss_function: Loss) -> dict[str, float]:
-        """Relative errors of the loss and the gradient. torch.compile compiles here, untimed.
+        """Returns relative errors of loss and gradient. torch.compile compiles here, untimed.
 
         Raises:
-            WrongResult: an error is beyond its tolerance, or not a number; or the target has been
-                written to.
+            WrongResult: an error exceeds its tolerance or is NaN, a shape is wrong, or the target
+                has been written to.
         """
         value, _ = self.workload.forward(loss_function)
         step = self.workload.step(loss_function, torch.full_like(value, self.upstream))
@@ -99,12 +99,12 @@ class Check:
         }
         errors |= self._gradient_errors(step.grad_logits, tolerance)
         for name, (error, limit) in errors.items():
-            if not error <= limit:  # a NaN is beyond every limit
+            if not error <= limit:  # also true for NaN
                 raise WrongResult(f"{name} is {error:.1e} off float64's, {limit:.0e} allowed")
         return {name: error for name, (error, _) in errors.items()}
 
     def _compute_exact(self, chunk: int) -> tuple[float, Tensor]:
-        """A chunk's part of the mean loss, and its gradient."""
+        """Returns a chunk's part of the mean loss, and its gradient."""
         logits, target = (t[self.chunks[chunk]] for t in self._inputs)
         logits = logits.double().requires_grad_()
         target = target.double() if target.is_floating_point() else target
@@ -119,7 +119,7 @@ class Check:
     def _gradient_errors(
         self, grad_logits: Tensor, tolerance: Tolerance
     ) -> dict[str, tuple[float, float]]:
-        """With their limits. The targets' entries are judged apart: they outweigh the rest."""
+        """Returns (error, limit) by name. Targets are judged separately: they outweigh the rest."""
         sums: dict[str, GradientSums] = {}
         for i, rows in enumerate(self.chunks):
             exact = self._exact(i)[1]
@@ -141,17 +141,17 @@ class Check:
 
 
 class GradientSums:
-    """Over chunks of rows: squares of what is right and of errors, in all and by class."""
+    """Sums over chunks of rows: squares of exact values and of errors, in total and per class."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Starts at zero."""
         self.squares = self.errors = self.products = self.worst_row = 0.0
-        self.greatest = self.greatest_error = 0.0  # squares
+        self.greatest = self.greatest_error = 0.0  # squared
         self.class_squares: Tensor | float = 0.0
         self.class_errors: Tensor | float = 0.0
 
     def add(self, gradient: Tensor, exact: Tensor) -> None:
-        """Of (N, C, ...), in float64."""
+        """Adds a chunk, (N, C, ...) in float64."""
         errors, squares = (gradient - exact).square(), exact.square()
         other_dims = [dim for dim in range(exact.ndim) if dim != 1]
         self.class_errors = self.class_errors + errors.sum(other_dims)
@@ -165,44 +165,44 @@ class GradientSums:
 
     @property
     def error(self) -> float:
-        """In the Euclidean norm."""
+        """The relative error in the Euclidean norm."""
         return relative(self.errors, self.squares) ** 0.5
 
     @property
     def scale_error(self) -> float:
-        """Of the multiple of what is right that is nearest."""
+        """The error of the factor c for which c * exact values fit best; ideally 1."""
         return relative(abs(self.products - self.squares), self.squares)
 
     @property
     def worst_entry(self) -> float:
-        """The greatest error of one entry, beside the greatest entry."""
+        """The largest error of one entry, relative to the largest entry."""
         return relative(self.greatest_error, self.greatest) ** 0.5
 
     @property
     def worst_class(self) -> float:
-        """The greatest error of one class."""
+        """The largest relative error of one class."""
         return worst(self.class_errors, self.class_squares)
 
 
 def relative(error: float, right: float) -> float:
-    """A part of what is right; of nothing, nothing may be wrong."""
+    """Returns `error / right`; infinity for any error of a value that must be 0."""
     if right == 0:
         return 0.0 if error == 0 else float("inf")
     return error / right
 
 
 def worst(errors: Tensor, squares: Tensor) -> float:
-    """The greatest relative error of sums of squares; what is not a number is infinite."""
+    """Returns the largest relative error, from sums of squares; infinity for NaN."""
     ratios = torch.where(squares > 0, errors / squares, torch.where(errors == 0, 0.0, torch.inf))
     return ratios.nan_to_num(torch.inf, torch.inf).max().sqrt().item()
 
 
 def _parts(target: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What is judged apart of a gradient, and how to take it."""
+    """Returns the parts of a gradient that are judged separately: a function by name."""
     if target.is_floating_point():
         return {"gradient": lambda t: t}
     is_counted = (target != IGNORE_INDEX).unsqueeze(1)
-    index = target.unsqueeze(1).clamp(min=0)  # an ignored row's is judged with the rest
+    index = target.unsqueeze(1).clamp(min=0)  # ignored rows: all their entries are in the rest
     return {
         "gradient at target": lambda t: t.gather(1, index) * is_counted,
         "gradient": lambda t: t.scatter(1, index, t.gather(1, index) * ~is_counted),

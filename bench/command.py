@@ -1,4 +1,4 @@
-"""What the commands have in common: their options, and the run over what they name."""
+"""What the commands share: their options, and the loop over the cases that they measure."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add_common(self, providers: list[str]) -> None:
-        """Adds what every command takes that measures."""
+        """Adds the options of every command that measures."""
         device = f"default here: {default_device()}"
         self.add_argument("--device", choices=DEVICES, default=default_device(), help=device)
         self.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated")
-        one = f"this alone; may be repeated: {', '.join(providers)}"
+        one = f"only this one; may be repeated: {', '.join(providers)}"
         self.add_argument(
             "--provider", action="append", choices=providers, metavar="NAME", help=one
         )
-        self.add_argument("--rounds", type=at_least(1), help="how often each is timed")
-        self.add_argument("--quick", action="store_true", help="less of all: within a minute")
+        self.add_argument("--rounds", type=at_least(1), help="samples of each timing")
+        self.add_argument("--quick", action="store_true", help="fewer cases and rounds")
         self.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
-        self.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each timing")
+        self.add_argument("--csv", type=Path, metavar="FILE", help="write one line per timing")
         self.add_argument("--markdown", action="store_true", help="print tables in Markdown")
 
     def check_common(self, options: argparse.Namespace) -> None:
-        """Ends the program where nothing can be measured or written."""
+        """Ends the program if nothing can be measured or written."""
         for name in ("json", "csv"):
             if path := getattr(options, name):
                 self.check_writable(f"--{name}", path)
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--device {options.device} has nothing to measure: {reason}")
 
     def check_writable(self, option: str, path: Path) -> None:
-        """Ends the program where a file cannot be written; leaves no file that was not there."""
+        """Ends the program if a file cannot be written; does not leave a new file behind."""
         try:
             was_there = path.exists()
             path.open("ab").close()
@@ -72,13 +72,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def names_of(by_device: dict[str, Iterable[str]]) -> str:
-    """The cases of each kind of device, for a help text."""
+    """Lists the cases of each device type, for a help text."""
     names = (f"{', '.join(names)} (--device {device})" for device, names in by_device.items())
-    return f"of {'; '.join(names)}"
+    return f"one of {'; '.join(names)}"
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """A type of argument: integers from `minimum` on."""
+    """Returns a type of argument: integers from `minimum` up."""
 
     def convert(text: str) -> int:
         if not text.isdecimal() or int(text) < minimum:
@@ -90,7 +90,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def between(least: float, most: float) -> Callable[[str], float]:
-    """A type of argument: numbers from `least` to `most`."""
+    """Returns a type of argument: numbers from `least` to `most`."""
 
     def convert(text: str) -> float:
         try:
@@ -109,15 +109,16 @@ def between(least: float, most: float) -> Callable[[str], float]:
 class Job:
     """One case in one dtype."""
 
-    result: Result  # to be filled
-    bytes_needed: int  # of memory, without which it cannot be measured
-    measure: Callable[[Result, Callable[[str], None]], None]  # fills it and says what it does
+    result: Result  # is filled by `measure`
+    bytes_needed: int  # memory that the measurement needs
+    measure: Callable[[Result, Callable[[str], None]], None]  # the second argument shows progress
 
 
 def measure_all(command: Parser, options: argparse.Namespace, jobs: list[Job]) -> tuple[Run, int]:
-    """Measures, prints and writes. The status is 1 where a provider was wrong.
+    """Measures, prints and writes all jobs. Returns the run and the exit status.
 
-    On Ctrl-C, what has been measured by then is printed and written.
+    The status is 1 if a provider was wrong, 2 if a case did not fit memory, and 130 after Ctrl-C,
+    which still prints and writes what has been measured by then.
     """
     command.check_common(options)
     free = free_bytes(options.device)
@@ -152,9 +153,9 @@ def measure_all(command: Parser, options: argparse.Namespace, jobs: list[Job]) -
             for provider, reason in job.result.failures.items():
                 print(f"FAILED {job.result.title}: {provider}: {reason}", file=sys.stderr)
                 status = status or 1
-            _write(command, options, run)  # after each: it may take minutes until the next
+            _write(command, options, run)  # after each job: the next may take minutes
         if status == INTERRUPTED:
-            print("interrupted: this is what there is", file=sys.stderr)
+            print("interrupted: these results are partial", file=sys.stderr)
             break
     if options.markdown:
         print(*tables.markdown(run.results), sep="\n")
@@ -165,7 +166,7 @@ def measure_all(command: Parser, options: argparse.Namespace, jobs: list[Job]) -
 
 
 def _write(command: Parser, options: argparse.Namespace, run: Run) -> None:
-    """The files that the options name; ends the program where they cannot be written."""
+    """Writes the files that the options name; ends the program if that fails."""
     try:
         if options.json:
             run.write_json(options.json)
@@ -176,7 +177,7 @@ def _write(command: Parser, options: argparse.Namespace, run: Run) -> None:
 
 
 def _progress() -> Progress:
-    """One line on stderr, where that is a terminal, which goes away before anything is printed."""
+    """Makes a progress line on stderr, if that is a terminal; it is erased before output."""
     stderr = Console(stderr=True)
     columns = (
         BarColumn(16),

@@ -14,14 +14,14 @@ from . import tables
 from .command import Parser, between
 from .results import BASELINES, Result, Run, Timing
 
-LEAST = 0.02  # what differs by less is the same, however quiet the machine
-# What changes the figures without a change of the code.
+LEAST = 0.02  # a smaller relative change never counts
+# Differences in these can change the times without a change of the code.
 MACHINE = ("cpu", "cores", "threads", "gpu", "driver", "torch instruction set", "torch")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One timing of both runs."""
+    """The same timing in both runs."""
 
     result: Result
     before: Timing
@@ -30,25 +30,25 @@ class Difference:
 
     @property
     def change(self) -> float:
-        """Of the time: 0.1 is a tenth more."""
+        """Relative change of the median: 0.1 means that it takes 10 % longer."""
         return self.after.median / self.before.median - 1
 
     @property
     def noise(self) -> float:
-        """How far medians of such samples may differ: both ranges between quartiles together."""
+        """The largest change that counts as noise: both interquartile ranges, at least `least`."""
         return max(self.before.noise + self.after.noise, self.least)
 
     @property
     def verdict(self) -> str:
-        """Slower, faster, or nothing."""
-        slowdown = max(self.change, -self.change / (1 + self.change))  # the same both ways
+        """Returns "slower", "faster", or "" if the change is within noise."""
+        slowdown = max(self.change, -self.change / (1 + self.change))  # symmetric
         if slowdown <= self.noise:
             return ""
         return "slower" if self.change > 0 else "faster"
 
 
 def differences(before: Run, after: Run, least: float) -> Iterator[Difference]:
-    """Of every timing that both have; not of the machine's own copy and read."""
+    """Yields every timing that both runs have, except the baselines."""
     later = {result.key: result for result in after.results}
     for result in before.results:
         other = later.get(result.key)
@@ -59,7 +59,7 @@ def differences(before: Run, after: Run, least: float) -> Iterator[Difference]:
 
 
 def timings_of(run: Run) -> set[tuple]:
-    """What it is of, the mode and the provider of each."""
+    """Returns (key of the result, mode, provider) of every timing, except the baselines."""
     return {
         (result.key, timing.mode, timing.provider)
         for result in run.results
@@ -69,7 +69,7 @@ def timings_of(run: Run) -> set[tuple]:
 
 
 def baselines(before: Run, after: Run) -> float | None:
-    """How much longer copies of the logits took, at the median; None where both have none."""
+    """Median change in the time of a copy of the logits; None if no case has it in both."""
     later = {result.key: result for result in after.results}
     changes = []
     for result in before.results:
@@ -80,12 +80,12 @@ def baselines(before: Run, after: Run) -> float | None:
 
 
 def milliseconds(seconds: float) -> str:
-    """With more digits where they are of a mere call."""
+    """Formats milliseconds, with more digits below 1 ms: the overhead of a call."""
     return f"{seconds * 1e3:.2f}" if seconds > 1e-3 else f"{seconds * 1e3:.4f}"
 
 
 def table_of(found: list[Difference]) -> Table:
-    """Of one case."""
+    """Makes the table of one case."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     widths = {"": 39, "before ms": 9, "after ms": 9, "time": 6, "noise": 6, " ": 0}
     for i, (column, width) in enumerate(widths.items()):
@@ -104,13 +104,13 @@ def table_of(found: list[Difference]) -> Table:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m bench compare`: 1 where something is slower beyond noise."""
+    """`python -m bench compare`: returns 1 if something is slower beyond noise."""
     command = Parser(prog="python -m bench compare", description=__doc__)
-    command.add_argument("before", type=Path, help="a file of --json")
-    command.add_argument("after", type=Path, help="another")
-    only = "compare this one alone; may be repeated"
+    command.add_argument("before", type=Path, help="file written by --json")
+    command.add_argument("after", type=Path, help="another one")
+    only = "compare only this one; may be repeated"
     command.add_argument("--provider", action="append", metavar="NAME", help=only)
-    least = f"what differs by less is the same, default {LEAST:g}"
+    least = f"smaller relative changes do not count; default: {LEAST:g}"
     command.add_argument("--least", type=between(0, 10), default=LEAST, metavar="SHARE", help=least)
     options = command.parse_args(arguments)
     try:
@@ -128,10 +128,10 @@ def main(arguments: list[str]) -> int:
     for name in MACHINE:
         pair = [run.environment.get(name) for run in (before, after)]
         if pair[0] != pair[1]:
-            out.print(f"not the same {name}: {pair[0]}, {pair[1]}", style="yellow")
+            out.print(f"{name} differs: {pair[0]}, {pair[1]}", style="yellow")
     copies = baselines(before, after)
     if copies is not None:
-        out.print(f"the machine's own copy took {copies:+.0%}, at the median of cases")
+        out.print(f"time of a copy of the logits: {copies:+.0%}, median over cases")
     by_case: dict[str, list[Difference]] = {}
     for one in found:
         by_case.setdefault(one.result.title, []).append(one)
@@ -143,8 +143,8 @@ def main(arguments: list[str]) -> int:
     slower, faster = verdicts.count("slower"), verdicts.count("faster")
     within = len(found) - slower - faster
     out.print(
-        "\ntime: how the median changed, as it was measured, whatever the machine's own copy did. "
-        "noise: what lies between the quartiles of both together."
+        "\ntime: change of the median, not corrected for the change of the copy. "
+        "noise: sum of both interquartile ranges, or --least if that is larger."
     )
     out.print(
         f"{len(found)} compared: {slower} slower, {faster} faster, {within} within noise",

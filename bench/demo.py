@@ -1,7 +1,7 @@
-"""Trains a small language model on Python's own library, with torch's loss and with fused_xent's.
+"""Trains a small language model on Python's standard library, with torch's loss and fused_xent's.
 
-All runs start from one seed and take turns, a step each, in processes of their own. This process
-imports no torch: a child's peak memory would start from its parent's.
+All runs start from the same seed and take turns, one step each. Each run has its own process, so
+that its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VOCAB_SIZE = 32768
 MIN_VOCAB_SIZE = 32000
 STEPS = 60
 MAX_SECONDS = 90.0  # a slow machine trains for fewer steps
-# Of the loss. On a GPU torch's own backward passes add up in changing orders.
+# Of the loss. On a GPU the order of sums in torch's own backward passes varies.
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 
 TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
@@ -38,7 +38,7 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def library_sources() -> list[str]:
-    """The text of every module of the standard library, but for its tests."""
+    """Returns the text of every module of the standard library, except its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(root.rglob("*.py"))
     paths = [path for path in paths if not NOT_LIBRARY & set(path.relative_to(root).parts)]
@@ -46,10 +46,10 @@ def library_sources() -> list[str]:
 
 
 def encode(sources: list[str]) -> tuple[array, int]:
-    """Tokens of all sources, and how many different ones there are.
+    """Returns the tokens of all sources, and the number of distinct ones.
 
-    The vocabulary has every character and, in the room that is left, the most frequent words.
-    Words that it lacks are spelled.
+    The vocabulary has every character, then the most frequent words up to `VOCAB_SIZE`. Other
+    words are spelled character by character.
     """
     words: Counter[str] = Counter()
     for source in sources:
@@ -82,13 +82,13 @@ class Run:
 
     def step(self) -> None:
         """Takes one training step."""
-        with suppress(BrokenPipeError):  # of a process that failed: the lack of an answer says so
+        with suppress(BrokenPipeError):  # the process has failed: `_answer` reports it
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
         self.steps.append(self._answer())
 
     def finish(self) -> None:
-        """Ends the process, which tells its `device`, the `place` and its `peak_bytes`."""
+        """Ends the process; `summary` has its `device`, its `place` and its `peak_bytes`."""
         self.process.stdin.close()
         self.summary = self._answer()
         self.process.wait()
@@ -100,12 +100,12 @@ class Run:
         return json.loads(line)
 
     def column(self, key: str) -> list[float]:
-        """One value of every step."""
+        """Returns one value of every step."""
         return [step[key] for step in self.steps]
 
 
 def train(runs: list[Run]) -> Iterator[int]:
-    """Lets all runs take their steps in turn; yields after each round."""
+    """Trains all runs, one step each in turn; yields the step after each round."""
     start = perf_counter()
     for step in range(1, STEPS + 1):
         for run in runs:
@@ -116,27 +116,27 @@ def train(runs: list[Run]) -> Iterator[int]:
 
 
 def show_progress(text: str, step: int = 0) -> None:
-    """A bar on stderr, where that is a terminal."""
+    """Shows a progress bar on stderr, if that is a terminal."""
     if sys.stderr.isatty():
         bar = ("#" * (30 * step // STEPS)).ljust(30, ".")
         print(f"\r\033[K[{bar}] {text}", end="", file=sys.stderr, flush=True)
 
 
 def difference(run: Run, other: Run) -> float:
-    """The largest difference between two loss curves; infinite where one is not a number."""
+    """The largest difference between two loss curves; infinity if one has NaN or infinity."""
     pairs = zip(run.column("loss"), other.column("loss"), strict=True)
     differences = [abs(a - b) for a, b in pairs]
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
 def table(runs: list[Run]) -> Iterator[str]:
-    """Lines that compare the runs with the first."""
+    """Yields lines that compare the runs with the first."""
     first = runs[0]
     yield row("", *(run.loss for run in runs))
     for step in sorted({0, len(first.steps) // 2, len(first.steps) - 1}):
         yield row(f"loss at step {step + 1}", *(f"{run.column('loss')[step]:.6f}" for run in runs))
     yield row("largest difference", "-", *(f"{difference(run, first):.1e}" for run in runs[1:]))
-    for title, key in (("time in the loss", "loss_seconds"), ("time a step", "step_seconds")):
+    for title, key in (("time in the loss", "loss_seconds"), ("time per step", "step_seconds")):
         medians = [statistics.median(run.column(key)) for run in runs]
         ratios = (f"{t * 1e3:.1f} ms ({medians[0] / t:.1f}x)" for t in medians)
         yield row(title, *ratios)
@@ -144,23 +144,23 @@ def table(runs: list[Run]) -> Iterator[str]:
 
 
 def row(title: str, *cells: str) -> str:
-    """A line of the table."""
+    """Formats a line of the table."""
     return f"{title:20}" + "".join(f"{cell:>20}" for cell in cells)
 
 
 def main() -> int:
-    """Trains, prints the table, and returns the exit status: 1 where the curves disagree."""
+    """Trains, prints the table, and returns the exit status: 1 if the curves disagree."""
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
-    help = "default: cuda where there is a GPU with kernels, else cpu"
+    help = "default: cuda if there is a GPU and kernels for it, else cpu"
     parser.add_argument("--device", choices=TOLERANCE, help=help)
     chosen = parser.parse_args().device
     device = ["--device", chosen] if chosen else []
     if why_not(chosen or default_device()):
         parser.error(why_not(chosen or default_device()))
-    show_progress("reading Python's library")
+    show_progress("reading Python's standard library")
     tokens, vocab_size = encode(library_sources())
     if vocab_size < MIN_VOCAB_SIZE:
-        raise SystemExit(f"bench.demo: Python's library has only {vocab_size} different words here")
+        raise SystemExit(f"bench.demo: Python's library has only {vocab_size} distinct tokens here")
     with tempfile.NamedTemporaryFile() as file:
         tokens.tofile(file)
         file.flush()
@@ -173,11 +173,11 @@ def main() -> int:
                 run.finish()
         finally:
             for run in runs:
-                run.process.kill()  # where one failed; those that finished are gone already
+                run.process.kill()  # after a failure; finished runs have ended
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     print(
-        f"{len(tokens):,} tokens of Python's own library, {vocab_size} different ones; "
+        f"{len(tokens):,} tokens of Python's standard library, {vocab_size} distinct; "
         f"{len(runs[0].steps)} of {STEPS} float32 steps on {runs[0].summary['place']}, "
         "medians\n"
     )

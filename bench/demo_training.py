@@ -1,7 +1,7 @@
 """One training run of the demo, in a process of its own: a step for each line on stdin.
 
-Being its own process, it has its own peak memory; being led line by line, it takes turns with the
-other runs. Each step, and the peak at the end, is answered by a line of JSON on stdout.
+A process has its own peak memory, and stdin lets the runs take turns. Each step, and the summary at
+the end, is answered by a line of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LanguageModel(nn.Module):
     """One causal transformer block between an embedding and a head."""
 
     def __init__(self, vocab_size: int) -> None:
-        """Parameters come from torch's global generator."""
+        """Initializes the parameters from torch's global generator."""
         super().__init__()
         self.words = nn.Embedding(vocab_size, WIDTH)
         self.positions = nn.Embedding(LENGTH, WIDTH)
@@ -52,10 +52,10 @@ class LanguageModel(nn.Module):
 
 
 class Training:
-    """A model, its optimizer and its batches, the same in every run: only the loss differs."""
+    """A model, its optimizer and its batches. Runs differ only in the loss."""
 
     def __init__(self, loss: str, tokens: Tensor, vocab_size: int, device: str) -> None:
-        """The text is `tokens` (n_tokens,), integers below `vocab_size`."""
+        """The text is `tokens` (n_tokens,): integers below `vocab_size`."""
         torch.manual_seed(0)
         self.loss_function = LOSSES[loss]
         self.clock = clock(device)
@@ -64,19 +64,19 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Words (BATCH, LENGTH), and the words that follow them, flat."""
+        """Returns words (BATCH, LENGTH), and the next word of each, flattened."""
         starts = torch.randint(self.tokens.numel() - LENGTH, (BATCH, 1))
         positions = (starts + torch.arange(LENGTH + 1)).to(self.tokens.device)
         windows = self.tokens[positions].long()
         return windows[:, :-1], windows[:, 1:].flatten()
 
     def step(self) -> dict[str, float]:
-        """One training step: its loss, its seconds, and those of them spent in the loss."""
+        """Takes one step; returns its loss, its seconds, and the seconds spent in the loss."""
         inputs, target = self.batch()
         mark, seconds = self.clock.mark, self.clock.seconds
         start = mark()
         logits = self.model(inputs)
-        head = logits.grad_fn  # before the loss, which in fused mode takes the logits over
+        head = logits.grad_fn  # read first: fused mode replaces it
         loss_start = mark()
         loss = self.loss_function(logits, target)
         loss_end = mark()
@@ -95,7 +95,7 @@ class Training:
 
 
 def peak_bytes(device: str) -> int:
-    """The most memory that this process has held, on a GPU of the GPU's."""
+    """Returns the peak memory of this process or, on a GPU, of torch's GPU allocations."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -103,7 +103,7 @@ def peak_bytes(device: str) -> int:
 
 
 def place(device: str) -> str:
-    """What the training runs on, in words."""
+    """Returns the name of the GPU, or the number of CPU threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""The device that is measured: which one, its clock, its memory, its names."""
+"""The device that is measured: its choice, its clock, its memory, its names."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ import torch
 import fused_xent
 
 DEVICES = ("cpu", "cuda")
-# Several times the last cache of a CPU, and the second-level cache of any GPU: there, to write so
-# much takes longer than the host takes to launch a small loss, so that the device does not wait for
-# the host while it is timed.
+# Several times the last-level cache of a CPU, or the L2 cache of a GPU. On a GPU, this write also
+# takes longer than the host needs to launch a small loss: the device does not wait for the host
+# while it is timed.
 FLUSHED_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
 
 
 def default_device() -> str:
-    """The GPU where there is one with kernels, else the CPU."""
+    """The GPU if there is one and this package has kernels for it, else the CPU."""
     return "cpu" if why_not_cuda() else "cuda"
 
 
 def why_not(device: str) -> str:
-    """Why this package cannot be measured on a device; empty where it can."""
+    """Why this package cannot be measured on a device; empty if it can."""
     if device == "cuda":
         return why_not_cuda()
-    if fused_xent.cpu_capability() is None:  # torch's own operations would be measured
+    if fused_xent.cpu_capability() is None:  # torch operations would be measured
         return f"fused_xent in {Path(fused_xent.__file__).parent} has no kernels: see `make bench`"
     return ""
 
 
 def why_not_cuda() -> str:
-    """Why a GPU cannot be measured; empty where it can."""
+    """Why this package cannot be measured on a GPU; empty if it can."""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -50,14 +50,14 @@ def why_not_cuda() -> str:
 
 
 def free_bytes(device: str) -> int | None:
-    """Memory that can be had; None where the system does not say."""
+    """Returns the available memory; None if the system does not say."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return _allowed_bytes() if MEMINFO.exists() else None
 
 
 def _allowed_bytes() -> int:
-    """What Linux has, or as much of it as this process may take."""
+    """Returns the memory that Linux has available, or less if this process is limited."""
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
@@ -69,7 +69,7 @@ def _allowed_bytes() -> int:
 
 @contextmanager
 def limited_memory() -> Iterator[None]:
-    """Inside, this process fails to allocate what the machine has not, instead of being killed."""
+    """Inside, allocating more memory than is available raises, before Linux kills the process."""
     if not MEMINFO.exists():
         yield
         return
@@ -85,14 +85,14 @@ def limited_memory() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """As the GPU's allocator, Python's and torch's own say it."""
+    """Recognizes the errors of torch's GPU allocator, of Python, and of torch's CPU allocator."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 class HostClock:
-    """For the CPU, where what was called has been done when it returns."""
+    """For the CPU, where a call has done its work when it returns."""
 
     @cached_property
     def _flushed(self) -> torch.Tensor:
@@ -114,7 +114,7 @@ class HostClock:
 
 
 class EventClock:
-    """For a GPU, which works while the host runs ahead: marks are events in its queue."""
+    """For a GPU. The host runs ahead of it, so marks are events in its stream."""
 
     @cached_property
     def _flushed(self) -> torch.Tensor:
@@ -133,38 +133,38 @@ class EventClock:
         return event
 
     def seconds(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
-        """The time between two marks. Waits for the last."""
+        """Waits for the last mark; returns the time between both."""
         last.synchronize()
         return first.elapsed_time(last) / 1e3
 
 
 @cache
 def clock(device: str) -> HostClock | EventClock:
-    """The clock of a kind of device."""
+    """The clock of a device type."""
     return HostClock() if device == "cpu" else EventClock()
 
 
 class PeakMemory:
-    """How much more memory was taken at once inside a `with` than before it.
+    """Peak memory inside a `with` block, beyond what was in use before it.
 
-    Of a GPU, by torch's count. Of this process otherwise, by Linux's count of what is resident, so
-    that what libraries take for themselves is in it; elsewhere `bytes` is None.
+    On a GPU, as torch counts it. On the CPU, the resident memory of this process as Linux counts
+    it, which includes the allocations of libraries; `bytes` is None on other systems.
     """
 
     def __init__(self, device: str = "cuda") -> None:
-        """Of a kind of device."""
+        """Measures on this device type."""
         self._is_cuda = device == "cuda"
         self.bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        """Starts to look."""
+        """Starts the measurement."""
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         elif PEAK_RESET.exists():
             gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # what has been freed is resident until then
-            PEAK_RESET.write_text("5")  # the peak is what is resident now
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory may stay resident until then
+            PEAK_RESET.write_text("5")  # resets the peak to what is resident now
             self._before = _kilobytes(PROCESS / "status", "VmRSS")
         return self
 
@@ -181,13 +181,13 @@ PEAK_RESET = PROCESS / "clear_refs"
 
 
 def _kilobytes(file: Path, name: str) -> int:
-    """Bytes in a line `name: n kB`."""
+    """Returns the bytes in the line `name: n kB` of a file."""
     lines = file.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy within the GPU's memory that no cache holds."""
+    """Bytes per second, read and written, of a copy in GPU memory, far larger than any cache."""
     source = torch.randint(256, (1 << 31,), dtype=torch.uint8, device="cuda")
     copy = torch.empty_like(source)
     timer = clock("cuda")
@@ -200,7 +200,7 @@ def copy_bandwidth() -> float:
 
 
 def gpu_environment() -> dict[str, str | int | float]:
-    """What figures of the current GPU depend on, and the bandwidth of a copy on it."""
+    """Describes the current GPU and the driver, and measures the bandwidth of a copy."""
     properties = torch.cuda.get_device_properties()
     return {
         "gpu": properties.name,
@@ -215,7 +215,7 @@ def gpu_environment() -> dict[str, str | int | float]:
 
 
 def driver_version() -> str:
-    """NVIDIA's number of the driver, as nvidia-smi gives it."""
+    """The version of NVIDIA's driver, from nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return "unknown"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

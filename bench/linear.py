@@ -1,9 +1,9 @@
-"""Measures the loss of a linear layer and its gradients, from hidden states to both.
+"""Measures a linear layer with its loss, from hidden states to the loss and both gradients.
 
-Beside the loss of all logits, torch's own chunks, and what no implementation can do without: the
-three bare matrix products, of the logits, of grad_hidden and of grad_weight. Each provider's
-results are compared with float64 before it is timed, and the memory that it takes at once beyond
-its inputs and outputs is measured.
+The comparison has the loss of all logits at once, torch's chunked loss, and the three bare matrix
+products that every implementation needs: of the logits, of grad_hidden and of grad_weight. Each
+provider's results are compared with float64 before it is timed, and its peak memory beyond inputs
+and outputs is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .providers import Unsupported, gather
 from .results import Result, Timing
 from .timing import Key, interleave
 
-LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, weight and indices
+LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, weight and target
 Found = list[tuple[str, LinearLoss]]
 
 CASES = {  # rows, features, classes
@@ -41,8 +41,8 @@ CASES = {  # rows, features, classes
 }
 QUICK = {"cpu": {"small": (256, 256, 32000)}, "cuda": {"llama3-4k": CASES["cuda"]["llama3-4k"]}}
 DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
-# How far gradients may be from float64 of the same inputs, relatively: products of 16-bit numbers
-# are of logits that were rounded to 16 bits. What is left out or counted twice is farther.
+# The largest relative errors of loss and gradients, against float64 on the same inputs. They allow
+# for logits that were rounded to 16 bits, but not for a chunk that is left out or counted twice.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 BARE, STEP = "bare products", "step"
 NAMES = ("grad_hidden", "grad_weight")
@@ -50,25 +50,25 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 
 
 def unfused(hidden: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
-    """The loss of logits that are all there at once."""
+    """Computes the loss from all logits at once."""
     return F.cross_entropy(F.linear(hidden, linear_weight), target)
 
 
 def torch_eager(device: str) -> Found:
-    """What everyone else is compared with."""
+    """The baseline of all ratios."""
     return [("torch eager", unfused)]
 
 
 def torch_compile(device: str) -> Found:
-    """Without more memory than eager needs; on a CPU it has nothing to fuse with its products."""
+    """On a GPU only: on a CPU, torch.compile fuses nothing with the products."""
     if device != "cuda":
-        raise Unsupported("is eager on a CPU, where it fuses nothing with the products")
+        raise Unsupported("is the same as eager on a CPU: fuses nothing with the products")
     torch.compiler.reset()
     return [("torch.compile", torch.compile(unfused, dynamic=False))]
 
 
 def torch_chunked(device: str) -> Found:
-    """Of torch from 2.13 on."""
+    """Exists in torch 2.13 and later."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Unsupported("needs torch 2.13")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -76,18 +76,18 @@ def torch_chunked(device: str) -> Found:
 
 
 def ours(device: str) -> Found:
-    """In chunks of rows, whose logits become their gradient in place."""
+    """In chunks of rows; the gradient overwrites the logits of a chunk."""
     return [("fused_xent", fused_xent.linear_cross_entropy)]
 
 
 def needs_gpu(device: str) -> None:
-    """Raises Unsupported where there is none."""
+    """Raises Unsupported if the device is not a GPU."""
     if device != "cuda":
         raise Unsupported("needs a GPU")
 
 
 def liger(device: str) -> Found:
-    """In chunks of rows, with the gradients in its forward."""
+    """In chunks of rows; the forward computes the gradients."""
     needs_gpu(device)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -95,7 +95,7 @@ def liger(device: str) -> Found:
 
 
 def quack(device: str) -> Found:
-    """In chunks of rows, with products of its own."""
+    """In chunks of rows, with its own matrix products."""
     needs_gpu(device)
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
@@ -103,7 +103,7 @@ def quack(device: str) -> Found:
 
 
 def cut(device: str) -> Found:
-    """Logits computed twice. By default it leaves out what is too small for 16 bits to show."""
+    """Computes the logits twice. By default it skips gradients too small for 16 bits."""
     needs_gpu(device)
     from cut_cross_entropy import linear_cross_entropy
 
@@ -125,10 +125,10 @@ ADAPTERS: dict[str, Callable[[str], Found]] = {
 
 
 class Workload:
-    """The inputs of a case, and what is right of their gradients."""
+    """The inputs of a case, with their exact loss and gradients."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
-        """Inputs are the same in every run."""
+        """Makes the inputs, the same in every run."""
         n_rows, n_features, n_classes = shape
         source = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         self.hidden = torch.randn(n_rows, n_features, **source).to(dtype)
@@ -138,17 +138,17 @@ class Workload:
         self.device, self.clock = device, clock(device)
         self.exact = self._exact()
         size = self.hidden.element_size()
-        # Each input is read once and its gradient written.
+        # Each input is read once, and the gradients of hidden and weight are written.
         self.bytes = 2 * size * n_features * (n_rows + n_classes) + self.target.nbytes
         self.operations = 6 * n_rows * n_features * n_classes  # of the three products
 
     def negate(self) -> None:
-        """Makes other hidden states, and what is right of them."""
+        """Makes other hidden states, and their exact results."""
         self.hidden.neg_()
         self.exact = self._exact()
 
     def _exact(self) -> tuple[float, Tensor, Tensor]:
-        """The loss and its gradients in float64, by chunks of rows that leave memory free."""
+        """Computes the loss and its gradients in float64, in chunks of rows to save memory."""
         chunk_rows = max(1, CHUNK // len(self.weight))
         weight = self.weight.double().requires_grad_()
         total, grad_hidden, grad_weight = 0.0, [], torch.zeros_like(weight.detach())
@@ -165,14 +165,14 @@ class Workload:
         return total, torch.cat(grad_hidden), grad_weight
 
     def step(self, loss_function: LinearLoss) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss and its gradients, of leaves that share the inputs' memory."""
+        """Returns the loss and its gradients, for leaves that share the inputs' memory."""
         leaves = [x.detach().requires_grad_() for x in (self.hidden, self.weight)]
         loss = loss_function(*leaves, self.target)
         loss.backward()
         return loss.detach(), *(leaf.grad for leaf in leaves)
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """What a run takes, its outputs included, which are freed after it."""
+        """Returns the seconds of a run, without those to free its outputs."""
         start = self.clock.start()
         outputs = run()
         end = self.clock.mark()
@@ -180,17 +180,18 @@ class Workload:
         return self.clock.seconds(start, end)
 
     def bare_seconds(self) -> float:
-        """What the three products take without the sum that stands for the loss."""
+        """Returns the seconds of the three matrix products, without any loss."""
         logits: list[Tensor] = []
         total = self.seconds(lambda: logits.append(self.hidden @ self.weight.t()))
         total += self.seconds(lambda: logits[0] @ self.weight)
         return total + self.seconds(lambda: logits[0].t() @ self.hidden)
 
     def check(self, loss_function: LinearLoss) -> dict[str, float]:
-        """The errors of the gradients.
+        """Returns the errors of the gradients.
 
         Raises:
-            WrongResult: one of them, or of the loss, is beyond the tolerance, or not a number.
+            WrongResult: an error of a gradient or the loss exceeds the tolerance or is NaN, or the
+                target has been written to.
         """
         target = self.target.clone()
         loss, *gradients = self.step(loss_function)
@@ -209,7 +210,7 @@ class Workload:
         return errors
 
     def peak_bytes(self, loss_function: LinearLoss) -> int | None:
-        """The most memory at once beyond inputs and outputs, of a step that is not the first."""
+        """Returns peak memory beyond inputs and outputs. The first step was that of `check`."""
         with PeakMemory(self.device) as memory:
             outputs = self.step(loss_function)
         if memory.bytes is None:
@@ -218,10 +219,10 @@ class Workload:
 
 
 def job(case: str, shape: tuple[int, int, int], dtype: str, options: argparse.Namespace) -> Job:
-    """The measurement of a case in a dtype."""
+    """Makes the job that measures a case in a dtype."""
     n_rows, n_features, n_classes = shape
     size = DTYPES[dtype].itemsize
-    # The inputs and two gradients of each, float64's of both, and a chunk of its logits.
+    # Inputs, two gradients of each, both also in float64, and a chunk of logits in float64.
     needed = (n_rows + n_classes) * n_features * (3 * size + 3 * 8)
     needed += 4 * 8 * min(n_rows * n_classes, max(CHUNK, n_classes))
     result = Result("linear", case, shape, dtype)
@@ -236,7 +237,7 @@ def measure(options: argparse.Namespace, result: Result, show: Callable[[str], N
     passed, peaks = check(workload, candidates, result, show)
     timers = [(BARE, lambda: {(STEP, BARE): workload.bare_seconds()})]
     timers += [(name, partial(step_samples, workload, name, one)) for name, one in passed]
-    workload.exact = ()  # its memory is of no use while it is timed
+    workload.exact = ()  # frees its memory for the timings
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     samples: dict[Key, list[float]] = {}
     try:
@@ -244,7 +245,7 @@ def measure(options: argparse.Namespace, result: Result, show: Callable[[str], N
         for name, error in raised.items():
             note_failure(result, name, error)
         show("checking again")
-        workload.negate()  # whoever remembers an earlier result is found out
+        workload.negate()  # finds a provider that returns an earlier result
         for name, loss_function in passed:
             try:
                 workload.check(loss_function)
@@ -261,14 +262,14 @@ def measure(options: argparse.Namespace, result: Result, show: Callable[[str], N
 def check(
     workload: Workload, candidates: Found, result: Result, show: Callable[[str], None]
 ) -> tuple[Found, dict[str, int | None]]:
-    """The providers that tell the truth, and their memory. Others are noted in `result`."""
+    """Returns the providers that pass, and their memory; notes the others in `result`."""
     passed, peaks = [], {}
     for name, loss_function in candidates:
         show(f"checking {name}")
         try:
             errors = workload.check(loss_function)
             peaks[name] = workload.peak_bytes(loss_function)
-        except Exception as error:  # whatever one raises, the others are still measured
+        except Exception as error:  # the others are still measured
             note_failure(result, name, error)
         else:
             result.errors[name] = errors
@@ -277,7 +278,7 @@ def check(
 
 
 def step_samples(workload: Workload, name: str, loss_function: LinearLoss) -> dict[Key, float]:
-    """The seconds of a step."""
+    """Times a step."""
     return {(STEP, name): workload.seconds(lambda: workload.step(loss_function))}
 
 
@@ -286,7 +287,7 @@ def main(arguments: list[str]) -> int:
     command = Parser(prog="python -m bench linear", description=__doc__)
     command.add_argument("case", nargs="*", help=names_of(CASES))
     for name, least in {"rows": 1, "features": 1, "vocab": 2}.items():
-        command.add_argument(f"--{name}", type=at_least(least), help="of a case of your own")
+        command.add_argument(f"--{name}", type=at_least(least), help="of a custom case")
     command.add_common(list(ADAPTERS))
     options = command.parse_args(arguments)
     dtypes = dict.fromkeys(options.dtype or DEFAULT_DTYPES[options.device])
@@ -296,7 +297,7 @@ def main(arguments: list[str]) -> int:
 
 
 def chosen_cases(command: Parser, options: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
-    """The cases that the options name; ends the program where they name none."""
+    """Returns the cases that the options choose; ends the program if they are wrong."""
     known = CASES[options.device]
     for name in options.case:
         if name not in known:

@@ -1,4 +1,4 @@
-"""Measures the loss of logits, its gradient, and both, beside torch and other implementations.
+"""Measures the loss of logits, its gradient, and both, for torch and other implementations too.
 
 Each provider's results are compared with float64 before it is timed.
 """
@@ -28,16 +28,17 @@ from .providers import ADAPTERS, Provider, Request, gather
 from .results import BASELINES, Result, Timing
 from .timing import Key, Workload, interleave
 
-LIMITS = (10, 3.0)  # at least so many rounds and seconds a case
+LIMITS = (10, 3.0)  # minimum of rounds and of seconds per case
 QUICK_LIMITS = (5, 1.0)
 QUICK_VOCABS = (1000, 32000, 128256)
-# What check() and the loss need beside the logits, their original and a gradient: float32 sums of
-# torch's, and of a chunk the logits, two gradients, their squares and what is between in float64.
+# Bytes per logit that the loss and check() need beyond the logits, their original and a gradient:
+# torch's float32 temporaries; and, for the logits of one chunk, the logits, two gradients, their
+# squares and temporaries in float64.
 FLOAT32, FLOAT64 = 4, 8 * 8
 
 
 def add_options(command: Parser, modes: str) -> None:
-    """What both commands of this module take."""
+    """Adds the options of both commands of this module."""
     command.add_argument("--mode", action="append", choices=MODES, help=modes)
     command.add_argument("--soft", action="store_true", help="soft labels instead of indices")
     share = between(0, 1)
@@ -58,7 +59,7 @@ def add_options(command: Parser, modes: str) -> None:
 
 
 def wanted_options(command: Parser, options: argparse.Namespace, soft: bool) -> Options:
-    """The loss's options; ends the program where they do not go together."""
+    """Returns the options of the loss; ends the program if they exclude each other."""
     if soft and options.ignored:
         command.error("--ignored must come with class indices, got soft labels")
     return Options(
@@ -67,7 +68,7 @@ def wanted_options(command: Parser, options: argparse.Namespace, soft: bool) -> 
 
 
 def job(case: Case, dtype: str, options: argparse.Namespace) -> Job:
-    """The measurement of a case in a dtype."""
+    """Makes the job that measures a case in a dtype."""
     labels = "soft" if case.soft else "indices"
     result = Result("loss", case.name, case.shape, dtype, labels, case.options.wanted)
     n_logits, size = prod(case.shape), DTYPES[dtype].itemsize
@@ -119,7 +120,7 @@ def check(
     result: Result,
     show: Callable[[str], None],
 ) -> tuple[list[Provider], dict[str, dict[str, int | None]]]:
-    """The providers that tell the truth, and their memory by mode. Others are noted in `result`."""
+    """Returns the providers that pass, and their memory by mode; notes the others in `result`."""
     passed, peaks = [], {}
     show("float64 reference")
     compare = Check(workload, case.options)
@@ -129,7 +130,7 @@ def check(
         try:
             errors = compare(provider.loss)
             peaks[name] = workload.peak_bytes(provider.loss)
-        except Exception as error:  # whatever one raises, the others are still measured
+        except Exception as error:  # the others are still measured
             note_failure(result, name, error)
         else:
             result.errors[name] = errors
@@ -144,7 +145,7 @@ def check_again(
     result: Result,
     show: Callable[[str], None],
 ) -> None:
-    """With other logits, after all calls: whoever remembers an earlier result is found out."""
+    """Checks with other logits after all calls: finds providers that return an earlier result."""
     show("checking again")
     workload.original.neg_()
     compare = Check(workload, case.options)
@@ -156,7 +157,10 @@ def check_again(
 
 
 def note_failure(result: Result, provider: str, error: Exception) -> None:
-    """What is wrong is a failure, and so is whatever this package raises; else it is absent."""
+    """Notes a wrong result or an error of this package as a failure, other errors as absent.
+
+    Lack of memory always counts as absent.
+    """
     first_line = next(iter(str(error).strip().splitlines()), "")
     reason = f"{type(error).__name__}: {first_line}"
     if is_out_of_memory(error):
@@ -174,11 +178,12 @@ def main(arguments: list[str]) -> int:
     command = Parser(prog="python -m bench loss", description=__doc__)
     names = names_of({device: suite.cases for device, suite in SUITES.items()})
     command.add_argument("case", nargs="*", help=names)
-    command.add_argument("--rows", type=at_least(1), help="rows of a case of your own")
-    command.add_argument("--vocab", type=at_least(2), help="classes of a case of your own")
+    command.add_argument("--rows", type=at_least(1), help="rows of a custom case")
+    command.add_argument("--vocab", type=at_least(2), help="classes of a custom case")
     add_options(
         command,
-        "may be repeated; backward and both also measure inplace (inplace_backward=True), "
+        "may be repeated; default: all. backward and both also measure inplace "
+        "(inplace_backward=True), "
         "both also fused (grad_in_forward=True)",
     )
     options = command.parse_args(arguments)
@@ -190,7 +195,7 @@ def main(arguments: list[str]) -> int:
 
 
 def chosen_cases(command: Parser, options: argparse.Namespace) -> list[Case]:
-    """The cases that the options name; ends the program where they name none."""
+    """Returns the cases that the options choose; ends the program if they are wrong."""
     suite = SUITES[options.device]
     for name in options.case:
         if name not in suite.cases:
@@ -217,7 +222,7 @@ def chosen_cases(command: Parser, options: argparse.Namespace) -> list[Case]:
 
 def sweep_main(arguments: list[str]) -> int:
     """`python -m bench sweep`."""
-    description = "Measures the loss at one number of classes after another: see plot."
+    description = "Measures the loss at several numbers of classes, for `plot` to draw."
     command = Parser(prog="python -m bench sweep", description=description)
     vocabs = f"default {' '.join(map(str, SWEPT_VOCABS))}"
     command.add_argument("--vocab", type=at_least(2), nargs="+", metavar="V", help=vocabs)

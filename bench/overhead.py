@@ -1,10 +1,10 @@
-"""Measures the price of a call: losses of tiny inputs, in microseconds, on one CPU thread.
+"""Measures the overhead of a call: the time of a loss on tiny inputs, on one CPU thread.
 
-There is next to nothing to compute, so the time goes to Python, checks, dispatch and autograd. A
-sample is the mean of many calls in a row; providers take turns. Each provider's results are
-compared with float64 before it is timed. Forms that overwrite the logits are left out. On a GPU the
-host's own time is measured too, which ends when the last call has been issued, and the kernels that
-a call launches are counted.
+There is almost nothing to compute, so the time goes to Python, checks, dispatch and autograd. A
+sample is the mean of several calls in a row; providers are timed in turn. Each provider's results
+are compared with float64 before it is timed. The in-place modes are left out. On a GPU the host's
+time is measured too, which ends when the last call has been issued, and the kernels that a call
+launches are counted.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from .providers import ADAPTERS, Provider, Request, gather
 from .results import HOST_MODES, Result, Timing
 from .timing import Key, Samples, Timer, Workload, interleave
 
-Losses = list[tuple[str, Callable[..., Tensor]]]  # by provider
+Losses = list[tuple[str, Callable[..., Tensor]]]  # (provider, loss)
 Show = Callable[[str], None]
 MODES = ("forward", "both")
-CALLS = 10  # in a sample: so few that a busy machine seldom interrupts it
+CALLS = 10  # per sample: few, so that a busy machine rarely interrupts one
 ROUNDS, QUICK_ROUNDS = 300, 60  # samples
 QUICK = ("tiny", "linear")
 
 
 def eager_module(request: Request) -> list[Provider]:
-    """What everyone else is compared with."""
+    """The baseline of all ratios."""
     return [Provider("torch eager", torch.nn.CrossEntropyLoss())]
 
 
 def compiled_module(request: Request) -> list[Provider]:
-    """Compiled for the case alone."""
+    """Compiled for this case only."""
     torch.compiler.reset()
     return [Provider("torch.compile", torch.compile(torch.nn.CrossEntropyLoss(), dynamic=False))]
 
 
 def our_module(request: Request) -> list[Provider]:
-    """With the defaults, as torch's."""
+    """With default options."""
     return [Provider("fused_xent", fused_xent.CrossEntropyLoss())]
 
 
@@ -61,7 +61,7 @@ def of_logits(
     result: Result,
     show: Show,
 ) -> tuple[Sequence[Tensor], Losses]:
-    """Logits and target, and the losses of them that tell the truth."""
+    """Returns logits and target, and the losses that pass the check."""
     case = Case(result.case, result.shape)
     workload = Workload(*case.tensors(DTYPES[result.dtype], options.device))
     request = Request(case, result.dtype, options.device)
@@ -75,14 +75,14 @@ def of_logits(
 def of_hidden_states(
     options: argparse.Namespace, result: Result, show: Show
 ) -> tuple[Sequence[Tensor], Losses]:
-    """Hidden states, weight and target, and the losses of them that tell the truth."""
+    """Returns hidden states, weight and target, and the losses that pass the check."""
     workload = linear.Workload(result.shape, DTYPES[result.dtype], options.device)
     candidates, result.absent = gather(linear.ADAPTERS, options.device, options.provider)
     passed, _ = linear.check(workload, candidates, result, show)
     return (workload.hidden, workload.weight, workload.target), passed
 
 
-CASES = {  # shape of the logits, or rows, features and classes; what is called
+CASES = {  # (shape of the logits, or rows, features and classes; function that prepares it)
     "tiny": ((4, 9), partial(of_logits, ADAPTERS)),
     "module": ((4, 9), partial(of_logits, MODULES)),
     "small": ((8, 10), partial(of_logits, ADAPTERS)),
@@ -93,30 +93,30 @@ CASES = {  # shape of the logits, or rows, features and classes; what is called
 
 
 class Call:
-    """A loss of inputs of its own, since some write to them."""
+    """A loss with its own copy of the inputs, because some losses write to them."""
 
     def __init__(self, loss_function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        """Copy the inputs."""
+        """Copies the inputs."""
         copies = (one.detach().clone() for one in inputs)
         self.inputs = [one.requires_grad_(one.is_floating_point()) for one in copies]
         self.leaves = [one for one in self.inputs if one.requires_grad]
         self.forward = partial(loss_function, *self.inputs)
 
     def both(self) -> None:
-        """Forward and backward, to gradients that are fresh each time."""
+        """Runs forward and backward, with new gradients each time."""
         self.forward().backward()
         for leaf in self.leaves:
             leaf.grad = None
 
     def run(self, mode: str, n_calls: int) -> None:
-        """So many calls in a row."""
+        """Makes `n_calls` calls in a row."""
         call = getattr(self, mode)
         with torch.set_grad_enabled(mode != "forward"):
             for _ in range(n_calls):
                 call()
 
     def sample(self, mode: str, provider: str) -> Samples:
-        """Seconds a call, and those until the host is free again where that is another time."""
+        """Returns seconds per call; on a GPU, also those of the host alone."""
         is_cuda = self.inputs[0].is_cuda
         start = perf_counter()
         self.run(mode, CALLS)
@@ -129,7 +129,7 @@ class Call:
         return {(mode, provider): (done - start) / CALLS, **of_host}
 
     def n_kernels(self, mode: str) -> int | None:
-        """How many kernels a call launches; None on a CPU."""
+        """Counts the kernels that a call launches; None on a CPU."""
         if not self.inputs[0].is_cuda:
             return None
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
@@ -164,7 +164,7 @@ def measure(prepare: Callable, options: argparse.Namespace, result: Result, show
 def main(arguments: list[str]) -> int:
     """`python -m bench overhead`."""
     command = Parser(prog="python -m bench overhead", description=__doc__)
-    command.add_argument("case", nargs="*", help=f"of {', '.join(CASES)}")
+    command.add_argument("case", nargs="*", help=f"one of {', '.join(CASES)}")
     command.add_common([*dict.fromkeys([*ADAPTERS, *linear.ADAPTERS])])
     options = command.parse_args(arguments)
     for name in options.case:

@@ -1,7 +1,7 @@
-"""Plots of what was measured: throughput and memory against the number of classes, and rooflines.
+"""Plots throughput and memory against the number of classes, and rooflines, as PNG and SVG.
 
-Writes PNG and SVG of each that the files have the measurements for: `sweep` for the first two,
-`roofline` for the last.
+Writes every plot that the files have results for: throughput and memory need those of `sweep`, a
+roofline those of `roofline`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed
+matplotlib.use("Agg")  # needs no display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,8 +25,8 @@ from .roofline import points, roofs
 from .tables import MODE_TITLES
 
 FORMATS = ("png", "svg")
-plt.rcParams["svg.hashsalt"] = "bench"  # names within an SVG would be random
-# One colour each, the same in every plot; this package's are shades of one.
+plt.rcParams["svg.hashsalt"] = "bench"  # otherwise the ids in an SVG are random
+# One colour per provider, the same in every plot. The modes of fused_xent are shades of blue.
 COLOURS = {
     "fused_xent fused": "#0b4f8a",
     "fused_xent inplace": "#2f8fd0",
@@ -48,7 +48,7 @@ MARKERS = {"forward": "o", "backward": "s", "both": "D", "step": "^"}
 
 
 def series(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
-    """A sweep's results: losses that are alike but for their classes, by dtype and labels."""
+    """Groups results of sweeps by dtype, labels and options; a group varies only the classes."""
     alike: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         if result.benchmark == "loss" and result.case.startswith(SWEPT):
@@ -61,7 +61,7 @@ def series(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def against_classes(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Throughput and memory: a figure for each series, an axis for each mode."""
+    """Plots throughput and memory: a figure for each series, an axis for each mode."""
     for (dtype, what), results in series(run.results).items():
         modes = [
             mode
@@ -86,14 +86,14 @@ def against_classes(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def lines_of(results: list[Result], mode: str) -> dict[str, list[Result]]:
-    """By provider, the results that have it in a mode; this package's last, to lie on top."""
+    """Groups the results of a mode by provider; fused_xent comes last, so its lines are on top."""
     names = dict.fromkeys(t.provider for r in results for t in r.timings if t.mode == mode)
     found = {name: [r for r in results if r.find(mode, name)] for name in names}
     return dict(sorted(found.items(), key=lambda item: item[0].startswith("fused_xent")))
 
 
 def draw_throughput(axis: Axes, results: list[Result], mode: str) -> None:
-    """GB/s of what must be moved, with the copy's as a line."""
+    """Draws GB/s of the bytes that must be moved, and the copy's as a dashed line."""
     copies = [result for result in results if result.find("copy", "torch")]
     rates = [result.find("copy", "torch").bandwidth / 1e9 for result in copies]
     axis.plot([r.n_classes for r in copies], rates, color="black", linestyle="--", label="one copy")
@@ -109,7 +109,7 @@ def draw_throughput(axis: Axes, results: list[Result], mode: str) -> None:
 
 
 def draw_memory(axis: Axes, results: list[Result], mode: str) -> None:
-    """Megabytes at once beyond logits and target, with the logits' own as a line."""
+    """Draws peak memory beyond logits and target, and the logits' size as a dashed line."""
     classes = [result.n_classes for result in results]
     sizes = [result.find("copy", "torch") for result in results]
     if all(sizes):
@@ -120,7 +120,7 @@ def draw_memory(axis: Axes, results: list[Result], mode: str) -> None:
         peaks = [(r.n_classes, r.find(mode, name).peak_bytes) for r in found]
         known = [(n, peak / 1e6) for n, peak in peaks if peak is not None]
         if known:
-            size = 3 + 2.2 * (len(lines) - 1 - i)  # several may need the same: rings in rings
+            size = 3 + 2.2 * (len(lines) - 1 - i)  # nested rings, if lines coincide
             style = {"marker": "o", "markersize": size, "markerfacecolor": "none"}
             style |= {"color": COLOURS.get(name), "linewidth": 1, "clip_on": False}
             axis.plot(*zip(*known, strict=True), **style, label=name)
@@ -128,7 +128,7 @@ def draw_memory(axis: Axes, results: list[Result], mode: str) -> None:
 
 
 def classes_axis(axis: Axes, results: list[Result]) -> None:
-    """Logarithmic, with as many ticks as there is room for."""
+    """Makes the x axis logarithmic, with ticks at as many numbers of classes as fit."""
     axis.set_xscale("log")
     shown: list[int] = []
     for n_classes in sorted({result.n_classes for result in results}):
@@ -142,12 +142,12 @@ def classes_axis(axis: Axes, results: list[Result]) -> None:
 
 
 def thousands(n: int) -> str:
-    """As 1k, 32k, 128k."""
+    """Formats a number, as in 1k, 32k, 128k."""
     return f"{n / 1000:.0f}k" if n >= 1000 else str(n)
 
 
 def rooflines(run: Run) -> Iterator[tuple[str, Figure]]:
-    """One figure for each dtype that has a roof."""
+    """Plots one figure for each dtype that has a roof."""
     for dtype, roof in roofs(run).items():
         figure, axis = plt.subplots(figsize=(7.4, 4.8))
         found = list(points(run, dtype))
@@ -188,7 +188,7 @@ def rooflines(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def finish(figure: Figure, axes: list[Axes], run: Run) -> None:
-    """Grids, a legend beside the last axis, and what machine it was."""
+    """Adds grids, a legend beside the last axis, and a line about the machine."""
     handles: dict[str, object] = {}
     for axis in axes:
         axis.grid(True, which="major", color="#e0e0e0", linewidth=0.6)
@@ -211,8 +211,8 @@ def finish(figure: Figure, axes: list[Axes], run: Run) -> None:
 def main(arguments: list[str]) -> int:
     """`python -m bench plot`."""
     command = Parser(prog="python -m bench plot", description=__doc__)
-    command.add_argument("file", type=Path, nargs="+", help="files of --json, of one machine")
-    out = "an existing folder, by default the first file's"
+    command.add_argument("file", type=Path, nargs="+", help="--json files of one machine")
+    out = "existing folder; default: that of the first file"
     command.add_argument("--out", type=Path, metavar="FOLDER", help=out)
     options = command.parse_args(arguments)
     folder = options.out or options.file[0].parent
@@ -240,5 +240,5 @@ def main(arguments: list[str]) -> int:
 
 
 def metadata(suffix: str) -> dict[str, None]:
-    """Without the date: the same measurements give the same file."""
+    """Leaves out the date: the same results give the same file."""
     return {"Date": None} if suffix == "svg" else {}

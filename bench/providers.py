@@ -1,7 +1,7 @@
-"""Who is measured: torch, this package, and other implementations where they are installed.
+"""The providers: torch, this package, and other implementations if they are installed.
 
-Each is a small adapter, which gives the losses that it has for what is asked, or raises
-`Unsupported` with the reason why it has none.
+Each has a small adapter, which returns the provider's losses for a request, or raises `Unsupported`
+with the reason why there are none.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Provider:
-    """A loss to measure, in those modes that its options touch."""
+    """A loss to measure, and the modes that its options affect."""
 
     name: str
     loss: Loss
     modes: tuple[str, ...] = MODES
-    fused: bool = False  # loss and gradient in one pass
+    fused: bool = False  # computes loss and gradient in one pass
 
     def timers(self, workload: Workload, modes: list[str]) -> Iterator[Timer]:
-        """What to run in a round: a forward pass, and a training step that gives two timings."""
+        """Yields what to run in a round: a forward pass, and a step that gives two timings."""
         wanted = [mode for mode in self.modes if mode in modes]
 
         def forward() -> Samples:
@@ -51,28 +51,28 @@ class Provider:
 
 
 class Unsupported(Exception):
-    """Why a provider cannot do what is asked."""
+    """A provider does not support a request. The message says why."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a provider."""
+    """The case, dtype and device that a provider is asked for."""
 
     case: Case
     dtype: str
     device: str
 
     def takes_rows_on_a_gpu(self, *options: str) -> dict[str, float]:
-        """Of a provider with Triton or CUDA kernels for (N, C), class indices and these options.
+        """Checks a case for a provider with GPU kernels for (N, C), indices and these options.
 
-        Returns the options that are wanted. Raises Unsupported where it cannot do the case.
+        Returns the options of the case as arguments. Raises Unsupported if it has others.
         """
         if self.device != "cuda":
             raise Unsupported("needs a GPU")
         if self.case.soft:
             raise Unsupported("takes no soft labels")
         if len(self.case.shape) != 2:
-            raise Unsupported("takes logits (N, C) alone")
+            raise Unsupported("takes logits (N, C) only")
         wanted = self.case.options.wanted
         for name in wanted:
             if name not in options:
@@ -81,12 +81,12 @@ class Request:
 
 
 def torch_eager(request: Request) -> list[Provider]:
-    """What everyone else is compared with."""
+    """The baseline of all ratios."""
     return [Provider("torch eager", partial(torch_loss, options=request.case.options))]
 
 
 def torch_compile(request: Request) -> list[Provider]:
-    """Compiled for the case alone: what was compiled for the one before is forgotten."""
+    """Compiled for this case only: drops what was compiled for earlier cases."""
     torch.compiler.reset()
     options = request.case.options
 
@@ -97,7 +97,7 @@ def torch_compile(request: Request) -> list[Provider]:
 
 
 def ours(request: Request) -> list[Provider]:
-    """The default mode and those in place, of which the fused one has no float16."""
+    """The default mode and both in-place modes; the fused one does not take float16."""
     wanted = {k: v for k, v in request.case.options.wanted.items() if k != "ignored"}
     loss = partial(fused_xent.cross_entropy, **wanted)
     inplace = partial(loss, inplace_backward=True)
@@ -111,7 +111,7 @@ def ours(request: Request) -> list[Provider]:
 
 
 def liger(request: Request) -> list[Provider]:
-    """The forward writes the gradient over the logits, after a second read of them."""
+    """The forward reads the logits twice and writes the gradient over them."""
     wanted = request.takes_rows_on_a_gpu(
         "ignored", "label_smoothing", "lse_square_scale", "softcap"
     )
@@ -121,7 +121,7 @@ def liger(request: Request) -> list[Provider]:
 
 
 def quack(request: Request) -> list[Provider]:
-    """With a fresh gradient and in place."""
+    """With a new gradient tensor, and in place."""
     request.takes_rows_on_a_gpu("ignored")
     from quack.cross_entropy import cross_entropy
 
@@ -133,7 +133,7 @@ def quack(request: Request) -> list[Provider]:
 
 
 def flash_attention(request: Request) -> list[Provider]:
-    """With a fresh gradient and in place."""
+    """With a new gradient tensor, and in place."""
     wanted = request.takes_rows_on_a_gpu("ignored", "label_smoothing", "lse_square_scale")
     from flash_attn.losses.cross_entropy import CrossEntropyLoss
 
@@ -145,7 +145,7 @@ def flash_attention(request: Request) -> list[Provider]:
 
 
 def apex(request: Request) -> list[Provider]:
-    """It would read at the index of an ignored row, so it is given none."""
+    """Gets no ignored rows: it would read a logit at their index, -100."""
     smoothing = request.takes_rows_on_a_gpu("label_smoothing").get("label_smoothing", 0.0)
     from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
 
@@ -158,7 +158,7 @@ def apex(request: Request) -> list[Provider]:
 
 
 def transformer_engine(request: Request) -> list[Provider]:
-    """Takes batches of sequences."""
+    """Takes logits (B, T, C), so a batch of one sequence is made."""
     wanted = request.takes_rows_on_a_gpu("ignored", "label_smoothing")
     if request.dtype == "float16":
         raise Unsupported("takes no float16")
@@ -187,7 +187,7 @@ ADAPTERS: dict[str, Callable[[Request], list[Provider]]] = {
 def gather(
     adapters: dict[str, Callable[..., list[Found]]], request: object, names: list[str] | None
 ) -> tuple[list[Found], dict[str, str]]:
-    """Those that can do what is asked, and why the others cannot; of `names` alone, where given."""
+    """Returns the providers that support the request, and why others do not; only of `names`."""
     found, absent = [], {}
     for name, adapter in adapters.items():
         if names and name not in names:
@@ -198,6 +198,6 @@ def gather(
             absent[name] = str(error)
         except ModuleNotFoundError as error:
             absent[name] = f"not installed: no module {error.name}"
-        except Exception as error:  # a package may be there and still not load
+        except Exception as error:  # a package may be installed and still not load
             absent[name] = f"does not load: {type(error).__name__}: {error}"
     return found, absent

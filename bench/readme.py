@@ -1,7 +1,7 @@
-"""Writes the README's tables of figures from the files that they are measured in.
+"""Writes the README's tables from the result files in bench/results.
 
-A table stands between two comments, of which the first names the file of `python -m bench --json`
-and, where one mode alone is wanted, the mode:
+A table stands between two comments. The first one names the file that `python -m bench --json`
+wrote and, to show only one mode, that mode:
 
     <!-- bench/results/machine.json both -->
     <!-- end -->
@@ -21,7 +21,7 @@ TABLE = re.compile(r"(<!-- (bench/results/\S+\.json)(?: (\w+))? -->\n).*?(<!-- e
 
 
 def with_tables(text: str) -> str:
-    """The README's text with tables made anew."""
+    """Returns the README's text with its tables written again."""
 
     def table(match: re.Match[str]) -> str:
         begin, file, mode, end = match.groups()
@@ -41,7 +41,7 @@ def main() -> int:
         print(f"python -m bench.readme: error: {error}", file=sys.stderr)
         return 2
     readme.write_text(written)
-    print(f"{len(TABLE.findall(text))} tables, {'changed' if written != text else 'as they were'}")
+    print(f"{len(TABLE.findall(text))} tables, {'changed' if written != text else 'unchanged'}")
     return 0
 
 

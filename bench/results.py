@@ -1,4 +1,4 @@
-"""What a run measured, and its files: JSON with every sample, and CSV."""
+"""The results of a run, and their files: JSON with every sample, and CSV."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ import fused_xent
 from .cases import DTYPES, MODES
 from .device import gpu_environment
 
-EAGER = "torch eager"  # whom every provider is compared with
+EAGER = "torch eager"  # every provider is compared with it
 BENCHMARKS = ("loss", "linear", "overhead")
-BASELINES = ("copy", "read")  # modes of what the memory of the machine allows
-HOST_MODES = ("host forward", "host both")  # of the host alone, which runs ahead of a GPU
+BASELINES = ("copy", "read")  # modes that measure the bandwidth of memory
+HOST_MODES = ("host forward", "host both")  # time of the host, which runs ahead of a GPU
 Environment = dict[str, "str | int | float"]
 
 
 @dataclass
 class Timing:
-    """One provider in one mode of a case, or a baseline."""
+    """The samples of one provider in one mode of a case, or of a baseline."""
 
     mode: str
     provider: str
     bytes: int  # that the algorithm must move
     operations: int  # that it must compute
-    peak_bytes: int | None = None  # at once, beyond inputs; where it could be measured
+    peak_bytes: int | None = None  # peak beyond inputs; None if unknown
     seconds: list[float] = field(default_factory=list)
-    kernels: int | None = None  # that a call launches, where they were counted
+    kernels: int | None = None  # launched per call; None if not counted
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Seconds, the first and the third; of few samples the least and the most."""
+        """First and third quartile, in seconds; of fewer than 4 samples, minimum and maximum."""
         if len(self.seconds) < 4:
             return min(self.seconds), max(self.seconds)
         first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -54,29 +54,29 @@ class Timing:
 
     @property
     def noise(self) -> float:
-        """Between the quartiles, as a part of the median."""
+        """Interquartile range, relative to the median."""
         first, third = self.quartiles
         return (third - first) / self.median
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second."""
+        """Bytes per second."""
         return self.bytes / self.median
 
     @property
     def rate(self) -> float:
-        """Operations a second."""
+        """Operations per second."""
         return self.operations / self.median
 
     @property
     def intensity(self) -> float:
-        """Operations a byte."""
+        """Operations per byte."""
         return self.operations / self.bytes
 
 
 @dataclass
 class Result:
-    """One case in one dtype, all timings from one interleaved run."""
+    """One case in one dtype; all timings come from one interleaved run."""
 
     benchmark: str  # one of BENCHMARKS
     case: str
@@ -86,18 +86,18 @@ class Result:
     options: dict[str, float] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)  # by provider, relative
-    failures: dict[str, str] = field(default_factory=dict)  # by provider: what it did wrong
-    absent: dict[str, str] = field(default_factory=dict)  # by provider: why it is not measured
+    failures: dict[str, str] = field(default_factory=dict)  # by provider: what was wrong
+    absent: dict[str, str] = field(default_factory=dict)  # by provider: why it was not measured
 
     @property
     def key(self) -> tuple:
-        """What it is of: the same in two runs whose results can be compared."""
+        """Identifies what was measured: results with equal keys can be compared."""
         options = tuple(sorted(self.options.items()))
         return self.benchmark, self.case, tuple(self.shape), self.dtype, self.labels, options
 
     @property
     def title(self) -> str:
-        """The case in words."""
+        """Case, shape, dtype and options, in one line."""
         parts = [self.case, "x".join(map(str, self.shape)), self.dtype]
         if self.labels == "soft":
             parts.append("soft labels")
@@ -106,21 +106,21 @@ class Result:
 
     @property
     def n_classes(self) -> int:
-        """Of the vocabulary."""
+        """The number of classes."""
         return self.shape[2] if self.benchmark == "linear" else self.shape[1]
 
     def find(self, mode: str, provider: str) -> Timing | None:
-        """The timing of a provider in a mode, where there is one."""
+        """The timing of a provider in a mode; None if there is none."""
         wanted = (mode, provider)
         return next((t for t in self.timings if (t.mode, t.provider) == wanted), None)
 
     def ratio(self, timing: Timing, provider: str) -> float | None:
-        """How many times faster it is than `provider` in the same mode, where that was measured."""
+        """Speedup over `provider` in the same mode; None if that was not measured."""
         other = self.find(timing.mode, provider)
         return other.median / timing.median if other else None
 
     def share(self, timing: Timing, baseline: str) -> float | None:
-        """Its part of a baseline's bandwidth, where that was measured."""
+        """Bandwidth as a share of a baseline's; None if that was not measured."""
         other = self.find(baseline, "torch")
         return timing.bandwidth / other.bandwidth if other and timing.bytes else None
 
@@ -134,7 +134,7 @@ class Run:
 
     @property
     def summary(self) -> str:
-        """The environment in words."""
+        """The machine and the versions, in one line."""
         env = self.environment
         versions = f"fused_xent {env['fused_xent']}, torch {env['torch']}, Python {env['python']}"
         if "gpu" in env:
@@ -146,18 +146,18 @@ class Run:
         )
 
     def write_json(self, path: Path) -> None:
-        """Everything, with every sample."""
+        """Writes everything, with every sample."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read_json(cls, path: Path) -> Run:
-        """What `write_json` wrote.
+        """Reads a file that `write_json` wrote.
 
         Raises:
-            ValueError: the file has something else in it.
+            ValueError: there is no such file, or it has another content.
         """
         if not path.is_file():
-            raise ValueError(f"{path} is no file")
+            raise ValueError(f"{path} is not a file")
         try:
             content = json.loads(path.read_text())
             run = cls(content["environment"], [_result(one) for one in content["results"]])
@@ -168,15 +168,15 @@ class Run:
             return run
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path} is no file of python -m bench --json ({reason})") from error
+            raise ValueError(f"{path} is not from python -m bench --json ({reason})") from error
 
     def write_csv(self, path: Path) -> None:
-        """A line for each timing."""
+        """Writes a line for each timing."""
         with path.open("w", newline="") as file:
             csv.writer(file).writerows(self.csv_rows())
 
     def csv_rows(self) -> Iterator[tuple]:
-        """The head, and a row for each timing; what was not measured is empty."""
+        """Yields the header, and a row for each timing; a value that is not known is empty."""
         yield (
             *("benchmark", "case", "shape", "dtype", "labels", "options", "mode", "provider"),
             *("samples", "median_s", "first_quartile_s", "third_quartile_s", "bytes"),
@@ -199,10 +199,10 @@ class Run:
 
 
 def _result(content: dict) -> Result:
-    """One that came from a file.
+    """Makes a result of its JSON form.
 
     Raises:
-        ValueError, TypeError: it is not as this program writes them.
+        ValueError, TypeError: the form is not the one that `Run.write_json` writes.
     """
     result = Result(**{**content, "timings": [Timing(**one) for one in content["timings"]]})
     _expect(result.shape, list, int, "shape")
@@ -217,7 +217,7 @@ def _result(content: dict) -> Result:
         _expect(list(getattr(result, name).values()), list, kind, name)
         _expect(list(getattr(result, name)), list, str, name)
     if len(result.shape) < (3 if result.benchmark == "linear" else 2):
-        raise ValueError(f"shape must have its dimensions, got {result.shape}")
+        raise ValueError(f"shape must have more dimensions, got {result.shape}")
     for timing in result.timings:
         _expect(timing.mode, str, None, "mode", (*BASELINES, *MODES, "step", *HOST_MODES))
         _expect(timing.provider, str, None, "provider")
@@ -225,7 +225,7 @@ def _result(content: dict) -> Result:
         _expect(list(counts), list, int, "bytes")
         _expect(timing.seconds, list, (int, float), "seconds")
         if not timing.seconds or not all(1e-12 < one < 1e12 for one in timing.seconds):
-            raise ValueError("seconds must be some positive numbers")
+            raise ValueError("seconds must be one or more positive numbers")
         if timing.bytes < 0 or timing.operations < 0:
             raise ValueError("bytes and operations must not be negative")
         json.dumps([timing.provider, result.case], ensure_ascii=False).encode()
@@ -233,18 +233,18 @@ def _result(content: dict) -> Result:
 
 
 def _expect(value, kind, of, name: str, known: Collection[str] | None = None) -> None:
-    """Raises TypeError or ValueError where a value, or one in it, is of another kind."""
+    """Raises TypeError or ValueError if a value, or an element of it, does not fit."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {kind.__name__}, got {value!r:.50}")
     for one in value if of else ():
         if not isinstance(one, of) or isinstance(one, bool):
-            raise TypeError(f"{name} must be of {of}, has {one!r:.50}")
+            raise TypeError(f"{name} must have elements of {of}, got {one!r:.50}")
     if known is not None and value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r:.50}")
 
 
 def environment(device: str) -> Environment:
-    """What the figures depend on: the command, the machine, the versions."""
+    """Describes what the results depend on: the command, the machine, the versions."""
     env: Environment = {
         "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
         "cpu": cpu_name(),
@@ -261,7 +261,7 @@ def environment(device: str) -> Environment:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux knows it, elsewhere what Python knows."""
+    """Returns the processor's name from /proc/cpuinfo or, if there is none, from Python."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -1,9 +1,9 @@
-"""How near losses come to what this machine can do: its memory's bandwidth, or its arithmetic.
+"""Measures how close losses come to the limits of this machine: memory bandwidth and arithmetic.
 
-The roof is the lesser of the bandwidth (of a copy or a read of the logits, whichever is faster)
-times the operations a byte, and the rate of bare matrix products in the same dtype. A loss lies
-under its slope, a linear layer with its loss under its flat part. What finds a part of the logits
-still in a cache, as a backward after its forward may, can lie above. `plot` draws it.
+The roof is the smaller one of two rates: the bandwidth (of a copy or a read of the logits,
+whichever is faster) times the operations per byte, and the rate of bare matrix products in the same
+dtype. Bandwidth limits a loss, arithmetic limits a linear layer with its loss. A backward can be
+above the roof if a part of the logits is still in a cache after its forward. `plot` draws the roof.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from .command import Parser, measure_all
 from .linear import BARE
 from .results import BASELINES, Run, Timing
 
-CASES = {"cpu": ("llama2", "llama2"), "cuda": ("llama3", "llama3-4k")}  # of the loss, linear
+CASES = {"cpu": ("llama2", "llama2"), "cuda": ("llama3", "llama3-4k")}  # (of loss, of linear)
 QUICK_LINEAR = {"cpu": "small", "cuda": "llama3-4k"}
 
 
 @dataclass(frozen=True)
 class Roof:
-    """Of one dtype."""
+    """The limits of the machine in one dtype."""
 
-    bandwidth: float  # bytes a second
-    rate: float  # operations a second
+    bandwidth: float  # bytes per second
+    rate: float  # operations per second
 
     def at(self, intensity: float) -> float:
-        """Operations a second that a provider with so many operations a byte can reach."""
+        """Operations per second that can be reached with `intensity` operations per byte."""
         return min(self.bandwidth * intensity, self.rate)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One timing under its roof."""
+    """One timing, as a point under the roof."""
 
     benchmark: str
     timing: Timing
 
     @property
     def label(self) -> str:
-        """The mode and the provider."""
+        """The mode and the provider, for a table or a legend."""
         what = "linear" if self.benchmark == "linear" else tables.MODE_TITLES[self.timing.mode]
         return f"{what}, {self.timing.provider}"
 
 
 def roofs(run: Run) -> dict[str, Roof]:
-    """By dtype, where both a loss and a linear layer were measured."""
+    """Returns the roof of each dtype that has both a loss and a linear layer measured."""
     found = {}
     for dtype in DTYPES:
         bandwidths, rates = [0.0], [0.0]
@@ -67,7 +67,7 @@ def roofs(run: Run) -> dict[str, Roof]:
 
 
 def points(run: Run, dtype: str) -> Iterator[Point]:
-    """All that was measured in a dtype, but for what makes the roof."""
+    """Yields all timings in a dtype, except those that define the roof."""
     for result in run.results:
         for timing in result.timings if result.dtype == dtype else ():
             if timing.mode not in BASELINES and timing.provider != BARE:

@@ -1,4 +1,4 @@
-"""What was measured, as tables for a terminal and for the README."""
+"""Formats results as tables for a terminal and for the README."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from rich.table import Table
 
 from .results import BASELINES, EAGER, Result, Timing
 
-WIDTH = 100  # where the output is no terminal
+WIDTH = 100  # if stdout is not a terminal
 MODE_TITLES = {
     "forward": "forward (no grad)",
     "backward": "backward",
     "both": "forward + backward",
     "step": "loss and both gradients",
-    "host forward": "forward (no grad), host alone",
-    "host both": "forward + backward, host alone",
+    "host forward": "forward (no grad), host time",
+    "host both": "forward + backward, host time",
 }
 LOSS_COLUMNS = ("", "ms", "±", "MB", "GB/s", "of copy", "vs eager", "memory MB")
 LINEAR_COLUMNS = ("", "ms", "±", "GFLOP/s", "x bare", "vs eager", "memory MB", "error")
 OVERHEAD_COLUMNS = ("", "us", "±", "x eager", "kernels")
 NOTES = {
-    "loss": "MB: that must be moved. of copy: of its GB/s. memory: at once beyond logits and "
-    "target; of a backward, that of the whole step.",
-    "linear": "x bare: of the time of the bare products. memory: at once beyond inputs and "
-    "gradients. error: of grad_weight, relative to float64's.",
-    "overhead": "us: microseconds a call. x eager: of torch eager's time. kernels: that a call "
-    "launches.",
+    "loss": "MB: must be moved. of copy: share of the copy's GB/s. memory: peak beyond logits and "
+    "target; for backward, that of the whole step.",
+    "linear": "x bare: time divided by that of the bare products. memory: peak beyond inputs and "
+    "gradients. error: of grad_weight, relative to float64.",
+    "overhead": "us: microseconds per call. x eager: time divided by torch eager's. kernels: "
+    "launched per call.",
 }
 DASH = "-"
 
 
 class Output(Console):
-    """Of stdout: coloured where that is a terminal, and as wide. Brackets are brackets."""
+    """Writes to stdout, in colour if that is a terminal. Text in brackets is not markup."""
 
     def __init__(self) -> None:
-        """As wide as a table needs where stdout is no terminal."""
+        """Takes the terminal's width, or `WIDTH` if stdout is not a terminal."""
         options = {"highlight": False, "markup": False, "emoji": False}
         has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
         super().__init__(**options, width=None if has_width else WIDTH)
 
     def on_broken_pipe(self) -> NoReturn:
-        """Whoever reads has seen enough."""
+        """Leaves the error to `bench.__main__.run`; rich would exit with status 1."""
         raise BrokenPipeError
 
 
 def show(result: Result, out: Output) -> None:
-    """Prints one case's table."""
+    """Prints the table of one case."""
     columns, cells_of = TABLES[result.benchmark]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for mode, title in MODE_TITLES.items():
         timings = [timing for timing in result.timings if timing.mode == mode]
-        if timings and mode != "step":  # which a linear layer has alone
+        if timings and mode != "step":  # the only mode of a linear layer
             table.add_row(title, style="italic")
         fastest = min((timing.median for timing in timings), default=0.0)
         for timing in timings:
@@ -75,20 +75,20 @@ def show(result: Result, out: Output) -> None:
         rates = (
             f"{t.mode} {t.median * 1e3:.2f} ms, {t.bandwidth / 1e9:.1f} GB/s" for t in baselines
         )
-        out.print("the logits alone: " + "; ".join(rates), style="dim")
+        out.print("only the logits: " + "; ".join(rates), style="dim")
     out.print(table)
     for line in reasons(result):
         out.print(f"  {DASH} {line}", style="dim")
 
 
 def notes(results: Iterable[Result]) -> Iterator[str]:
-    """What the columns mean."""
-    yield "Times are medians. ±: half of what is between the quartiles, as a part of the median."
+    """Explains the columns."""
+    yield "Times are medians. ±: half the interquartile range, relative to the median."
     yield from dict.fromkeys(NOTES[result.benchmark] for result in results)
 
 
 def reasons(result: Result) -> list[str]:
-    """Who is not measured and why, those of one reason together."""
+    """Lists the providers without timings, grouped by reason."""
     by_reason: dict[str, list[str]] = {}
     for provider, reason in {**result.absent, **result.failures}.items():
         by_reason.setdefault(reason, []).append(provider)
@@ -96,7 +96,7 @@ def reasons(result: Result) -> list[str]:
 
 
 def loss_cells(result: Result, timing: Timing) -> tuple[str, ...]:
-    """A row's, but for its name."""
+    """Returns the cells of a row, without the provider's name."""
     return (
         f"{timing.median * 1e3:.2f}",
         f"{timing.noise / 2:.0%}",
@@ -109,7 +109,7 @@ def loss_cells(result: Result, timing: Timing) -> tuple[str, ...]:
 
 
 def linear_cells(result: Result, timing: Timing) -> tuple[str, ...]:
-    """A row's, but for its name."""
+    """Returns the cells of a row, without the provider's name."""
     error = result.errors.get(timing.provider, {}).get("grad_weight")
     bare = result.find("step", "bare products")
     return (
@@ -124,7 +124,7 @@ def linear_cells(result: Result, timing: Timing) -> tuple[str, ...]:
 
 
 def overhead_cells(result: Result, timing: Timing) -> tuple[str, ...]:
-    """A row's, but for its name."""
+    """Returns the cells of a row, without the provider's name."""
     eager = result.find(timing.mode, EAGER)
     return (
         f"{timing.median * 1e6:.1f}",
@@ -134,7 +134,7 @@ def overhead_cells(result: Result, timing: Timing) -> tuple[str, ...]:
     )
 
 
-TABLES = {  # by benchmark: the columns, and what fills them
+TABLES = {  # benchmark: (columns, function that fills a row)
     "loss": (LOSS_COLUMNS, loss_cells),
     "linear": (LINEAR_COLUMNS, linear_cells),
     "overhead": (OVERHEAD_COLUMNS, overhead_cells),
@@ -142,22 +142,22 @@ TABLES = {  # by benchmark: the columns, and what fills them
 
 
 def percent(share: float | None) -> str:
-    """Of one."""
+    """Formats a share of 1 as a percentage."""
     return DASH if share is None else f"{share:.0%}"
 
 
 def times(ratio: float | None) -> str:
-    """As often."""
+    """Formats a ratio, as in 2.0x."""
     return DASH if ratio is None else f"{ratio:.1f}x"
 
 
 def megabytes(size: int | None) -> str:
-    """Of bytes."""
+    """Formats bytes as megabytes."""
     return DASH if size is None else f"{size / 1e6:.1f}"
 
 
 def markdown(results: Iterable[Result], mode: str | None = None) -> Iterator[str]:
-    """Lines of the README's tables, of one mode alone where it is given."""
+    """Yields the lines of the README's tables, for one mode if it is given."""
     results = list(results)
     modes = [mode] if mode else list(MODE_TITLES)
     parts = {
@@ -175,7 +175,7 @@ def markdown(results: Iterable[Result], mode: str | None = None) -> Iterator[str
 
 
 def loss_markdown(results: list[Result], modes: list[str]) -> Iterator[str]:
-    """A row for each case and mode, a column for each provider."""
+    """Yields a row for each case and mode, with a column for each provider."""
     timings = [t for result in results for t in result.timings if t.mode in modes]
     names = dict.fromkeys(timing.provider for timing in timings)
     modes = [mode for mode in modes if any(timing.mode == mode for timing in timings)]
@@ -197,7 +197,7 @@ def loss_markdown(results: list[Result], modes: list[str]) -> Iterator[str]:
 
 
 def loss_markdown_cell(result: Result, timing: Timing | None) -> str:
-    """Milliseconds and, of others than torch, how many times faster than eager and compile."""
+    """Milliseconds; except for torch, also the speedups over torch eager and torch.compile."""
     if timing is None:
         return DASH
     cell = f"{timing.median * 1e3:.2f}"
@@ -208,7 +208,7 @@ def loss_markdown_cell(result: Result, timing: Timing | None) -> str:
 
 
 def linear_markdown(results: list[Result]) -> Iterator[str]:
-    """A row for each case and provider."""
+    """Yields a row for each case and provider."""
     head = ["rows x features x classes", "", "ms", "x bare products", "memory, MB"]
     yield f"| {' | '.join([*head, 'error of `grad_weight`'])} |"
     yield "|---|---|---:|---:|---:|---:|"
@@ -223,10 +223,10 @@ def linear_markdown(results: list[Result]) -> Iterator[str]:
 
 
 def overhead_markdown(results: list[Result], modes: list[str]) -> Iterator[str]:
-    """A row for each case and mode, a column for each provider."""
+    """Yields a row for each case and mode, with a column for each provider."""
     timings = [t for result in results for t in result.timings if t.mode in modes]
     names = dict.fromkeys(timing.provider for timing in timings)
-    yield f"| microseconds a call (x eager) | {' | '.join(names)} |"
+    yield f"| microseconds per call (x eager) | {' | '.join(names)} |"
     yield "|---|" + "---:|" * len(names)
     for result in results:
         for mode in modes:
@@ -238,7 +238,7 @@ def overhead_markdown(results: list[Result], modes: list[str]) -> Iterator[str]:
 
 
 def overhead_markdown_cell(result: Result, timing: Timing | None) -> str:
-    """Microseconds and, of others than torch eager, how many times its time."""
+    """Microseconds; except for torch eager, also the time divided by torch eager's."""
     if timing is None:
         return DASH
     us, _, ratio, _ = overhead_cells(result, timing)

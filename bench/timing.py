@@ -1,10 +1,11 @@
-"""How a loss is timed: as a training step pays for it, all providers in turn.
+"""How a loss is timed: as in a training step, all providers in turn.
 
-Before each timing the logits are written anew, so that one who overwrites them harms no other, and
-then the caches are emptied: every provider finds them in one state, and GB/s are those of memory.
-The gradient of the round before has been freed by then, so each provider pays for the allocation of
-its own, page faults included, as in training, where a gradient lives only until the layer below has
-used it. No provider pays for `.grad`: logits have none. On a GPU memory comes from torch's pool.
+Before each timing the logits are restored, so a provider that overwrites them does not affect the
+others. Then the caches are emptied: every provider starts from the same state, and GB/s are those
+of memory. The gradient of the previous round has been freed by then. So each provider pays for the
+allocation of its own, page faults included, as in training, where a gradient lives only until the
+layer below has used it. No provider pays for `.grad`: logits have none. On a GPU, memory comes from
+torch's caching allocator.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor
 from .device import PeakMemory, clock
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Key = tuple[str, str]  # a mode and a provider
+Key = tuple[str, str]  # (mode, provider)
 Samples = dict[Key, float]  # seconds
 Timer = Callable[[], Samples]  # runs something once
 
 
 class _LastLayer(torch.autograd.Function):
-    """Stands for the model: hands out its logits, and takes their gradient without a copy."""
+    """Stands in for the model: returns its logits, and keeps their gradient without a copy."""
 
     @staticmethod
     def forward(ctx, parameter: Tensor, logits: Tensor, received: list[Tensor]) -> Tensor:
@@ -41,7 +42,7 @@ class _LastLayer(torch.autograd.Function):
 
 @dataclass
 class Step:
-    """What one forward and backward pass gave, and the seconds that each took."""
+    """The results of a forward and a backward pass, and the seconds that each took."""
 
     loss: Tensor
     grad_logits: Tensor
@@ -50,7 +51,7 @@ class Step:
 
 
 class Workload:
-    """The tensors of one case: logits and target for providers, and the originals of both."""
+    """The tensors of one case: logits and target for the providers, and the originals."""
 
     def __init__(self, logits: Tensor, target: Tensor) -> None:
         """Logits (N, C, ...); target (N, ...) of indices or (N, C, ...) of probabilities."""
@@ -62,20 +63,20 @@ class Workload:
         self._parameter = torch.zeros((), requires_grad=True, device=logits.device)
 
     def restore(self) -> None:
-        """Makes the originals of what one provider was given what the next one is given."""
+        """Resets logits and target, which a provider may have overwritten, to the originals."""
         self.logits.copy_(self.original)
         self.target.copy_(self.original_target)
 
     @torch.no_grad()
     def forward(self, loss: Loss) -> tuple[Tensor, float]:
-        """The loss without a graph, as in evaluation, and its seconds."""
+        """Returns the loss, computed without a graph as in evaluation, and its seconds."""
         self.restore()
         start = self.clock.start()
         value = loss(self.logits, self.target)
         return value, self.clock.seconds(start, self.clock.mark())
 
     def step(self, loss: Loss, upstream: Tensor | None = None) -> Step:
-        """The loss and its gradient, scaled by `upstream` (1 when None), as in training."""
+        """Computes the loss and its gradient, scaled by `upstream` (None: 1), as in training."""
         self.restore()
         received: list[Tensor] = []
         logits = _LastLayer.apply(self._parameter, self.logits, received)
@@ -88,7 +89,7 @@ class Workload:
         return Step(value.detach(), received.pop(), seconds(start, middle), seconds(middle, end))
 
     def peak_bytes(self, loss: Loss) -> dict[str, int | None]:
-        """The most memory at once beyond logits and target, by mode; a backward's is a step's."""
+        """Returns peak memory beyond logits and target, by mode; backward has that of the step."""
         with PeakMemory(self.logits.device.type) as of_forward:
             self.forward(loss)
         with PeakMemory(self.logits.device.type) as of_step:
@@ -96,10 +97,10 @@ class Workload:
         return {"forward": of_forward.bytes, "backward": of_step.bytes, "both": of_step.bytes}
 
     def baselines(self) -> Samples:
-        """One copy of the logits into memory that is already touched, and one bare read of them.
+        """Times a copy of the logits into memory that has been touched, and a read of them.
 
-        The read is a sum of 64-bit integers, whatever the dtype: of torch's reductions it is among
-        those that memory alone bounds, where sums of 32-bit integers are bound by their arithmetic.
+        The read is torch's sum of 64-bit integers, whatever the dtype: memory bandwidth limits it.
+        A sum of 32-bit integers would be limited by arithmetic.
         """
         words = self.logits.view(-1).view(torch.uint8)
         words = words[: words.numel() // 8 * 8].view(torch.int64)
@@ -122,11 +123,11 @@ def interleave(
     on_round: Callable[[int], None],
     samples: dict[Key, list[float]],
 ) -> dict[str, Exception]:
-    """All providers' timers in turn, round after round, until there are enough rounds and seconds.
+    """Runs all timers in turn, round after round, for at least so many rounds and seconds.
 
-    What disturbs the machine for a while thus disturbs all of them, and their ratios stand. Adds to
-    `samples`, which has what there is when the user interrupts. Whoever raises is left out from
-    then on, and returned.
+    If something disturbs the machine for a while, it thus affects all providers, and their ratios
+    hold. Adds each sample to `samples` at once, so that none is lost if the user interrupts. A
+    provider that raises is left out from then on; its exception is returned.
     """
     start, n_rounds = perf_counter(), 0
     raised: dict[str, Exception] = {}

@@ -1,4 +1,4 @@
-"""The benchmark's commands: what they print and write, and what they are told."""
+"""The benchmark's commands from end to end: printed output, written files, errors."""
 
 import csv
 import json
@@ -64,7 +64,7 @@ def test_loss(tmp_path, capsys):
     ],
 )
 def test_options_of_the_loss(options, capsys):
-    """Each is in what is measured, and in float64's."""
+    """The measured losses and the float64 check use each option."""
     assert bench.main([*SMALL, *options, "--mode", "both", "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert options[0][2:].split("-")[0] in printed
@@ -91,7 +91,7 @@ def test_linear(tmp_path, capsys):
 
 
 def test_sweep_roofline_and_their_plots(tmp_path, monkeypatch, capsys):
-    """Of small cases: which ones the commands have is in test_bench_command.py."""
+    """With small cases; the default cases are tested in test_bench_command.py."""
     monkeypatch.setitem(SUITES["cpu"].cases, "llama2", Case("llama2", (24, 3200)))
     monkeypatch.setitem(linear.QUICK["cpu"], "small", (24, 16, 320))
     monkeypatch.setattr("bench.cases.SWEPT_LOGITS", 1 << 14)
@@ -177,7 +177,7 @@ def test_help_names_every_command(capsys):
     assert all(f"  {name} " in printed for name in bench.COMMANDS)
 
 
-def test_interrupt_prints_what_there_is(tmp_path, monkeypatch, capsys):
+def test_interrupt_prints_partial_results(tmp_path, monkeypatch, capsys):
     path, rounds = tmp_path / "x.json", 0
     known = Workload.baselines
 

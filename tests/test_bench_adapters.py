@@ -1,4 +1,4 @@
-"""The adapters of other implementations: what each passes on, and when there is none."""
+"""The adapters of other implementations: the options they pass on, and why some are absent."""
 
 import sys
 import types
@@ -14,11 +14,11 @@ from bench.check import Check, torch_loss
 from bench.providers import ADAPTERS, Request, Unsupported, gather
 from bench.timing import Workload
 
-pytestmark = pytest.mark.cpu("a GPU's providers are stand-ins")
+pytestmark = pytest.mark.cpu("the providers of a GPU are stand-ins")
 
 
 def module(monkeypatch, name, **contents):
-    """Puts a module there for this test."""
+    """Put a module with these contents into sys.modules, for this test."""
     parts = name.split(".")
     for i in range(1, len(parts) + 1):
         monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(parts[i - 1]))
@@ -27,7 +27,7 @@ def module(monkeypatch, name, **contents):
 
 
 class FlashAttentionLoss:
-    """The signature of flash-attention's module."""
+    """Has the signature of flash-attention's module."""
 
     def __init__(
         self, ignore_index=-100, label_smoothing=0.0, lse_square_scale=0.0, inplace_backward=False
@@ -39,7 +39,7 @@ class FlashAttentionLoss:
 
 
 class ApexLoss:
-    """The signature of apex's function."""
+    """Has the signature of apex's function."""
 
     @staticmethod
     def apply(logits, labels, smoothing, padding_idx, half_to_float):
@@ -61,7 +61,7 @@ def parallel_cross_entropy(inp, target, label_smoothing=0.0, reduce_loss=False):
     return F.cross_entropy(inp[0], target[0], label_smoothing=label_smoothing)
 
 
-PEERS = {  # the name, a module as the adapter wants it, and what the peer can do
+PEERS = {  # name: the module that the adapter imports, its contents, the supported options
     "liger-kernel": (
         "liger_kernel.transformers.functional",
         {"liger_cross_entropy": liger_cross_entropy},
@@ -92,7 +92,7 @@ PEERS = {  # the name, a module as the adapter wants it, and what the peer can d
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_adapters_of_peers(peer, monkeypatch):
-    """Each asks its peer for what the case wants, of stand-ins that have the peers' signatures."""
+    """Stand-ins have the peers' signatures, and their results show which options arrive."""
     name, contents, known = PEERS[peer]
     values = {"ignored": 0.4, "label_smoothing": 0.1, "lse_square_scale": 0.1, "softcap": 2.0}
     plain = Case("own", (24, 50))
@@ -117,8 +117,8 @@ def test_adapters_of_peers(peer, monkeypatch):
             ADAPTERS[peer](Request(case, "float32", "cuda"))
 
 
-def test_who_is_not_there_is_said_and_why(monkeypatch):
-    module(monkeypatch, "liger_kernel.transformers.functional")  # of a version without it
+def test_absent_providers_have_a_reason(monkeypatch):
+    module(monkeypatch, "liger_kernel.transformers.functional")  # a version without the function
     request = Request(Case("own", (24, 50)), "float32", "cuda")
     found, absent = gather(ADAPTERS, request, ["fused_xent", "liger-kernel", "apex"])
     assert next(one.name for one in found) == "fused_xent"
@@ -129,7 +129,7 @@ def test_who_is_not_there_is_said_and_why(monkeypatch):
 
 
 def recorded(calls, function=F.cross_entropy):
-    """A stand-in for a loss that keeps the options of its calls."""
+    """Return a stand-in for a loss that appends the options of each call to `calls`."""
 
     def loss(*inputs, **options):
         calls.append(options)
@@ -141,8 +141,8 @@ def recorded(calls, function=F.cross_entropy):
 WANTED = Options(label_smoothing=0.1, ignored=0.4, lse_square_scale=0.2, softcap=3.0)
 
 
-def test_what_is_asked_of_this_package(monkeypatch):
-    """The options of the case, and of each form that is measured the one that makes it so."""
+def test_options_passed_to_this_package(monkeypatch):
+    """Each form gets the options of the case, and the flag that selects the form."""
     calls = []
     monkeypatch.setattr(fused_xent, "cross_entropy", recorded(calls))
     found = providers.ours(Request(Case("own", (24, 50), options=WANTED), "float32", "cpu"))
@@ -161,7 +161,7 @@ def test_what_is_asked_of_this_package(monkeypatch):
 
 
 def test_torch_compile_compiles_for_each_case(monkeypatch):
-    """What it has for the case before is forgotten, and no size is left open."""
+    """Code compiled for the previous case is dropped, and no dimension is dynamic."""
     done = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
     monkeypatch.setattr(torch, "compile", lambda loss, **options: done.append(options) or loss)
@@ -181,7 +181,7 @@ def test_peers_are_measured_in_place_too(peer, monkeypatch):
     calls = []
     ((known, _),) = contents.items()
 
-    def loss_of(**options):  # flash-attention's is a module
+    def loss_of(**options):  # flash-attention has a module, made with options
         calls.append(options)
         return F.cross_entropy
 
@@ -199,7 +199,7 @@ def test_transformer_engine_has_no_float16():
         ADAPTERS["transformer-engine"](Request(Case("own", (24, 50)), "float16", "cuda"))
 
 
-LINEAR_PEERS = {  # the name, a module as the adapter wants it, its function, the options of calls
+LINEAR_PEERS = {  # name: the module that the adapter imports, its function, options by provider
     "liger-kernel": (
         "liger_kernel.transformers.functional",
         "liger_fused_linear_cross_entropy",
@@ -232,7 +232,7 @@ def test_adapters_of_linear_peers(peer, monkeypatch):
 
 
 def test_linear_providers_of_torch(monkeypatch):
-    """Its own chunks are there from 2.13 on."""
+    """torch has a chunked loss from 2.13 on."""
     with pytest.raises(Unsupported, match="is the same as eager on a CPU"):
         linear.torch_compile("cpu")
     monkeypatch.setattr(torch.nn, "LinearCrossEntropyOptions", lambda: "chunks", raising=False)
@@ -251,7 +251,7 @@ def breaks(request):
     raise RuntimeError("no such kernel\nand more")
 
 
-def test_names_choose_among_providers():
+def test_providers_are_selected_by_name():
     adapters = {"a": lambda _: ["1", "2"], "b": lambda _: ["3"], "c": breaks}
     assert gather(adapters, None, None) == (
         ["1", "2", "3"],

@@ -1,4 +1,4 @@
-"""What the benchmark's commands measure, by stand-ins for the measurements, and how they end."""
+"""The benchmark's commands with stand-ins for measurements: cases, files, exit status."""
 
 import gc
 import subprocess
@@ -23,13 +23,13 @@ ROOT = Path(bench.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Most of a run's time goes to cold caches and to garbage, on which nothing here depends."""
+    """Skip cache flushes and garbage collection, which take most of the time of a run."""
     monkeypatch.setattr(HostClock, "start", HostClock.mark)
     monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 def fine(result, show):
-    """Measures a copy and a loss of a tenth of a second."""
+    """Measure a copy and a loss, with samples of 0.1 and 0.2 seconds each."""
     show("timing")
     result.timings.append(Timing("copy", "torch", 200, 0, seconds=[0.1, 0.2]))
     result.timings.append(Timing("both", "fused_xent", 300, 70, seconds=[0.1, 0.2]))
@@ -37,7 +37,7 @@ def fine(result, show):
 
 def wrong(result, show):
     fine(result, show)
-    result.failures["liar"] = "loss is 1.0e-01 off float64's"
+    result.failures["faulty"] = "loss is 1.0e-01 off float64's"
 
 
 def no_memory(result, show):
@@ -54,7 +54,7 @@ def interrupted_halfway(result, show):
 
 
 def named(value):
-    """The measurements of a test, for its name."""
+    """Return the test id of a list of measurements."""
     return (
         "-".join(getattr(one, "__name__", str(one)) for one in value or [])
         if isinstance(value, list)
@@ -63,7 +63,7 @@ def named(value):
 
 
 def measured(tmp_path, *measures, bytes_needed=0, arguments=()):
-    """The run over such measurements, its status, and the names of the cases in its file."""
+    """Run these measurements; return the exit status and the names of the cases in the file."""
     parser = Parser(prog="bench")
     parser.add_common(["fused_xent"])
     path = tmp_path / "run.json"
@@ -95,7 +95,7 @@ def measured(tmp_path, *measures, bytes_needed=0, arguments=()):
     ],
     ids=named,
 )
-def test_status_and_what_is_written(measures, status, cases, tmp_path, capsys):
+def test_exit_status_and_written_cases(measures, status, cases, tmp_path, capsys):
     expected = None if cases is None else [f"case{i}" for i in cases]
     assert measured(tmp_path, *measures) == (status, expected)
     printed = capsys.readouterr()
@@ -108,16 +108,16 @@ def test_status_and_what_is_written(measures, status, cases, tmp_path, capsys):
 
 
 def test_files_are_written_after_each_case(tmp_path):
-    """A run that is killed loses one case, not all."""
+    """A run that is killed loses only the case in progress."""
 
-    def looks(result, show):
+    def reads_the_file(result, show):
         assert [one.case for one in Run.read_json(tmp_path / "run.json").results] == ["case0"]
         fine(result, show)
 
-    assert measured(tmp_path, fine, looks) == (0, ["case0", "case1"])
+    assert measured(tmp_path, fine, reads_the_file) == (0, ["case0", "case1"])
 
 
-def test_what_is_wrong_in_the_benchmark_is_raised(tmp_path):
+def test_errors_of_the_benchmark_itself_are_raised(tmp_path):
     def breaks(result, show):
         raise RuntimeError("of another kind")
 
@@ -125,7 +125,7 @@ def test_what_is_wrong_in_the_benchmark_is_raised(tmp_path):
         measured(tmp_path, breaks, fine)
 
 
-def test_memory_is_limited_while_it_is_measured(tmp_path, monkeypatch):
+def test_memory_is_limited_during_measurements(tmp_path, monkeypatch):
     inside = []
 
     class Limited:
@@ -135,17 +135,17 @@ def test_memory_is_limited_while_it_is_measured(tmp_path, monkeypatch):
         def __exit__(self, *_):
             inside.pop()
 
-    def looks(result, show):
+    def checks_the_limit(result, show):
         assert len(inside) == 1
         fine(result, show)
 
     monkeypatch.setattr(command, "limited_memory", Limited)
-    assert measured(tmp_path, looks) == (0, ["case0"])
+    assert measured(tmp_path, checks_the_limit) == (0, ["case0"])
     assert inside == []
 
 
 @pytest.mark.parametrize(("free", "fits"), [(4000, True), (3999, False), (None, True)])
-def test_what_does_not_fit_memory_is_not_started(free, fits, tmp_path, monkeypatch, capsys):
+def test_cases_too_large_for_memory_are_not_started(free, fits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "free_bytes", lambda device: free)
     if fits:
         assert measured(tmp_path, fine, bytes_needed=4000) == (0, ["case0"])
@@ -156,14 +156,14 @@ def test_what_does_not_fit_memory_is_not_started(free, fits, tmp_path, monkeypat
     assert not (tmp_path / "run.json").exists()
 
 
-def test_memory_is_told_in_gigabytes(tmp_path, monkeypatch, capsys):
+def test_memory_is_reported_in_gigabytes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "free_bytes", lambda device: 2_500_000_000)
     with pytest.raises(SystemExit):
         measured(tmp_path, fine, bytes_needed=4_000_000_000)
     assert "it needs 4.0 GB, 2.5 GB are free" in capsys.readouterr().err
 
 
-def test_files_that_are_there_are_kept_until_there_is_something_to_write(tmp_path, monkeypatch):
+def test_existing_files_are_kept_until_there_are_results(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     path.write_text("of an earlier run")
     monkeypatch.setattr(command, "free_bytes", lambda device: 1)
@@ -172,13 +172,13 @@ def test_files_that_are_there_are_kept_until_there_is_something_to_write(tmp_pat
     assert path.read_text() == "of an earlier run"
 
 
-def test_file_that_can_no_longer_be_written(tmp_path, capsys):
-    def makes_a_folder_of_it(result, show):
+def test_file_that_becomes_unwritable(tmp_path, capsys):
+    def replaces_it_by_a_folder(result, show):
         fine(result, show)
         (tmp_path / "run.csv").mkdir()
 
     with pytest.raises(SystemExit) as error:
-        measured(tmp_path, makes_a_folder_of_it, arguments=["--csv", str(tmp_path / "run.csv")])
+        measured(tmp_path, replaces_it_by_a_folder, arguments=["--csv", str(tmp_path / "run.csv")])
     assert error.value.code == 2
     assert "run.csv" in capsys.readouterr().err
 
@@ -207,7 +207,7 @@ def test_markdown_names_the_machine_and_the_command(tmp_path, monkeypatch, capsy
         (between(0, 0.5), "half", None),
     ],
 )
-def test_numbers_of_options(convert, text, expected):
+def test_limits_of_numeric_options(convert, text, expected):
     if expected is not None:
         assert convert(text) == expected
         return
@@ -216,7 +216,7 @@ def test_numbers_of_options(convert, text, expected):
 
 
 def jobs_of(module, main, arguments, monkeypatch):
-    """What a command would measure: its options and its jobs."""
+    """Run a command without measuring; return its options and its jobs."""
     seen = {}
 
     def stand_in(parser, options, jobs):
@@ -277,7 +277,7 @@ LOSS_OPTIONS = {
 
 @pytest.mark.parametrize("option", LOSS_OPTIONS)
 @pytest.mark.parametrize("name", ["loss", "sweep"])
-def test_options_are_of_what_is_measured(name, option, monkeypatch):
+def test_options_reach_the_measured_cases(name, option, monkeypatch):
     main = {"loss": loss.main, "sweep": loss.sweep_main}[name]
     value = 1.0 if option == "--softcap" else 0.5
     case = ["imagenet"] if name == "loss" else ["--vocab", "50"]
@@ -289,7 +289,7 @@ def test_options_are_of_what_is_measured(name, option, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["loss", "sweep"])
-def test_soft_labels_are_measured(name, monkeypatch):
+def test_soft_labels_reach_the_measured_cases(name, monkeypatch):
     main = {"loss": loss.main, "sweep": loss.sweep_main}[name]
     case = ["imagenet"] if name == "loss" else ["--vocab", "50"]
     _, jobs = jobs_of(loss, main, [*case, "--soft"], monkeypatch)
@@ -338,7 +338,7 @@ def test_cases_of_a_linear_layer(arguments, shapes, dtypes, monkeypatch):
         (["--dtype", "float16"], ("llama2", (1024, 512, 32000)), ["float16"]),
     ],
 )
-def test_a_roofline_is_of_a_loss_and_a_linear_layer(arguments, linear_case, dtypes, monkeypatch):
+def test_cases_of_a_roofline(arguments, linear_case, dtypes, monkeypatch):
     options, jobs = jobs_of(roofline, roofline.main, arguments, monkeypatch)
     assert options.mode == ["forward", "backward", "both"]
     found = [(job.result.case, job.result.shape) for job in jobs]
@@ -347,7 +347,7 @@ def test_a_roofline_is_of_a_loss_and_a_linear_layer(arguments, linear_case, dtyp
 
 
 @pytest.mark.parametrize(("arguments", "is_shown"), [([], True), (["--markdown"], False)])
-def test_a_rooflines_table_is_not_in_markdown(arguments, is_shown, monkeypatch):
+def test_markdown_has_no_roofline_table(arguments, is_shown, monkeypatch):
     run, shown = Run({}, []), []
     monkeypatch.setattr(roofline, "measure_all", lambda *_: (run, 1))
     monkeypatch.setattr(roofline, "show", shown.append)
@@ -386,13 +386,13 @@ def test_rounds_of_a_linear_layer(arguments, n_rounds, tmp_path):
 
 
 def test_memory_work_and_modes_of_each_timing(tmp_path, monkeypatch):
-    """Each mode has its own memory, and what a provider has no part in is not measured."""
+    """Each mode has its own peak memory; a provider is timed only in the modes it has."""
     peaks = {"forward": 1, "backward": 2, "both": 3}
     monkeypatch.setattr(Workload, "peak_bytes", lambda workload, loss: peaks)
     path = tmp_path / "x.json"
     small = ["--rows", "4", "--vocab", "5", "--dtype", "float32", "--provider", "fused_xent"]
     common = ["--device", "cpu", "--rounds", "1", "--json", str(path)]
-    modes = ["--mode", "forward", "--mode", "backward", "--mode", "forward"]  # each once
+    modes = ["--mode", "forward", "--mode", "backward", "--mode", "forward"]  # timed once
     assert bench.main([*common, *small, *modes]) == 0
     (result,) = Run.read_json(path).results
     found = [(one.mode, one.provider, one.peak_bytes, one.operations) for one in result.timings]
@@ -406,8 +406,8 @@ def test_memory_work_and_modes_of_each_timing(tmp_path, monkeypatch):
     assert set(result.errors) == {"fused_xent", "fused_xent inplace"}
 
 
-def test_who_is_asked_and_why_others_are_not_there(tmp_path):
-    """Providers get the case unchanged: float16 has no fused form, a CPU no apex."""
+def test_timed_and_absent_providers_of_a_case(tmp_path):
+    """Providers get the case's dtype and device: float16 has no fused form, a CPU no apex."""
     path = tmp_path / "x.json"
     common = ["--device", "cpu", "--rounds", "1", "--json", str(path), "--provider", "fused_xent"]
     small = ["--rows", "4", "--vocab", "5", "--dtype", "float16", "--provider", "apex"]
@@ -419,7 +419,7 @@ def test_who_is_asked_and_why_others_are_not_there(tmp_path):
 
 
 def test_memory_of_each_linear_layer(tmp_path, monkeypatch):
-    """The bare products' is not measured."""
+    """The memory of the bare products is not measured."""
     monkeypatch.setattr(linear.Workload, "peak_bytes", lambda workload, loss: 77)
     path = tmp_path / "x.json"
     common = ["--device", "cpu", "--rounds", "1", "--json", str(path), "--provider", "fused_xent"]
@@ -432,11 +432,11 @@ def test_memory_of_each_linear_layer(tmp_path, monkeypatch):
     ]
     assert {one.bytes for one in result.timings} == {2 * 2 * 3 * (4 + 5) + 4 * 8}
     assert result.absent == {"liger-kernel": "needs a GPU"}
-    assert result.errors["fused_xent"]["grad_weight"] > 1e-5  # as bfloat16's
+    assert result.errors["fused_xent"]["grad_weight"] > 1e-5  # bfloat16 was used
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]], ids=["", "quick"])
-def test_a_device_that_is_not_there_is_refused(quick, tmp_path, monkeypatch, capsys):
+def test_missing_device_is_refused(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "why_not", lambda device: f"no {device} here")
     with pytest.raises(SystemExit) as error:
         measured(tmp_path, fine, arguments=quick)
@@ -447,15 +447,15 @@ def test_a_device_that_is_not_there_is_refused(quick, tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize(
     ("dtype", "soft", "expected"),
-    [  # bytes a logit: the logits, their original, a gradient, and float32 of eager
+    [  # bytes per logit: logits, original, gradient, and a float32 copy in eager
         ("float32", False, 4 * 4),
         ("bfloat16", False, 3 * 2 + 4),
-        ("float32", True, 7 * 4),  # the target, its original, and float32
+        ("float32", True, 7 * 4),  # also target, original and float32 copy
         ("bfloat16", True, 5 * 2 + 8),
     ],
 )
-def test_memory_that_a_loss_needs(dtype, soft, expected):
-    """Of few logits the check in float64 needs the most: 7 tensors, and what is between."""
+def test_memory_estimate_of_a_loss(dtype, soft, expected):
+    """With few logits the float64 check needs the most: 7 tensors and intermediate results."""
     few, many = (
         loss.job(Case("own", (n_rows, 1 << 18), soft=soft), dtype, None).bytes_needed
         for n_rows in (8, 1 << 14)
@@ -465,17 +465,17 @@ def test_memory_that_a_loss_needs(dtype, soft, expected):
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_memory_that_a_linear_layer_needs(dtype, size):
-    """Inputs and two gradients of each, their float64, and a chunk of its logits in float64."""
+def test_memory_estimate_of_a_linear_layer(dtype, size):
+    """Inputs and two gradients of each, the same in float64, and a chunk of logits in float64."""
     inputs = (1000 + 30_000) * 2000
     needed = linear.job("own", (1000, 2000, 30_000), dtype, None).bytes_needed
     assert needed == inputs * (3 * size + 3 * 8) + 4 * 8 * 1000 * 30_000
     many = linear.job("own", (1 << 20, 1, 1 << 18), dtype, None).bytes_needed
-    assert many < 2e9  # not all logits at once
+    assert many < 2e9  # far less than all logits
 
 
 def program(main):
-    """`python -m bench` in a process of its own, whose command is `main`."""
+    """Run `python -m bench` in a subprocess, with this source of `main`."""
     script = f"import os, sys\nimport bench.__main__ as b\n{main}\nb.main = main\nsys.exit(b.run())"
     return subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -492,12 +492,12 @@ def program(main):
         ("raise OSError(28, 'no space')", 2, "python -m bench: error: [Errno 28] no space\n"),
     ],
 )
-def test_how_the_program_ends(body, status, error):
+def test_exit_status_of_the_program(body, status, error):
     ended = program(f"def main():\n    print('what there is \\ud800')\n    {body}")
     assert (ended.returncode, ended.stderr) == (status, error)
 
 
-def test_without_a_command_the_loss_is_measured(monkeypatch):
+def test_the_default_command_is_loss(monkeypatch):
     seen = []
     for name, module in {"main": loss, "sweep_main": loss}.items():
         monkeypatch.setattr(
@@ -512,5 +512,5 @@ def test_without_a_command_the_loss_is_measured(monkeypatch):
     assert seen == expected
     monkeypatch.setitem(sys.modules, "torch_of_another_kind", None)
     monkeypatch.setitem(bench.COMMANDS, "loss", ("nowhere:main", ""))
-    with pytest.raises(ModuleNotFoundError, match="nowhere"):  # it is not a package to install
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):  # not reported as a missing package
         bench.main([])

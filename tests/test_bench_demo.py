@@ -1,4 +1,4 @@
-"""The demo: its text, its turns, what it compares, and one training step."""
+"""The demo: its text, the order of its runs, the comparison of losses, a training step."""
 
 import sys
 from array import array
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.cpu("runs the demo, which has an option for the device"
 
 
 class StandIn:
-    """A run whose steps and summary are made up, each of other seconds."""
+    """A run with made-up steps and summary; the seconds differ between runs."""
 
     made: ClassVar[list] = []
-    losses: ClassVar[dict] = {}  # what is added to those of a run at a step
+    losses: ClassVar[dict] = {}  # (loss function, step): what is added to the loss
 
     def __init__(self, loss, tokens_file=None, n_tokens=0, device=()):
         self.loss, self.device, self.n_tokens = loss, list(device), n_tokens
@@ -31,7 +31,7 @@ class StandIn:
     def step(self):
         i, k = len(self.steps), self.made.index(self) + 1
         loss = 5.0 - i + self.losses.get((self.loss, i), 0.0)
-        seconds = (0.012 if i else 9.0) / k  # the first step is slow: a mean would show it
+        seconds = (0.012 if i else 9.0) / k  # a slow first step changes the mean only
         self.steps.append({"loss": loss, "loss_seconds": seconds, "step_seconds": 2 * seconds})
 
     def finish(self):
@@ -52,7 +52,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """Runs that train nothing, on a text of three words."""
+    """Replaces the runs by stand-ins, on a text of three distinct tokens."""
     monkeypatch.setattr(StandIn, "made", [])
     monkeypatch.setattr(StandIn, "losses", {})
     monkeypatch.setattr(demo, "Run", StandIn)
@@ -64,7 +64,7 @@ def stand_ins(monkeypatch):
 
 
 def test_table_of_the_demo(stand_ins, capsys):
-    """Medians and ratios to torch; losses of the first, the middle and the last step."""
+    """Medians, their ratios to torch, and the losses at the first, middle and last step."""
     stand_ins.losses["fused_xent", 2] = -2e-6
     assert demo.main() == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -104,19 +104,19 @@ def test_runs_take_turns(stand_ins, monkeypatch):
     assert list(demo.train(runs)) == [1, 2, 3, 4]
     assert order == ["a", "b"] * 4
     order.clear()
-    now = iter([0.0, 50.0, 91.0])  # the second round ends after the most seconds
+    now = iter([0.0, 50.0, 91.0])  # the second round ends past the time limit
     monkeypatch.setattr(demo, "perf_counter", lambda: next(now))
     assert list(demo.train(runs)) == [1, 2]
     assert order == ["a", "b"] * 2
 
 
-def test_a_poor_library_is_refused(stand_ins, monkeypatch):
+def test_too_small_a_vocabulary_is_refused(stand_ins, monkeypatch):
     monkeypatch.setattr(demo, "MIN_VOCAB_SIZE", 4)
     with pytest.raises(SystemExit, match="only 3 distinct tokens"):
         demo.main()
 
 
-def test_demo_of_a_device_that_is_not_there(stand_ins, monkeypatch, capsys):
+def test_missing_device_is_refused(stand_ins, monkeypatch, capsys):
     monkeypatch.setattr(demo, "why_not", lambda device: f"no {device}")
     monkeypatch.setattr(sys, "argv", ["demo", "--device", "cuda"])
     with pytest.raises(SystemExit) as error:
@@ -126,7 +126,7 @@ def test_demo_of_a_device_that_is_not_there(stand_ins, monkeypatch, capsys):
 
 
 def test_words_and_characters(monkeypatch):
-    """What the vocabulary lacks is spelled; its words are the most frequent."""
+    """The most frequent words are tokens; all others are spelled as characters."""
     sources = ["the cat the cat the", "hat+"]
     monkeypatch.setattr(demo, "VOCAB_SIZE", 9)  # " +aceht" and two words
     tokens, n_different = demo.encode(sources)
@@ -142,9 +142,9 @@ def test_words_and_characters(monkeypatch):
     assert [vocabulary[i] for i in tokens][:5] == ["the", " ", *"cat"]
 
 
-def test_text_is_of_the_library_without_its_tests(tmp_path, monkeypatch):
+def test_text_excludes_tests_of_the_library(tmp_path, monkeypatch):
     for name in ("a.py", "x/b.py", "test/c.py", "x/tests/d.py", "site-packages/e.py", "f.txt"):
-        path = tmp_path / "tests" / name  # what lies above is no matter
+        path = tmp_path / "tests" / name  # a parent folder named tests is no reason to exclude
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name.encode() + b"\xff")
     paths = {"stdlib": str(tmp_path / "tests")}
@@ -153,7 +153,7 @@ def test_text_is_of_the_library_without_its_tests(tmp_path, monkeypatch):
 
 
 class Ticks:
-    """A clock whose marks are numbered."""
+    """A clock whose marks are consecutive numbers."""
 
     def __init__(self):
         self.n = 0
@@ -167,7 +167,7 @@ class Ticks:
 
 
 def trained(loss, n_steps=3):
-    """A training of a few words, after some steps, and what they told."""
+    """Return a training on a few words, and the results of its first steps."""
     tokens = torch.arange(1000, dtype=torch.int32) % 37
     training = demo_training.Training(loss, tokens, 40, "cpu")
     return training, [training.step() for _ in range(n_steps)]
@@ -179,8 +179,8 @@ def losses_of_torch():
 
 
 @pytest.mark.parametrize("loss", demo_training.LOSSES)
-def test_training_is_the_same_with_each_loss(loss, losses_of_torch):
-    """And it learns."""
+def test_each_loss_gives_the_same_training(loss, losses_of_torch):
+    """The loss also decreases."""
     _, steps = trained(loss, 5)
     losses = [step["loss"] for step in steps]
     assert losses == pytest.approx(losses_of_torch, abs=1e-5)
@@ -188,8 +188,7 @@ def test_training_is_the_same_with_each_loss(loss, losses_of_torch):
     assert 0.5 * losses[0] < torch.tensor(40.0).log() < 1.5 * losses[0]
 
 
-def test_gradients_are_of_one_step():
-    """After a step they are gone, and the parameters are others."""
+def test_step_clears_gradients_and_updates_parameters():
     training, _ = trained("torch", 0)
     before = training.model.head.weight.detach().clone()
     training.step()
@@ -205,7 +204,7 @@ def test_losses_of_the_demo(monkeypatch):
     assert (fused.func, fused.keywords) == (fused_xent.cross_entropy, {"grad_in_forward": True})
 
 
-def test_words_that_follow():
+def test_targets_are_the_next_words():
     training, _ = trained("torch", 0)
     inputs, target = training.batch()
     assert inputs.shape == (8, 128)
@@ -213,7 +212,7 @@ def test_words_that_follow():
     assert torch.equal(inputs[:, 1:], target.view(8, 128)[:, :-1])
 
 
-def test_model_does_not_see_the_words_to_come():
+def test_model_is_causal():
     training, _ = trained("torch", 0)
     words = torch.randint(40, (1, 128))
     others = torch.cat([words[:, :60], torch.randint(40, (1, 68))], 1)
@@ -226,17 +225,17 @@ def test_model_does_not_see_the_words_to_come():
 
 @pytest.mark.parametrize("loss", demo_training.LOSSES)
 def test_seconds_of_a_step(loss):
-    """Of the loss: its forward, and its backward until the head's begins. Of a step: all of it."""
+    """loss_seconds: forward of the loss, and backward up to the head; step_seconds: everything."""
     training, _ = trained(loss, 0)
     training.clock = Ticks()
     step = training.step()
-    # Marks: start, before the loss, after it, before the backward, the gradient's arrival, the end.
+    # Marks: start, before and after the loss, before backward, at the logits' gradient, end.
     assert step["loss_seconds"] == 10**3 - 10**2 + 10**5 - 10**4
     assert step["step_seconds"] == 10**6 - 10
 
 
 def test_a_run_is_a_process(tmp_path, monkeypatch):
-    """It answers each line with a step, and at its end with what it took; whatever its loss."""
+    """The process answers each request with a step, and ends with a summary."""
     (tmp_path / "tokens").write_bytes(array("i", [i % 37 for i in range(1000)]).tobytes())
     monkeypatch.setattr(demo, "VOCAB_SIZE", 40)
     monkeypatch.chdir(demo.Path(demo.__file__).parents[1])

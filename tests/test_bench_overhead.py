@@ -1,4 +1,4 @@
-"""`python -m bench overhead`: what is called, what is counted, and what is shown."""
+"""`python -m bench overhead`: cases, calls, kernel counts and output."""
 
 import types
 
@@ -20,13 +20,13 @@ RUN = ["overhead", "--device", "cpu", "--rounds", "2"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No cold caches for the checks, and few calls in a sample: nothing here depends on them."""
+    """Skip cache flushes, and make only two calls per sample."""
     monkeypatch.setattr(HostClock, "start", HostClock.mark)
     monkeypatch.setattr(overhead, "CALLS", 2)
 
 
 def measured(tmp_path, *arguments):
-    """The status of a run, and its file."""
+    """Return the exit status, and the run from the written file."""
     path = tmp_path / "x.json"
     status = bench.main([*RUN, "--json", str(path), *arguments])
     return status, Run.read_json(path)
@@ -76,7 +76,7 @@ def test_cases_and_rounds(arguments, cases, n_rounds, monkeypatch, tmp_path):
     options = ["--device", "cpu", "--provider", "torch eager", "--json", str(path), *arguments]
     assert bench.main(["overhead", *options]) == 0
     assert [result.case for result in Run.read_json(path).results] == cases
-    assert seen == [(1, 0.0), (n_rounds, 0.0)] * len(cases)  # the first to warm up
+    assert seen == [(1, 0.0), (n_rounds, 0.0)] * len(cases)  # first a warm-up
 
 
 def test_unknown_case(capsys):
@@ -86,7 +86,7 @@ def test_unknown_case(capsys):
     assert "case must be one of tiny, module," in capsys.readouterr().err
 
 
-def test_modules_are_called_where_they_are_asked_for(monkeypatch):
+def test_the_case_module_calls_modules(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
     request = Request(overhead.Case("module", (4, 9)), "float32", "cpu")
@@ -99,35 +99,33 @@ def test_modules_are_called_where_they_are_asked_for(monkeypatch):
 
 
 def with_providers(monkeypatch, *losses):
-    """Makes these losses those of the case `tiny`."""
+    """Replace the providers of the case `tiny` by these losses."""
     found = {name: lambda _, pair=(name, loss): [Provider(*pair)] for name, loss in losses}
     monkeypatch.setitem(CASES, "tiny", ((4, 9), overhead.partial(overhead.of_logits, found)))
 
 
-def test_who_is_wrong_is_not_timed(tmp_path, monkeypatch):
-    def liar(logits, target):
+def test_wrong_providers_are_not_timed(tmp_path, monkeypatch):
+    def faulty(logits, target):
         return torch.nn.functional.cross_entropy(logits, target) * 1.1
 
-    with_providers(monkeypatch, ("right", torch.nn.CrossEntropyLoss()), ("liar", liar))
+    with_providers(monkeypatch, ("right", torch.nn.CrossEntropyLoss()), ("faulty", faulty))
     status, run = measured(tmp_path, "tiny")
     assert status == 1
-    assert set(run.results[0].failures) == {"liar"}
+    assert set(run.results[0].failures) == {"faulty"}
     assert {timing.provider for timing in run.results[0].timings} == {"right"}
 
 
-def test_who_raises_while_it_is_timed_is_left_out(tmp_path, monkeypatch):
+def test_provider_that_raises_while_timed_is_left_out(tmp_path, monkeypatch):
     steps = []
 
-    def tires(logits, target):
-        if (
-            logits.is_leaf and torch.is_grad_enabled()
-        ):  # as when it is timed, not when it is checked
+    def raises_later(logits, target):
+        if logits.is_leaf and torch.is_grad_enabled():  # when timed, not in the check
             steps.append(logits)
             if len(steps) > 4:  # two to warm up, two in the first sample
                 raise ValueError("too many steps")
         return torch.nn.functional.cross_entropy(logits, target)
 
-    with_providers(monkeypatch, ("fused_xent", tires))
+    with_providers(monkeypatch, ("fused_xent", raises_later))
     status, run = measured(tmp_path, "tiny")
     assert status == 1
     assert run.results[0].failures == {"fused_xent": "ValueError: too many steps"}
@@ -152,7 +150,7 @@ def test_forward_has_no_graph_and_both_has_fresh_gradients():
     assert call.inputs[0].grad is None
 
 
-def test_inputs_are_a_providers_own():
+def test_providers_do_not_share_inputs():
     logits = torch.ones(4, 9)
 
     def overwrites(logits, target):
@@ -166,7 +164,7 @@ def test_inputs_are_a_providers_own():
 
 
 class OnGpu(Call):
-    """A call whose inputs look as if they were on a GPU."""
+    """A call whose inputs claim to be on a GPU."""
 
     def __init__(self):
         self.inputs = [types.SimpleNamespace(is_cuda=True)]
@@ -179,15 +177,15 @@ class OnGpu(Call):
         self.calls.append("both")
 
 
-def test_samples_of_a_gpu_have_the_hosts_part(monkeypatch):
+def test_samples_of_a_gpu_have_host_time(monkeypatch):
     times = iter([10.0, 12.0, 16.0])
     waits = []
     monkeypatch.setattr(overhead, "perf_counter", lambda: next(times))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(call.calls)))
     call = OnGpu()
     samples = call.sample("both", "ours")
-    assert samples == {("both", "ours"): 3.0, ("host both", "ours"): 1.0}  # of two calls
-    assert waits == [2]  # once, after all
+    assert samples == {("both", "ours"): 3.0, ("host both", "ours"): 1.0}  # per call, of two
+    assert waits == [2]  # once, after both calls
 
 
 def test_samples_of_a_cpu(monkeypatch):
@@ -198,7 +196,7 @@ def test_samples_of_a_cpu(monkeypatch):
     assert call.n_kernels("forward") is None
 
 
-def test_kernels_are_those_that_one_call_launches(monkeypatch):
+def test_kernel_count_is_that_of_one_call(monkeypatch):
     names = ["aten::sum", "cudaLaunchKernel", "cuLaunchKernelEx", "cudaMemsetAsync", "sum_kernel"]
 
     class Recorded:
@@ -249,7 +247,7 @@ def test_markdown():
     assert len(list(tables.markdown([result_of_a_gpu()], "both"))) == 3
 
 
-def test_files_have_the_kernels(tmp_path):
+def test_csv_has_the_kernel_count(tmp_path):
     run = Run({}, [result_of_a_gpu()])
     rows = list(run.csv_rows())
     assert [row[-1] for row in rows] == ["kernels", 7, 3, None]
@@ -258,5 +256,5 @@ def test_files_have_the_kernels(tmp_path):
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(4.7e-6, "0.0047"), (8.2e-4, "0.8200"), (0.0123, "12.30")]
 )
-def test_compared_times_of_a_call_have_their_digits(seconds, shown):
+def test_compared_short_times_keep_their_digits(seconds, shown):
     assert milliseconds(seconds) == shown

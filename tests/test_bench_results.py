@@ -1,4 +1,4 @@
-"""What the benchmark counts and measures, and what is made of its results."""
+"""The benchmark's byte and operation counts, its cases, measurements, files and comparisons."""
 
 import json
 import subprocess
@@ -78,7 +78,7 @@ def test_figures_of_a_timing():
     assert tables.loss_cells(result, timing)[:6] == ("3000.00", "33%", "0.0", "0.0", "50%", "4.0x")
 
 
-def test_cases_of_a_sweep_have_as_many_logits():
+def test_cases_of_a_sweep_have_equally_many_logits():
     options = Options(softcap=2.0)
     cases = sweep([1000, 50257], "cpu", True, options)
     sizes = [case.shape[0] * case.shape[1] for case in cases]
@@ -108,7 +108,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_cases_have_the_classes_of_what_they_are_named_after(device):
+def test_cases_have_the_classes_of_their_model_or_dataset(device):
     suite = SUITES[device]
     for name, case in suite.cases.items():
         model = name.removesuffix("-soft").removesuffix("-few")
@@ -130,14 +130,14 @@ def test_inputs_of_a_case_are_the_same_in_every_run(dtype):
     assert set(target.tolist()) == {-100, 0, 1, 2, 3, 4}
     assert 0.9 < logits.float().std() < 1.1
     ignored = target == -100
-    assert 0 < ignored[:1000].sum() < 300  # they are not all at one end
+    assert 0 < ignored[:1000].sum() < 300  # spread over the rows
     soft = Case("own", (20, 5, 3), soft=True).tensors(dtype, "cpu")[1]
     assert soft.dtype == dtype
     torch.testing.assert_close(soft.float().sum(1), torch.ones(20, 3), atol=1e-2, rtol=0)
 
 
 def test_inputs_of_a_linear_layer_are_the_same_in_every_run():
-    """Their logits are as large as those of a loss, whatever the features."""
+    """The logits have standard deviation 1, as in a loss, for any number of features."""
     one, again = (linear.Workload((400, 300, 200), torch.bfloat16, "cpu") for _ in range(2))
     for name in ("hidden", "weight", "target"):
         assert torch.equal(getattr(one, name), getattr(again, name))
@@ -175,7 +175,7 @@ def test_a_step_is_forward_and_backward():
     assert step() == {("backward", "x"): 4.0, ("both", "x"): 6.0}
 
 
-def test_logits_are_written_anew_for_each_run():
+def test_inputs_are_restored_before_each_run():
     workload = Workload(*Case("own", (24, 50)).tensors(torch.float32, "cpu"))
     for run in (workload.step, workload.forward):
         workload.logits.zero_()
@@ -206,7 +206,7 @@ def test_bare_products_are_three(monkeypatch):
     assert n_products == 3
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured on Linux alone")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured only on Linux")
 def test_memory_of_a_step_is_more_than_of_its_forward():
     workload = Workload(*Case("own", (4096, 4000)).tensors(torch.float32, "cpu"))
     peaks = workload.peak_bytes(fused_xent.cross_entropy)
@@ -215,7 +215,7 @@ def test_memory_of_a_step_is_more_than_of_its_forward():
     assert peaks["backward"] == peaks["both"]
 
 
-def test_memory_of_a_linear_layer_is_beyond_its_outputs(monkeypatch):
+def test_memory_of_a_linear_layer_excludes_its_outputs(monkeypatch):
     class Known(PeakMemory):
         def __exit__(self, *_):
             self.bytes = 1_000_000
@@ -226,16 +226,16 @@ def test_memory_of_a_linear_layer_is_beyond_its_outputs(monkeypatch):
     assert workload.peak_bytes(fused_xent.linear_cross_entropy) == 1_000_000 - outputs
 
 
-def test_memory_that_a_case_needs():
-    """At least logits, original, gradient and eager's float32; and a chunk in float64."""
+def test_memory_estimate_of_a_case():
+    """Logits, original, gradient and eager's float32 copy; in float64 only a chunk."""
     options = types.SimpleNamespace()
     n_logits = 1024 * 32000
     assert loss.job(Case("own", (1024, 32000)), "float32", options).bytes_needed > 44 * n_logits
     assert loss.job(Case("own", (8192, 262144)), "float32", options).bytes_needed < 5e10
 
 
-def test_peak_of_a_processs_memory():
-    """Of a new one: what this one has freed before may lie in its heap, where it is used again."""
+def test_peak_memory_of_a_process():
+    """In a new process: this one may reuse heap memory that it freed before."""
     script = """
 import torch
 from bench.device import PeakMemory
@@ -247,12 +247,12 @@ print(memory.bytes)
 """
     command = [sys.executable, "-c", script]
     printed = subprocess.run(command, cwd=readme.ROOT, capture_output=True, text=True, check=True)
-    margin = 8 << 20  # the system counts pages by the dozen
-    if printed.stdout != "None\n":  # Linux alone measures it
+    margin = 8 << 20  # the system counts pages in batches
+    if printed.stdout != "None\n":  # measured only on Linux
         assert (64 << 20) - margin <= int(printed.stdout) < (64 << 20) + margin
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux says what is free")
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is known only on Linux")
 def test_memory_is_limited_only_inside():
     huge = 1 << 40
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -261,11 +261,11 @@ def test_memory_is_limited_only_inside():
         torch.ones(there, dtype=torch.uint8)
     assert is_out_of_memory(error.value)
     assert not is_out_of_memory(RuntimeError("of another kind"))
-    torch.empty(huge >> 6, dtype=torch.uint8)  # 16 GiB that are never touched
+    torch.empty(huge >> 6, dtype=torch.uint8)  # 16 GiB, never touched
 
 
 def run_of(*samples, provider="fused_xent", case="x", copy=(1.0, 1.0, 1.0, 1.0)):
-    """A run of one case, whose copy of 200 bytes and 300 bytes of `both` take so many seconds."""
+    """Return a run of one case: samples of a copy of 200 bytes, and of mode `both` of 300 bytes."""
     timings = [
         Timing("copy", "torch", 200, 0, seconds=list(copy)),
         Timing("both", provider, 300, 70, seconds=list(samples)),
@@ -284,7 +284,7 @@ QUIET, NOISY = (1.0, 1.001, 0.999, 1.0), (1.0, 0.8, 1.2, 1.0)
         (QUIET, 1.019, ""),
         (QUIET, 1.021, "slower"),
         (QUIET, 1.03, "slower"),
-        (QUIET, 0.981, ""),  # twice as fast is as far from 1 as twice as slow
+        (QUIET, 0.981, ""),  # 1 / 0.981 < 1.02 < 1 / 0.9802: ratios count symmetrically
         (QUIET, 0.9802, "faster"),
         (QUIET, 0.97, "faster"),
         (NOISY, 1.15, ""),
@@ -309,7 +309,7 @@ def test_compare(before, factor, verdict, tmp_path, capsys):
 
 
 def test_table_of_a_comparison(tmp_path, capsys):
-    """Milliseconds of both, in their order; how much longer it took; the verdict."""
+    """Milliseconds before and after, the change, the noise, and the verdict."""
     names = [str(tmp_path / name) for name in ("a.json", "b.json")]
     run_of(0.010, 0.010, 0.010, 0.010).write_json(Path(names[0]))
     run_of(0.018, 0.020, 0.020, 0.022).write_json(Path(names[1]))
@@ -329,7 +329,7 @@ MACHINE = ("cpu", "cores", "threads", "gpu", "driver", "torch instruction set", 
 
 
 @pytest.mark.parametrize("name", MACHINE)
-def test_compare_tells_of_each_difference_of_the_machines(name, tmp_path, capsys):
+def test_compare_reports_each_difference_of_the_machines(name, tmp_path, capsys):
     before, after = run_of(*QUIET), run_of(*QUIET)
     gpu = {"gpu": "H", "driver": "1", "cuda": "13", "copy bytes a second": 1e12}
     for run in (before, after):
@@ -376,7 +376,7 @@ def test_compare_of_some_providers_and_of_large_differences(tmp_path, capsys):
     assert "1 compared: 0 slower" in capsys.readouterr().out
 
 
-def test_results_of_other_labels_and_options_are_others():
+def test_key_has_shape_dtype_labels_and_options():
     results = [
         Result("loss", "x", (1, 10), "float32"),
         Result("loss", "x", (1, 10), "float32", labels="soft"),
@@ -391,37 +391,37 @@ BROKEN = {
     "no results": lambda run: run.pop("results"),
     "no environment": lambda run: run.update(environment={}),
     "a list of environments": lambda run: run.update(environment=[]),
-    "a GPU of which nothing else is known": lambda run: run["environment"].update(gpu="x"),
+    "a GPU without its other fields": lambda run: run["environment"].update(gpu="x"),
     "no seconds": lambda run: timing_of(run).update(seconds=[]),
-    "seconds of no number": lambda run: timing_of(run).update(seconds=[float("nan"), 1, 1]),
+    "NaN seconds": lambda run: timing_of(run).update(seconds=[float("nan"), 1, 1]),
     "infinite seconds": lambda run: timing_of(run).update(seconds=[float("inf")]),
     "negative seconds": lambda run: timing_of(run).update(seconds=[-1, 2, 2, 2]),
-    "hardly any seconds": lambda run: timing_of(run).update(seconds=[1e-320]),
-    "seconds in words": lambda run: timing_of(run).update(seconds="soon"),
+    "subnormal seconds": lambda run: timing_of(run).update(seconds=[1e-320]),
+    "text for seconds": lambda run: timing_of(run).update(seconds="soon"),
     "an unknown mode": lambda run: timing_of(run).update(mode="sideways"),
     "no provider": lambda run: timing_of(run).update(provider=None),
     "a surrogate": lambda run: timing_of(run).update(provider="\ud800"),
-    "bytes in words": lambda run: timing_of(run).update(bytes="many"),
-    "peak in words": lambda run: timing_of(run).update(peak_bytes="much"),
+    "text for bytes": lambda run: timing_of(run).update(bytes="many"),
+    "text for a peak": lambda run: timing_of(run).update(peak_bytes="much"),
     "another field": lambda run: timing_of(run).update(colour="red"),
     "a dtype with a slash": lambda run: run["results"][0].update(dtype="../x"),
-    "options in words": lambda run: run["results"][0].update(options={"softcap": "x"}),
+    "text for an option": lambda run: run["results"][0].update(options={"softcap": "x"}),
     "no options": lambda run: run["results"][0].update(options=None),
     "a shape of one number": lambda run: run["results"][0].update(shape=[10]),
-    "a shape in words": lambda run: run["results"][0].update(shape=["a", "b"]),
+    "text for a shape": lambda run: run["results"][0].update(shape=["a", "b"]),
     "a linear layer of two sizes": lambda run: run["results"][0].update(benchmark="linear"),
     "an unknown benchmark": lambda run: run["results"][0].update(benchmark="lose"),
     "unknown labels": lambda run: run["results"][0].update(labels="hard"),
     "an unknown dtype": lambda run: run["results"][0].update(dtype="int8"),
-    "errors in words": lambda run: run["results"][0].update(errors={"x": "large"}),
-    "failures in numbers": lambda run: run["results"][0].update(failures={"x": 1}),
+    "text for errors": lambda run: run["results"][0].update(errors={"x": "large"}),
+    "a number for a failure": lambda run: run["results"][0].update(failures={"x": 1}),
     "absent without a reason": lambda run: run["results"][0].update(absent={"x": None}),
-    "a case of no name": lambda run: run["results"][0].update(case=None),
+    "a case without a name": lambda run: run["results"][0].update(case=None),
     "negative bytes": lambda run: timing_of(run).update(bytes=-1),
     "negative operations": lambda run: timing_of(run).update(operations=-1),
-    "seconds that are true": lambda run: timing_of(run).update(seconds=[True, 1.0]),
-    "endless seconds": lambda run: timing_of(run).update(seconds=[1e13]),
-    "a version that is a list": lambda run: run["environment"].update(torch=[2, 13]),
+    "a bool for seconds": lambda run: timing_of(run).update(seconds=[True, 1.0]),
+    "too many seconds": lambda run: timing_of(run).update(seconds=[1e13]),
+    "a list for a version": lambda run: run["environment"].update(torch=[2, 13]),
 }
 
 
@@ -446,7 +446,7 @@ def test_broken_files(command, broken, tmp_path, capsys):
     assert "is not from python -m bench --json" in capsys.readouterr().err
 
 
-def test_compare_tells_of_other_machines_and_cases(tmp_path, capsys):
+def test_compare_reports_other_machines_and_missing_timings(tmp_path, capsys):
     before, after = run_of(*QUIET), run_of(*QUIET, copy=[2.0] * 4)
     after.environment["cpu"] = "that"
     after.results += run_of(*QUIET, case="y").results
@@ -491,14 +491,14 @@ def test_roof():
 
 
 def test_share_of_the_roof_is_printed(capsys):
-    run = run_of(*QUIET)  # 70 operations a second, of 200 * 70 / 300
+    run = run_of(*QUIET)  # 70 operations per second; the roof is 200 * 70 / 300
     products = Timing("step", linear.BARE, 100, 1000, seconds=[0.5])
     run.results.append(Result("linear", "x", (1, 2, 3), "float32", timings=[products]))
     roofline.show(run)
     assert "150%" in capsys.readouterr().out
 
 
-def test_what_is_plotted():
+def test_values_in_the_plots_of_a_sweep():
     run = run_of(*QUIET, case="V=10")
     run.results += run_of(*QUIET, case="V=20").results
     run.results[1].shape = (1, 20)
@@ -527,7 +527,7 @@ def test_plots_need_something_to_plot(tmp_path, capsys):
     assert "a sweep over two numbers of classes" in capsys.readouterr().err
 
 
-def test_tables_of_the_readme_are_those_of_its_files():
+def test_readme_tables_match_their_files():
     text = (readme.ROOT / "README.md").read_text()
     tables_found = readme.TABLE.findall(text)
     assert len(tables_found) == text.count("<!-- end -->") > 0

@@ -1,4 +1,4 @@
-"""How the benchmark shows results: tables, plots, CSV, and the README's figures."""
+"""The benchmark's output: tables, Markdown, CSV, plots, and the tables of the README."""
 
 import csv
 import json
@@ -13,12 +13,12 @@ pytestmark = pytest.mark.cpu("runs the benchmark, which has an option for the de
 
 
 def times(median):
-    """Seconds with such a median, of which half is between the quartiles; the mean is another."""
+    """Return samples with this median and quartiles of 0.75 and 1.25 times it; the mean differs."""
     return [median, 0.5 * median, 0.75 * median, 1.25 * median, 9 * median]
 
 
 def loss_result(**changes):
-    """Of 100 rows and 1000 classes; every figure is another one."""
+    """Return a result of 100 rows and 1000 classes, in which all figures differ."""
     timings = [
         Timing("copy", "torch", 400_000_000, 0, seconds=times(0.008)),
         Timing("read", "torch", 200_000_000, 0, seconds=times(0.005)),
@@ -45,7 +45,7 @@ def linear_result():
     result = Result("linear", "own", (10, 20, 30), "bfloat16", timings=timings)
     errors = {"grad_hidden": 1e-3, "grad_weight": 2e-3}
     result.errors = dict.fromkeys(("torch eager", "fused_xent"), errors)
-    result.failures = {"liar": "loss is 1.0e-01 off float64's"}
+    result.failures = {"faulty": "loss is 1.0e-01 off float64's"}
     return result
 
 
@@ -55,7 +55,7 @@ def shown(result, capsys):
 
 
 def test_table_of_a_loss(capsys):
-    """Milliseconds, megabytes and GB/s; each of its own mode's eager, and of the copy."""
+    """ms, MB and GB/s; shares of the copy, and ratios to eager in the same mode."""
     lines = shown(loss_result(), capsys)
     assert "own 100x1000 float32" in lines
     assert "only the logits: copy 8.00 ms, 50.0 GB/s; read 5.00 ms, 40.0 GB/s" in lines
@@ -74,15 +74,15 @@ def test_table_of_a_loss(capsys):
 
 
 def test_table_of_a_linear_layer(capsys):
-    """GFLOP/s, how many times what the products take, the error of grad_weight."""
+    """GFLOP/s, the time as a multiple of the bare products, the error of grad_weight."""
     lines = shown(linear_result(), capsys)
     assert "ms ± GFLOP/s x bare vs eager memory MB error" in lines
     assert lines[-5:] == [
         "bare products 100.0 25% 60 1.00 4.0x - -",
         "torch eager 400.0 25% 15 4.00 1.0x 50.0 2.0e-03",
         "fused_xent 125.0 25% 48 1.25 3.2x 2.0 2.0e-03",
-        "liar - - - - - - -",
-        "- liar: loss is 1.0e-01 off float64's",
+        "faulty - - - - - - -",
+        "- faulty: loss is 1.0e-01 off float64's",
     ]
 
 
@@ -102,7 +102,7 @@ def test_the_fastest_of_each_mode_is_green(monkeypatch):
     assert [name for name, style in rows if "bold" in style] == green
 
 
-def test_notes_are_of_what_was_measured():
+def test_notes_explain_the_columns_in_use():
     of_loss, of_linear = (list(tables.notes([one])) for one in (loss_result(), linear_result()))
     assert of_loss[0] == of_linear[0]
     assert [of_loss[1][:4], of_linear[1][:7]] == ["MB: ", "x bare:"]
@@ -111,7 +111,7 @@ def test_notes_are_of_what_was_measured():
 
 
 def test_markdown_of_losses():
-    """A column for each provider; how many times faster than eager and than compile."""
+    """One column per provider; speedups over eager and torch.compile in parentheses."""
     case = "own 100x1000 float32"
     assert list(tables.markdown([loss_result()])) == [
         "| case | one copy | torch eager | fused_xent | torch.compile |",
@@ -137,11 +137,11 @@ def test_markdown_of_losses_and_linear_layers():
         f"| {title} | bare products | 100.0 | 1.00 | - | - |",
         "|  | torch eager | 400.0 | 4.00 | 50.0 | 2.0e-03 |",
         "|  | fused_xent | 125.0 | 1.25 | 2.0 | 2.0e-03 |",
-        "|  | liar: loss is 1.0e-01 off float64's | - | - | - | - |",
+        "|  | faulty: loss is 1.0e-01 off float64's | - | - | - | - |",
     ]
 
 
-def test_title_has_all_that_makes_results_differ():
+def test_title_has_shape_dtype_labels_and_options():
     result = loss_result(labels="soft", options={"softcap": 2.5, "label_smoothing": 0.1})
     assert result.title == "own  100x1000  float32  soft labels  softcap 2.5  label_smoothing 0.1"
 
@@ -216,7 +216,7 @@ def test_summary_of_a_gpu():
 
 
 def swept(n_classes, dtype="float32", factor=1, **changes):
-    """A result of a sweep, whose modes are all of other seconds and memory."""
+    """Return a result of a sweep; seconds and memory differ by mode and provider."""
     timings = [Timing("copy", "torch", 2_000_000 * n_classes, 0, seconds=times(0.001 * factor))]
     for i, mode in enumerate(("forward", "both"), start=1):
         for j, provider in enumerate(("fused_xent", "torch eager")):
@@ -229,13 +229,13 @@ def swept(n_classes, dtype="float32", factor=1, **changes):
 
 
 def lines_of(axis):
-    """What is drawn, by label: its values."""
+    """Return the y values of each line, by its label."""
     return {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
 
 
 @pytest.fixture
 def figures():
-    """Figures of a run, which are closed after the test."""
+    """Draws figures of a run, and closes them after the test."""
     made = []
 
     def draw(draw, results):
@@ -249,7 +249,7 @@ def figures():
 
 
 def test_plots_of_a_sweep(figures):
-    """An axis for each mode with its own figures, in the order of classes, ours on top."""
+    """One axis per mode, with classes in ascending order, and fused_xent drawn last."""
     found = figures(plots.against_classes, [swept(20), swept(10), swept(40)])
     assert set(found) == {"throughput-float32", "memory-float32"}
     for i, mode in enumerate(("forward", "both"), start=1):
@@ -276,8 +276,8 @@ def test_plots_of_a_sweep(figures):
         assert figure.texts[0].get_text() == Run(environment("cpu")).summary
 
 
-def test_what_is_not_alike_is_not_in_one_plot(figures):
-    """Nor is what was measured at one number of classes, or in no sweep."""
+def test_different_options_have_separate_plots(figures):
+    """Results at a single number of classes, or not from a sweep, are not plotted."""
     results = [
         *(swept(n, dtype) for n in (10, 20) for dtype in ("float32", "bfloat16")),
         *(swept(n, labels="soft", options={"softcap": 2.5}) for n in (10, 20)),
@@ -289,7 +289,7 @@ def test_what_is_not_alike_is_not_in_one_plot(figures):
     assert set(figures(plots.against_classes, results)) == expected
 
 
-def test_what_was_not_measured_is_not_plotted(figures):
+def test_missing_measurements_are_not_plotted(figures):
     results = [swept(10), swept(20)]
     results[0].timings[3].peak_bytes = results[1].timings[3].peak_bytes = None
     results[1].timings = [one for one in results[1].timings if one.provider != "torch eager"]
@@ -308,7 +308,7 @@ def test_ticks_of_classes(figures):
 
 
 def roofline_results(factor=1):
-    """Of a roof of 50 GB/s and 60 GFLOP/s, times a factor."""
+    """Return results with a roof of 50 GB/s and 60 GFLOP/s, times factor."""
     results = [loss_result(), linear_result()]
     results[1].dtype = "float32"
     for result in results:
@@ -350,7 +350,7 @@ def test_table_of_a_roofline(capsys):
 
 
 def test_files_of_plots(tmp_path, capsys):
-    """Of all files together, in the first's folder or in another; the same file each time."""
+    """Plots combine all files, go to the folder of the first or to --out, and are reproducible."""
     (tmp_path / "out").mkdir()
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file, n_classes in zip(files, (10, 20), strict=True):
@@ -374,7 +374,7 @@ def test_files_of_plots(tmp_path, capsys):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A README with two tables of figures, and a file of results."""
+    """A project folder with a file of results, and a README with two tables made from it."""
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     (tmp_path / "bench/results").mkdir(parents=True)
     Run(environment("cpu"), [loss_result()]).write_json(tmp_path / "bench/results/x.json")
@@ -399,7 +399,7 @@ def test_tables_of_a_readme(project, capsys):
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
-def test_readme_is_kept_where_a_file_is_wrong(content, project, capsys):
+def test_readme_is_unchanged_if_a_file_is_broken(content, project, capsys):
     file, text = project / "bench/results/x.json", (project / "README.md").read_text()
     file.unlink()
     if content:
@@ -409,7 +409,7 @@ def test_readme_is_kept_where_a_file_is_wrong(content, project, capsys):
     assert (project / "README.md").read_text() == text
 
 
-def test_width_of_what_is_no_terminal(monkeypatch):
+def test_width_without_a_terminal(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     assert tables.Output().width == 100
     monkeypatch.setattr("sys.stdout", types.SimpleNamespace(isatty=lambda: False))
@@ -417,10 +417,10 @@ def test_width_of_what_is_no_terminal(monkeypatch):
     assert tables.Output().width == 70
 
 
-def test_a_reader_who_leaves_ends_the_output():
+def test_a_broken_pipe_ends_the_output():
     with pytest.raises(BrokenPipeError):
         tables.Output().on_broken_pipe()
 
 
-def test_no_memory_is_not_unknown_memory():
+def test_zero_memory_differs_from_unknown_memory():
     assert (tables.megabytes(0), tables.megabytes(None)) == ("0.0", "-")

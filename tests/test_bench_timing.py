@@ -1,4 +1,4 @@
-"""What the benchmark's clocks and memory counts are of, by stand-ins for both."""
+"""What the benchmark times and which memory it counts, with stand-ins for both."""
 
 import gc
 import resource
@@ -19,12 +19,12 @@ from bench.providers import Provider
 from bench.timing import Workload, interleave
 
 pytestmark = pytest.mark.cpu("runs the benchmark, which has an option for the device")
-FLUSH, COPY, READ, PRODUCT = 1000.0, 100.0, 10.0, 30.0  # seconds that each takes
+FLUSH, COPY, READ, PRODUCT = 1000.0, 100.0, 10.0, 30.0  # seconds
 LOSS, BACKWARD = 3.0, 5.0
 
 
 class Machine(TorchFunctionMode):
-    """Keeps a list of what is done, each with the bytes it is of, and lets the time pass by it."""
+    """Records each operation with its size in bytes, and advances its clock by the seconds."""
 
     def __init__(self):
         super().__init__()
@@ -42,20 +42,20 @@ class Machine(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
     def start(self):
-        """Of a clock: empties the caches."""
+        """Part of a clock: flush the caches, return the time."""
         self.do("flush", FLUSH)
         return self.now
 
     def mark(self):
-        """Of a clock."""
+        """Part of a clock: return the time."""
         return self.now
 
     def seconds(self, first, last):
-        """Of a clock."""
+        """Part of a clock: return the seconds between two times."""
         return last - first
 
     def loss(self, logits, target):
-        """A loss whose gradient is made in its backward pass."""
+        """Return a loss that computes its gradient in backward."""
         machine = self
 
         class Loss(torch.autograd.Function):
@@ -80,14 +80,14 @@ def machine():
 
 @pytest.fixture
 def workload(machine):
-    """Of logits whose bytes are no multiple of 8."""
+    """A workload whose logits are not a multiple of 8 bytes."""
     made = Workload(*Case("own", (3, 51)).tensors(torch.bfloat16, "cpu"))
     made.clock = machine
     return made
 
 
 def test_caches_are_emptied_before_each_timing(machine, workload):
-    """After the logits are written, and once for each."""
+    """Once per timing, after the inputs are restored."""
     written = [("copy", 3 * 51 * 2), ("copy", 3 * 8)]
     with machine:
         assert workload.forward(machine.loss)[1] == LOSS
@@ -100,7 +100,7 @@ def test_caches_are_emptied_before_each_timing(machine, workload):
 
 
 def test_caches_are_emptied_before_each_baseline(machine, workload):
-    """Both are of all logits; of their bytes those that are no whole word are not read."""
+    """Copy and read cover all logits; the read skips the bytes beyond the last whole word."""
     with machine:
         samples = workload.baselines()
     assert samples == {("copy", "torch"): COPY, ("read", "torch"): READ}
@@ -110,7 +110,7 @@ def test_caches_are_emptied_before_each_baseline(machine, workload):
 
 
 def test_bare_products_are_those_of_a_linear_layer(machine):
-    """Of logits, of grad_hidden and of grad_weight, each with cold caches."""
+    """The products give logits, grad_hidden and grad_weight, each with cold caches."""
     workload = linear.Workload((24, 16, 50), torch.float32, "cpu")
     workload.clock = machine
     shapes = []
@@ -151,7 +151,7 @@ def test_a_linear_step_is_timed_with_cold_caches(machine):
         (("both",), ["forward", "backward"], []),
     ],
 )
-def test_only_modes_that_are_wanted_are_timed(provider_modes, modes, expected):
+def test_only_requested_modes_are_timed(provider_modes, modes, expected):
     workload = types.SimpleNamespace(
         forward=lambda loss: (None, 1.0),
         step=lambda loss: types.SimpleNamespace(forward=2.0, backward=4.0),
@@ -161,7 +161,7 @@ def test_only_modes_that_are_wanted_are_timed(provider_modes, modes, expected):
 
 
 def in_rounds(monkeypatch, min_rounds, min_seconds, *timers):
-    """Interleaves timers, whose rounds take a second each by a stand-in's clock."""
+    """Interleave the timers; by the fake clock each round takes a second."""
     now, rounds, samples = [0.0], [], {}
 
     def on_round(n):
@@ -176,14 +176,14 @@ def in_rounds(monkeypatch, min_rounds, min_seconds, *timers):
 @pytest.mark.parametrize(
     ("min_rounds", "min_seconds", "n_rounds"), [(3, 0.0, 3), (2, 5.0, 5), (8, 5.0, 8), (1, 1.0, 1)]
 )
-def test_there_are_enough_rounds_and_seconds(min_rounds, min_seconds, n_rounds, monkeypatch):
+def test_minimum_of_rounds_and_seconds(min_rounds, min_seconds, n_rounds, monkeypatch):
     timer = ("a", lambda: {("both", "a"): 1.0})
     rounds, samples, _ = in_rounds(monkeypatch, min_rounds, min_seconds, timer)
     assert rounds == list(range(1, n_rounds + 1))
     assert samples == {("both", "a"): [1.0] * n_rounds}
 
 
-def test_who_raises_is_left_out_and_returned(monkeypatch):
+def test_provider_that_raises_is_left_out_and_returned(monkeypatch):
     error, calls = RuntimeError("no such kernel"), []
 
     def breaks_in_round_2():
@@ -199,7 +199,7 @@ def test_who_raises_is_left_out_and_returned(monkeypatch):
     assert samples == {("both", "a"): [1.0] * 4, ("both", "b"): [2.0]}
 
 
-def test_garbage_is_not_collected_while_it_is_timed(monkeypatch):
+def test_garbage_collection_is_off_during_timing(monkeypatch):
     enabled = []
     in_rounds(monkeypatch, 1, 0.0, ("a", lambda: enabled.append(gc.isenabled()) or {}))
     assert enabled == [False]
@@ -214,12 +214,12 @@ def test_garbage_is_not_collected_while_it_is_timed(monkeypatch):
 
 
 def test_clocks():
-    """The CPU's counts seconds, a GPU's milliseconds, which it has when its last event is over."""
+    """The CPU's counts seconds; a GPU's counts milliseconds, after its last event."""
     timer = clock("cpu")
     assert isinstance(timer, HostClock)
     assert timer.seconds(1.0, 3.5) == 2.5
     assert timer.mark() <= timer.mark()
-    assert timer._flushed.nbytes >= 100e6  # more than any processor's last cache
+    assert timer._flushed.nbytes >= 100e6  # more than the last-level cache of any processor
     assert isinstance(clock("cuda"), EventClock)
     waited = []
     first = types.SimpleNamespace(elapsed_time=lambda last: 1500.0)
@@ -228,8 +228,8 @@ def test_clocks():
     assert waited == ["last"]
 
 
-def test_peak_of_a_gpus_memory(monkeypatch):
-    """Beyond what was taken before; what was the peak before is forgotten."""
+def test_peak_memory_of_a_gpu(monkeypatch):
+    """The peak beyond the memory in use at the start; earlier peaks do not count."""
     now = {"peak": 900, "taken": 100}
     monkeypatch.setattr(
         torch.cuda, "reset_peak_memory_stats", lambda: now.update(peak=now["taken"])
@@ -241,8 +241,8 @@ def test_peak_of_a_gpus_memory(monkeypatch):
     assert memory.bytes == 250
 
 
-def test_peak_of_a_process_is_of_what_is_inside_alone():
-    """Neither an earlier peak counts, nor is freed memory that is still resident taken again."""
+def test_peak_memory_of_a_process_starts_anew():
+    """Earlier peaks do not count; memory that was freed before and is used again does."""
     script = """
 import torch
 from bench.device import PeakMemory
@@ -258,12 +258,12 @@ print(memory.bytes)
     command = [sys.executable, "-c", script]
     root = Path(device.__file__).parents[1]
     printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-    if printed != "None\n":  # Linux alone measures it
+    if printed != "None\n":  # measured only on Linux
         assert 30e6 < int(printed) < 60e6
 
 
 def test_memory_of_each_mode(monkeypatch, workload, machine):
-    """A backward's is its step's; a forward's is without a gradient's."""
+    """Backward has the peak of the whole step; forward runs without backward."""
     sizes = iter([10, 30])
 
     class Known:
@@ -289,7 +289,7 @@ KB = 1024
 
 @pytest.fixture
 def linux(tmp_path, monkeypatch):
-    """A system with 40 kB to be had, and a process of 10 kB that is limited to `limit`."""
+    """A fake Linux with 40 kB available, and a process of 10 kB with the limit `limit`."""
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemFree: 3 kB\nMemAvailable: 40 kB\n")
     (tmp_path / "status").write_text("VmRSS: 7 kB\nVmData: 10 kB\n")
     monkeypatch.setattr(device, "MEMINFO", tmp_path / "meminfo")
@@ -318,8 +318,8 @@ def test_free_memory_elsewhere(linux, tmp_path, monkeypatch):
         assert linux.set == []
 
 
-def test_limit_leaves_room_and_is_taken_back(linux):
-    """A tenth of what is free is left to others."""
+def test_memory_limit_leaves_room_and_is_removed(linux):
+    """A tenth of the free memory is left to other processes."""
 
     def breaks():
         with device.limited_memory():
@@ -387,7 +387,7 @@ def test_environment_of_a_gpu(tmp_path, monkeypatch):
     }
 
 
-def test_bandwidth_of_a_copy_is_of_both_its_sides(machine, monkeypatch):
+def test_copy_bandwidth_counts_reads_and_writes(machine, monkeypatch):
     monkeypatch.setattr(device, "clock", lambda kind: machine)
     made = torch.zeros(1000, dtype=torch.uint8)
     monkeypatch.setattr(torch, "randint", lambda *arguments, **options: made)

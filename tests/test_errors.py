@@ -16,10 +16,10 @@ PROBABILITIES = torch.full((4, 9), 1 / 9)
 
 # (arguments beyond a valid input and target, error, what its message says)
 REFUSED = {
-    "input of no tensor": ({"input": [1.0]}, TypeError, "input must be a tensor, got list"),
-    "target of no tensor": ({"target": 3}, TypeError, "target must be a tensor, got int"),
+    "input not a tensor": ({"input": [1.0]}, TypeError, "input must be a tensor, got list"),
+    "target not a tensor": ({"target": 3}, TypeError, "target must be a tensor, got int"),
     "target None": ({"target": None}, TypeError, "target must be a tensor, got NoneType"),
-    "weight of no tensor": ({"weight": 1.0}, TypeError, "weight must be a tensor, got float"),
+    "weight not a tensor": ({"weight": 1.0}, TypeError, "weight must be a tensor, got float"),
     "integer input": (
         {"input": INPUT.long()},
         ValueError,
@@ -63,12 +63,12 @@ REFUSED = {
         ValueError,
         r"target must .*floating-point.*\(4, 9\).*got torch.int64",
     ),
-    "ignored class of probabilities": (
+    "class ignored with probabilities": (
         {"target": PROBABILITIES, "ignore_index": 3},
         ValueError,
         "ignore_index must be negative.*got 3",
     ),
-    "scale beyond the cap": (
+    "scale far above the cap": (
         {"softcap": 1e-20, "logit_scale": 1e20},
         ValueError,
         r"logit_scale / softcap must be in \[1e-30, 1e\+30\], got 1e\+20 / 1e-20",
@@ -116,7 +116,7 @@ REFUSED = {
         TypeError,
         "focal_gamma must be a number, got Tensor",
     ),
-    "several numbers for a smoothing": (
+    "vector for a smoothing": (
         {"label_smoothing": torch.ones(2)},
         TypeError,
         "label_smoothing must be a number, got Tensor",
@@ -136,12 +136,12 @@ REFUSED = {
         ValueError,
         f"weight must be on input's device {INPUT.device}, got meta",
     ),
-    "reduction of other name": (
+    "unknown reduction": (
         {"reduction": "average"},
         ValueError,
         "reduction must be 'none', 'mean' or 'sum', got 'average'",
     ),
-    "no reduction": ({"reduction": None}, ValueError, "reduction must be .*got None"),
+    "reduction None": ({"reduction": None}, ValueError, "reduction must be .*got None"),
     "negative smoothing": (
         {"label_smoothing": -0.1},
         ValueError,
@@ -149,7 +149,7 @@ REFUSED = {
     ),
     "smoothing above 1": ({"label_smoothing": 1.5}, ValueError, "label_smoothing must .*got 1.5"),
     "smoothing NaN": ({"label_smoothing": float("nan")}, ValueError, "label_smoothing .*got nan"),
-    "smoothing of no number": (
+    "str for a smoothing": (
         {"label_smoothing": "0.1"},
         TypeError,
         "label_smoothing must be a number, got str",
@@ -160,24 +160,24 @@ REFUSED = {
         "ignore_index must be an int, got float",
     ),
     "integer loss": ({"loss_dtype": torch.int64}, ValueError, "loss_dtype must .*got torch.int64"),
-    "loss dtype of another kind": (
+    "str for loss_dtype": (
         {"loss_dtype": "float32"},
         ValueError,
         "loss_dtype must be torch.float32, .*got 'float32'",
     ),
     "list of reductions": ({"reduction": ["mean"]}, ValueError, r"reduction must .*got \['mean'\]"),
-    "word for a flag": ({"grad_in_forward": "no"}, TypeError, "grad_in_forward must be a bool"),
-    "number for a flag": ({"inplace_backward": 1}, TypeError, "inplace_backward must be a bool"),
+    "str for a flag": ({"grad_in_forward": "no"}, TypeError, "grad_in_forward must be a bool"),
+    "int for a flag": ({"inplace_backward": 1}, TypeError, "inplace_backward must be a bool"),
     "dim too high": ({"dim": 2}, IndexError, r"dim must be in \[-2, 2\), got 2"),
     "dim too low": ({"dim": -3}, IndexError, r"dim must be in \[-2, 2\), got -3"),
     "floating dim": ({"dim": 1.0}, TypeError, "dim must be an int, got float"),
     "list of token weights": ({"token_weight": [1]}, TypeError, "token_weight must be a tensor"),
-    "token weight a class": (
+    "token weight per class": (
         {"token_weight": torch.ones(9)},
         ValueError,
         r"token_weight must have the unreduced loss's shape \(4,\), got \(9,\)",
     ),
-    "token weights the other way round": (
+    "transposed token weights": (
         {
             "input": torch.randn(2, 9, 3),
             "target": TARGET.new_zeros(2, 3),
@@ -197,17 +197,17 @@ REFUSED = {
         f"token_weight must be on input's device {INPUT.device}, got meta",
     ),
     "infinite normalizer": ({"normalizer": float("inf")}, ValueError, "normalizer .*got inf"),
-    "normalizer of a sum": (
+    "normalizer with reduction sum": (
         {"normalizer": 3, "reduction": "sum"},
         ValueError,
         "normalizer must be None unless reduction is 'mean', got 3 and 'sum'",
     ),
-    "several normalizers": (
+    "vector for a normalizer": (
         {"normalizer": torch.ones(4)},
         ValueError,
         r"normalizer must be a number or a tensor of one real number, got .*\(4,\)",
     ),
-    "word for a normalizer": ({"normalizer": "3"}, TypeError, "normalizer must be .*got str"),
+    "str for a normalizer": ({"normalizer": "3"}, TypeError, "normalizer must be .*got str"),
     **{
         f"{name} {value}": ({name: value}, ValueError, rf"{name} must be in \[.*\], got")
         for name, values in {
@@ -218,7 +218,7 @@ REFUSED = {
         }.items()
         for value in values
     },
-    "word for a softcap": ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
+    "str for a softcap": ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
     **{
         f"sparse {name}": (
             {name: values.to_sparse()},
@@ -246,7 +246,7 @@ REFUSED = {
         ValueError,
         "ignore_index must fit in 64 bits, got -",
     ),
-    "class 0 ignored of probabilities": (
+    "class 0 ignored with probabilities": (
         {"target": PROBABILITIES, "ignore_index": 0},
         ValueError,
         "ignore_index must be negative.*got 0",

@@ -338,7 +338,7 @@ def test_ignore_index_beyond_the_targets_type(dtype, index, ignore_index, way):
 
 
 def test_gradient_of_probabilities_at_logits_of_minus_infinity():
-    """0 where the term of the loss is 0 for its weight or probability; by each way to it."""
+    """It is 0 if the term's weight or probability is 0, with and without create_graph."""
     logits, weight = torch.randn(3, 5).double(), torch.tensor([1.0, 1, 1, 1, 0]).double()
     logits[:, 4] = -torch.inf
     for weights, last in ((weight, 0.5), (None, 0.0)):
@@ -415,7 +415,7 @@ def test_meta_tensors_have_shapes_and_dtypes():
 
 @pytest.mark.parametrize("normalizer", [3, 2.5, torch.tensor(3.0), torch.tensor(3).half()])
 def test_normalizer_goes_to_the_logits_device(normalizer, monkeypatch):
-    """A number of the host beside logits elsewhere."""
+    """A number or CPU tensor becomes a float64 scalar on the device of the logits."""
     given, forward = [], _ops.forward
     monkeypatch.setattr(_ops, "forward", lambda p: given.append(p.normalizer) or forward(p))
     input = torch.empty(4, 9, device="meta", requires_grad=True)
@@ -428,7 +428,7 @@ def test_normalizer_goes_to_the_logits_device(normalizer, monkeypatch):
 
 
 def test_float64_class_weights_promote_the_sums():
-    """As in torch: weights beyond float32 are numbers."""
+    """As in torch, weights that overflow float32 stay finite."""
     logits, target = torch.randn(4, 9), torch.rand(4, 9).softmax(1)
     weight = torch.full((9,), 1e300, dtype=torch.float64)
     expected = F.cross_entropy(logits.double(), target.double(), weight)
@@ -458,7 +458,7 @@ def test_torchs_arguments_come_first_with_torchs_defaults(ours, torchs):
 
 @pytest.mark.parametrize("name", fused_xent.__all__)
 def test_type_hints_resolve(name):
-    """On any torch, also before it has the options of its own loss of a linear layer."""
+    """Even if this torch has no LinearCrossEntropyOptions."""
     public = getattr(fused_xent, name)
     is_module = isinstance(public, type) and issubclass(public, torch.nn.Module)
     assert typing.get_type_hints(public.__init__ if is_module else public)

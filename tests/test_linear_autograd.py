@@ -86,7 +86,7 @@ def test_gradient_of_one_option_alone(name):
 
 
 def test_second_derivatives_of_several_positions():
-    """With a normalizer too."""
+    """The layer has two positions per row; the loss has a normalizer."""
     layer = make_layer(DOUBLE, (3,), (4, 2), n_features=3)
     target, results = torch.randint(4, (3, 2)), []
     exact = unfused(F.cross_entropy, layer, target, reduction="sum") / 2.5

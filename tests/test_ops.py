@@ -432,7 +432,7 @@ FOCAL = {"focal_gamma": 2.0}
 BACKWARD, _ = make_backward(FORWARD, statistics=True)
 BACKWARD |= {"entropy": None, "grad_lse": None, "grad_entropy": None}
 STATE, ROWS = BACKWARD["state"], BACKWARD["state"][0]
-THREE, FOUR = torch.ones(3, 4), torch.ones(4, 4)  # states of more numbers a row
+THREE, FOUR = torch.ones(3, 4), torch.ones(4, 4)  # states of more numbers per row
 WITH_ENTROPY = {"grad_entropy": ROWS, "entropy": ROWS}
 WRONG_BACKWARD = {
     "upstream of other shape": {"grad_loss": torch.ones(5)},
@@ -442,8 +442,8 @@ WRONG_BACKWARD = {
     "complex upstream of rows": {"grad_loss": ROWS * 1j},
     "state of fewer rows": {"state": STATE[:, 1:].contiguous()},
     "state of more rows": {"state": torch.ones(2, 5)},
-    "state of one number a row": {"state": STATE[:1]},
-    "state of three numbers a row": {"state": THREE},
+    "state of one number per row": {"state": STATE[:1]},
+    "state of three numbers per row": {"state": THREE},
     "state without the rows": {"state": STATE.flatten()},
     "state of a batch": {"state": STATE[None]},
     "state after the rows": {"state": STATE.mT.contiguous()},

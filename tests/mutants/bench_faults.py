@@ -12,62 +12,65 @@ of_providers, of_adapters, of_results = map(tests_of, ("providers", "adapters", 
 of_timing, of_commands, of_tables = map(tests_of, ("timing", "command", "tables"))
 of_demo, of_overhead = map(tests_of, ("demo", "overhead"))
 
-LIARS = of_providers("check_catches_liars")
-SLIGHT_LIARS = of_providers("check_catches_who_is_a_little_off")
-CHUNKS = of_providers("check_by_chunks_is_the_same")
-MANY_ROWS = of_providers("check_of_many_rows_believes_who_is_right")
+FAULTY_LOSSES = of_providers("check_finds_faulty_losses")
+SMALL_ERRORS = of_providers("check_finds_small_errors")
+CHUNKS = of_providers("check_in_chunks_gives_the_same_errors")
+MANY_ROWS = of_providers("check_accepts_right_results_of_many_rows")
 
 CHECK_FAULTS = {
-    "a loss that is not a number passes": Fault(
-        "bench/check.py", "if not error <= limit:", "if error > limit:", LIARS
+    "a NaN loss passes": Fault(
+        "bench/check.py", "if not error <= limit:", "if error > limit:", FAULTY_LOSSES
     ),
     "a scale may be 3 % off in bfloat16": Fault(
-        "bench/check.py", "2e-1, 1e-2)", "2e-1, 3e-2)", SLIGHT_LIARS
+        "bench/check.py", "2e-1, 1e-2)", "2e-1, 3e-2)", SMALL_ERRORS
     ),
     "a scale may be 1e-4 off in float32": Fault(
-        "bench/check.py", "1e-4, 1e-2, 1e-5", "1e-4, 1e-2, 1e-4", SLIGHT_LIARS
+        "bench/check.py", "1e-4, 1e-2, 1e-5", "1e-4, 1e-2, 1e-4", SMALL_ERRORS
     ),
     "a row may be 5 % off in float32": Fault(
-        "bench/check.py", "1e-4, 1e-2, 1e-5", "1e-4, 5e-2, 1e-5", SLIGHT_LIARS
+        "bench/check.py", "1e-4, 1e-2, 1e-5", "1e-4, 5e-2, 1e-5", SMALL_ERRORS
     ),
     "a gradient may be 1e-3 off in float32": Fault(
-        "bench/check.py", "Tolerance(1e-5, 1e-4", "Tolerance(1e-5, 1e-3", SLIGHT_LIARS
+        "bench/check.py", "Tolerance(1e-5, 1e-4", "Tolerance(1e-5, 1e-3", SMALL_ERRORS
     ),
     "a loss may be 2 % off in float16": Fault(
-        "bench/check.py", "Tolerance(2e-3, ", "Tolerance(2e-2, ", SLIGHT_LIARS
+        "bench/check.py", "Tolerance(2e-3, ", "Tolerance(2e-2, ", SMALL_ERRORS
     ),
     "the loss has the gradient's tolerance": Fault(
-        "bench/check.py", "tolerance.loss)", "tolerance.gradient)", SLIGHT_LIARS
+        "bench/check.py", "tolerance.loss)", "tolerance.gradient)", SMALL_ERRORS
     ),
-    "the first class of ignored rows is not judged": Fault(
-        "bench/check.py", "t.gather(1, index) * ~is_counted)", "t.gather(1, index) * 0)", LIARS
+    "the first class of ignored rows is not checked": Fault(
+        "bench/check.py",
+        "t.gather(1, index) * ~is_counted)",
+        "t.gather(1, index) * 0)",
+        FAULTY_LOSSES,
     ),
     "too small a scale passes": Fault(
         "bench/check.py",
         "relative(abs(self.products - self.squares)",
         "relative(max(0.0, self.products - self.squares)",
-        SLIGHT_LIARS,
+        SMALL_ERRORS,
     ),
     "too small a loss passes": Fault(
         "bench/check.py",
         "relative(abs(loss.item() - self.loss)",
         "relative(max(0.0, loss.item() - self.loss)",
-        SLIGHT_LIARS,
+        SMALL_ERRORS,
     ),
     "the loss of a step is not checked": Fault(
-        "bench/check.py", '"loss": step.loss}', '"loss": value}', LIARS
+        "bench/check.py", '"loss": step.loss}', '"loss": value}', FAULTY_LOSSES
     ),
     "the loss without a gradient is not checked": Fault(
-        "bench/check.py", '{"loss without grad": value, ', "{", LIARS
+        "bench/check.py", '{"loss without grad": value, ', "{", FAULTY_LOSSES
     ),
     "a target that is written to passes": Fault(
         "bench/check.py",
         "if not torch.equal(self.workload.target, self.workload.original_target):",
         "if not self.chunks:",
-        of_providers("who_is_found_out_later_is_left_out"),
+        of_providers("provider_that_fails_later_is_left_out"),
     ),
     "a shape is not checked": Fault(
-        "bench/check.py", "if tensor.shape != shape:", "if tensor.ndim < len(shape):", LIARS
+        "bench/check.py", "if tensor.shape != shape:", "if tensor.ndim < len(shape):", FAULTY_LOSSES
     ),
     "the gradient overflows float16": Fault("bench/check.py", "- 1, 15)", "- 1, 20)", MANY_ROWS),
     "the gradient is not scaled up": Fault(
@@ -94,70 +97,70 @@ CHECK_FAULTS = {
     "a softcap is not multiplied back": Fault(
         "bench/check.py", "options.softcap * torch.tanh", "torch.tanh", CHUNKS
     ),
-    "classes are judged by the last chunk": Fault(
+    "classes are checked only in the last chunk": Fault(
         "bench/check.py",
         "self.class_errors = self.class_errors + errors",
         "self.class_errors = errors",
-        SLIGHT_LIARS,
+        SMALL_ERRORS,
     ),
-    "rows are judged by the last chunk": Fault(
+    "rows are checked only in the last chunk": Fault(
         "bench/check.py",
         "max(self.worst_row, worst(errors.sum(1), squares.sum(1)))",
         "worst(errors.sum(1), squares.sum(1))",
-        SLIGHT_LIARS,
+        SMALL_ERRORS,
     ),
-    "targets are judged by the last chunk": Fault(
+    "targets are checked only in the last chunk": Fault(
         "bench/check.py",
         "max(self.greatest_error, errors.max().item())",
         "errors.max().item()",
-        SLIGHT_LIARS,
+        SMALL_ERRORS,
     ),
-    "a class is not judged": Fault(
+    "a class is not checked": Fault(
         "bench/check.py",
         'errors["gradient of one class"] = (one.worst_class',
         'errors["gradient of one class"] = (one.worst_row',
-        SLIGHT_LIARS,
+        SMALL_ERRORS,
     ),
-    "a row is not judged": Fault(
+    "a row is not checked": Fault(
         "bench/check.py",
         'errors["gradient of one row"] = (one.worst_row',
         'errors["gradient of one row"] = (one.worst_class',
-        SLIGHT_LIARS,
+        SMALL_ERRORS,
     ),
-    "a target is not judged": Fault(
+    "a target is not checked": Fault(
         "bench/check.py",
         "(one.worst_entry, tolerance.part)",
         "(one.error, tolerance.part)",
-        SLIGHT_LIARS,
+        SMALL_ERRORS,
     ),
-    "of nothing anything may be wrong": Fault(
+    "any error relative to 0 passes": Fault(
         "bench/check.py",
         'return 0.0 if error == 0 else float("inf")',
         "return 0.0",
-        of_providers("of_nothing_nothing_may_be_wrong"),
+        of_providers("relative_errors_of_zero"),
     ),
-    "a row that is not a number is right": Fault(
+    "a NaN row passes": Fault(
         "bench/check.py",
         "ratios.nan_to_num(torch.inf, torch.inf)",
         "ratios.nan_to_num(0.0, torch.inf)",
-        of_providers("of_nothing_nothing_may_be_wrong"),
+        of_providers("relative_errors_of_zero"),
     ),
-    "a norm is not rooted": Fault(
+    "a norm has no square root": Fault(
         "bench/check.py",
         "return relative(self.errors, self.squares) ** 0.5",
         "return relative(self.errors, self.squares)",
-        SLIGHT_LIARS,
+        SMALL_ERRORS,
     ),
 }
 
 COMPARE_FAULTS = {
-    "twice as fast is nearer to 1 than twice as slow": Fault(
+    "speedups count less than slowdowns": Fault(
         "bench/compare.py",
         "max(self.change, -self.change / (1 + self.change))",
         "abs(self.change)",
         of_results("compare"),
     ),
-    "a difference of 3 % is none": Fault(
+    "a difference of 3 % is noise": Fault(
         "bench/compare.py", "LEAST = 0.02", "LEAST = 0.03", of_results("compare")
     ),
     "the noise of the later run does not count": Fault(
@@ -172,7 +175,7 @@ COMPARE_FAULTS = {
         "yield Difference(result, match, timing, least)",
         of_results("compare"),
     ),
-    "what is faster is a failure": Fault(
+    "a speedup is a failure": Fault(
         "bench/compare.py",
         "return 1 if slower else 0",
         "return 1 if faster else 0",
@@ -188,26 +191,26 @@ COMPARE_FAULTS = {
         "bench/compare.py",
         "        for timing in result.timings\n        if timing.mode not in BASELINES\n",
         "        for timing in result.timings\n",
-        of_results("compare_tells_of_other_machines_and_cases"),
+        of_results("compare_reports_other_machines_and_missing_timings"),
     ),
     "--provider does not choose what is missing": Fault(
         "bench/compare.py",
         "            if options.provider and provider not in options.provider:\n"
         "                continue\n",
         "",
-        of_results("compare_tells_of_other_machines_and_cases"),
+        of_results("compare_reports_other_machines_and_missing_timings"),
     ),
-    "what is missing is said of the other file": Fault(
+    "missing timings are attributed to the other file": Fault(
         "bench/compare.py",
         "(options.after, timings_of(before) - timings_of(after))",
         "(options.before, timings_of(before) - timings_of(after))",
-        of_results("compare_tells_of_other_machines_and_cases"),
+        of_results("compare_reports_other_machines_and_missing_timings"),
     ),
-    "another number of threads is not told": Fault(
+    "another number of threads is not reported": Fault(
         "bench/compare.py",
         '"cores", "threads", "gpu"',
         '"cores", "gpu"',
-        of_results("compare_tells_of_each_difference_of_the_machines"),
+        of_results("compare_reports_each_difference_of_the_machines"),
     ),
     "the change of the copy is a mean": Fault(
         "bench/compare.py",
@@ -264,15 +267,15 @@ TIMING_FAULTS = {
         "bench/timing.py",
         "        self.target.copy_(self.original_target)\n",
         "",
-        of_results("logits_are_written_anew_for_each_run"),
+        of_results("inputs_are_restored_before_each_run"),
     ),
-    "a backward's time has the forward's in it": Fault(
+    "backward time includes forward time": Fault(
         "bench/timing.py",
         "seconds(middle, end)",
         "seconds(start, end)",
         of_timing("caches_are_emptied_before_each_timing"),
     ),
-    "a forward has a graph": Fault("bench/timing.py", "    @torch.no_grad()\n", "", LIARS),
+    "a forward has a graph": Fault("bench/timing.py", "    @torch.no_grad()\n", "", FAULTY_LOSSES),
     "a forward's memory is a step's": Fault(
         "bench/timing.py",
         '"forward": of_forward.bytes',
@@ -283,13 +286,13 @@ TIMING_FAULTS = {
         "bench/timing.py",
         "while n_rounds < min_rounds",
         "while n_rounds <= min_rounds",
-        of_timing("there_are_enough_rounds_and_seconds"),
+        of_timing("minimum_of_rounds_and_seconds"),
     ),
-    "rounds or seconds are enough": Fault(
+    "either the rounds or the seconds suffice": Fault(
         "bench/timing.py",
         "min_rounds or perf",
         "min_rounds and perf",
-        of_timing("there_are_enough_rounds_and_seconds"),
+        of_timing("minimum_of_rounds_and_seconds"),
     ),
     "providers are not interleaved": Fault(
         "bench/timing.py",
@@ -301,37 +304,37 @@ TIMING_FAULTS = {
         "bench/timing.py",
         "samples.setdefault(key, []).append(seconds)",
         "samples[key] = [seconds]",
-        of_timing("there_are_enough_rounds_and_seconds"),
+        of_timing("minimum_of_rounds_and_seconds"),
     ),
-    "who raises is called again": Fault(
+    "a provider that raises is called again": Fault(
         "bench/timing.py",
         "                if provider in raised:\n                    continue\n",
         "",
-        of_timing("who_raises_is_left_out_and_returned"),
+        of_timing("provider_that_raises_is_left_out_and_returned"),
     ),
-    "what a provider raises is forgotten": Fault(
+    "a provider's error is lost": Fault(
         "bench/timing.py",
         "                    raised[provider] = error\n                    continue",
         "                    continue",
-        of_timing("who_raises_is_left_out_and_returned"),
+        of_timing("provider_that_raises_is_left_out_and_returned"),
     ),
-    "who raises ends the round": Fault(
+    "a provider that raises ends the round": Fault(
         "bench/timing.py",
         "                    raised[provider] = error\n                    continue",
         "                    raised[provider] = error\n                    break",
-        of_timing("who_raises_is_left_out_and_returned"),
+        of_timing("provider_that_raises_is_left_out_and_returned"),
     ),
     "garbage is collected while it is timed": Fault(
         "bench/timing.py",
         "    gc.disable()\n",
         "",
-        of_timing("garbage_is_not_collected_while_it_is_timed"),
+        of_timing("garbage_collection_is_off_during_timing"),
     ),
     "garbage is never collected again": Fault(
         "bench/timing.py",
         "        gc.enable()\n",
         "        pass\n",
-        of_timing("garbage_is_not_collected_while_it_is_timed"),
+        of_timing("garbage_collection_is_off_during_timing"),
     ),
 }
 
@@ -342,47 +345,47 @@ DEVICE_FAULTS = {
         "first.elapsed_time(last) / 1e6",
         of_timing("clocks"),
     ),
-    "nobody waits for the GPU": Fault(
+    "the clock does not wait for the GPU": Fault(
         "bench/device.py", "        last.synchronize()\n", "", of_timing("clocks")
     ),
-    "what empties the caches fits them": Fault(
+    "the flush buffer fits into the cache": Fault(
         "bench/device.py", '"cpu": 1 << 27', '"cpu": 1 << 20', of_timing("clocks")
     ),
-    "what empties the caches is not written": Fault(
+    "the flush buffer is not written": Fault(
         "bench/device.py",
         "        self._flushed.zero_()\n        return perf_counter()",
         "        return perf_counter()",
         of_results("caches_are_emptied"),
     ),
-    "a GPU's memory is all that is taken": Fault(
+    "a GPU's memory includes what was in use before": Fault(
         "bench/device.py",
         "torch.cuda.max_memory_allocated() - self._before",
         "torch.cuda.max_memory_allocated()",
-        of_timing("peak_of_a_gpus_memory"),
+        of_timing("peak_memory_of_a_gpu"),
     ),
     "an earlier peak of a GPU counts": Fault(
         "bench/device.py",
         "            torch.cuda.reset_peak_memory_stats()\n",
         "",
-        of_timing("peak_of_a_gpus_memory"),
+        of_timing("peak_memory_of_a_gpu"),
     ),
     "an earlier peak of the process counts": Fault(
         "bench/device.py",
         '            PEAK_RESET.write_text("5")  # resets the peak to what is resident now\n',
         "",
-        of_timing("peak_of_a_process_is_of_what_is_inside_alone"),
+        of_timing("peak_memory_of_a_process_starts_anew"),
     ),
-    "freed memory is used again uncounted": Fault(
+    "reused memory is not counted": Fault(
         "bench/device.py",
         "            ctypes.CDLL(None).malloc_trim(0)  # freed memory",
         "            # freed memory",
-        of_timing("peak_of_a_process_is_of_what_is_inside_alone"),
+        of_timing("peak_memory_of_a_process_starts_anew"),
     ),
-    "memory is what is left, not the peak": Fault(
+    "memory is what remains, not the peak": Fault(
         "bench/device.py",
         '"VmHWM") - self',
         '"VmRSS") - self',
-        of_results("peak_of_a_processs_memory"),
+        of_results("peak_memory_of_a_process"),
     ),
     "a kilobyte has 1000 bytes": Fault(
         "bench/device.py", "* 1024 for line", "* 1000 for line", of_timing("free_memory")
@@ -397,15 +400,15 @@ DEVICE_FAULTS = {
         "bench/device.py",
         "_allowed_bytes() * 9 // 10",
         "_allowed_bytes()",
-        of_timing("limit_leaves_room_and_is_taken_back"),
+        of_timing("memory_limit_leaves_room_and_is_removed"),
     ),
     "the limit stays after an error": Fault(
         "bench/device.py",
         "    try:\n        yield\n    finally:\n        resource.setrlimit",
         "    if limits:\n        yield\n        resource.setrlimit",
-        of_timing("limit_leaves_room_and_is_taken_back"),
+        of_timing("memory_limit_leaves_room_and_is_removed"),
     ),
-    "Python's lack of memory is another error": Fault(
+    "Python's MemoryError is not recognized": Fault(
         "bench/device.py",
         "(torch.OutOfMemoryError, MemoryError)",
         "torch.OutOfMemoryError",
@@ -415,7 +418,7 @@ DEVICE_FAULTS = {
         "bench/device.py",
         "return 2 * source.nbytes",
         "return source.nbytes",
-        of_timing("bandwidth_of_a_copy_is_of_both_its_sides"),
+        of_timing("copy_bandwidth_counts_reads_and_writes"),
     ),
     "a GPU without kernels is measured": Fault(
         "bench/device.py",
@@ -466,7 +469,7 @@ CASE_FAULTS = {
         "bench/cases.py",
         'Case("gpt2", (512, 50257))',
         'Case("gpt2", (512, 50256))',
-        of_results("cases_have_the_classes_of_what_they_are_named_after"),
+        of_results("cases_have_the_classes_of_their_model_or_dataset"),
     ),
     "the last class is never a target": Fault(
         "bench/cases.py",
@@ -474,7 +477,7 @@ CASE_FAULTS = {
         "torch.randint(self.shape[1] - 1,",
         of_results("inputs_of_a_case_are_the_same_in_every_run"),
     ),
-    "inputs are others in every run": Fault(
+    "inputs differ between runs": Fault(
         "bench/cases.py",
         'manual_seed(0), "device"',
         'manual_seed(int(torch.randint(1 << 30, ()))), "device"',
@@ -492,77 +495,77 @@ CASE_FAULTS = {
         'torch.arange(target.numel(), device=source["device"])',
         of_results("inputs_of_a_case_are_the_same_in_every_run"),
     ),
-    "no row is left": Fault(
+    "all rows are ignored": Fault(
         "bench/cases.py", "target.numel() - 1)\n", "target.numel())\n", of_results("ignored_share")
     ),
     "a sweep has no options": Fault(
         "bench/cases.py",
         "(n_rows, vocab), soft, dtypes, options)",
         "(n_rows, vocab), soft, dtypes)",
-        of_results("cases_of_a_sweep_have_as_many_logits"),
+        of_results("cases_of_a_sweep_have_equally_many_logits"),
     ),
     "gpt2 is no default case": Fault(
         "bench/cases.py",
         'default=("llama3", "llama2", "gpt2", "imagenet"',
         'default=("llama3", "llama2", "imagenet"',
-        of_results("cases_have_the_classes_of_what_they_are_named_after"),
+        of_results("cases_have_the_classes_of_their_model_or_dataset"),
     ),
 }
 
 COMMAND_FAULTS = {
-    "a device that is not there is measured": Fault(
+    "a missing device is measured": Fault(
         "bench/command.py",
         "if reason := why_not(options.device):",
         "if (reason := why_not(options.device)) and not options.quick:",
-        of_commands("a_device_that_is_not_there_is_refused"),
+        of_commands("missing_device_is_refused"),
     ),
-    "a failure is told on stdout": Fault(
+    "a failure is printed to stdout": Fault(
         "bench/command.py",
         '{provider}: {reason}", file=sys.stderr)',
         '{provider}: {reason}")',
-        of_commands("status_and_what_is_written"),
+        of_commands("exit_status_and_written_cases"),
     ),
     "a wrong provider is no failure": Fault(
         "bench/command.py",
         "                status = status or 1\n",
         "",
-        of_commands("status_and_what_is_written"),
+        of_commands("exit_status_and_written_cases"),
     ),
-    "a wrong provider hides a lack of memory": Fault(
+    "a wrong provider hides an out-of-memory case": Fault(
         "bench/command.py",
         "status = status or 1",
         "status = 1",
-        of_commands("status_and_what_is_written"),
+        of_commands("exit_status_and_written_cases"),
     ),
-    "a lack of memory ends the run": Fault(
+    "running out of memory ends the run": Fault(
         "bench/command.py",
         "            status = 2\n            continue",
         "            status = 2\n            break",
-        of_commands("status_and_what_is_written"),
+        of_commands("exit_status_and_written_cases"),
     ),
-    "a lack of memory is no failure": Fault(
+    "running out of memory is no failure": Fault(
         "bench/command.py",
         "            status = 2\n            continue",
         "            continue",
-        of_commands("status_and_what_is_written"),
+        of_commands("exit_status_and_written_cases"),
     ),
     "any error is swallowed": Fault(
         "bench/command.py",
         "            if not is_out_of_memory(error):\n                raise\n",
         "",
-        of_commands("what_is_wrong_in_the_benchmark_is_raised"),
+        of_commands("errors_of_the_benchmark_itself_are_raised"),
     ),
-    "Ctrl-C goes on with the next case": Fault(
+    "Ctrl-C continues with the next case": Fault(
         "bench/command.py",
         'these results are partial", file=sys.stderr)\n            break',
         'these results are partial", file=sys.stderr)',
-        of_commands("status_and_what_is_written"),
+        of_commands("exit_status_and_written_cases"),
     ),
-    "Ctrl-C loses the case that it ends": Fault(
+    "Ctrl-C loses the case in progress": Fault(
         "bench/command.py",
         "if job.result.timings or job.result.failures or status != INTERRUPTED:",
         "if status != INTERRUPTED:",
-        of_commands("status_and_what_is_written"),
+        of_commands("exit_status_and_written_cases"),
     ),
     "files are written at the end": Fault(
         "bench/command.py",
@@ -574,49 +577,49 @@ COMMAND_FAULTS = {
         "bench/command.py",
         "    except OSError as error:\n        command.error(str(error))",
         "    except OSError:\n        pass",
-        of_commands("file_that_can_no_longer_be_written"),
+        of_commands("file_that_becomes_unwritable"),
     ),
-    "an earlier file is emptied before there is another": Fault(
+    "an earlier file is emptied before results exist": Fault(
         "bench/command.py",
         'path.open("ab").close()',
         'path.open("wb").close()',
-        of_commands("files_that_are_there_are_kept_until_there_is_something_to_write"),
+        of_commands("existing_files_are_kept_until_there_are_results"),
     ),
     "an empty file is left where nothing fits": Fault(
         "bench/command.py",
         "            if not was_there:\n                path.unlink()\n",
         "",
-        of_commands("what_does_not_fit_memory_is_not_started"),
+        of_commands("cases_too_large_for_memory_are_not_started"),
     ),
-    "what fits memory exactly does not": Fault(
+    "a case that exactly fits memory is refused": Fault(
         "bench/command.py",
         "job.bytes_needed > free",
         "job.bytes_needed >= free",
-        of_commands("what_does_not_fit_memory_is_not_started"),
+        of_commands("cases_too_large_for_memory_are_not_started"),
     ),
-    "gigabytes are of 2 to the 30": Fault(
+    "a gigabyte is 2^30 bytes": Fault(
         "bench/command.py",
         "job.bytes_needed / 1e9",
         "job.bytes_needed / 2**30",
-        of_commands("memory_is_told_in_gigabytes"),
+        of_commands("memory_is_reported_in_gigabytes"),
     ),
     "memory is not limited": Fault(
         "bench/command.py",
         'limited_memory if options.device == "cpu"',
         'limited_memory if options.device != "cpu"',
-        of_commands("memory_is_limited_while_it_is_measured"),
+        of_commands("memory_is_limited_during_measurements"),
     ),
     "the least number is too small": Fault(
         "bench/command.py",
         "int(text) < minimum:",
         "int(text) <= minimum:",
-        of_commands("numbers_of_options"),
+        of_commands("limits_of_numeric_options"),
     ),
-    "an option that is not a number passes": Fault(
+    "a NaN option passes": Fault(
         "bench/command.py",
         "if not least <= value <= most:",
         "if value < least or value > most:",
-        of_commands("numbers_of_options"),
+        of_commands("limits_of_numeric_options"),
     ),
     "Markdown does not name its command": Fault(
         "bench/command.py",
@@ -625,40 +628,40 @@ COMMAND_FAULTS = {
         of_commands("markdown_names_the_machine_and_the_command"),
     ),
     "a closed pipe is a success": Fault(
-        "bench/__main__.py", "return 141", "return 0", of_commands("how_the_program_ends")
+        "bench/__main__.py", "return 141", "return 0", of_commands("exit_status_of_the_program")
     ),
-    "Ctrl-C before there is anything is a success": Fault(
+    "Ctrl-C without results is a success": Fault(
         "bench/__main__.py",
         "        return 130\n",
         "        return 0\n",
-        of_commands("how_the_program_ends"),
+        of_commands("exit_status_of_the_program"),
     ),
     "the status of the command is lost": Fault(
         "bench/__main__.py",
         "    return command(arguments)\n",
         "    command(arguments)\n    return 0\n",
-        of_commands("without_a_command_the_loss_is_measured"),
+        of_commands("the_default_command_is_loss"),
     ),
-    "a missing module of the benchmark is a package to install": Fault(
+    "a missing module of the benchmark is reported as a package to install": Fault(
         "bench/__main__.py",
         "        if error.name not in NEEDED:\n            raise\n",
         "",
-        of_commands("without_a_command_the_loss_is_measured"),
+        of_commands("the_default_command_is_loss"),
     ),
 }
 
 LOSS_FAULTS = {
-    "who is absent is not told": Fault(
+    "absent providers are not reported": Fault(
         "bench/loss.py",
         "candidates, result.absent = gather(",
         "candidates, _ = gather(",
-        of_commands("who_is_asked_and_why_others_are_not_there"),
+        of_commands("timed_and_absent_providers_of_a_case"),
     ),
     "providers get float32 instead of the case's dtype": Fault(
         "bench/loss.py",
         "Request(case, result.dtype, options.device)",
         'Request(case, "float32", options.device)',
-        of_commands("who_is_asked_and_why_others_are_not_there"),
+        of_commands("timed_and_absent_providers_of_a_case"),
     ),
     "--quick has no effect on the rounds": Fault(
         "bench/loss.py",
@@ -678,43 +681,43 @@ LOSS_FAULTS = {
         'peaks.get(name, {}).get("both")',
         of_commands("memory_work_and_modes_of_each_timing"),
     ),
-    "who has no part in a mode is measured": Fault(
+    "a provider without a requested mode is measured": Fault(
         "bench/loss.py",
         "    candidates = [one for one in candidates if set(modes) & set(one.modes)]\n",
         "",
         of_commands("memory_work_and_modes_of_each_timing"),
     ),
-    "who remembers an earlier result is not found out": Fault(
+    "a provider that repeats an earlier result passes": Fault(
         "bench/loss.py",
         "    workload.original.neg_()\n",
         "",
-        of_providers("who_is_found_out_later_is_left_out"),
+        of_providers("provider_that_fails_later_is_left_out"),
     ),
     "results are not checked after timing": Fault(
         "bench/loss.py",
         "        check_again(workload, passed, case, result, show)\n",
         "",
-        of_providers("who_is_found_out_later_is_left_out"),
+        of_providers("provider_that_fails_later_is_left_out"),
     ),
-    "who fails later is timed": Fault(
+    "a provider that fails later is timed": Fault(
         "bench/loss.py",
         "{**result.failures, **result.absent}",
         "{**result.absent}",
-        of_providers("who_is_found_out_later_is_left_out"),
+        of_providers("provider_that_fails_later_is_left_out"),
     ),
-    "what a provider raises while it is timed is lost": Fault(
+    "a provider's error during timing is lost": Fault(
         "bench/loss.py",
         "for name, error in raised.items():",
         "for name, error in {}.items():",
-        of_providers("who_is_found_out_later_is_left_out"),
+        of_providers("provider_that_fails_later_is_left_out"),
     ),
-    "what the fused form raises is no failure": Fault(
+    "an error of the fused form is no failure": Fault(
         "bench/loss.py",
         'elif provider.startswith("fused_xent"):',
         'elif provider == "fused_xent":',
-        of_providers("what_this_package_raises_is_a_failure"),
+        of_providers("errors_of_this_package_are_failures"),
     ),
-    "the fused form moves what the others move": Fault(
+    "the fused form moves as many bytes as the others": Fault(
         "bench/loss.py",
         "bytes_moved(*inputs, mode, name in fused)",
         "bytes_moved(*inputs, mode)",
@@ -724,13 +727,13 @@ LOSS_FAULTS = {
         "bench/loss.py",
         "options.label_smoothing, options.ignored, options.lse",
         "options.label_smoothing, 0.0, options.lse",
-        of_commands("options_are_of_what_is_measured"),
+        of_commands("options_reach_the_measured_cases"),
     ),
     "a sweep has no soft labels": Fault(
         "bench/loss.py",
         "options.device, options.soft, loss_options)",
         "options.device, False, loss_options)",
-        of_commands("soft_labels_are_measured"),
+        of_commands("soft_labels_reach_the_measured_cases"),
     ),
     "a sweep measures every mode": Fault(
         "bench/loss.py",
@@ -760,7 +763,7 @@ LOSS_FAULTS = {
         "bench/loss.py",
         "FLOAT32, FLOAT64 = 4, 8 * 8",
         "FLOAT32, FLOAT64 = 4, 4 * 8",
-        of_commands("memory_that_a_loss_needs"),
+        of_commands("memory_estimate_of_a_loss"),
     ),
 }
 
@@ -783,7 +786,7 @@ LINEAR_FAULTS = {
         "",
         of_results("inputs_of_a_linear_layer_are_the_same_in_every_run"),
     ),
-    "a linear layer's gradient that is not a number passes": Fault(
+    "a NaN gradient of a linear layer passes": Fault(
         "bench/linear.py",
         "if not error <= tolerance:",
         "if error > tolerance:",
@@ -811,43 +814,43 @@ LINEAR_FAULTS = {
         "bench/linear.py",
         "if not torch.equal(target, self.target):",
         "if target.shape != self.target.shape:",
-        of_providers("linear_provider_that_is_found_out_later_is_left_out"),
+        of_providers("linear_provider_that_fails_later_is_left_out"),
     ),
     "a linear layer's target is not restored": Fault(
         "bench/linear.py",
         "            self.target.copy_(target)\n",
         "",
-        of_providers("linear_provider_that_is_found_out_later_is_left_out"),
+        of_providers("linear_provider_that_fails_later_is_left_out"),
     ),
-    "a linear layer that remembers is not found out": Fault(
+    "a linear layer that repeats an earlier result passes": Fault(
         "bench/linear.py",
         "        self.hidden.neg_()\n",
         "",
-        of_providers("linear_provider_that_is_found_out_later_is_left_out"),
+        of_providers("linear_provider_that_fails_later_is_left_out"),
     ),
     "a linear layer is not checked after timing": Fault(
         "bench/linear.py",
         "        for name, loss_function in passed:",
         "        for name, loss_function in passed[:0]:",
-        of_providers("linear_provider_that_is_found_out_later_is_left_out"),
+        of_providers("linear_provider_that_fails_later_is_left_out"),
     ),
-    "what a linear layer raises while it is timed is lost": Fault(
+    "a linear layer's error during timing is lost": Fault(
         "bench/linear.py",
         "for name, error in raised.items():",
         "for name, error in {}.items():",
-        of_providers("linear_provider_that_is_found_out_later_is_left_out"),
+        of_providers("linear_provider_that_fails_later_is_left_out"),
     ),
     "a linear layer that fails later is timed": Fault(
         "bench/linear.py",
         "{**result.failures, **result.absent}",
         "{**result.absent}",
-        of_providers("linear_provider_that_is_found_out_later_is_left_out"),
+        of_providers("linear_provider_that_fails_later_is_left_out"),
     ),
-    "memory of a linear layer has its outputs in it": Fault(
+    "memory of a linear layer includes its outputs": Fault(
         "bench/linear.py",
         "max(0, memory.bytes - sum(output.nbytes for output in outputs))",
         "max(0, memory.bytes)",
-        of_results("memory_of_a_linear_layer_is_beyond_its_outputs"),
+        of_results("memory_of_a_linear_layer_excludes_its_outputs"),
     ),
     "the third product is the second": Fault(
         "bench/linear.py",
@@ -879,7 +882,7 @@ LINEAR_FAULTS = {
         "linear_cross_entropy",
         of_adapters("adapters_of_linear_peers"),
     ),
-    "what was compiled for the case before is kept": Fault(
+    "code compiled for the previous case is kept": Fault(
         "bench/linear.py",
         "    torch.compiler.reset()\n",
         "",
@@ -889,7 +892,7 @@ LINEAR_FAULTS = {
         "bench/linear.py",
         "min(n_rows * n_classes, max(CHUNK, n_classes))",
         "(n_rows * n_classes)",
-        of_commands("memory_that_a_linear_layer_needs"),
+        of_commands("memory_estimate_of_a_linear_layer"),
     ),
 }
 
@@ -924,23 +927,23 @@ OVERHEAD_FAULTS = {
         "",
         of_overhead("cases_and_rounds"),
     ),
-    "the module of torch is measured as ours": Fault(
+    "the module of torch is measured as that of fused_xent": Fault(
         "bench/overhead.py",
         'Provider("fused_xent", fused_xent.CrossEntropyLoss())',
         'Provider("fused_xent", torch.nn.CrossEntropyLoss())',
-        of_overhead("modules_are_called_where_they_are_asked_for"),
+        of_overhead("the_case_module_calls_modules"),
     ),
-    "what a call raises is lost": Fault(
+    "an error of a call is lost": Fault(
         "bench/overhead.py",
         "for name, error in raised.items():",
         "for name, error in {}.items():",
-        of_overhead("who_raises_while_it_is_timed_is_left_out"),
+        of_overhead("provider_that_raises_while_timed_is_left_out"),
     ),
     "a call that fails later is timed": Fault(
         "bench/overhead.py",
         "left_out = {**result.failures, **result.absent}",
         "left_out = {}",
-        of_overhead("who_raises_while_it_is_timed_is_left_out"),
+        of_overhead("provider_that_raises_while_timed_is_left_out"),
     ),
     "a call without a gradient makes a graph": Fault(
         "bench/overhead.py",
@@ -958,7 +961,7 @@ OVERHEAD_FAULTS = {
         "bench/overhead.py",
         "one.detach().clone() for one",
         "one.detach() for one",
-        of_overhead("inputs_are_a_providers_own"),
+        of_overhead("providers_do_not_share_inputs"),
     ),
     "a sample on a CPU is of all calls": Fault(
         "bench/overhead.py",
@@ -970,13 +973,13 @@ OVERHEAD_FAULTS = {
         "bench/overhead.py",
         'of_host = {(f"host {mode}", provider): (issued - start) / CALLS}',
         'of_host = {(f"host {mode}", provider): (done - start) / CALLS}',
-        of_overhead("samples_of_a_gpu_have_the_hosts_part"),
+        of_overhead("samples_of_a_gpu_have_host_time"),
     ),
     "every event is a kernel": Fault(
         "bench/overhead.py",
         '"LaunchKernel" in event.name for',
         "bool(event.name) for",
-        of_overhead("kernels_are_those_that_one_call_launches"),
+        of_overhead("kernel_count_is_that_of_one_call"),
     ),
     "a call is shown as how many times faster it is": Fault(
         "bench/tables.py",
@@ -990,11 +993,11 @@ OVERHEAD_FAULTS = {
         "overhead_markdown(found, list(MODE_TITLES))",
         of_overhead("markdown"),
     ),
-    "calls that are compared have no digits": Fault(
+    "compared calls have too few digits": Fault(
         "bench/compare.py",
         "if seconds > 1e-3 else",
         "if seconds > 1e-6 else",
-        of_overhead("compared_times_of_a_call_have_their_digits"),
+        of_overhead("compared_short_times_keep_their_digits"),
     ),
 }
 
@@ -1003,19 +1006,19 @@ PROVIDER_FAULTS = {
         "bench/providers.py",
         "inplace = partial(loss, inplace_backward=True)",
         "inplace = partial(loss)",
-        of_adapters("what_is_asked_of_this_package"),
+        of_adapters("options_passed_to_this_package"),
     ),
     "the fused form is not fused": Fault(
         "bench/providers.py",
         "fused = partial(loss, grad_in_forward=True)",
         "fused = partial(loss)",
-        of_adapters("what_is_asked_of_this_package"),
+        of_adapters("options_passed_to_this_package"),
     ),
     "this package is not given the options": Fault(
         "bench/providers.py",
         "loss = partial(fused_xent.cross_entropy, **wanted)",
         "loss = partial(fused_xent.cross_entropy)",
-        of_adapters("what_is_asked_of_this_package"),
+        of_adapters("options_passed_to_this_package"),
     ),
     "flash-attention is not given the options": Fault(
         "bench/providers.py",
@@ -1035,19 +1038,19 @@ PROVIDER_FAULTS = {
         'if request.dtype == "half":\n        raise',
         of_adapters("transformer_engine_has_no_float16"),
     ),
-    "forward and backward is the backward alone": Fault(
+    "forward + backward has only the backward": Fault(
         "bench/providers.py",
         '"both": step.forward + step.backward',
         '"both": step.backward',
         of_results("a_step_is_forward_and_backward"),
     ),
-    "a mode that is not wanted is timed": Fault(
+    "a mode that was not requested is timed": Fault(
         "bench/providers.py",
         'if "forward" in wanted:',
         'if "forward" in self.modes:',
-        of_timing("only_modes_that_are_wanted_are_timed"),
+        of_timing("only_requested_modes_are_timed"),
     ),
-    "what torch compiles may have any size": Fault(
+    "torch.compile gets dynamic sizes": Fault(
         "bench/providers.py",
         "torch.compile(loss, dynamic=False)",
         "torch.compile(loss)",
@@ -1057,13 +1060,13 @@ PROVIDER_FAULTS = {
         "bench/providers.py",
         "if names and name not in names:",
         "if names and not name:",
-        of_adapters("names_choose_among_providers"),
+        of_adapters("providers_are_selected_by_name"),
     ),
     "a package that does not load ends the run": Fault(
         "bench/providers.py",
         "except Exception as error:  # a package",
         "except ImportError as error:  # a package",
-        of_adapters("names_choose_among_providers"),
+        of_adapters("providers_are_selected_by_name"),
     ),
 }
 
@@ -1086,13 +1089,13 @@ RESULT_FAULTS = {
         "if len(self.seconds) < 2:",
         of_results("figures_of_a_timing"),
     ),
-    "a ratio is upside down": Fault(
+    "a ratio is inverted": Fault(
         "bench/results.py",
         "other.median / timing.median if other",
         "timing.median / other.median if other",
         of_results("figures_of_a_timing"),
     ),
-    "a file has the median alone": Fault(
+    "a file has only the median": Fault(
         "bench/results.py",
         'path.write_text(json.dumps(asdict(self), indent=1) + "\\n")',
         "path.write_text(json.dumps(asdict(self, dict_factory=lambda pairs: {k: v[:1] "
@@ -1115,13 +1118,13 @@ RESULT_FAULTS = {
         "bench/results.py",
         "self.dtype, self.labels, options\n",
         "self.dtype, self.labels\n",
-        of_results("results_of_other_labels_and_options_are_others"),
+        of_results("key_has_shape_dtype_labels_and_options"),
     ),
     "a title has no options": Fault(
         "bench/results.py",
         '        parts += [f"{name} {value:g}" for name, value in self.options.items()]\n',
         "",
-        of_tables("title_has_all_that_makes_results_differ"),
+        of_tables("title_has_shape_dtype_labels_and_options"),
     ),
     "a command is not written as it was typed": Fault(
         "bench/results.py",
@@ -1162,13 +1165,13 @@ SHOWN_FAULTS = {
         r"(?: (both))?",
         of_tables("tables_of_a_readme"),
     ),
-    "a roofline's table is in Markdown alone": Fault(
+    "a roofline's table is printed only with --markdown": Fault(
         "bench/roofline.py",
         "    if not options.markdown:\n        show(run)",
         "    if options.markdown:\n        show(run)",
-        of_commands("a_rooflines_table_is_not_in_markdown"),
+        of_commands("markdown_has_no_roofline_table"),
     ),
-    "megabytes are of 2 to the 20": Fault(
+    "a megabyte is 2^20 bytes": Fault(
         "bench/tables.py",
         'f"{size / 1e6:.1f}"',
         'f"{size / 2**20:.1f}"',
@@ -1204,7 +1207,7 @@ SHOWN_FAULTS = {
         '.get("grad_hidden")',
         of_tables("table_of_a_linear_layer"),
     ),
-    "the ratio to bare products is upside down": Fault(
+    "the ratio to bare products is inverted": Fault(
         "bench/tables.py",
         "{timing.median / bare.median:.2f}",
         "{bare.median / timing.median:.2f}",
@@ -1238,7 +1241,7 @@ SHOWN_FAULTS = {
         "bench/readme.py",
         "file=sys.stderr)\n        return 2",
         "file=sys.stderr)\n        return 0",
-        of_tables("readme_is_kept_where_a_file_is_wrong"),
+        of_tables("readme_is_unchanged_if_a_file_is_broken"),
     ),
     "a plot has the classes in the order of the file": Fault(
         "bench/plots.py",
@@ -1258,11 +1261,11 @@ SHOWN_FAULTS = {
         "timing.bytes / 1e6",
         of_tables("plots_of_a_sweep"),
     ),
-    "what differs in its options is in one plot": Fault(
+    "different options share a plot": Fault(
         "bench/plots.py",
         '(result.dtype, f"{labels} {options}".strip())',
         "(result.dtype, labels)",
-        of_tables("what_is_not_alike_is_not_in_one_plot"),
+        of_tables("different_options_have_separate_plots"),
     ),
     "the quartiles are not drawn": Fault(
         "bench/plots.py",
@@ -1282,7 +1285,7 @@ SHOWN_FAULTS = {
         "folder = options.file[0].parent",
         of_tables("files_of_plots"),
     ),
-    "an SVG is another each time": Fault(
+    "SVG files are not reproducible": Fault(
         "bench/plots.py",
         'plt.rcParams["svg.hashsalt"] = "bench"',
         'plt.rcParams["svg.hashsalt"] = None',
@@ -1294,7 +1297,7 @@ SHOWN_FAULTS = {
         "timing.bandwidth / 1e9,\n                MARKERS",
         of_tables("plot_of_a_roofline"),
     ),
-    "the roof is the greater of both": Fault(
+    "the roof is the larger of both limits": Fault(
         "bench/roofline.py",
         "return min(self.bandwidth * intensity, self.rate)",
         "return max(self.bandwidth * intensity, self.rate)",
@@ -1317,12 +1320,12 @@ SHOWN_FAULTS = {
         "bench/roofline.py",
         "        linear_case = QUICK_LINEAR[options.device]\n",
         '        cases, linear_case = linear.CASES["cpu"], "llama3"\n',
-        of_commands("a_roofline_is_of_a_loss_and_a_linear_layer"),
+        of_commands("cases_of_a_roofline"),
     ),
 }
 
 DEMO_FAULTS = {
-    "curves that are not numbers agree": Fault(
+    "NaN curves agree": Fault(
         "bench/demo.py",
         "return max(differences) if all(map(math.isfinite, differences)) else math.inf",
         "return max(filter(math.isfinite, differences))",
@@ -1343,7 +1346,7 @@ DEMO_FAULTS = {
         "statistics.mean(run.column(key))",
         of_demo("table_of_the_demo"),
     ),
-    "the demo's ratios are upside down": Fault(
+    "the demo's ratios are inverted": Fault(
         "bench/demo.py",
         "{medians[0] / t:.1f}",
         "{t / medians[0]:.1f}",
@@ -1355,7 +1358,7 @@ DEMO_FAULTS = {
         '("time per step", "loss_seconds")',
         of_demo("table_of_the_demo"),
     ),
-    "the demo never ends early": Fault(
+    "the demo has no time limit": Fault(
         "bench/demo.py",
         "if perf_counter() - start > MAX_SECONDS:",
         "if perf_counter() - start < 0:",
@@ -1365,7 +1368,7 @@ DEMO_FAULTS = {
         "bench/demo.py",
         '"dist-packages", "test", "tests"',
         '"dist-packages", "test"',
-        of_demo("text_is_of_the_library_without_its_tests"),
+        of_demo("text_excludes_tests_of_the_library"),
     ),
     "the demo drops words that it does not know": Fault(
         "bench/demo.py",
@@ -1373,24 +1376,24 @@ DEMO_FAULTS = {
         "                pass",
         of_demo("words_and_characters"),
     ),
-    "a run that fails is waited for": Fault(
+    "a failed run is waited for": Fault(
         "bench/demo.py",
         "        if not line:\n            raise SystemExit("
         'f"bench.demo: the run with {self.loss} ended early, see above")\n',
         '        line = line or "{}"\n',
         of_demo("a_run_that_fails_ends_the_demo"),
     ),
-    "the demo trains on what it must foretell": Fault(
+    "the demo's inputs are its targets": Fault(
         "bench/demo_training.py",
         "windows[:, 1:].flatten()",
         "windows[:, :-1].flatten()",
-        of_demo("words_that_follow"),
+        of_demo("targets_are_the_next_words"),
     ),
-    "the demo's model sees the words to come": Fault(
+    "the demo's model is not causal": Fault(
         "bench/demo_training.py",
         "self.block(hidden, src_mask=self.mask, is_causal=True)",
         "self.block(hidden)",
-        of_demo("model_does_not_see_the_words_to_come"),
+        of_demo("model_is_causal"),
     ),
     "the demo's fused form is not fused": Fault(
         "bench/demo_training.py",
@@ -1404,17 +1407,17 @@ DEMO_FAULTS = {
         "seconds(backward_start, end)",
         of_demo("seconds_of_a_step"),
     ),
-    "the demo's gradients pile up": Fault(
+    "the demo's gradients accumulate": Fault(
         "bench/demo_training.py",
         "        self.optimizer.zero_grad()\n",
         "",
-        of_demo("gradients_are_of_one_step"),
+        of_demo("step_clears_gradients_and_updates_parameters"),
     ),
-    "the demo's runs start from other weights": Fault(
+    "the demo's runs start with different weights": Fault(
         "bench/demo_training.py",
         "        torch.manual_seed(0)\n",
         "",
-        of_demo("training_is_the_same_with_each_loss"),
+        of_demo("each_loss_gives_the_same_training"),
     ),
     "the demo's peak is in kilobytes": Fault(
         "bench/demo_training.py",
@@ -1451,19 +1454,19 @@ TOLERANCE_FAULTS = {
         "relative = 1.01 * (roundings + 1) *",
         (f"{COMPARISON}truncation_is_found",),
     ),
-    "the gradient of an ignored row may be almost 0": Fault(
+    "the gradient of an ignored row may be slightly off 0": Fault(
         "tests/compare.py",
         "tolerance.masked_fill(truth.gradient_terms == 0, 0)",
         "tolerance",
         (f"{COMPARISON}wrong_gradient_is_found",),
     ),
-    "what is not a number is within the tolerance": Fault(
+    "NaN is within the tolerance": Fault(
         "tests/compare.py",
         "unequal & ~((actual - exact).abs() <= tolerance)",
         "unequal & ((actual - exact).abs() > tolerance)",
         (f"{COMPARISON}wrong_gradient_is_found", f"{COMPARISON}wrong_loss_is_found"),
     ),
-    "what is rightly not a number is wrong": Fault(
+    "a right NaN is reported as wrong": Fault(
         "tests/compare.py",
         "~((actual == exact) | (actual.isnan() & exact.isnan()))",
         "~(actual == exact)",
@@ -1527,13 +1530,13 @@ TOLERANCE_FAULTS = {
 }
 
 FROM_OUTSIDE = {
-    "--json and --csv are compared as they are written": Fault(
+    "--json and --csv are compared as text": Fault(
         "bench/command.py",
         "options.json.resolve() == options.csv.resolve()",
         "options.json == options.csv",
         ("tests/test_bench.py::test_errors",),
     ),
-    "a mode that is named twice is measured twice": Fault(
+    "a mode that is given twice is measured twice": Fault(
         "bench/loss.py",
         "modes = list(dict.fromkeys(options.mode or MODES))",
         "modes = list(options.mode or MODES)",
@@ -1543,9 +1546,9 @@ FROM_OUTSIDE = {
         "bench/tables.py",
         'return DASH if size is None else f"{size / 1e6:.1f}"',
         'return f"{size / 1e6:.1f}" if size else DASH',
-        ("tests/test_bench_tables.py::test_no_memory_is_not_unknown_memory",),
+        ("tests/test_bench_tables.py::test_zero_memory_differs_from_unknown_memory",),
     ),
-    "a row longer than a chunk makes chunks of none": Fault(
+    "a row longer than a chunk makes empty chunks": Fault(
         "bench/check.py",
         "step = max(1, CHUNK * len(logits) // logits.numel())",
         "step = CHUNK * len(logits) // logits.numel()",

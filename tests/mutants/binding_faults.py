@@ -64,7 +64,7 @@ CALL_FAULTS = {
         "    params.weight_sum = 1;\n",
         option("rows", "none", "index, weighted and smoothed"),
     ),
-    "targets are not judged again by the backward": Fault(
+    "targets are not checked again by the backward": Fault(
         CPU,
         "    scan();  // the targets, once more\n",
         "",
@@ -73,7 +73,7 @@ CALL_FAULTS = {
             *BACKWARD,
         ),
     ),
-    "a normalizer spares the targets' judgement": Fault(
+    "targets are not checked with a normalizer": Fault(
         CPU,
         "    const double of_rows = scan();\n"
         "    return problem.normalizer ? normalizer() : of_rows;\n",
@@ -86,7 +86,7 @@ CALL_FAULTS = {
         "return of_rows;",
         ("tests/test_options.py::test_normalizer",),
     ),
-    "a loss is rounded to float32 on its way": Fault(
+    "a loss is rounded to float32 in between": Fault(
         CPU,
         "*static_cast<double*>(scalar.mutable_data_ptr()) = value;",
         "*static_cast<double*>(scalar.mutable_data_ptr()) = static_cast<float>(value);",
@@ -113,7 +113,7 @@ CALL_FAULTS = {
         "cpu::target_index(params, 0)",
         ("tests/test_errors.py::test_target_out_of_range",),
     ),
-    "rows of no classes have the loss of a kernel": Fault(
+    "rows without classes reach the kernels": Fault(
         CPU,
         "if (params.vocab_size > 0) cpu::forward(params, threads);",
         "cpu::forward(params, threads);",
@@ -160,13 +160,13 @@ CALL_FAULTS = {
         "    if (false) {\n",
         (f"{OPS}test_meta_implementations_agree_in_dtypes",),
     ),
-    "the loss alone judges no target": Fault(
+    "the operator loss does not check targets": Fault(
         CPU,
         "return loss_by(total_weight_of_rows(), rows, loss_dtype);",
         "return loss_by(1, rows, loss_dtype);",
         ("tests/test_errors.py::test_first_of_several_targets_out_of_range",),
     ),
-    "rows of no classes are read in fused mode": Fault(
+    "rows without classes are read in fused mode": Fault(
         CPU,
         "if (params.vocab_size > 0) cpu::forward_backward(params, threads);",
         "cpu::forward_backward(params, threads);",
@@ -320,7 +320,7 @@ TENSORS_FAULTS = {
     "rows that share one element pass": Fault(
         TENSORS, "if (stride <= reach) return true;", "if (stride < reach) return true;", MEMORY
     ),
-    "what smaller strides reach is forgotten": Fault(
+    "the extent of smaller strides is forgotten": Fault(
         TENSORS, "reach += stride * (size - 1);", "reach = stride * (size - 1);", MEMORY
     ),
     "dimensions of size 1 overlap": Fault(
@@ -438,7 +438,7 @@ TENSORS_FAULTS = {
         "FUSED_XENT_CHECK((is_scalar || rows.numel() >= 1) && !is_complex(rows.scalar_type()),",
         BACKWARD,
     ),
-    "an upstream gradient of any dtype is read as it lies": Fault(
+    "an upstream gradient of any dtype is read without a cast": Fault(
         TENSORS,
         "  rows = contiguous_as(rows, acc_dtype);\n",
         "  rows = contiguous_as(rows, rows.scalar_type());\n",
@@ -450,7 +450,7 @@ TENSORS_FAULTS = {
         "  rows = torch::stable::to(rows, acc_dtype);\n",
         ("tests/test_layouts.py::test_strides_of_upstream_gradient",),
     ),
-    "one upstream gradient is read as one a row": Fault(
+    "a single upstream gradient is read per row": Fault(
         TENSORS,
         "p.grad_loss_stride = is_scalar ? 0 : 1;",
         "p.grad_loss_stride = 1;",
@@ -465,10 +465,10 @@ TENSORS_FAULTS = {
         "FUSED_XENT_CHECK(!statistics || p.vocab_size <= INT64_MAX,",
         (f"{OPS}test_statistics_of_2_31_classes_are_refused",),
     ),
-    "rows of no classes keep what memory held": Fault(
+    "results of rows without classes are uninitialized": Fault(
         TENSORS, "  if (p.vocab_size > 0) return;\n", "  return;\n", NO_CLASSES
     ),
-    "of rows of no classes the first is the argmax": Fault(
+    "argmax of rows without classes is 0": Fault(
         TENSORS, "torch::stable::fill_(argmax, -1);", "torch::stable::fill_(argmax, 0);", NO_CLASSES
     ),
     "a position counts the last dimension first": Fault(
@@ -588,7 +588,7 @@ TENSORS_FAULTS = {
         "  return dtype == ScalarType::ComplexHalf || dtype == ScalarType::ComplexFloat;",
         FORWARD,
     ),
-    "class weights of any dtype are read as they lie": Fault(
+    "class weights of any dtype are read without a cast": Fault(
         TENSORS,
         "weight = contiguous_as(*inputs.weight, acc_dtype);",
         "weight = contiguous_as(*inputs.weight, inputs.weight->scalar_type());",

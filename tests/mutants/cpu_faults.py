@@ -1,16 +1,16 @@
-"""Faults of the CPU kernels, and the tests that see them."""
+"""Faults of the CPU kernels, and the tests that find them."""
 
 from .fault import Fault
 
 ACCURACY = "tests/test_accuracy.py::"
-EXTRAS = "tests/test_options.py::"
+OPTIONS = "tests/test_options.py::"
 LAYOUTS = "tests/test_layouts.py::"
 SHAPE = "tests/test_kernels.py::test_shape"
 OPS = "tests/test_ops.py::"
 INFINITIES = f"{ACCURACY}test_infinities_nan_and_extremes_match_torch"
 SIZES = f"{ACCURACY}test_exponentials_and_logarithms_of_all_sizes"
 NEAR_0 = f"{ACCURACY}test_losses_near_0_are_accurate"
-ARGMAX = f"{EXTRAS}test_argmax_is_the_first_maximum"
+ARGMAX = f"{OPTIONS}test_argmax_is_the_first_maximum"
 
 
 def option(regime: str, name: str, labels: str, dtype: str = "float32") -> str:
@@ -49,7 +49,7 @@ LAUNCH = {
         "if (is_left_out(p, row)) return;",
         (f"{LAYOUTS}test_upstream_of_dropped_rows_may_be_anything",),
     ),
-    "rows of segments that are left out keep what memory held": Fault(
+    "results of dropped rows of segments are uninitialized": Fault(
         "csrc/cpu/launch.cpp",
         "      write_unread_row(p, row, 0.0);\n      continue;\n    }\n    auto merged",
         "      continue;\n    }\n    auto merged",
@@ -149,7 +149,7 @@ SCAN = {
         "if (0 <= y && y <= p.vocab_size) {",
         ("tests/test_errors.py::test_target_out_of_range",),
     ),
-    "targets of rows of weight 0 are judged": Fault(
+    "targets of rows of weight 0 are checked": Fault(
         "csrc/cpu/scan.cpp",
         "if (is_left_out(p, row)) continue;",
         "if (y == p.ignore_index) continue;",
@@ -245,7 +245,7 @@ TARGET_APART = {
         "-1, kLowest",
         NEAR_1,
     ),
-    "another class is left out than the target": Fault(
+    "the wrong class is left out instead of the target": Fault(
         "csrc/cpu/row_kernels.h",
         "store_one(without + (apart - pair), kLowest);",
         "store_one(without, kLowest);",
@@ -254,7 +254,7 @@ TARGET_APART = {
 }
 
 ROWS = {
-    "rows left out are those of token weight 0 alone": Fault(
+    "dropped rows are those of token weight 0 alone": Fault(
         "csrc/cpu/row_inputs.h",
         "(has_indices(p) && target_index(p, row) == p.ignore_index) || token_weight(p, row) == 0",
         "token_weight(p, row) == 0",
@@ -330,13 +330,13 @@ ONE_ROW = {
         "log_sum - stats.moment",
         (option("rows", "none", "index"),),
     ),
-    "rows left out keep an entropy": Fault(
+    "dropped rows keep an entropy": Fault(
         "csrc/xent_rows.h",
         "set_acc(p, p.entropy, row, results.entropy);",
         "if (argmax >= 0) set_acc(p, p.entropy, row, results.entropy);",
         (option("segments", "token_weight", "probabilities"), option("rows", "none", "index")),
     ),
-    "rows left out have argmax 0": Fault(
+    "dropped rows have argmax 0": Fault(
         "csrc/xent_rows.h",
         "value, value}, -1);",
         "value, value}, 0);",
@@ -378,7 +378,7 @@ ONE_ROW = {
         "results, target.logit);",
         (option("rows", "softcap", "index"),),
     ),
-    "a statistic's gradient is no part of the target's": Fault(
+    "the target's gradient lacks that of the statistics": Fault(
         "csrc/xent_rows.h",
         "upstream.softmax, upstream.shifted, p, d);",
         "upstream.softmax, Acc(0), p, d);",
@@ -420,7 +420,7 @@ ONE_ROW = {
         "k.segment_scale(",
         (f"{LAYOUTS}test_upstream_of_dropped_rows_may_be_anything",),
     ),
-    "rows of 16 bits beyond 2^24 are left to the row kernels in fused mode": Fault(
+    "16-bit rows of values beyond 2^24 take the row kernels in fused mode": Fault(
         "csrc/cpu/row_passes.h",
         "is_for_tiles(p, stats.max) && element_size(p.dtype) == 2",
         "is_for_tiles(p, stats.max) && element_size(p.dtype) == 1",
@@ -456,7 +456,7 @@ FORMULAS = {
         "factor * stats.moment;",
         (option("rows of several blocks", "none", "index"),),
     ),
-    "of equal maxima the last segment's is taken": Fault(
+    "argmax of equal maxima is that of the last segment": Fault(
         "csrc/xent_math.h",
         "if (both_nan || z == stats.top) return j < stats.argmax;",
         "if (both_nan || z == stats.top) return j > stats.argmax;",
@@ -508,13 +508,13 @@ FORMULAS = {
         "csrc/xent_math.h",
         "  if (cross_entropy == 0) return {0, 0};\n",
         "",
-        (f"{EXTRAS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
+        (f"{OPTIONS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
     ),
     "the slope of an infinite focal loss is NaN": Fault(
         "csrc/xent_math.h",
         "const Real rise = p == 0 ? 0 : gamma * p * minus_log_p / one_minus_p;",
         "const Real rise = gamma * p * minus_log_p / one_minus_p;",
-        (f"{EXTRAS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
+        (f"{OPTIONS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
     ),
     "the focal loss forgets the mass of its labels": Fault(
         "csrc/xent_math.h",
@@ -526,13 +526,13 @@ FORMULAS = {
         "csrc/xent_math.h",
         "const Real one_minus_p = -std::expm1(-minus_log_p);",
         "const Real one_minus_p = 1 - p;",
-        (f"{EXTRAS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
+        (f"{OPTIONS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
     ),
     "the quotient of a mean by 0 is infinite": Fault(
         "csrc/xent_math.h",
         "return total_weight == 0 ? NAN : sum / total_weight;",
         "return sum / total_weight;",
-        (f"{EXTRAS}test_mean_by_a_sum_of_0_is_nan",),
+        (f"{OPTIONS}test_mean_by_a_sum_of_0_is_nan",),
     ),
 }
 
@@ -627,7 +627,7 @@ SWEEPS = {
         "block_max(x, j, block_end, std::numeric_limits<A>::lowest())",
         (f"{OPS}test_fused_mode_returns_the_results_of_forward[(3, 5000)-plain]",),
     ),
-    "long sums forget what they lost": Fault(
+    "long sums lack their compensation term": Fault(
         "csrc/xent_math.h",
         "return lost - lost == 0 ? sum + lost : sum;",
         "return sum;",
@@ -778,7 +778,7 @@ ARITHMETIC = {
         "csrc/cpu/transform.h",
         "4 * scale * e / (one_plus_e * one_plus_e)",
         "scale * (1 - tanh * tanh)",
-        (f"{EXTRAS}test_derivative_of_a_saturated_softcap",),
+        (f"{OPTIONS}test_derivative_of_a_saturated_softcap",),
     ),
 }
 
@@ -819,7 +819,7 @@ GENERAL = {
         "if (stats.argmax < 0 || max >= stats.top) stats.argmax = -1, take_first",
         (f"{ARGMAX}[torch.float32-5000]",),
     ),
-    "NaN is no argmax of rows": Fault(
+    "NaN is not the argmax in rows": Fault(
         "csrc/cpu/per_class_options.h",
         "  if (sum != sum) take_first([](A value) { return value != value; });\n",
         "  (void)sum;\n",
@@ -855,7 +855,7 @@ GENERAL = {
 }
 
 LANES = {
-    "what a lane's sum lost is not rescaled": Fault(
+    "a lane's compensation term is not rescaled": Fault(
         "csrc/cpu/lane_stats.h",
         "    lost_ *= factor;\n",
         "",
@@ -879,13 +879,13 @@ LANES = {
         "",
         (option("tiles", "none", "probabilities"),),
     ),
-    "what adding to a lane's sum loses is forgotten": Fault(
+    "a lane's compensation term is dropped": Fault(
         "csrc/cpu/lane_stats.h",
         "    lost_ += term + (above_one_ - total);\n",
         "",
         (f"{NEAR_0}[100-0.0-False-torch.float32]",),
     ),
-    "the logarithm of a lane's sum forgets what was lost": Fault(
+    "the logarithm of a lane's sum lacks the compensation term": Fault(
         "csrc/cpu/lane_stats.h",
         "return sum == 0 ? log : log + lost_ / sum;",
         "return log;",
@@ -903,7 +903,7 @@ LANES = {
         "Vec<A> max = Vec<A>{} - std::numeric_limits<A>::infinity();",
         (masked("strided tiles", "0", "first half", "index"),),
     ),
-    "a lane's first group is not told from the others": Fault(
+    "a lane's first group is handled like the others": Fault(
         "csrc/cpu/lane_stats.h",
         "if (j != 0) rescale(top);",
         "if (j == 0) rescale(top);",
@@ -954,13 +954,13 @@ LANES = {
 }
 
 TILES = {
-    "a row that is left out keeps its loss in a tile": Fault(
+    "a dropped row keeps its loss in a tile": Fault(
         "csrc/cpu/tile_kernels.h",
         "store_rows<A>(p.row_loss, begin, lane, n, is_left_out ? Vec<A>{} : loss);",
         "store_rows<A>(p.row_loss, begin, lane, n, loss);",
         (f"{LAYOUTS}test_ignored_rows_may_hold_anything[(6, 7)-nan-default-float32]",),
     ),
-    "a tile's last rows have the losses of others": Fault(
+    "a tile's last loss is not written": Fault(
         "csrc/cpu/tile_kernels.h",
         "store_first(rows, value, n_rows - lane);",
         "store_first(rows, value, n_rows - lane - 1);",
@@ -990,13 +990,13 @@ TILES = {
         "if (kGeneral && p.softcap != 0) transform_lanes(",
         (option("tile", "logit_scale", "index"),),
     ),
-    "smoothed tiles take the kernels of others": Fault(
+    "smoothed tiles take the kernels of unsmoothed ones": Fault(
         "csrc/cpu/tile_kernels.h",
         "forward_tile<T, Target, kHasSpread, kGeneral>",
         "forward_tile<T, Target, kHasSpread && (kGeneral || !std::is_void_v<Target>), kGeneral>",
         (option("tile", "none", "index, smoothed"),),
     ),
-    "the gradient of smoothed tiles is that of others": Fault(
+    "smoothed tiles have the gradient of unsmoothed ones": Fault(
         "csrc/cpu/tile_kernels.h",
         "backward_tile<T, Target, kHasSpread, kGeneral>",
         "backward_tile<T, Target, kHasSpread && (kGeneral || !std::is_void_v<Target>), kGeneral>",
@@ -1021,7 +1021,7 @@ TILES = {
         "      TargetPick",
         (option("tiles", "none", "probabilities"),),
     ),
-    "the gradient of a row that is left out is not 0": Fault(
+    "the gradient of a dropped row is not 0": Fault(
         "csrc/cpu/tile_kernels.h",
         "store_bits(at, (decltype(kept))value & kept);",
         "store(at, value);",
@@ -1069,7 +1069,7 @@ TILES = {
         "if (index[i] > 0) target_weight[i] = weight[index[i]];",
         (option("tile", "none", "index, weighted"),),
     ),
-    "a target of the next group is picked in this": Fault(
+    "a target of the next group is picked in the current one": Fault(
         "csrc/cpu/tile_labels.h",
         "target[i] = static_cast<Bits>(u < kGroup ? u : 255);",
         "target[i] = static_cast<Bits>(u % kGroup);",
@@ -1129,7 +1129,7 @@ TILES = {
         "static_cast<const A*>(p.grad_loss);",
         (option("tiles", "none", "index"),),
     ),
-    "options of rows take the first rows' in every tile": Fault(
+    "per-row options of the first rows are used in every tile": Fault(
         "csrc/cpu/tile_labels.h",
         "const auto row = upstream_of(p, begin + i,",
         "const auto row = upstream_of(p, i,",
@@ -1194,7 +1194,7 @@ NUMBERS = {
         "return rounded;",
         (f"{OPS}test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even",),
     ),
-    "the greatest lane is that of one half": Fault(
+    "the maximum of lanes ignores one half": Fault(
         "csrc/cpu/simd.h",
         "return combine_lanes(v, [](auto a, auto b) { return a > b ? a : b; });",
         "return combine_lanes(v, [](auto a, auto b) { return a > b ? a : a; });",
@@ -1209,7 +1209,7 @@ NUMBERS = {
 }
 
 CHOICE = {
-    "the target's logit of a row that is left out is read": Fault(
+    "the target's logit of a dropped row is read": Fault(
         "csrc/cpu/launch.cpp",
         "rows.push_back(is_left_out(p, row) ? RowBackward()",
         "rows.push_back(row < 0 ? RowBackward()",
@@ -1221,7 +1221,7 @@ CHOICE = {
         "constexpr double kSlack = 100;",
         ("tests/test_accuracy.py::test_class_far_above_earlier_ones",),
     ),
-    "the least instruction set that is allowed is chosen": Fault(
+    "the lowest allowed instruction set is chosen": Fault(
         "csrc/cpu/capability.cpp",
         "if (allowed && capability.is_supported()) return capability;",
         'if (allowed && capability.name == std::string("portable")) return capability;',
@@ -1246,7 +1246,7 @@ CHOICE = {
         "return a < b ? a : a / b;",
         ("tests/test_kernels.py::test_shape[more rows than a tile holds-index-float32]",),
     ),
-    "great rows stay with the kernels that count on a fraction": Fault(
+    "rows of values beyond 2^24 take the row kernels": Fault(
         "csrc/cpu/kernels.h",
         "constexpr double kMaxOrigin = 0x1p24;",
         "constexpr double kMaxOrigin = 0x1p200;",

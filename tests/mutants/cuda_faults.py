@@ -1,4 +1,4 @@
-"""Faults of the CUDA kernels, their launchers and their binding, and the tests that see them."""
+"""Faults of the CUDA kernels, their launchers and their binding, and the tests that find them."""
 
 from .fault import Fault
 
@@ -116,7 +116,7 @@ SWEEPS = {
         "if (this->mass != 0) add_labels(0, shift * with_lost(this->mass, this->lost_mass));",
         "if (this->mass == 0) add_labels(0, shift);",
     ),
-    "a sum that is infinite is made NaN by what it lost": fault(
+    "an infinite sum becomes NaN by its compensation term": fault(
         "xent_math.h",
         "per_class_options",
         "return lost - lost == 0 ? sum + lost : sum;",
@@ -185,7 +185,7 @@ MEMORY = {
         "scale = fabsf(max) < 0x1p17f ? kLog2E : 1.0f;",
         "scale = fabsf(max) < 0x1p6f ? kLog2E : 1.0f;",
     ),
-    "classes that are not there are 0": fault("memory.cuh", "forward", "0xff80ff80u", "0u"),
+    "classes beyond the end are 0": fault("memory.cuh", "forward", "0xff80ff80u", "0u"),
     "the maximum of two vectors is that of half their elements": fault(
         "memory.cuh", "forward", "one(a.z, b.z), one(a.w, b.w))", "one(a.z, b.z), a.w)"
     ),
@@ -255,7 +255,7 @@ LABELS = {
         "values[begin + i] = smooth(read[i], j + begin + i);",
         "values[begin + i] = smooth(read[i], j + i);",
     ),
-    "a target that is no class makes a loss of 0": fault(
+    "a target out of range makes a loss of 0": fault(
         "labels.cuh",
         "forward",
         "return target.is_bad ? kNaN<A> : A(0);",
@@ -342,7 +342,7 @@ LABELS = {
 }
 
 ROWS = {
-    "the target's gradient is as the others'": fault(
+    "the target's gradient is that of other classes": fault(
         "backward.cu",
         "backward",
         "    if (has_target) out[target.index] = from_acc<T>(gradient.at_target);\n",
@@ -363,7 +363,7 @@ ROWS = {
     "the first vectors of a share stand for all": fault(
         "backward.cu", "backward", "    read(v + share.step);\n", ""
     ),
-    "a target that is no class has a gradient of 0": fault(
+    "a target out of range has a gradient of 0": fault(
         "backward.cu",
         "backward",
         "unread_value<A>(target), team",
@@ -381,7 +381,7 @@ ROWS = {
         "to_acc(logits[target.index]);",
         "to_acc(logits[0]);",
     ),
-    "an ignored row of several parts is written by none": fault(
+    "an ignored row of several parts is not written": fault(
         "forward.cu",
         "forward",
         "if (team.is_leader() && team.part() == 0) write_unread_row",
@@ -403,7 +403,7 @@ ROWS = {
     if (!row.is_read) {
 """,
     ),
-    "nobody waits for the copies": fault(
+    "the kernel does not wait for the copies": fault(
         "forward_backward.cu", "forward_backward", "    wait_for_copies();\n", ""
     ),
     "no copy of the next row into shared memory": fault(
@@ -431,19 +431,19 @@ ROWS = {
         "ShareFor<S>(team, next.view.n_vectors));",
         "ShareFor<S>(team, row.view.n_vectors));",
     ),
-    "a group that has no room is looked for in shared memory": fault(
+    "a group that does not fit is read from shared memory": fault(
         "forward_backward.cu",
         "forward_backward",
         "if (g - kHeld < n_shared_) {",
         "if (g - kHeld <= n_shared_) {",
     ),
-    "what has no room gets no gradient": fault(
+    "the part of a row that does not fit gets no gradient": fault(
         "forward_backward.cu",
         "forward_backward",
         "for (int g = kHeld + n_shared_; is_there(share, g); ++g) {",
         "for (int g = kHeld + n_shared_ + 1; is_there(share, g); ++g) {",
     ),
-    "only the leader knows the focal loss's slope": fault(
+    "only the leader has the slope of the focal loss": fault(
         "forward_backward.cu",
         "forward_backward",
         "team.is_leader() || a.focal_gamma != 0;",
@@ -487,13 +487,13 @@ GENERAL = {
         "moment = with_lost(moment, lost_moment) + shift * with_lost(this->sum, this->lost_sum);",
         "moment = with_lost(moment, lost_moment);",
     ),
-    "what the sum lost is not rescaled": fault(
+    "a sum's compensation term is not rescaled": fault(
         "sweep.cuh",
         "per_class_options",
         "    if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);\n",
         "",
     ),
-    "what the moment lost is counted twice": emulated(
+    "the moment's compensation term is counted twice": emulated(
         "cuda/per_class_options.cuh",
         "test_cuda.py::test_compensation_terms_are_rescaled",
         "    lost_moment = 0;\n",
@@ -523,7 +523,7 @@ GENERAL = {
         "if (e != 0) value += e * d * this->shifted_factor;",
         "value += e * d * this->shifted_factor;",
     ),
-    "threads without classes have the argmax of what is -inf": emulated(
+    "threads without classes provide the argmax of rows of -inf": emulated(
         "xent_math.h",
         "test_cuda.py::test_argmax_with_idle_threads",
         "other.argmax >= 0 && is_above",
@@ -572,7 +572,7 @@ GENERAL = {
         "  wait();  // the next row's statistics go where these are\n",
         "",
     ),
-    "with a softcap, a target that is no class has a gradient of 0": fault(
+    "with a softcap, a target out of range has a gradient of 0": fault(
         "per_class_options.cu",
         "per_class_options",
         "fill_any_row(a, out, value, team);",
@@ -596,7 +596,7 @@ GENERAL = {
         "results_of_row<Acc<T>>(a, row, target, z, stats);",
         "results_of_row<Acc<T>>(a, row, target, x, stats);\n  (void)z;",
     ),
-    "a backward does not know the entropy": fault(
+    "the backward lacks the entropy": fault(
         "xent_rows.h",
         "per_class_options",
         "p.grad_entropy == nullptr ? Acc(0) : acc_at<Acc>(p, p.entropy, row)};",
@@ -614,7 +614,7 @@ GENERAL = {
         "(out == nullptr || a.grad_layout.class_stride == 1) &&",
         "",
     ),
-    "classes that are not there may be the greatest": fault(
+    "classes beyond the end may be the greatest": fault(
         "per_class_options.cu",
         "per_class_options",
         "z[u] = is_there ? logit(j[u]) : -kInfinity<A>;",
@@ -641,13 +641,13 @@ COLUMNS = {
         "    }\n    __syncthreads();\n    if (has_backward && has_rows)",
         "    }\n    if (has_backward && has_rows)",
     ),
-    "what a strided row's sum lost is not rescaled": fault(
+    "a strided row's compensation term is not rescaled": fault(
         "sweep.cuh",
         "columns",
         "    if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);\n",
         "",
     ),
-    "what a strided row's sum lost is forgotten": emulated(
+    "a strided row's compensation term is dropped": emulated(
         "cuda/sweep.cuh",
         "test_cuda.py::test_small_exponentials_beside_a_large_one",
         "    stats.sum = with_lost(stats.sum, lost_sum);\n",
@@ -671,7 +671,7 @@ COLUMNS = {
         "return j >= 0 && (j / kGroup & (n_workers - 1)) == worker;",
         "return j >= 0 && (j & (n_workers - 1)) == worker;",
     ),
-    "rows beyond the last are finished": fault(
+    "rows beyond the last one are written": fault(
         "columns.cu", "columns", "      if (first + slot >= a.n_rows) continue;\n", ""
     ),
     "a strided target that is no class has a gradient of 0": fault(
@@ -743,16 +743,16 @@ LAUNCHERS = {
         "reinterpret_cast<uintptr_t>(data) % 16 != 0 || layout.stride[inner] != 1",
         "layout.stride[inner] != 1",
     ),
-    "the gradient's layout does not count": fault(
+    "the gradient's layout is not checked": fault(
         "launch.cpp", "backward", "  add(p.grad_logits, p.grad_layout, size);\n", ""
     ),
-    "the probabilities' layout does not count": fault(
+    "the probabilities' layout is not checked": fault(
         "launch.cpp",
         "columns",
         "  if (!has_indices(p)) add(p.target, p.target_layout, element_size(p.target_dtype));\n",
         "",
     ),
-    "what smoothing spreads is divided by one class less": fault(
+    "smoothing is divided by one class less": fault(
         "xent_rows.h",
         "forward",
         "static_cast<double>(p.vocab_size)}",
@@ -770,7 +770,7 @@ LAUNCHERS = {
         "plan.workers = power_of_two(std::min(missing, shape.vocab_size / 16), 1, 8);",
         "plan.workers = static_cast<int>(std::clamp<int64_t>(missing, 1, 7));",
     ),
-    "a plan of more threads than the kernel takes is let pass": emulated(
+    "a plan with too many threads passes": emulated(
         "cuda/plan.cpp",
         "test_cuda_plans.py",
         "plan.threads < 32 || plan.threads > max_threads(shape))",
@@ -798,7 +798,7 @@ SUMS = {
         "if (target.is_read()) {",
         "if (!target.is_bad) {",
     ),
-    "rows whose target is no class have a weight": fault(
+    "rows whose target is out of range have a weight": fault(
         "sums.cu",
         "sums",
         "if (target.is_read()) {",
@@ -846,7 +846,7 @@ SUMS = {
 }
 
 BINDING = {
-    "smoothing does not know the class weights' sum": emulated(
+    "smoothing ignores the sum of class weights": emulated(
         "binding/cuda.cpp",
         "test_cuda.py::test_sums_of_several_blocks_beside_class_weights",
         "      params.weight_sum_on_device = scratch_data();\n",

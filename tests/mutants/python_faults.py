@@ -1,4 +1,4 @@
-"""Faults of the Python package, and the tests that see them."""
+"""Faults of the Python package, and the tests that find them."""
 
 from .fault import Fault
 
@@ -147,7 +147,7 @@ OPTIONS_FAULTS = {
     "mean and sum are swapped": Fault(
         OPTIONS, '"mean": 1, "sum": 2', '"mean": 2, "sum": 1', TOKENS
     ),
-    "an index stays the object it was": Fault(
+    "an index is not converted to int": Fault(
         OPTIONS,
         "    value = operator.index(value)\n    if not -(2**63)",
         "    if not -(2**63)",
@@ -225,20 +225,20 @@ OPTIONS_FAULTS = {
         "ignore_index: Annotated[int, check_index] = -1",
         ("tests/test_linear.py::test_all_rows_ignored",),
     ),
-    "numbers are compared before they are floats": Fault(
+    "numbers are compared before the conversion to float": Fault(
         OPTIONS,
         "        number = float(value)  # before comparing: numpy's float16 warns about 1e30\n",
         "        number = value\n",
         ("tests/test_errors.py::test_numpy_numbers_and_scalar_tensors",),
     ),
-    "tensors of one number are no numbers": Fault(
+    "tensors with one element are refused as numbers": Fault(
         OPTIONS,
         "            value = value.item()\n",
         "            pass\n",
         ("tests/test_errors.py::test_numpy_numbers_and_scalar_tensors",),
     ),
     "a tensor of True is a number": Fault(OPTIONS, " and value.dtype != torch.bool:", ":", REFUSED),
-    "several numbers are a number": Fault(
+    "tensors of several elements are accepted as numbers": Fault(
         OPTIONS,
         "isinstance(value, Tensor) and value.dim() == 0 and",
         "isinstance(value, Tensor) and",
@@ -250,7 +250,7 @@ OPTIONS_FAULTS = {
         "    if not isinstance(value, str):\n",
         REFUSED,
     ),
-    "a list of reductions is an error of Python's": Fault(
+    "a list for reduction raises Python's own error": Fault(
         OPTIONS,
         "    if not isinstance(value, str) or value not in REDUCTIONS:\n",
         "    if value not in REDUCTIONS:\n",
@@ -262,13 +262,13 @@ OPTIONS_FAULTS = {
         '    if not isinstance(value, int):\n        raise TypeError(f"{name} must be a bool',
         REFUSED,
     ),
-    "None is every option's default": Fault(
+    "None is accepted for every option": Fault(
         OPTIONS,
         "value if value is None and DEFAULTS[name] is None else",
         "value if value is None else",
         REFUSED,
     ),
-    "None is no default": Fault(
+    "None is refused as a default": Fault(
         OPTIONS,
         "value if value is None and DEFAULTS[name] is None else CHECKS[name](name, value)",
         "CHECKS[name](name, value)",
@@ -298,7 +298,7 @@ OPTIONS_FAULTS = {
         "return resolve_once(n_dims, False, tuple(given), *given.values())",
         ("tests/test_options.py::test_argmax_is_the_first_maximum",),
     ),
-    "the ratio of scale and cap upside down": Fault(
+    "the ratio of scale and cap is inverted": Fault(
         OPTIONS, "    ratio = logit_scale / softcap\n", "    ratio = softcap / logit_scale\n", FULL
     ),
     "scale far beyond the cap": Fault(
@@ -323,7 +323,7 @@ OPTIONS_FAULTS = {
         "            if name not in OF_PYTHON\n",
         ("tests/test_functional.py::test_loss_dtype",),
     ),
-    "the ignored index stays behind": Fault(
+    "ignore_index is not passed on": Fault(
         OPTIONS, "        options.ignore_index,\n", "        -100,\n", TOKENS
     ),
     "modes are swapped": Fault(
@@ -336,7 +336,7 @@ OPTIONS_FAULTS = {
             "tests/test_overwriting.py::test_leaves_are_refused",
         ),
     ),
-    "any name of an option": Fault(
+    "any option name is accepted": Fault(
         OPTIONS,
         "        if name not in known:\n",
         "        if False:\n",
@@ -414,7 +414,7 @@ PROBLEM_FAULTS = {
         "return torch.full((), float(normalizer), dtype=torch.float64)",
         ("tests/test_functional.py::test_normalizer_goes_to_the_logits_device",),
     ),
-    "normalizer cut to an integer": Fault(
+    "normalizer is truncated to an integer": Fault(
         PROBLEM,
         "input.new_full((), float(normalizer)",
         "input.new_full((), int(normalizer)",
@@ -432,7 +432,7 @@ PROBLEM_FAULTS = {
         "return torch.is_autocast_enabled(device.type)",
         ("tests/test_functional.py::test_meta_tensors_have_shapes_and_dtypes",),
     ),
-    "sparse tensors are taken": Fault(
+    "sparse tensors are accepted": Fault(
         PROBLEM, "if tensor.layout != torch.strided:", "if False:", REFUSED
     ),
     "the name of a sparse tensor is lost": Fault(
@@ -450,7 +450,7 @@ PROBLEM_FAULTS = {
     "token weights of other devices": Fault(
         PROBLEM, '    check_device("token_weight", token_weight, input)\n', "", REFUSED
     ),
-    "int16 targets": Fault(
+    "int16 targets are accepted": Fault(
         PROBLEM,
         "(torch.int64, torch.int32, torch.uint8)",
         "(torch.int64, torch.int32, torch.int16, torch.uint8)",
@@ -555,7 +555,7 @@ PROBLEM_FAULTS = {
         "stride == 0 < size for",
         ("tests/test_errors.py::test_a_dimension_of_size_1_shares_no_memory",),
     ),
-    "a view of other signs is overwritten": Fault(
+    "a negated view is overwritten": Fault(
         PROBLEM,
         "    if not is_compiling and input.is_neg():",
         "    if False:",
@@ -567,13 +567,13 @@ PROBLEM_FAULTS = {
         "    if False:\n",
         ("tests/test_errors.py::test_overwriting_modes_refuse_torch_func",),
     ),
-    "probabilities that want a gradient in fused mode": Fault(
+    "probabilities that require a gradient are accepted in fused mode": Fault(
         PROBLEM,
         "    if target.requires_grad:\n",
         "    if False:\n",
         ("tests/test_overwriting.py::test_gradient_of_probabilities_in_fused_mode",),
     ),
-    "float16 in fused mode": Fault(
+    "float16 is accepted in fused mode": Fault(
         PROBLEM,
         "    if input.dtype == torch.float16:\n",
         "    if False:\n",
@@ -603,7 +603,7 @@ PROBLEM_FAULTS = {
         "(target >= n_classes)",
         ("tests/test_fallback.py::test_target_out_of_range",),
     ),
-    "the target after the last class": Fault(
+    "the index after the last class is accepted as a target": Fault(
         PROBLEM,
         "(target >= n_classes))",
         "(target > n_classes))",
@@ -615,7 +615,7 @@ PROBLEM_FAULTS = {
     "the last bad target is named": Fault(
         PROBLEM, "bad.nonzero()[0].tolist()", "bad.nonzero()[-1].tolist()", POSITION
     ),
-    "rows of weight 0 may hold no other target": Fault(
+    "targets of rows of weight 0 are checked": Fault(
         PROBLEM, "        bad = bad & (token_weight != 0)\n", "        pass\n", POSITION
     ),
     "rows of weight 0 alone are checked": Fault(
@@ -681,14 +681,16 @@ PROBLEM_FAULTS = {
         "n_classes, ignore_index = problem.logits.shape[-1], settings.ignore_index",
         ("tests/test_linear.py::test_several_positions_per_row",),
     ),
-    "a target of no tensor": Fault(PROBLEM, '    check_dense("target", target)\n', "", REFUSED),
+    "a target that is not a tensor is accepted": Fault(
+        PROBLEM, '    check_dense("target", target)\n', "", REFUSED
+    ),
     "class weights may be sparse": Fault(
         PROBLEM, '    check_dense("weight", weight)\n', "", REFUSED
     ),
     "token weights may be sparse": Fault(
         PROBLEM, '    check_dense("token_weight", token_weight)\n', "", REFUSED
     ),
-    "nested tensors are taken": Fault(
+    "nested tensors are accepted": Fault(
         PROBLEM,
         " and not tensor.is_nested:\n",
         ":\n",
@@ -737,13 +739,13 @@ PROBLEM_FAULTS = {
         "dtype",
         ("tests/test_functional.py::test_autocast",),
     ),
-    "loss_dtype gives way to what is promoted": Fault(
+    "promotion overrides loss_dtype": Fault(
         PROBLEM,
         "loss_dtype is not None and settings.loss_dtype is None and",
         "loss_dtype is not None and",
         ("tests/test_functional.py::test_loss_dtype_beside_probabilities_and_under_autocast",),
     ),
-    "the loss of probabilities is the logits'": Fault(
+    "the loss of probabilities has the logits' dtype": Fault(
         PROBLEM,
         "    if loss_dtype is not None and settings.loss_dtype is None and loss_dtype != "
         "logits.dtype:\n",
@@ -756,7 +758,7 @@ PROBLEM_FAULTS = {
         "        if False:\n",
         ("tests/test_overwriting_shared.py::test_one_of_several_views",),
     ),
-    "views of what autograd has not seen are overwritten": Fault(
+    "views of unrecorded tensors are overwritten": Fault(
         PROBLEM,
         "        if memory.is_leaf:\n",
         "        if False:\n",
@@ -799,7 +801,7 @@ FUNCTIONAL_FAULTS = {
         "if size_average is not None:",
         ("tests/test_functional.py::test_legacy_reduction",),
     ),
-    "subclasses of weights are not asked": Fault(
+    "__torch_function__ of weights is ignored": Fault(
         FUNCTIONAL,
         "tensors = (input, target, weight, token_weight, normalizer)\n    options = {",
         "tensors = (input, target, None, token_weight, normalizer)\n    options = {",
@@ -857,13 +859,13 @@ FUNCTIONAL_FAULTS = {
         "cross_entropy, *tensors, **options",
         ("tests/test_functional.py::test_torch_function_gets_all_arguments",),
     ),
-    "modes take the short way": Fault(
+    "modes take the fast path": Fault(
         FUNCTIONAL,
         "if is_plain(*tensors) and not (inplace_backward or grad_in_forward):",
         "if is_plain(*tensors):",
         ("tests/test_overwriting.py::test_gradient_equals_default_mode_and_overwrites_logits",),
     ),
-    "the short way's errors are the kernels'": Fault(
+    "the fast path's errors are the kernels'": Fault(
         FUNCTIONAL, "        except CALL_ERRORS:\n", "        except KeyError:\n", REFUSED
     ),
     "the loss alone is computed with statistics": Fault(
@@ -969,7 +971,7 @@ LINEAR_FAULTS = {
         "",
         PROBABILITIES,
     ),
-    "probabilities that want a gradient get none": Fault(
+    "probabilities that require a gradient get none": Fault(
         LINEAR,
         "or _autograd.needs_graph(target, weight, token_weight, normalizer)",
         "or _autograd.needs_graph(weight, token_weight, normalizer)",
@@ -1009,10 +1011,10 @@ LINEAR_FAULTS = {
     "targets are not shifted": Fault(
         LINEAR, "flat(problem.target)[shift:]", "flat(problem.target)[: n_rows - shift]", SHIFT
     ),
-    "argmax of a row that is left out is 0": Fault(
+    "argmax of a dropped row is 0": Fault(
         LINEAR, "restore(argmax, -1)", "restore(argmax)", STATISTICS
     ),
-    "a row that is left out is correct": Fault(
+    "a dropped row is correct": Fault(
         LINEAR, "restore(correct, False)", "restore(correct, True)", STATISTICS
     ),
     "kept rows are put first": Fault(
@@ -1081,7 +1083,7 @@ LINEAR_FAULTS = {
         "_linear_autograd.evaluate(layer, problem, None)",
         CHUNKS,
     ),
-    "subclasses of a layer's token weights are not asked": Fault(
+    "__torch_function__ of a layer's token weights is ignored": Fault(
         LINEAR,
         "    if has_torch_function_variadic(*tensors, *others):\n"
         "        return _overridden(linear_cross_entropy_with_statistics, ",
@@ -1113,7 +1115,7 @@ LINEAR_FAULTS = {
     "a layer's ignored index is the default": Fault(
         LINEAR, '        loss_options["ignore_index"] = ignore_index\n', "        pass\n", NARROW
     ),
-    "subclasses of a layer's bias are not asked": Fault(
+    "__torch_function__ of a layer's bias is ignored": Fault(
         LINEAR,
         "    if has_torch_function_variadic(*tensors, *others):\n        given =",
         "    if has_torch_function_variadic(*tensors, *others[1:]):\n        given =",
@@ -1216,13 +1218,13 @@ LINEAR_FAULTS = {
         "    if chunk_rows is not None:\n",
         ("tests/test_linear_autograd.py::test_one_graph_of_few_logits_and_of_many",),
     ),
-    "class weights that want a gradient get none": Fault(
+    "class weights that require a gradient get none": Fault(
         LINEAR,
         "or _autograd.needs_graph(target, weight, token_weight, normalizer)",
         "or _autograd.needs_graph(target, token_weight, normalizer)",
         ("tests/test_linear_autograd.py::test_gradient_of_one_option_alone",),
     ),
-    "a normalizer that wants a gradient gets none": Fault(
+    "a normalizer that requires a gradient gets none": Fault(
         LINEAR,
         "or _autograd.needs_graph(target, weight, token_weight, normalizer)",
         "or _autograd.needs_graph(target, weight, token_weight)",
@@ -1237,46 +1239,46 @@ LINEAR_FAULTS = {
     "the last rows of sequences have a place in the loss": Fault(
         LINEAR, "rows[-1] - shift) if shift else values", "rows[-1]) if shift else values", SHIFT
     ),
-    "any layer goes the short way": Fault(
+    "any layer takes the fast path": Fault(
         LINEAR, "        and isinstance(linear_weight, Tensor)\n", "", LINEAR_ERRORS
     ),
-    "layers that are not ordinary go the short way": Fault(
+    "layers that are not ordinary take the fast path": Fault(
         LINEAR, "        and are_ordinary(input, linear_weight)\n", "", LINEAR_ERRORS
     ),
-    "sequences and positions go the short way": Fault(
+    "sequences and positions take the fast path": Fault(
         LINEAR,
         "        and input.dim() == linear_weight.dim() == 2\n",
         "",
         ("tests/test_linear.py::test_few_logits_are_right",),
     ),
-    "any number of logits goes the short way": Fault(
+    "any number of logits takes the fast path": Fault(
         LINEAR,
         "        and 0 < input.size(0) * linear_weight.size(0) <= FEW_LOGITS\n",
         "",
         ("tests/test_linear.py::test_few_logits_are_computed_at_once",),
     ),
-    "a bias that is expanded goes the short way": Fault(
+    "a bias that is expanded takes the fast path": Fault(
         LINEAR,
         "(isinstance(linear_bias, Tensor) and linear_bias.shape == linear_weight.shape[:1])",
         "isinstance(linear_bias, Tensor)",
         LINEAR_ERRORS,
     ),
-    "a shift goes the short way": Fault(
+    "a shift takes the fast path": Fault(
         LINEAR,
         "    if is_default and type(shift) is int and shift == 0 and _is_plain",
         "    if is_default and _is_plain",
         ("tests/test_linear.py::test_few_logits_are_right",),
     ),
-    "drop_ignored may be anything on the short way": Fault(
+    "drop_ignored may be anything on the fast path": Fault(
         LINEAR, "    is_default = is_default and drop_ignored is False\n", "", LINEAR_ERRORS
     ),
-    "chunk_rows goes the short way": Fault(
+    "chunk_rows takes the fast path": Fault(
         LINEAR,
         "    is_default = options is None and logits_dtype is None and chunk_rows is None\n",
         "    is_default = options is None and logits_dtype is None\n",
         ("tests/test_linear.py::test_few_logits_are_computed_at_once",),
     ),
-    "logits_dtype goes the short way": Fault(
+    "logits_dtype takes the fast path": Fault(
         LINEAR,
         "    is_default = options is None and logits_dtype is None and chunk_rows is None\n",
         "    is_default = options is None and chunk_rows is None\n",
@@ -1285,16 +1287,16 @@ LINEAR_FAULTS = {
             *LINEAR_ERRORS,
         ),
     ),
-    "the short way has no bias": Fault(
+    "the fast path has no bias": Fault(
         LINEAR,
         "F.linear(input, linear_weight, linear_bias)",
         "F.linear(input, linear_weight)",
         ("tests/test_linear.py::test_few_logits_are_right",),
     ),
-    "the short way's errors of a layer are torch's": Fault(
+    "the fast path's errors of a layer are torch's": Fault(
         LINEAR, "        except CALL_ERRORS:\n", "        except KeyError:\n", LINEAR_ERRORS
     ),
-    "the short way has no ignored index": Fault(
+    "the fast path has no ignored index": Fault(
         LINEAR,
         '        of_loss["ignore_index"] = ignore_index\n',
         "        pass\n",
@@ -1351,7 +1353,7 @@ PRODUCTS_FAULTS = {
         "sums = torch.float32",
         ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
     ),
-    "sums of gradients are given out": Fault(
+    "sums of gradients are returned": Fault(
         PRODUCTS,
         "return tuple(gradient.to(self.hidden.dtype) for gradient in gradients)",
         "return gradients",
@@ -1375,31 +1377,31 @@ PRODUCTS_FAULTS = {
         "beta)",
         ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
-    "by classes without a gradient of the weight": Fault(
+    "class-by-class layout without a gradient of the weight": Fault(
         PRODUCTS,
         "        and inputs.needs[1]\n",
         "",
         ("tests/test_linear.py::test_when_logits_are_not_stored_class_by_class",),
     ),
-    "by classes in spite of chunk_rows": Fault(
+    "class-by-class layout in spite of chunk_rows": Fault(
         PRODUCTS,
         "        and inputs.chunk_rows is None\n",
         "",
         ("tests/test_linear.py::test_when_logits_are_not_stored_class_by_class",),
     ),
-    "by classes in several positions": Fault(
+    "class-by-class layout with several positions": Fault(
         PRODUCTS,
         "        and len(inputs.classes) == 1\n",
         "",
         ("tests/test_linear.py::test_when_logits_are_not_stored_class_by_class",),
     ),
-    "by classes of many rows": Fault(
+    "class-by-class layout of many rows": Fault(
         PRODUCTS,
         "        and n_rows <= most\n",
         "",
         ("tests/test_linear.py::test_float32_with_more_rows_than_features_uses_chunks",),
     ),
-    "never by classes": Fault(
+    "the class-by-class layout is never used": Fault(
         PRODUCTS,
         "        and n_rows * n_classes * size > FEW_BYTES\n",
         "        and n_rows * n_classes * size < 0\n",
@@ -1537,7 +1539,7 @@ PRODUCTS_FAULTS = {
         "problem = self.problem(logits, slice(None), None)",
         ("tests/test_linear_autograd.py::test_second_derivatives_of_several_positions",),
     ),
-    "by classes of float32 logits of a 16-bit layer": Fault(
+    "class-by-class layout of float32 logits of a 16-bit layer": Fault(
         PRODUCTS,
         "        and inputs.logits_dtype == inputs.hidden.dtype\n",
         "",
@@ -1636,7 +1638,7 @@ LINEAR_AUTOGRAD_FAULTS = {
         "gradients = ctx.gradients",
         ("tests/test_linear_autograd.py::test_gradients_are_freed_by_backward",),
     ),
-    "zeros for gradients that never come": Fault(
+    "zeros for missing upstream gradients": Fault(
         LINEAR_AUTOGRAD,
         "    ctx.set_materialize_grads(False)\n",
         "",
@@ -1681,13 +1683,13 @@ LINEAR_AUTOGRAD_FAULTS = {
         "    return [next(found, None) for needed in needs]\n\n\ndef by_all",
         ("tests/test_linear_autograd.py::test_second_derivatives_of_any_subset",),
     ),
-    "the bias wants no gradient": Fault(
+    "the bias requires no gradient": Fault(
         LINEAR_AUTOGRAD,
         "    elif any(needs):\n",
         "    elif any(needs[:2]):\n",
         ("tests/test_linear.py::test_any_subset_of_gradients",),
     ),
-    "all of the layer must want a gradient": Fault(
+    "all of the layer must require a gradient": Fault(
         LINEAR_AUTOGRAD,
         "    elif any(needs):\n",
         "    elif all(needs):\n",
@@ -1699,7 +1701,7 @@ LINEAR_AUTOGRAD_FAULTS = {
         "_backward(ctx, upstream[:3], ctx.saved_tensors[:3], _multiplied)",
         ("tests/test_linear_autograd.py::test_graphs_of_dynamic_shapes",),
     ),
-    "one tensor in two places has both gradients twice": Fault(
+    "the same tensor as input and weight gets both gradients twice": Fault(
         LINEAR_AUTOGRAD,
         "tensor.view_as(tensor) for tensor in inputs[:3]",
         "tensor for tensor in inputs[:3]",
@@ -1823,13 +1825,13 @@ AUTOGRAD_FAULTS = {
         "loss = results.loss",
         TOKENS,
     ),
-    "all scales must want a gradient": Fault(
+    "all scales must require a gradient": Fault(
         AUTOGRAD,
         "    if any(needs[1:]) or (needs",
         "    if all(needs[1:]) or (needs",
         ("tests/test_autograd.py::test_gradient_to_a_weight",),
     ),
-    "focal loss of probabilities that want a gradient": Fault(
+    "focal loss of probabilities that require a gradient": Fault(
         AUTOGRAD,
         (
             '    if any(needs[1:]) or (needs[0] and "focal_gamma" in '
@@ -1916,7 +1918,7 @@ AUTOGRAD_FAULTS = {
         "    if any(needs[1:]):\n",
         ("tests/test_autograd_features.py::test_batched_gradients_with_create_graph",),
     ),
-    "every gradient for a graph is by torch operations": Fault(
+    "every gradient with create_graph uses torch operations": Fault(
         AUTOGRAD,
         "    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):\n",
         "    if True:\n",
@@ -1970,7 +1972,7 @@ AUTOGRAD_FAULTS = {
         '        if False:\n            raise RuntimeError("grad_in_forward',
         ("tests/test_overwriting.py::test_gradient_of_gradient_is_refused",),
     ),
-    "changes of the gradient in the logits are unseen": Fault(
+    "changes of the gradient in the logits' memory are not detected": Fault(
         AUTOGRAD,
         "ctx.save_for_backward(memory, problem.target, problem.token_weight)",
         "ctx.save_for_backward(memory.data, problem.target, problem.token_weight)",
@@ -2000,7 +2002,7 @@ AUTOGRAD_FAULTS = {
         "target = target.argmax(1) if target.shape[settings.dim] else argmax",
         TOKENS,
     ),
-    "zeros for gradients that never come in fused mode": Fault(
+    "zeros for missing upstream gradients in fused mode": Fault(
         AUTOGRAD,
         "        ctx.set_materialize_grads(False)\n        ctx.mark_dirty(memory)\n",
         "        ctx.mark_dirty(memory)\n",
@@ -2060,7 +2062,7 @@ AUTOGRAD_FAULTS = {
         "with_statistics = _forward_formula",
         DECOMPOSED,
     ),
-    "numbers that are saved have a gradient": Fault(
+    "saved numbers have a gradient": Fault(
         AUTOGRAD,
         "        ctx.mark_non_differentiable(*output[1:3], *output[5:])\n",
         "",
@@ -2164,25 +2166,25 @@ AUTOGRAD_FAULTS = {
         "        if True:\n",
         ("tests/test_autograd.py::test_undefined_upstream_gradient",),
     ),
-    "class weights go the short way": Fault(
+    "class weights take the fast path": Fault(
         AUTOGRAD,
         "        weight is token_weight is normalizer is None\n",
         "        token_weight is normalizer is None\n",
         ("tests/test_functional.py::test_torchs_samples",),
     ),
-    "token weights go the short way": Fault(
+    "token weights take the fast path": Fault(
         AUTOGRAD,
         "        weight is token_weight is normalizer is None\n",
         "        weight is normalizer is None\n",
         ("tests/test_token_weight.py::test_token_weights_of_the_loss_alone",),
     ),
-    "a normalizer goes the short way": Fault(
+    "a normalizer takes the fast path": Fault(
         AUTOGRAD,
         "        weight is token_weight is normalizer is None\n",
         "        weight is token_weight is None\n",
         ("tests/test_options.py::test_normalizer",),
     ),
-    "targets of fewer bits go the short way": Fault(
+    "targets of fewer bits take the fast path": Fault(
         AUTOGRAD,
         "        and target.dtype is torch.int64\n",
         "",
@@ -2192,8 +2194,8 @@ AUTOGRAD_FAULTS = {
             *TOKENS,
         ),
     ),
-    "any mode goes the short way": Fault(AUTOGRAD, "        and is_eager()\n", "", TRANSFORMS),
-    "any tensors go the short way": Fault(
+    "any mode takes the fast path": Fault(AUTOGRAD, "        and is_eager()\n", "", TRANSFORMS),
+    "any tensors take the fast path": Fault(
         AUTOGRAD,
         "        and are_ordinary(input, target)\n",
         "",
@@ -2202,31 +2204,31 @@ AUTOGRAD_FAULTS = {
             "tests/test_functional.py::test_meta_tensors_have_shapes_and_dtypes",
         ),
     ),
-    "the short way without kernels": Fault(
+    "the fast path without kernels": Fault(
         AUTOGRAD,
         "        and _ops.has_kernels(input)\n",
         "",
         ("tests/test_fallback.py::test_package_without_a_working_library",),
     ),
-    "the short way under autocast": Fault(
+    "the fast path under autocast": Fault(
         AUTOGRAD,
         "        and not is_autocast(input)\n",
         "",
         ("tests/test_functional.py::test_autocast_of_logits_and_class_indices_alone",),
     ),
-    "no call goes the short way": Fault(
+    "no call takes the fast path": Fault(
         AUTOGRAD,
         "        and is_eager()\n",
         "        and False\n",
         ("tests/test_autograd.py::test_small_calls_take_the_fast_path",),
     ),
-    "the short way records nothing": Fault(
+    "the fast path records nothing": Fault(
         AUTOGRAD,
         "    if torch.is_grad_enabled() and logits.requires_grad:\n",
         "    if False:\n",
         ("tests/test_autograd.py::test_second_backward_under_retain_graph",),
     ),
-    "a graph of the short way has none": Fault(
+    "a graph of the fast path has none": Fault(
         AUTOGRAD,
         "        if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_loss, "
         "logits):\n",
@@ -2236,7 +2238,7 @@ AUTOGRAD_FAULTS = {
             "tests/test_autograd.py::test_gradcheck",
         ),
     ),
-    "any upstream gradient goes the short way": Fault(
+    "any upstream gradient takes the fast path": Fault(
         AUTOGRAD,
         "        if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_loss, "
         "logits):\n",
@@ -2246,7 +2248,7 @@ AUTOGRAD_FAULTS = {
             "tests/test_autograd_features.py::test_every_mode_of_gradcheck",
         ),
     ),
-    "the short way saves another order": Fault(
+    "the fast path saves another order": Fault(
         AUTOGRAD,
         "ctx.save_for_backward(logits, target, total_weight, state)",
         "ctx.save_for_backward(logits, target, state, total_weight)",
@@ -2665,7 +2667,7 @@ PRIVATE_FAULTS = {
         "if made_by is None:",
         ("tests/test_compile.py::test_overwritten_inputs_of_the_graph",),
     ),
-    "a tensor that left a transform is taken as one under it": Fault(
+    "a tensor used after its transform counts as one inside it": Fault(
         PRIVATE,
         ".apply(*unwrap_dead_wrappers(inputs))",
         ".apply(*inputs)",
@@ -2716,7 +2718,7 @@ PRIVATE_FAULTS = {
         'name = "fp16" if dtype == torch.bfloat16 else "bf16"',
         ("tests/test_linear.py::test_detection_of_slow_products",),
     ),
-    "batches of autograd's are not seen": Fault(
+    "batched gradients are not detected": Fault(
         PRIVATE,
         "return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)",
         "return False",
@@ -2728,19 +2730,19 @@ PRIVATE_FAULTS = {
         "    return not is_under_vmap_or_jvp()\n",
         ("tests/test_export.py::test_drop_ignored_does_not_bake_rows_into_a_trace",),
     ),
-    "no transform of torch.func is seen": Fault(
+    "transforms of torch.func are not detected": Fault(
         PRIVATE,
         "    return _innermost_transform() is not None\n",
         "    return False\n",
         ("tests/test_errors.py::test_overwriting_modes_refuse_torch_func",),
     ),
-    "outputs of unbind are as other views": Fault(
+    "outputs of unbind are treated like other views": Fault(
         PRIVATE,
         "return tensor._is_view() and torch._C._autograd._get_creation_meta(tensor) == several",
         "return False",
         ("tests/test_overwriting_shared.py::test_one_of_several_views",),
     ),
-    "memory is shared by those of one address": Fault(
+    "only tensors with one address count as sharing memory": Fault(
         PRIVATE,
         "one.untyped_storage()._cdata == other.untyped_storage()._cdata",
         "one.data_ptr() == other.data_ptr()",
@@ -2758,16 +2760,16 @@ PRIVATE_FAULTS = {
         "        below = keyset\n",
         ("tests/test_ops.py::test_version_of_the_overwritten_tensor",),
     ),
-    "a short call of what a mode sees": Fault(
+    "a fast-path call of what a mode sees": Fault(
         PRIVATE, "        and _n_dispatch_modes() == 0\n", "", TRACED
     ),
-    "a short call in a trace of torch.jit": Fault(
+    "a fast-path call in a trace of torch.jit": Fault(
         PRIVATE,
         "        and is_jit_tracing() is None\n",
         "",
         ("tests/test_export.py::test_jit_trace",),
     ),
-    "a short call of dual numbers": Fault(
+    "a fast-path call of dual numbers": Fault(
         PRIVATE,
         "        and forward_ad._current_level < 0\n",
         "",
@@ -2813,13 +2815,13 @@ PRIVATE_FAULTS = {
             "tests/test_ops.py::test_forward_under_torch_func",
         ),
     ),
-    "a short call of what a transform sees": Fault(
+    "a fast-path call of what a transform sees": Fault(
         PRIVATE,
         "        and _innermost_transform() is None\n",
         "",
         ("tests/test_torch_private.py::test_is_eager",),
     ),
-    "the first tensor is not asked": Fault(
+    "the dispatch keys of the first tensor are ignored": Fault(
         PRIVATE,
         "    return keys in _ORDINARY and _dispatch_keys(other).raw_repr() == keys\n",
         "    return _dispatch_keys(other).raw_repr() in _ORDINARY\n",
@@ -3030,13 +3032,13 @@ OPS_FAULTS = {
         "_call(_fused[0], problem)",
         TOKENS,
     ),
-    "the short way's loss is in the logits' dtype": Fault(
+    "the fast path's loss is in the logits' dtype": Fault(
         OPS,
         "        settings.loss_dtype,\n",
         "        None,\n",
         ("tests/test_functional.py::test_loss_dtype",),
     ),
-    "the short way has no options": Fault(
+    "the fast path has no options": Fault(
         OPS,
         ("        **inplace,\n        **settings.of_operators,\n"),
         "        **inplace,\n",
@@ -3046,7 +3048,7 @@ OPS_FAULTS = {
             "tests/test_functional.py::test_torchs_samples",
         ),
     ),
-    "the short way's backward has no options": Fault(
+    "the fast path's backward has no options": Fault(
         OPS,
         ("        *upstream,\n        **settings.of_operators,\n"),
         "        *upstream,\n",
@@ -3109,7 +3111,7 @@ REFERENCE_FAULTS = {
         "(q * log_prob).sum(dim)",
         ("tests/test_reference.py::test_probability_or_weight_0_of_a_masked_class_adds_0",),
     ),
-    "a target that is no class has a loss": Fault(
+    "a target out of range has a loss": Fault(
         REFERENCE,
         "    row_loss = row_loss * torch.where(is_class | ~kept, 1.0, torch.nan)\n",
         "",
@@ -3133,10 +3135,10 @@ REFERENCE_FAULTS = {
         "z_loss = lse_square_scale * lse.square()",
         TOKENS,
     ),
-    "argmax of rows that are left out by torch operations": Fault(
+    "argmax of dropped rows by torch operations": Fault(
         REFERENCE, "argmax.masked_fill(~kept, -1), ", "argmax, ", TOKENS
     ),
-    "rows that are left out are correct by torch operations": Fault(
+    "dropped rows are correct by torch operations": Fault(
         REFERENCE, "(argmax == label) & kept", "argmax == label", TOKENS
     ),
     "statistics of one iterable": Fault(
@@ -3400,7 +3402,7 @@ MAIN_FAULTS = {
         'print(f"CPU: no kernels, because {error}")\n        return 0',
         ("tests/test_fallback.py::test_unknown_instruction_set",),
     ),
-    "a reader that has seen enough is an error": Fault(
+    "a closed pipe is an error": Fault(
         MAIN,
         '    if hasattr(signal, "SIGPIPE"):',
         "    if False:",

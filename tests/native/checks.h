@@ -72,8 +72,8 @@ struct Rows {
     set(p.label_mass, label_mass, !problem.has_indices());
     set(p.loss_slope, loss_slope, p.focal_gamma != 0);
     set(p.entropy, entropy, problem.wants_entropy());
-    if (problem.c.extras.statistics) argmax = Memory(8 * p.n_rows, 8 * problem.c.misalignment);
-    p.argmax = problem.c.extras.statistics ? static_cast<int64_t*>(argmax.data()) : nullptr;
+    if (problem.c.options.statistics) argmax = Memory(8 * p.n_rows, 8 * problem.c.misalignment);
+    p.argmax = problem.c.options.statistics ? static_cast<int64_t*>(argmax.data()) : nullptr;
   }
   bool operator==(const Rows&) const = default;
   bool guards_are_intact() const {
@@ -108,9 +108,9 @@ inline void check_statistics(const Problem& problem, const Reference& reference,
                         const char* what) {
     check_near(problem.acc_at(actual, row), expected[row], c, what, row, -1);
   };
-  if (c.extras.focal_gamma != 0) near(rows.loss_slope, reference.loss_slope, "loss_slope");
+  if (c.options.focal_gamma != 0) near(rows.loss_slope, reference.loss_slope, "loss_slope");
   if (problem.wants_entropy()) near(rows.entropy, reference.entropy, "entropy");
-  if (!c.extras.statistics) return;
+  if (!c.options.statistics) return;
   const int64_t argmax = static_cast<const int64_t*>(rows.argmax.data())[row];
   check(is_argmax(problem, reference, row, argmax), c,
         "argmax of row " + std::to_string(row) + " is " + std::to_string(argmax) + ", not " +
@@ -167,7 +167,7 @@ inline const Labels kLabels[] = {
 };
 
 // Options beyond torch's: those of the loss, transformations, statistics, and all at once.
-inline const Extras kExtras[] = {
+inline const CaseOptions kCaseOptions[] = {
     {.name = "token weights and z-loss",
      .token_weight = true,
      .lse_square_scale = 0.01,
@@ -176,7 +176,7 @@ inline const Extras kExtras[] = {
     {.name = "softcap", .softcap = 5},
     {.name = "logit_scale", .focal_gamma = 0.5, .logit_scale = -0.75},
     {.name = "statistics", .token_weight = true, .statistics = true, .grad_entropy = true},
-    {.name = "all extras",
+    {.name = "all options",
      .token_weight = true,
      .lse_square_scale = 0.1,
      .focal_gamma = 1.5,

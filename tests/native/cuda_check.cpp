@@ -245,12 +245,12 @@ class Table {
 
   // Every option beyond torch's, with every kind of labels, in every regime; kinds of values take
   // turns.
-  void extras() {
+  void options() {
     const int64_t shapes[][2] = {{7, 150}, {40, 7}, {3, 600}, {2, 3000}};
     const auto plans = all_plans(small_, device_, 1);
     int turn = 0;
     each_labels([&](DType dtype, const Labels& labels) {
-      for (const Extras& extras : kExtras) {
+      for (const CaseOptions& options : kCaseOptions) {
         for (const bool is_normal : {true, false, false, false}) {
           Case c{dtype, labels, 0, 0};
           if (!is_normal) c.values = static_cast<Values>(1 + turn++ % (kValues - 1));
@@ -259,7 +259,7 @@ class Table {
           const auto [n_rows, vocab_size] = shapes[next(needs_rows ? 2 : 4)];
           c.n_rows = n_rows;
           c.vocab_size = vocab_size;
-          c.extras = extras;
+          c.options = options;
           c.logits = next(2) == 0 ? Shape::contiguous : static_cast<Shape>(next(kShapes));
           for (Shape* shape : {&c.gradient, &c.target}) {
             const Shape shapes[] = {c.logits, Shape::contiguous, static_cast<Shape>(next(kShapes))};
@@ -393,7 +393,7 @@ int main(int argc, char** argv) {
   Table table(arguments.count("--small") > 0, arguments.count("--bfloat16") > 0, only);
   if (only.empty() || only == "sums") table.sums();
   if (only == "sums") return finish();
-  table.extras();
+  table.options();
   if (only == "per_class_options") return finish();
   table.vocabularies();
   table.layouts();

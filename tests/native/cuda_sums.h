@@ -91,7 +91,7 @@ inline void check_sums(const std::vector<Labels>& all_labels, bool bfloat16_only
       if (labels.is_float32 && element_size(dtype) != 2) continue;
       for (const int64_t n_rows : {0, 1, 33, 513, 16385, 33000}) {
         Case c{dtype, labels, n_rows, 5};
-        c.extras.token_weight = turn % 2 == 0;
+        c.options.token_weight = turn % 2 == 0;
         const DType loss_dtype = kDTypes[turn++ % 4];
         SumCheck sums(c);
         sums.run(loss_dtype, true, nullptr);

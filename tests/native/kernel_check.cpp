@@ -113,13 +113,13 @@ void run(const Case& c, int64_t n_threads) {
   check_scale_gradient(problem, results.fused, threads_of(n_threads));
 }
 
-// ---- what has no gradient --------------------------------------------------------------------
+// ---- scans and sums --------------------------------------------------------------------------
 
 // scan_rows and sum_rows, which work by blocks of rows.
-void run_scan(const Extras& extras, int64_t n_threads) {
+void run_scan(const CaseOptions& options, int64_t n_threads) {
   const Labels labels{"weighted indices", TargetKind::int32, false, true, 0, Ignored::some};
   Case c{DType::float32, labels, 70003, 1};
-  c.extras = extras;
+  c.options = options;
   Problem problem(c);
   Params& p = problem.params;
   p.vocab_size = 1;
@@ -146,8 +146,8 @@ void run_scan(const Extras& extras, int64_t n_threads) {
 }
 
 void run_scans(int64_t n_threads) {
-  run_scan(Extras{}, n_threads);
-  run_scan(Extras{.name = "token weights", .token_weight = true}, n_threads);
+  run_scan(CaseOptions{}, n_threads);
+  run_scan(CaseOptions{.name = "token weights", .token_weight = true}, n_threads);
 }
 
 // ---- the table -------------------------------------------------------------------------------
@@ -210,17 +210,17 @@ class Table {
   }
 
   // Every option beyond torch's, with every kind of labels, by rows and by tiles.
-  void extras() {
+  void options() {
     std::vector<Case> shapes{
         {{}, {}, 300, 7}, {{}, {}, 7, 150}, {{}, {}, 2, 2100}, {{}, {}, 1, 16500}};
     if (small_) shapes = {{{}, {}, 33, 7}, {{}, {}, 7, 150}};
     each_labels([&](DType dtype, const Labels& labels) {
-      for (const Extras& extras : kExtras) {
+      for (const CaseOptions& options : kCaseOptions) {
         for (Case c : shapes) {
           if (c.vocab_size > 2000 && next(3) != 0) continue;
           c.dtype = dtype;
           c.labels = labels;
-          c.extras = extras;
+          c.options = options;
           c.logits = next(2) == 0 ? Shape::contiguous : static_cast<Shape>(next(kShapes));
           c.gradient = next(2) == 0 ? c.logits : Shape::contiguous;
           c.values = next(3) == 0 ? static_cast<Values>(next(kValues)) : Values::normal;
@@ -262,7 +262,7 @@ class Table {
 
   int64_t next(int64_t n) { return random_.below(n); }
 
-  // One of the numbers of rows that tiles and tasks turn on.
+  // Row counts around the boundaries of tiles and tasks.
   int64_t rows_for(int64_t vocab_size) {
     const int64_t counts[] = {1, 2, 3, 7, 17, 64, 255, 256, 257, 600};
     const int64_t limit = small_ ? 600 : 5000;
@@ -296,7 +296,7 @@ int main(int argc, char** argv) {
   table.vocabularies();
   table.layouts();
   table.values();
-  table.extras();
+  table.options();
   if (n_threads > 1) table.threads();
   run_scans(n_threads);
   report();

@@ -24,8 +24,8 @@ struct Labels {
 };
 
 // Options beyond torch's, statistics, and the upstream gradients of statistics.
-struct Extras {
-  const char* name = "no extras";
+struct CaseOptions {
+  const char* name = "default options";
   bool token_weight = false;  // 0 or negative in some rows; where 0, the target is out of range
   double lse_square_scale = 0, focal_gamma = 0, softcap = 0, logit_scale = 1;
   bool statistics = false, grad_lse = false, grad_entropy = false;
@@ -64,12 +64,12 @@ struct Case {
   Shape logits = Shape::contiguous, gradient = Shape::contiguous, target = Shape::contiguous;
   int64_t misalignment = 0;  // elements
   bool scalar_upstream = false;
-  Extras extras{};
+  CaseOptions options{};
 
   std::string name() const {
     const auto text = [](auto value) { return std::to_string(value); };
     return std::string(name_of(dtype)) + " (" + text(n_rows) + ", " + text(vocab_size) + ") " +
-           labels.name + ", " + extras.name + ", " + name_of(values) + " values, logits " +
+           labels.name + ", " + options.name + ", " + name_of(values) + " values, logits " +
            name_of(logits) + ", grad_logits " + name_of(gradient) + ", target " + name_of(target) +
            ", misaligned by " + text(misalignment) +
            (scalar_upstream ? ", one grad_loss" : ", grad_loss a row");
@@ -108,18 +108,18 @@ class Problem {
     params.vocab_size = c.vocab_size;
     params.label_smoothing = c.labels.smoothing;
     params.target_kind = c.labels.kind;
-    params.lse_square_scale = c.extras.lse_square_scale;
-    params.focal_gamma = c.extras.focal_gamma;
-    params.softcap = c.extras.softcap;
-    params.logit_scale = c.extras.logit_scale;
+    params.lse_square_scale = c.options.lse_square_scale;
+    params.focal_gamma = c.options.focal_gamma;
+    params.softcap = c.options.softcap;
+    params.logit_scale = c.options.logit_scale;
     fill_weight();
-    if (c.extras.token_weight) fill_token_weight();
+    if (c.options.token_weight) fill_token_weight();
     has_indices() ? fill_indices() : fill_probabilities();
     fill_logits();
     if (c.labels.has_infinite_weights) fill_infinite_weights();
     fill_grad_loss();
-    if (c.extras.grad_lse) params.grad_lse = fill_upstream(grad_lse);
-    if (c.extras.grad_entropy) params.grad_entropy = fill_upstream(grad_entropy);
+    if (c.options.grad_lse) params.grad_lse = fill_upstream(grad_lse);
+    if (c.options.grad_entropy) params.grad_entropy = fill_upstream(grad_entropy);
   }
   Problem(const Problem&) = delete;
 
@@ -144,10 +144,10 @@ class Problem {
   bool is_bad(int64_t row) const {
     return has_indices() && !is_ignored(row) && (index(row) < 0 || index(row) >= c.vocab_size);
   }
-  bool wants_entropy() const { return c.extras.statistics || c.extras.grad_entropy; }
+  bool wants_entropy() const { return c.options.statistics || c.options.grad_entropy; }
   double class_weight(int64_t j) const { return c.labels.has_weight ? acc_at(weight, j) : 1; }
   double weight_of_row(int64_t row) const {
-    return c.extras.token_weight ? acc_at(token_weight, row) : 1;
+    return c.options.token_weight ? acc_at(token_weight, row) : 1;
   }
   // The upstream gradient of a row's loss, without token_weight.
   double upstream(int64_t row) const {
@@ -158,8 +158,8 @@ class Problem {
     return Memory(n * element_size(acc), c.misalignment * element_size(acc));
   }
 
-  // Of an ignored row it is infinite, and the row's gradient 0 all the same. The first is often 1
-  // with its scale, which a kernel may take to be the only one.
+  // Infinite for ignored rows, whose gradient must still be 0. The first row's scaled gradient is
+  // often 1: a kernel must not conclude that all are.
   void fill_grad_loss() {
     params.grad_loss_stride = c.scalar_upstream ? 0 : 1;
     params.grad_scale = std::ldexp(1.0, static_cast<int>(random_.below(4)) - 2);
@@ -229,7 +229,7 @@ class Problem {
       const bool is_bad = c.labels.ignored == Ignored::bad && row % 3 == 1;
       if (some || c.labels.ignored == Ignored::all) y = params.ignore_index;
       if (is_bad || (!some && weight_of_row(row) == 0)) {
-        // The last is a class in 32 bits.
+        // 1 << 32 is class 0 if truncated to 32 bits.
         const int64_t bad[] = {c.vocab_size, -1,
                                c.labels.kind == TargetKind::int64 ? 1LL << 32 : -2};
         y = is_byte ? 254 : bad[row / 3 % 3];
@@ -264,14 +264,14 @@ class Problem {
         return j == index(row) ? 8 + static_cast<double>(row % 4) * 10 : x;
       case Values::ascending:
         return 60 * static_cast<double>(j) / static_cast<double>(c.vocab_size) + x / 8;
-      case Values::equal:  // each a bfloat16
+      case Values::equal:  // exact in bfloat16
         return row % 3 == 0 ? -3 : row % 3 == 1 ? 9984 : -1504;
       case Values::large:
         if (row % 5 == 4 && (c.dtype == DType::float32 || c.dtype == DType::bfloat16)) return 3e38;
         return large[static_cast<int>(c.dtype)] * random_.normal() / 2;
       case Values::late:
         return j == c.vocab_size - 1 ? 20 : random_.uniform();
-      case Values::halves:  // about 2^17, where that is a number
+      case Values::halves:  // about 2^17, out of range for float16
         if (c.dtype == DType::float16) return 2 * j < c.vocab_size ? 3e4 : 6e4;
         return 2 * j < c.vocab_size ? 98304 : 139264;
       case Values::masked:

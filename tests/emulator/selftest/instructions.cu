@@ -126,12 +126,12 @@ float number(uint32_t bits) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
-// Of float's bits, of which bf16 is the upper half; canonical_nan is the result's.
+// The larger of two floats, as bits; a bf16 is the upper half of a float.
 uint32_t larger(uint32_t a, uint32_t b, bool keeps_nan, uint32_t canonical_nan) {
   const bool nan_a = std::isnan(number(a)), nan_b = std::isnan(number(b));
   if (nan_a && nan_b) return canonical_nan;
   if (nan_a || nan_b) return keeps_nan ? canonical_nan : nan_a ? b : a;
-  if (number(a) == number(b)) return a & b;  // of two zeros the positive one
+  if (number(a) == number(b)) return a & b;  // of two zeros, +0
   return number(a) > number(b) ? a : b;
 }
 template <bool kKeepsNan>
@@ -144,7 +144,7 @@ uint32_t plain_max_f32(Inputs i) {
   const uint32_t result = larger(i.a, i.b, false, 0x7fffffff);
   return result;
 }
-// Among the two bf16 that enclose the number, by distance; a is the upper word.
+// Selects the nearer of the two enclosing bf16; a is the upper word of the double.
 uint32_t plain_bf16_of_f64(Inputs i) {
   const uint64_t bits = uint64_t{i.a} << 32 | i.b;
   double value;
