@@ -186,7 +186,10 @@ XENT_INLINE FocalLoss<Real> focal_loss(Real cross_entropy, Real mass, Real gamma
   if (cross_entropy == 0) return {0, 0};
   const Real minus_log_p = cross_entropy / mass, p = std::exp(-minus_log_p);
   const Real one_minus_p = -std::expm1(-minus_log_p);
-  const Real factor = std::exp(gamma * std::log(one_minus_p));
+  // A great gamma multiplies what 1 - p has rounded away.
+  const Real log_one_minus_p = p < Real(0.5) ? std::log1p(-p) : std::log(one_minus_p);
+  const Real factor = std::exp(gamma * log_one_minus_p);
+  if (factor == 0) return {0, 0};
   const Real rise = p == 0 ? 0 : gamma * p * minus_log_p / one_minus_p;
   return {factor * cross_entropy, factor * (1 + rise)};
 }

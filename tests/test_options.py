@@ -94,6 +94,26 @@ def test_softcap_of_scaled_logits(function):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("gamma", [1e6, 1e8, 1e30])
+@pytest.mark.parametrize("n_classes", [5, 300])
+def test_focal_loss_of_a_great_gamma(n_classes, gamma, device):
+    """It multiplies the target's probability, though 1 - p is 1 in float32."""
+    logits = torch.zeros(2, n_classes, device=device)
+    logits[:, 0] = torch.tensor([18.0, 30.0])
+    target = torch.ones(2, dtype=torch.int64, device=device)
+    leaf = logits.clone().requires_grad_()
+    loss = cross_entropy(leaf, target, reduction="none", focal_gamma=gamma)
+    exact = logits.double().requires_grad_()
+    minus_log_p = F.cross_entropy(exact, target, reduction="none")
+    expected = (gamma * torch.log1p(-torch.exp(-minus_log_p))).exp() * minus_log_p
+    # The exponent gamma * p has the relative error of p.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-30)
+    gradients = [
+        torch.autograd.grad(x.sum(), y)[0].double() for x, y in ((loss, leaf), (expected, exact))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-30)
+
+
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("function", [cross_entropy, reference.cross_entropy])
