@@ -16,9 +16,8 @@ from torch import Tensor
 from . import _formulas, _ops
 from ._ops import Saved, Upstream, saved_of
 from ._options import DEFAULTS, Settings
-from ._problem import Problem, check_range, is_autocast
+from ._problem import Problem, check_no_leaf, check_range, is_autocast
 from ._torch_private import (
-    apart_while_traced,
     apply_at_this_level,
     apply_in_eager,
     are_ordinary,
@@ -29,6 +28,7 @@ from ._torch_private import (
     is_under_torch_func,
     is_under_vmap_or_jvp,
     memory_of,
+    overwritable,
 )
 from .reference import CrossEntropyStatistics
 
@@ -215,16 +215,16 @@ def _other_gradients(
 
 
 def _logits_gradient(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
-    if not problem.settings.inplace_backward:
-        with below_autograd():
-            return _ops.backward(problem, saved, upstream)
-    if any(map(is_batched_by_autograd, upstream)):
+    is_inplace = problem.settings.inplace_backward
+    if is_inplace and any(map(is_batched_by_autograd, upstream)):
         raise RuntimeError(
             "inplace_backward must be False for is_grads_batched=True: there is room for one "
             "gradient in the logits' memory"
         )
-    logits = apart_while_traced(problem.logits)
+    logits = overwritable(problem.logits) if is_inplace else None
     with below_autograd():
+        if logits is None:
+            return _ops.backward(problem, saved, upstream)
         _ops.backward_(problem._replace(logits=logits), saved, upstream)
     return logits.detach()
 
@@ -373,6 +373,8 @@ def problem_of(
 def _forward_formula(*arguments: Any, statistics: bool = False, **options: Any) -> Any:
     problem = problem_of(statistics, *arguments, **options)
     if needs_graph(*problem[:-1]):
+        if problem.settings.inplace_backward:
+            check_no_leaf("inplace_backward", problem.logits)
         return apply_at_this_level(CrossEntropy, *problem)
     return _forward(problem)
 

@@ -41,6 +41,12 @@ class Number(NamedTuple):
     def __call__(self, name: str, value: Any) -> float:
         """Return it as a float. Takes numpy's numbers and 0-d tensors too."""
         if isinstance(value, Tensor) and value.dim() == 0 and value.dtype != torch.bool:
+            if value.requires_grad and torch.is_grad_enabled():
+                raise TypeError(
+                    f"{name} must be a number or a tensor without a gradient, got one that "
+                    "requires a gradient: none flows to options. To learn a scale, multiply the "
+                    "logits by it"
+                )
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, (float, Real)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -252,13 +252,12 @@ def _check_overwritable(problem: Problem) -> None:
         raise RuntimeError(f"{name} must be False under the transforms of torch.func")
     if not is_compiling and input.is_neg():
         refuse("input is a view with its signs to be changed")
-    memory = _torch_private.memory_of(input)
+    # The compiler does not know the base of a view: see _torch_private.overwritable.
+    memory = input if is_compiling else _torch_private.memory_of(input)
     if torch.is_grad_enabled() and input.requires_grad:
-        if input.is_leaf or (memory.is_leaf and memory.requires_grad):
-            refuse(
-                "input is a leaf of the graph, or a view of one",
-                "its values are the caller's, and would be overwritten by their gradient",
-            )
+        check_no_leaf(name, input)
+        if memory.requires_grad:
+            check_no_leaf(name, memory)
         if not is_compiling and _torch_private.is_one_of_several_views(input):
             refuse("input is one of several views that chunk, split or unbind returned")
         if memory.is_leaf:
@@ -273,15 +272,27 @@ def _check_overwritable(problem: Problem) -> None:
     if not is_compiling and _torch_private.share_memory(target, input):
         refuse("target shares input's memory, which is overwritten", "clone target")
     if settings.grad_in_forward:
-        _check_grad_in_forward(input, target, memory)
+        _check_grad_in_forward(problem, memory)
 
 
-def _check_grad_in_forward(input: Tensor, target: Tensor, memory: Tensor) -> None:
-    if target.requires_grad:
+def check_no_leaf(name: str, tensor: Tensor) -> None:
+    """Check that an in-place mode does not overwrite a leaf of the graph."""
+    if tensor.is_leaf and tensor.requires_grad and not _torch_private.is_functional(tensor):
         raise RuntimeError(
-            "grad_in_forward must be False where target requires a gradient: the logits that it "
-            "would be computed from are overwritten; use inplace_backward"
+            f"{name} must be False where input is a leaf of the graph, or a view of one: its "
+            "values are the caller's, and would be overwritten by their gradient"
         )
+
+
+def _check_grad_in_forward(problem: Problem, memory: Tensor) -> None:
+    input, *others = problem[:-1]
+    if torch.is_grad_enabled() and input.requires_grad:
+        for name, tensor in zip(Problem._fields[1:-1], others, strict=True):
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"grad_in_forward must be False where {name} requires a gradient: the logits "
+                    "that it would be computed from are overwritten; use inplace_backward"
+                )
     if input.dtype == torch.float16:
         raise ValueError(
             "grad_in_forward must be False for float16 input: what the forward writes, not yet "

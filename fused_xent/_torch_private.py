@@ -15,12 +15,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import _reduction
 from torch.nn.modules.loss import _WeightedLoss as WeightedLoss  # as torch.nn's own losses
 
 __all__ = [
     "WeightedLoss",
-    "apart_while_traced",
     "apply_at_this_level",
     "apply_in_eager",
     "are_ordinary",
@@ -28,6 +28,7 @@ __all__ = [
     "has_values",
     "is_batched_by_autograd",
     "is_eager",
+    "is_functional",
     "is_jit_tracing",
     "is_one_of_several_views",
     "is_under_torch_func",
@@ -36,6 +37,7 @@ __all__ = [
     "legacy_reduction",
     "memory_of",
     "mkldnn_has",
+    "overwritable",
     "redispatch_below_inplace",
     "share_memory",
 ]
@@ -156,18 +158,25 @@ def is_one_of_several_views(tensor: Tensor) -> bool:
     return tensor._is_view() and torch._C._autograd._get_creation_meta(tensor) == several
 
 
-def apart_while_traced(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same value that a traced graph may overwrite by itself.
+def is_functional(tensor: Tensor) -> bool:
+    """Return True for a tensor of a graph that is traced: nothing is overwritten yet."""
+    return isinstance(tensor, FunctionalTensor)
 
-    Where the tensor is an output of the graph as well, that output keeps its value: the compiler
-    sees both uses, and copies. Eager tensors, and inputs of the graph, which the caller wants to be
-    overwritten, are returned as they are.
+
+def overwritable(tensor: Tensor) -> Tensor | None:
+    """Return a tensor of the same value and memory that a backward may overwrite, or None.
+
+    An eager tensor is returned as it is. In a traced graph the result is a tensor of its own: if
+    the given one is an output of the graph too, the compiler sees both uses, and copies. Not for
+    inputs of the graph and for parts of a tensor: torch's compiler orders other reads of these
+    after the write (2.13), and gives wrong gradients.
     """
     if not isinstance(tensor, FunctionalTensor):
         return tensor
-    made_by = memory_of(tensor).grad_fn
-    if made_by is None or made_by.name() == "torch::autograd::Error":  # inputs have this
-        return tensor
+    memory = memory_of(tensor)
+    is_input = memory.grad_fn is None or memory.grad_fn.name() == "torch::autograd::Error"
+    if is_input or not statically_known_true(memory.numel() == tensor.numel()):
+        return None
     return FunctionalTensor.to_functional(tensor.from_functional())
 
 

@@ -98,8 +98,9 @@ def cross_entropy(
             float32 or float64.
         inplace_backward: the backward writes the gradient over the logits. It needs no memory for
             the gradient and half the memory traffic. Nothing may need the logits after the
-            backward; autograd raises its own error if it needs them. A compiled function that
-            computes the logits and returns them copies them first.
+            backward; autograd raises its own error if it needs them. Compiled code overwrites only
+            logits that it has computed itself, as a whole, and copies them first if it returns
+            them.
         grad_in_forward: the forward writes the gradient over the logits. The backward multiplies it
             by the upstream gradient if that is not 1: in total, one read and one write of the
             logits. Nothing may need the logits after the forward; autograd raises an error if a
@@ -120,7 +121,7 @@ def cross_entropy(
     Raises:
         IndexError: a target is out of range and not ``ignore_index``. Nothing has been written.
             On CUDA devices the check would wait for the GPU: there the row's loss and gradient are
-            NaN instead.
+            NaN instead, as under ``torch.func.vmap``.
         ValueError: a shape, dtype, device or option does not fit; the message names it.
         TypeError: an argument has the wrong type.
         RuntimeError: ``inplace_backward`` or ``grad_in_forward`` cannot overwrite these logits.

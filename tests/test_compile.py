@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from cases import LABELS, make_logits, make_options, make_target
 from modes import MODES
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 import fused_xent
 
@@ -129,6 +130,21 @@ def test_returned_logits_keep_their_values(returned, mode, backend):
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_of_the_graph_are_overwritten(mode):
+    leaf, target = make_inputs()
+
+    def model(leaf):
+        return fused_xent.cross_entropy(leaf * 3, target, **MODES[mode])
+
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(leaf)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        loss.backward()
+    operators = {event.key for event in seen.key_averages()}
+    assert ("fused_xent::backward_" in operators) == (mode != "default")
+    assert ("fused_xent::backward" in operators) == (mode == "default")
+
+
 USES_OF_LOGITS = {
     "by the operation that made them": lambda leaf, loss: loss(torch.sigmoid(leaf)),
     "by another function": lambda leaf, loss: (lambda logits: logits.square().sum() + loss(logits))(
@@ -143,20 +159,87 @@ USES_OF_LOGITS = {
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("mode", ["inplace", "fused"])
 @pytest.mark.parametrize("use", USES_OF_LOGITS)
-def test_overwritten_inputs_of_the_graph(use, mode, backend):
-    """As in eager code, autograd detects that the logits were overwritten."""
+def test_inputs_of_the_graph_are_not_overwritten(use, mode, backend):
+    """So they may have other uses, outside of the graph too."""
     leaf, target = make_inputs()
 
     def loss(logits):
         return fused_xent.cross_entropy(logits, target, **MODES[mode])
 
     compiled = torch.compile(loss, backend=backend, fullgraph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        USES_OF_LOGITS[use](leaf, compiled).backward()
-    assert leaf.grad is None
-    compiled(leaf * 1).backward()  # nothing else needs these logits
-    expected = torch.autograd.grad(F.cross_entropy(leaf, target), leaf)[0]
-    torch.testing.assert_close(leaf.grad, expected)
+    (gradient,) = torch.autograd.grad(USES_OF_LOGITS[use](leaf, compiled), leaf)
+    expected = USES_OF_LOGITS[use](leaf, lambda logits: F.cross_entropy(logits, target))
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
+
+
+OTHER_TERMS = {
+    "square": lambda logits: logits.square().mean(),
+    "logsumexp": lambda logits: logits.logsumexp(1).square().mean(),
+    "tanh": lambda logits: logits.tanh().mean(),
+}
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+@pytest.mark.parametrize("term", OTHER_TERMS)
+def test_inputs_of_the_graph_have_other_uses_in_it(term, mode):
+    """Inductor would order the other reads after the write."""
+    leaf, target = make_inputs()
+
+    def model(logits):
+        loss = fused_xent.cross_entropy(logits, target, **MODES[mode])
+        return loss + OTHER_TERMS[term](logits)
+
+    (gradient,) = torch.autograd.grad(torch.compile(model, fullgraph=True)(leaf * 3), leaf)
+    logits = leaf * 3
+    expected = F.cross_entropy(logits, target) + OTHER_TERMS[term](logits)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
+
+
+PARTS = {
+    "chunk": lambda logits: logits.chunk(2),
+    "slices": lambda logits: (logits[:2], logits[2:]),
+    "steps": lambda logits: (logits[::2], logits[1::2]),
+}
+
+
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_of_logits_of_dynamic_shapes(parts, mode):
+    """Inductor would write a part with a symbolic offset elsewhere."""
+
+    weight = torch.randn(50, 16)
+
+    def model(leaf, target, **options):
+        logits = leaf @ weight.t()
+        pairs = zip(PARTS[parts](logits), PARTS[parts](target), strict=True)
+        losses = [fused_xent.cross_entropy(*pair, reduction="sum", **options) for pair in pairs]
+        return losses[0] + losses[1]
+
+    compiled = torch.compile(model, dynamic=True)
+    for n_rows in (4, 6, 8):
+        leaf, target = make_inputs((n_rows, 16))
+        (gradient,) = torch.autograd.grad(compiled(leaf, target, **MODES[mode]), leaf)
+        (expected,) = torch.autograd.grad(model(leaf, target), leaf)
+        torch.testing.assert_close(gradient, expected)
+
+
+VIEWS = {
+    "view": lambda logits: logits.view(-1, logits.shape[-1]),
+    "slice": lambda logits: logits[0, 1:],
+    "transposed": lambda logits: logits[0].t().contiguous().t(),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("mode", ["inplace", "fused"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_inputs_of_the_graph_that_are_views(view, mode, dynamic):
+    leaf = torch.randn(2, 4, 50, requires_grad=True)
+    target = torch.arange(len(VIEWS[view](leaf)))
+    compiled = torch.compile(fused_xent.CrossEntropyLoss(**MODES[mode]), dynamic=dynamic)
+    (gradient,) = torch.autograd.grad(compiled(VIEWS[view](leaf * 3), target), leaf)
+    expected = F.cross_entropy(VIEWS[view](leaf * 3), target)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
 
 
 def test_gradients_of_weights():

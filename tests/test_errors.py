@@ -353,6 +353,7 @@ IN_FULL = {  # with the remedy
     },
     "grad_in_forward must be False where target requires a gradient: the logits that it would be "
     "computed from are overwritten; use inplace_backward": {
+        "input": INPUT.clone().requires_grad_() * 1,
         "target": PROBABILITIES.clone().requires_grad_(),
         "grad_in_forward": True,
     },
@@ -411,6 +412,16 @@ def test_numpy_numbers_and_scalar_tensors(name, number):
         fused_xent.cross_entropy(INPUT, TARGET, **{name: changed})
         loss = fused_xent.cross_entropy(INPUT, TARGET, **{name: changed.fill_(0.5)})
         assert torch.equal(loss, fused_xent.cross_entropy(INPUT, TARGET, **{name: 0.5}))
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "softcap", "focal_gamma", "label_smoothing"])
+def test_options_that_require_a_gradient_are_refused(name):
+    option = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(TypeError, match=f"{name} must be .* To learn a scale, multiply the logits"):
+        fused_xent.cross_entropy(INPUT, TARGET, **{name: option})
+    with torch.no_grad():
+        loss = fused_xent.cross_entropy(INPUT, TARGET, **{name: option})
+    assert torch.equal(loss, fused_xent.cross_entropy(INPUT, TARGET, **{name: 0.5}))
 
 
 @pytest.mark.parametrize("name", ["ignore_index", "label_smoothing", "focal_gamma"])

@@ -386,3 +386,30 @@ def test_onnx(kind, tmp_path):
     hidden = torch.randn(N, H)
     found = exported.call_reference({"hidden": hidden, "target": TARGET})
     torch.testing.assert_close(torch.as_tensor(found[0]), expected(hidden, TARGET).detach())
+
+
+@pytest.mark.parametrize("mode", ["inplace_backward", "grad_in_forward"])
+@pytest.mark.parametrize("export", [False, True], ids=["jit.trace", "torch.export"])
+def test_traced_programs_do_not_overwrite_leaves(export, mode):
+    """The trace saw logits without a gradient, for which any mode is valid."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, logits, target):
+            return fused_xent.cross_entropy(logits, target, **{mode: True})
+
+    logits, target = torch.randn(4, 9), torch.arange(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of its own tracer
+        if export:
+            program = torch.export.export(Loss(), (logits, target)).module()
+        else:
+            program = torch.jit.trace(Loss(), (logits, target))
+    leaf, before = logits.clone().requires_grad_(), logits.clone()
+    with pytest.raises(RuntimeError, match="inplace_backward must be False where input is a leaf"):
+        program(leaf, target).backward()
+    assert torch.equal(leaf, before)
+    assert torch.equal(program(logits, target), fused_xent.cross_entropy(logits, target))
+    if export:  # jit.trace may have removed the product
+        program(leaf * 1, target).backward()
+        expected = torch.autograd.grad(fused_xent.cross_entropy(leaf, target), leaf)[0]
+        torch.testing.assert_close(leaf.grad, expected)

@@ -94,12 +94,12 @@ def test_softcap_of_scaled_logits(function):
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("gamma", [1e6, 1e8, 1e30])
+@pytest.mark.parametrize("gamma", [1e6, 1e8, 1e19, 1e30])
 @pytest.mark.parametrize("n_classes", [5, 300])
 def test_focal_loss_of_a_great_gamma(n_classes, gamma, device):
-    """It multiplies the target's probability, though 1 - p is 1 in float32."""
+    """It multiplies the target's probability, even where 1 - p is rounded to 1."""
     logits = torch.zeros(2, n_classes, device=device)
-    logits[:, 0] = torch.tensor([18.0, 30.0])
+    logits[:, 0] = torch.tensor([18.0, 44.0])
     target = torch.ones(2, dtype=torch.int64, device=device)
     leaf = logits.clone().requires_grad_()
     loss = cross_entropy(leaf, target, reduction="none", focal_gamma=gamma)

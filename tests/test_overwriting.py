@@ -225,6 +225,31 @@ def test_gradient_of_probabilities_in_fused_mode():
         fused_xent.cross_entropy(logits * 1, soft, grad_in_forward=True)
 
 
+OTHERS = {
+    "weight": lambda: torch.rand(9),
+    "token_weight": lambda: torch.rand(5),
+    "normalizer": lambda: torch.tensor(3.0),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_gradient_of_other_tensors_in_fused_mode(name):
+    """Refused with a gradient of the logits, which are overwritten; computed without one."""
+    logits, other = torch.randn(5, 9, requires_grad=True), OTHERS[name]().requires_grad_()
+    target = torch.arange(5)
+    with pytest.raises(RuntimeError, match=f"where {name} requires a gradient"):
+        fused_xent.cross_entropy(logits * 1, target, **{name: other}, grad_in_forward=True)
+    losses = [
+        fused_xent.cross_entropy(logits.detach(), target, **{name: other}, **options)
+        for options in ({"grad_in_forward": True}, {})
+    ]
+    gradients = [torch.autograd.grad(loss, other)[0] for loss in losses]
+    assert torch.equal(*gradients)
+    with torch.no_grad():
+        loss = fused_xent.cross_entropy(logits * 1, target, **{name: other}, grad_in_forward=True)
+    assert torch.equal(loss, losses[0])
+
+
 @by_mode
 def test_training_matches_default_mode(mode):
     """Training with accumulated gradients and clipped norms gives the same weights."""

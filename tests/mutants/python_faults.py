@@ -542,8 +542,8 @@ PROBLEM_FAULTS = {
     ),
     "views of a leaf are overwritten": Fault(
         PROBLEM,
-        "if input.is_leaf or (memory.is_leaf and memory.requires_grad):",
-        "if input.is_leaf:",
+        ("        if memory.requires_grad:\n            check_no_leaf(name, memory)\n"),
+        "",
         ("tests/test_overwriting.py::test_leaves_are_refused",),
     ),
     "shared elements are overwritten": Fault(
@@ -569,9 +569,12 @@ PROBLEM_FAULTS = {
     ),
     "probabilities that require a gradient are accepted in fused mode": Fault(
         PROBLEM,
-        "    if target.requires_grad:\n",
-        "    if False:\n",
-        ("tests/test_overwriting.py::test_gradient_of_probabilities_in_fused_mode",),
+        ("            if tensor is not None and tensor.requires_grad:\n                raise"),
+        "            if False:\n                raise",
+        (
+            "tests/test_overwriting.py::test_gradient_of_probabilities_in_fused_mode",
+            "tests/test_overwriting.py::test_gradient_of_other_tensors_in_fused_mode",
+        ),
     ),
     "float16 is accepted in fused mode": Fault(
         PROBLEM,
@@ -766,8 +769,8 @@ PROBLEM_FAULTS = {
     ),
     "leaves are refused without grad mode": Fault(
         PROBLEM,
-        "    if torch.is_grad_enabled() and input.requires_grad:\n",
-        "    if input.requires_grad:\n",
+        "    if torch.is_grad_enabled() and input.requires_grad:\n        check_no_leaf",
+        "    if input.requires_grad:\n        check_no_leaf",
         ("tests/test_overwriting.py::test_without_grad_nothing_is_overwritten",),
     ),
     "many row dimensions are overwritten": Fault(
@@ -1862,7 +1865,7 @@ AUTOGRAD_FAULTS = {
         AUTOGRAD,
         "is_inplace = settings.inplace_backward or settings.grad_in_forward",
         "is_inplace = settings.inplace_backward",
-        ("tests/test_compile.py::test_overwritten_inputs_of_the_graph",),
+        ("tests/test_compile.py::test_logits_of_the_graph_are_overwritten",),
     ),
     "logits without a gradient are overwritten": Fault(
         AUTOGRAD,
@@ -1896,14 +1899,14 @@ AUTOGRAD_FAULTS = {
     ),
     "a graph of overwritten logits": Fault(
         AUTOGRAD,
-        "    if problem.settings.inplace_backward:\n",
-        "    if False:\n",
+        "    if problem.settings.inplace_backward:\n        raise",
+        "    if False:\n        raise",
         ("tests/test_overwriting.py::test_gradient_of_gradient_is_refused",),
     ),
     "inplace backward without memory": Fault(
         AUTOGRAD,
-        "    if not problem.settings.inplace_backward:\n",
-        "    if True:\n",
+        "    logits = overwritable(problem.logits) if is_inplace else None\n",
+        "    logits = None\n",
         ("tests/test_overwriting.py::test_gradient_equals_default_mode_and_overwrites_logits",),
     ),
     "a gradient for a graph that has none": Fault(
@@ -2150,8 +2153,8 @@ AUTOGRAD_FAULTS = {
     ),
     "batches overwrite the logits": Fault(
         AUTOGRAD,
-        "    if any(map(is_batched_by_autograd, upstream)):\n        raise",
-        "    if False:\n        raise",
+        "    if is_inplace and any(map(is_batched_by_autograd, upstream)):\n",
+        "    if False:\n",
         ("tests/test_errors.py::test_overwriting_modes_refuse_batched_gradients",),
     ),
     "batches overwrite the logits in fused mode": Fault(
@@ -2655,17 +2658,41 @@ DECOMPOSITIONS_FAULTS = {
 }
 
 PRIVATE_FAULTS = {
+    "parts of logits are overwritten in a graph": Fault(
+        PRIVATE,
+        "        return None\n    return FunctionalTensor",
+        "        return tensor\n    return FunctionalTensor",
+        ("tests/test_compile.py::test_parts_of_logits_of_dynamic_shapes",),
+    ),
+    "operators overwrite leaves": Fault(
+        AUTOGRAD,
+        "        if problem.settings.inplace_backward:\n            check_no_leaf",
+        "        if False:\n            check_no_leaf",
+        ("tests/test_export.py::test_traced_programs_do_not_overwrite_leaves",),
+    ),
+    "the compiler is asked for the base of a view": Fault(
+        PROBLEM,
+        "memory = input if is_compiling else",
+        "memory = input if False else",
+        ("tests/test_compile.py::test_inputs_of_the_graph_that_are_views",),
+    ),
+    "the gradient of an option is lost": Fault(
+        OPTIONS,
+        "if value.requires_grad and torch.is_grad_enabled():",
+        "if False:",
+        ("tests/test_errors.py::test_options_that_require_a_gradient_are_refused",),
+    ),
     "logits that a graph returns are overwritten in it": Fault(
         PRIVATE,
         "return FunctionalTensor.to_functional(tensor.from_functional())",
         "return tensor",
         ("tests/test_compile.py::test_returned_logits_keep_their_values",),
     ),
-    "inputs of a graph are copied": Fault(
+    "inputs of a graph are overwritten": Fault(
         PRIVATE,
-        'if made_by is None or made_by.name() == "torch::autograd::Error":',
-        "if made_by is None:",
-        ("tests/test_compile.py::test_overwritten_inputs_of_the_graph",),
+        "        return None\n    return FunctionalTensor",
+        "        return tensor\n    return FunctionalTensor",
+        ("tests/test_compile.py::test_inputs_of_the_graph_have_other_uses_in_it",),
     ),
     "a tensor used after its transform counts as one inside it": Fault(
         PRIVATE,
