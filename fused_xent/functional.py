@@ -104,7 +104,8 @@ def cross_entropy(
         grad_in_forward: the forward writes the gradient over the logits. The backward multiplies it
             by the upstream gradient if that is not 1: in total, one read and one write of the
             logits. Nothing may need the logits after the forward; autograd raises an error if a
-            gradient flows through another use of them. Compiled code cannot raise that error: there
+            gradient flows through another use of them, but ``retain_grad()`` and hooks that are
+            registered after the loss get None. Compiled code cannot raise that error: there
             this option means ``inplace_backward``.
 
     The last two options need an ``input`` that is not a leaf of the graph. They have no effect if

@@ -158,9 +158,12 @@ def test_inner_loops_of_general_kernels_access_16_bytes(kernels):
 @pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
 def test_one_exponential_per_element(kernels, name):
     """At most one more per group, for a new maximum; backward has a loop for the remainder."""
+    checked = set()
     for kernel in kernels:
         if kernel.name == name and kernel.types[1:] == ("void",) and kernel.types[0] != "double":
             n = 16 if kernel.types[0] == "float" else 32
             (loop,) = (loop for loop in inner_loops(kernel.code) if count(loop, "MUFU.EX2") >= 8)
             more = 1 if name == "forward_rows" else n - 1
             assert n <= count(loop, "MUFU.EX2") <= n + more, kernel[:3]
+            checked.add(kernel.types[0])
+    assert len(checked) == 3

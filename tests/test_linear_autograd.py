@@ -553,7 +553,8 @@ def test_gradients_of_linear_forward(of_weight):
     if of_weight:
         leaves = [*layer, weight]
     results = forward_of(layer, SMALL_TARGET, weight, None)
-    assert [x.shape for x in results[4:]] == [x.shape for x in layer] or of_weight
+    if not of_weight:  # with it, torch operations compute the gradients later
+        assert [x.shape for x in results[4:]] == [x.shape for x in layer]
     assert len(results) == 7
     exact = unfused(
         reference.cross_entropy_with_statistics, layer, SMALL_TARGET, weight=weight, **OPTIONS
