@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import _formulas, _ops
-from ._ops import Saved, Upstream, saved_of
+from ._ops import saved_of
 from ._options import DEFAULTS, Settings
-from ._problem import Problem, check_no_leaf, check_range, is_autocast
+from ._problem import Problem, Saved, Upstream, check_no_leaf, check_range, is_autocast
 from ._torch_private import (
     apply_at_this_level,
     apply_in_eager,

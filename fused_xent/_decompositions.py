@@ -12,9 +12,8 @@ from torch import Tensor
 from . import _autograd, _formulas, _linear, _ops, reference
 from ._linear import Inputs
 from ._linear_autograd import Layer
-from ._ops import Upstream
 from ._options import REDUCTIONS
-from ._problem import Problem, accumulation_dtype, row_shape
+from ._problem import Problem, Upstream, accumulation_dtype, row_shape
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

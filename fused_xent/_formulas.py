@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import Saved, Upstream
 from ._options import REDUCTION_NAMES, REDUCTIONS
-from ._problem import Problem, accumulation_dtype, row_shape
+from ._problem import Problem, Saved, Upstream, accumulation_dtype, row_shape
 
 
 def by_torch(problem: Problem) -> reference.CrossEntropyStatistics:

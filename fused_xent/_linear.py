@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import _formulas, _ops
 from ._options import DEFAULTS, REDUCTIONS, Settings
-from ._problem import Problem, accumulation_dtype
+from ._problem import Problem, Upstream, accumulation_dtype
 from ._torch_private import below_autograd, mkldnn_has
 
 # How many rows make a matrix product efficient, and how many bytes of logits a chunk may have.
@@ -134,7 +134,7 @@ def _backward(
         )
         problem = inputs.problem(logits, rows, total)
         saved = _ops.saved_of(_ops.forward(problem))
-        _ops.backward_(problem, saved, _ops.Upstream(*upstream))
+        _ops.backward_(problem, saved, Upstream(*upstream))
 
     return _multiply(inputs, turn)
 

@@ -22,14 +22,14 @@ from __future__ import annotations
 import importlib.machinery
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ._options import REDUCTIONS
-from ._problem import Problem, accumulation_dtype, row_shape
+from ._problem import Problem, Saved, Upstream, accumulation_dtype, row_shape
 from ._torch_private import below_autograd, kernels_of, redispatch_below_inplace
 
 T = TypeVar("T")
@@ -88,22 +88,6 @@ OPERATORS = (
     *("forward_backward_with_statistics_", "scale_gradient_", "multiply_"),
 )
 OVERWRITING = tuple(name for name in OPERATORS if name.endswith("_"))  # their first argument
-
-
-class Saved(NamedTuple):
-    """What a forward leaves for the backward, besides its inputs."""
-
-    total_weight: Tensor
-    state: Tensor
-    entropy: Tensor | None  # with statistics
-
-
-class Upstream(NamedTuple):
-    """The upstream gradients; None where there is none."""
-
-    loss: Tensor | None
-    lse: Tensor | None
-    entropy: Tensor | None
 
 
 def saved_of(results: Sequence[Tensor]) -> Saved:

@@ -29,6 +29,22 @@ class Problem(NamedTuple):
     settings: Settings
 
 
+class Saved(NamedTuple):
+    """What a forward leaves for the backward, besides its inputs."""
+
+    total_weight: Tensor
+    state: Tensor
+    entropy: Tensor | None  # with statistics
+
+
+class Upstream(NamedTuple):
+    """The upstream gradients; None where there is none."""
+
+    loss: Tensor | None
+    lse: Tensor | None
+    entropy: Tensor | None
+
+
 def prepare(
     input: Tensor,
     target: Tensor,
