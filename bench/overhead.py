@@ -2,9 +2,9 @@
 
 There is almost nothing to compute, so the time goes to Python, checks, dispatch and autograd. A
 sample is the mean of several calls in a row; providers are timed in turn. Each provider's results
-are compared with float64 before it is timed. The in-place modes are left out. On a GPU the host's
-time is measured too, which ends when the last call has been issued, and the kernels that a call
-launches are counted.
+are compared with float64 before it is timed. The in-place modes of fused_xent are left out. On a
+GPU the host's time is measured too, which ends when the last call has been issued, and the kernels
+that a call launches are counted.
 """
 
 from __future__ import annotations
