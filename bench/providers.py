@@ -56,7 +56,7 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """The case, dtype and device that a provider is asked for."""
+    """What to measure: the case, dtype and device."""
 
     case: Case
     dtype: str

@@ -186,7 +186,7 @@ XENT_INLINE FocalLoss<Real> focal_loss(Real cross_entropy, Real mass, Real gamma
   if (cross_entropy == 0) return {0, 0};
   const Real minus_log_p = cross_entropy / mass, p = std::exp(-minus_log_p);
   const Real one_minus_p = -std::expm1(-minus_log_p);
-  // A great gamma multiplies what 1 - p has rounded away.
+  // log1p, because a large gamma multiplies the digits that 1 - p would lose.
   const Real log_one_minus_p = p < Real(0.5) ? std::log1p(-p) : std::log(one_minus_p);
   const Real factor = std::exp(gamma * log_one_minus_p);
   if (factor == 0) return {0, 0};

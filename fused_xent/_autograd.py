@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _formulas, _ops
 from ._ops import saved_of
 from ._options import DEFAULTS, Settings
-from ._problem import Problem, Saved, Upstream, check_no_leaf, check_range, is_autocast
+from ._problem import Problem, Saved, Upstream, check_overwritable, check_range, is_autocast
 from ._torch_private import (
     apply_at_this_level,
     apply_in_eager,
@@ -374,7 +374,7 @@ def _forward_formula(*arguments: Any, statistics: bool = False, **options: Any) 
     problem = problem_of(statistics, *arguments, **options)
     if needs_graph(*problem[:-1]):
         if problem.settings.inplace_backward:
-            check_no_leaf("inplace_backward", problem.logits)
+            check_overwritable(problem)
         return apply_at_this_level(CrossEntropy, *problem)
     return _forward(problem)
 

@@ -75,7 +75,7 @@ def prepare(
         settings = settings._replace(loss_dtype=loss_dtype)
     problem = Problem(logits, target, weight, token_weight, normalizer, settings)
     if settings.inplace_backward or settings.grad_in_forward:
-        _check_overwritable(problem)
+        check_overwritable(problem)
     return problem
 
 
@@ -255,9 +255,11 @@ def check_range(problem: Problem) -> None:
 # ---- in-place modes ------------------------------------------------------------------------------
 
 
-def _check_overwritable(problem: Problem) -> None:
+def check_overwritable(problem: Problem) -> None:
     """Check that the in-place mode that is on may overwrite the logits."""
     input, target, *_, settings = problem
+    if _torch_private.is_functional(input):  # a graph overwrites nothing: see overwritable
+        return
     name = "grad_in_forward" if settings.grad_in_forward else "inplace_backward"
 
     def refuse(why: str, advice: str = "clone it") -> None:
@@ -271,9 +273,11 @@ def _check_overwritable(problem: Problem) -> None:
     # The compiler does not know the base of a view: see _torch_private.overwritable.
     memory = input if is_compiling else _torch_private.memory_of(input)
     if torch.is_grad_enabled() and input.requires_grad:
-        check_no_leaf(name, input)
-        if memory.requires_grad:
-            check_no_leaf(name, memory)
+        if input.is_leaf or (memory.is_leaf and memory.requires_grad):
+            refuse(
+                "input is a leaf of the graph, or a view of one",
+                "its values are the caller's, and would be overwritten by their gradient",
+            )
         if not is_compiling and _torch_private.is_one_of_several_views(input):
             refuse("input is one of several views that chunk, split or unbind returned")
         if memory.is_leaf:
@@ -289,15 +293,6 @@ def _check_overwritable(problem: Problem) -> None:
         refuse("target shares input's memory, which is overwritten", "clone target")
     if settings.grad_in_forward:
         _check_grad_in_forward(problem, memory)
-
-
-def check_no_leaf(name: str, tensor: Tensor) -> None:
-    """Check that an in-place mode does not overwrite a leaf of the graph."""
-    if tensor.is_leaf and tensor.requires_grad and not _torch_private.is_functional(tensor):
-        raise RuntimeError(
-            f"{name} must be False where input is a leaf of the graph, or a view of one: its "
-            "values are the caller's, and would be overwritten by their gradient"
-        )
 
 
 def _check_grad_in_forward(problem: Problem, memory: Tensor) -> None:

@@ -96,7 +96,7 @@ def test_softcap_of_scaled_logits(function):
 
 @pytest.mark.parametrize("gamma", [1e6, 1e8, 1e19, 1e30])
 @pytest.mark.parametrize("n_classes", [5, 300])
-def test_focal_loss_of_a_great_gamma(n_classes, gamma, device):
+def test_focal_loss_of_a_large_gamma(n_classes, gamma, device):
     """It multiplies the target's probability, even where 1 - p is rounded to 1."""
     logits = torch.zeros(2, n_classes, device=device)
     logits[:, 0] = torch.tensor([18.0, 44.0])

@@ -35,7 +35,8 @@ struct RowScratch {
 struct Kernels {
   // Row kernels: adjacent classes in vector lanes, so the class stride must be 1. Without per-class
   // options (see is_general) they serve only rows whose maximum is within kMaxOrigin.
-  // Classes [begin, end) of one row:
+  // The statistics and the gradient of classes [begin, end) of one row. The statistics leave
+  // class_apart out.
   FullStats<double> (*segment_stats)(const Params&, int64_t row, int64_t begin, int64_t end);
   void (*segment_gradient)(const Params&, int64_t row, int64_t begin, int64_t end,
                            FullGradient<double>);
@@ -43,7 +44,8 @@ struct Kernels {
   // One element of a row:
   Transformed (*logit)(const Params&, int64_t row, int64_t index);
   void (*set_gradient)(const Params&, int64_t row, int64_t index, double value);
-  // A whole row without per-class options: the first saves the exponentials, the second turns them
+  // A whole row without per-class options: the first saves the exponentials and returns the
+  // statistics of all classes but class_apart, the second turns them
   // into the gradient, which takes the logits' place. Float32 and float64 rows, whose exponentials
   // are saved over the logits, may have any maximum.
   FullStats<double> (*row_stats_saving)(const Params&, int64_t row, const RowScratch&);

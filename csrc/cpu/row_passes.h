@@ -87,7 +87,7 @@ inline void finish_row(const Params& p, int64_t row, const FullStats<double>& st
   finish_rows(p, row, row + 1);
 }
 
-// From the statistics of a row's classes, to which the target is added.
+// stats: of all classes but class_apart, which is added.
 inline void finish_row_or_tile(const Params& p, const Kernels& k, int64_t row,
                                FullStats<double>& stats) {
   const double target = target_logit(p, k, row).logit;

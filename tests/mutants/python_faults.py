@@ -542,9 +542,12 @@ PROBLEM_FAULTS = {
     ),
     "views of a leaf are overwritten": Fault(
         PROBLEM,
-        ("        if memory.requires_grad:\n            check_no_leaf(name, memory)\n"),
-        "",
-        ("tests/test_overwriting.py::test_leaves_are_refused",),
+        ("if input.is_leaf or (memory.is_leaf and memory.requires_grad):"),
+        "if input.is_leaf:",
+        (
+            "tests/test_overwriting.py::test_leaves_are_refused",
+            "tests/test_export.py::test_traced_programs_do_not_overwrite_leaves",
+        ),
     ),
     "shared elements are overwritten": Fault(
         PROBLEM, "stride == 0 < size - 1 for", "stride < 0 for", FULL
@@ -674,8 +677,8 @@ PROBLEM_FAULTS = {
     ),
     "logits are checked before they are promoted": Fault(
         PROBLEM,
-        "        _check_overwritable(problem)\n",
-        "        _check_overwritable(problem._replace(logits=input))\n",
+        "        check_overwritable(problem)\n",
+        "        check_overwritable(problem._replace(logits=input))\n",
         ("tests/test_overwriting.py::test_promoted_leaves_are_not_overwritten",),
     ),
     "range of targets by the last dimension": Fault(
@@ -769,8 +772,8 @@ PROBLEM_FAULTS = {
     ),
     "leaves are refused without grad mode": Fault(
         PROBLEM,
-        "    if torch.is_grad_enabled() and input.requires_grad:\n        check_no_leaf",
-        "    if input.requires_grad:\n        check_no_leaf",
+        "    if torch.is_grad_enabled() and input.requires_grad:\n        if input",
+        "    if input.requires_grad:\n        if input",
         ("tests/test_overwriting.py::test_without_grad_nothing_is_overwritten",),
     ),
     "many row dimensions are overwritten": Fault(
@@ -2664,13 +2667,22 @@ PRIVATE_FAULTS = {
         "        return tensor\n    return FunctionalTensor",
         ("tests/test_compile.py::test_parts_of_logits_of_dynamic_shapes",),
     ),
+    "parts of logits are refused in a graph": Fault(
+        PROBLEM,
+        "    if _torch_private.is_functional(input):  # a graph",
+        "    if False:  # a graph",
+        (
+            "tests/test_compile.py::test_parts_of_logits_of_dynamic_shapes",
+            "tests/test_compile.py::test_returned_logits_keep_their_values",
+        ),
+    ),
     "operators overwrite leaves": Fault(
         AUTOGRAD,
-        "        if problem.settings.inplace_backward:\n            check_no_leaf",
-        "        if False:\n            check_no_leaf",
+        "        if problem.settings.inplace_backward:\n            check_over",
+        "        if False:\n            check_over",
         ("tests/test_export.py::test_traced_programs_do_not_overwrite_leaves",),
     ),
-    "the compiler is asked for the base of a view": Fault(
+    "the base of a view is read under a compiler": Fault(
         PROBLEM,
         "memory = input if is_compiling else",
         "memory = input if False else",
