@@ -258,8 +258,6 @@ def check_range(problem: Problem) -> None:
 def check_overwritable(problem: Problem) -> None:
     """Check that the in-place mode that is on may overwrite the logits."""
     input, target, *_, settings = problem
-    if _torch_private.is_functional(input):  # a graph overwrites nothing: see overwritable
-        return
     name = "grad_in_forward" if settings.grad_in_forward else "inplace_backward"
 
     def refuse(why: str, advice: str = "clone it") -> None:

@@ -28,7 +28,6 @@ __all__ = [
     "has_values",
     "is_batched_by_autograd",
     "is_eager",
-    "is_functional",
     "is_jit_tracing",
     "is_one_of_several_views",
     "is_under_torch_func",
@@ -156,11 +155,6 @@ def is_one_of_several_views(tensor: Tensor) -> bool:
     """Return True for outputs of chunk, split and unbind: autograd forbids overwriting them."""
     several = torch._C._autograd.CreationMeta.MULTI_OUTPUT_NODE
     return tensor._is_view() and torch._C._autograd._get_creation_meta(tensor) == several
-
-
-def is_functional(tensor: Tensor) -> bool:
-    """Return True for a tensor of a graph that is traced: nothing is overwritten yet."""
-    return isinstance(tensor, FunctionalTensor)
 
 
 def overwritable(tensor: Tensor) -> Tensor | None:

@@ -2667,15 +2667,6 @@ PRIVATE_FAULTS = {
         "        return tensor\n    return FunctionalTensor",
         ("tests/test_compile.py::test_parts_of_logits_of_dynamic_shapes",),
     ),
-    "parts of logits are refused in a graph": Fault(
-        PROBLEM,
-        "    if _torch_private.is_functional(input):  # a graph",
-        "    if False:  # a graph",
-        (
-            "tests/test_compile.py::test_parts_of_logits_of_dynamic_shapes",
-            "tests/test_compile.py::test_returned_logits_keep_their_values",
-        ),
-    ),
     "operators overwrite leaves": Fault(
         AUTOGRAD,
         "        if problem.settings.inplace_backward:\n            check_over",
