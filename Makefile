@@ -19,7 +19,7 @@ setup: build/full
 # by a full build. Both builds write compile_commands.json for editors.
 build: .venv/ready
 	rm -f build/full
-	$(WITH_NINJA) FUSED_XENT_CPU_CAPABILITIES=$(CAPABILITY) TORCH_CUDA_ARCH_LIST=$(ARCH) \
+	$(WITH_NINJA) FUSED_XENT_CPU_CAPABILITIES=$(CAPABILITY) TORCH_CUDA_ARCH_LIST="$(ARCH)" \
 		$(RUN) setup.py --quiet build_ext --inplace
 
 check: build

@@ -146,6 +146,35 @@ XENT_INLINE Acc log_sum_of(const RowStats<Acc>& stats) {
   return 0 < stats.sum && stats.sum < 1 ? Acc(0) : std::log(stats.sum);
 }
 
+// Adds class j, of logit z, to the stats of all other classes, and returns log(s). If z is far
+// above the others, their sum is the loss: it would lose its digits if it were added to 1.
+template <typename Acc>
+XENT_INLINE Acc add_class(RowStats<Acc>& stats, Acc z, int64_t) {
+  if (z >= stats.max) {
+    shift_stats(stats, z);
+    const Acc zero = z - z, log_sum = std::log1p(stats.sum) + zero;  // NaN for an infinite z
+    stats.sum += 1 + zero;
+    return log_sum;
+  }
+  stats.sum += std::exp(z - stats.max);
+  return log_sum_of(stats);
+}
+
+template <typename Acc>
+XENT_INLINE Acc add_class(FullStats<Acc>& stats, Acc z, int64_t j) {
+  if (is_above(stats, z, j)) {
+    stats.top = z;
+    stats.argmax = j;
+  }
+  if (z >= stats.max) {
+    shift_stats(stats, z);  // z itself adds 0 to the moment
+  } else {
+    const Acc d = z - stats.max, e = std::exp(d);
+    if (e != 0) stats.moment += e * d;
+  }
+  return add_class<Acc>(static_cast<RowStats<Acc>&>(stats), z, j);
+}
+
 template <typename Acc>
 XENT_INLINE Acc entropy_of(const FullStats<Acc>& stats, Acc log_sum) {
   return log_sum - stats.moment / stats.sum;

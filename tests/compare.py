@@ -11,7 +11,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from cases import class_dim
+from modes import MODES, roundings
 from torch import Tensor
+
+import fused_xent
+from fused_xent import reference
 
 ERROR = 5e-6  # relative to the terms, for all dtypes but float64
 
@@ -144,3 +148,69 @@ def _assert_within(name: str, actual: Tensor, exact: Tensor, tolerance: Tensor) 
         f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong, at {tuple(int(i) for i in at)} "
         f"{actual[at].item():.9g} instead of {exact[at].item():.9g} (+- {tolerance[at].item():.3g})"
     )
+
+
+NEAR_1_OPTIONS = {  # options, and what they multiply relative errors by
+    "plain": ({}, 1),
+    "z-loss": ({"lse_square_scale": 1e-4}, 1),
+    "statistics": ({}, 1),
+    "focal": ({"focal_gamma": 2.0}, 3),  # about the cube of the cross-entropy
+    "softcap": ({"softcap": 60.0}, 5),  # the logits' own rounding, which the tanh magnifies
+}
+
+
+def check_near_1(shape: tuple[int, ...], dtype: torch.dtype, option: str, mode: str) -> None:
+    """Check loss and target gradient of rows whose target is far above all other classes.
+
+    The targets of the first rows are the first, second, middle and last class. Float64 alone would
+    lose as many digits as float32 does, so the truth keeps the other classes apart.
+    """
+    options, factor = NEAR_1_OPTIONS[option]
+    rows = (shape[0], *shape[2:])
+    target = torch.randint(shape[1], rows)
+    for i, j in enumerate((0, 1, shape[1] // 2, shape[1] - 1)):
+        target.view(-1)[i] = j
+    index = target.unsqueeze(1)
+    subnormal = 1e-40  # the spacing of bfloat16 numbers below float32's normal ones
+    weight, tokens = torch.rand(shape[1], dtype=dtype) + 0.5, torch.rand(rows) + 0.5
+    for gap in (8, 18, 30):
+        logits = torch.randn(shape).to(dtype)
+        logits.scatter_(1, index, logits.amax(1, keepdim=True) + gap)
+        leaf = logits.clone().requires_grad_()
+        function = fused_xent.cross_entropy
+        if option == "statistics":
+            function = fused_xent.cross_entropy_with_statistics
+        loss = function(
+            leaf * 1,
+            target,
+            weight,
+            reduction="none",
+            token_weight=tokens,
+            loss_dtype=torch.float64,
+            **MODES[mode],
+            **options,
+        )
+        loss = loss.loss if option == "statistics" else loss
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+
+        exact = logits.double().requires_grad_()
+        z = reference.transform(exact, options.get("softcap"), 1.0)
+        z_target = z.gather(1, index)
+        others = (z - z_target).exp().scatter(1, index, 0).sum(1)
+        expected = others.log1p() * weight[target]
+        if "focal_gamma" in options:
+            expected = expected * (others / (1 + others)) ** 2
+        gradient_terms = torch.zeros(())  # that cancel
+        if "lse_square_scale" in options:
+            lse = z_target.squeeze(1) + others.log1p()
+            expected = expected + options["lse_square_scale"] * lse**2
+            gradient_terms = 2 * options["lse_square_scale"] * lse.detach().abs() * tokens
+        expected = expected * tokens
+        (exact_gradient,) = torch.autograd.grad(expected.sum(), exact)
+        relative = factor * (2e-6 if dtype != torch.float64 else 1e-14)
+        torch.testing.assert_close(loss, expected.detach(), rtol=relative, atol=subnormal)
+        rounding = relative + roundings(mode) * torch.finfo(dtype).eps / 2
+        actual, exact_gradient = (g.gather(1, index).squeeze(1) for g in (gradient, exact_gradient))
+        errors = (actual.double() - exact_gradient).abs()
+        allowed = rounding * exact_gradient.abs() + relative * gradient_terms + subnormal
+        assert (errors <= allowed).all(), (errors / allowed).max()

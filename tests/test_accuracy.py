@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, make_logits
-from compare import assert_gradient, assert_loss, truth
+from compare import NEAR_1_OPTIONS, assert_gradient, assert_loss, check_near_1, truth
 from modes import MODES, has_mode, loss_and_gradient, roundings
 
 import fused_xent
-from fused_xent import cross_entropy, cross_entropy_with_statistics, reference
+from fused_xent import cross_entropy, cross_entropy_with_statistics
 
 pytestmark = pytest.mark.kernels
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -156,57 +156,14 @@ def test_losses_near_0_are_accurate(n_classes, label_smoothing, statistics, dtyp
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=0)
 
 
-NEAR_1 = {  # options, and what they multiply relative errors by
-    "default": ({}, 1),
-    "inplace": ({"inplace_backward": True}, 1),
-    "fused": ({"grad_in_forward": True}, 1),
-    "statistics": ({}, 1),
-    "focal": ({"focal_gamma": 2.0}, 3),  # about the cube of the cross-entropy
-    "softcap": ({"softcap": 60.0}, 5),  # the logits' own rounding, which the tanh magnifies
-}
-
-
 @pytest.mark.cpu("kernels of adjacent classes on the CPU")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("option", NEAR_1)
+@pytest.mark.parametrize("option", NEAR_1_OPTIONS)
 @pytest.mark.parametrize("n_classes", [129, 1000, 2049, 32000])
 def test_loss_and_target_gradient_as_p_approaches_1(n_classes, option, dtype):
     """The loss is the sum of the other classes' small exponentials, which 1 + sum would lose."""
-    options, factor = NEAR_1[option]
-    target = torch.tensor([0, 1, n_classes // 2, n_classes - 1])
-    rows = torch.arange(len(target))
-    weight, tokens = torch.rand(n_classes, dtype=dtype) + 0.5, torch.rand(len(target)) + 0.5
-    for gap in (8, 18, 30):
-        logits = torch.randn(len(target), n_classes).to(dtype)
-        logits[rows, target] = logits.amax(1) + gap
-        leaf = logits.clone().requires_grad_()
-        function = cross_entropy_with_statistics if option == "statistics" else cross_entropy
-        loss = function(
-            leaf * 1,
-            target,
-            weight,
-            reduction="none",
-            token_weight=tokens,
-            loss_dtype=torch.float64,
-            **options,
-        )
-        loss = loss.loss if option == "statistics" else loss
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        # Float64 alone would lose as many digits: the formula keeps the other classes apart.
-        exact = logits.double().requires_grad_()
-        z = reference.transform(exact, options.get("softcap"), 1.0)
-        d = z - z[rows, target].unsqueeze(1)
-        others = d.exp().masked_fill(F.one_hot(target, n_classes) == 1, 0).sum(1)
-        expected = others.log1p() * weight[target]
-        if "focal_gamma" in options:
-            expected = expected * (others / (1 + others)) ** 2
-        expected = expected * tokens
-        (exact_gradient,) = torch.autograd.grad(expected.sum(), exact)
-        relative = factor * (2e-6 if dtype != torch.float64 else 1e-14)
-        torch.testing.assert_close(loss, expected.detach(), rtol=relative, atol=0)
-        rounding = relative + torch.finfo(dtype).eps / 2
-        actual = gradient[rows, target].double()
-        torch.testing.assert_close(actual, exact_gradient[rows, target], rtol=rounding, atol=0)
+    for mode in MODES:
+        check_near_1((4, n_classes), dtype, option, mode)
 
 
 @by_dtype

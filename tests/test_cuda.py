@@ -11,8 +11,8 @@ import cuda_builds
 import pytest
 import torch
 from cases import DTYPES, LABELS, SHAPES, VOCABULARIES, Labels, class_dim, make_logits, make_target
-from compare import assert_gradient, assert_loss, truth
-from modes import loss_and_gradient
+from compare import NEAR_1_OPTIONS, assert_gradient, assert_loss, check_near_1, truth
+from modes import MODES, loss_and_gradient
 from problems import check_problem, make_problem
 from test_kernels import check, make_options
 
@@ -178,6 +178,57 @@ def test_small_exponentials_of_a_long_row(dtype, force):
     loss = fused_xent.cross_entropy(logits, target, loss_dtype=torch.float32)
     exact = torch.nn.functional.cross_entropy(logits.double(), target)
     torch.testing.assert_close(loss.double(), exact, rtol=0, atol=5e-6)
+
+
+NEAR_1 = {  # the shape of the logits, and plans that differ from those of a small device
+    "few classes": ((40, 10), {}),
+    "columns": ((2, 300, 21), {"regime": "columns", "threads": 64, "workers": 2}),
+    "columns of vectors": ((1, 21, 64), {"regime": "columns", "threads": 64, "vector": 8}),
+    "warp": ((9, 1003), {"regime": "warp", "threads": 64, "team": 16}),
+    "block": ((4, 5007), {"regime": "block", "threads": 64}),
+    "parts": ((4, 5007), {"regime": "split", "threads": 64, "parts": 3}),
+    "cluster": ((4, 9009), {"regime": "split", "threads": 64, "parts": 4, "held": 4}),
+}
+
+
+@pytest.mark.parametrize("option", NEAR_1_OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("plan", NEAR_1)
+def test_loss_and_target_gradient_as_p_approaches_1(plan, dtype, option, force):
+    """The exponential of the target is in no sum, wherever the target is."""
+    is_general = option in ("softcap", "statistics")
+    shape, plan = NEAR_1[plan]
+    if "vector" in plan:
+        plan = {**plan, "vector": 1 if is_general else 16 // dtype.itemsize}
+    if "held" in plan:
+        if not is_general:
+            force("forward_backward", **plan)
+    elif plan:
+        force("forward", **plan)
+        if "parts" not in plan:
+            force("forward_backward", **plan)
+    for mode in MODES:
+        check_near_1(shape, dtype, option, mode)
+
+
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(3, 10), (3, 1003), (3, 5007), (1, 21, 64)], ids=str)
+def test_infinite_logits(shape, mode, softcap):
+    """Row 0: of the target, row 1: of another class, row 2: all but the target are -inf."""
+    logits = torch.randn(shape)
+    target = torch.full((shape[0], *shape[2:]), 5)
+    rows = logits.movedim(1, -1).view(-1, shape[1])
+    rows[0, 5] = rows[1, 6] = torch.inf
+    rows[2, :5] = rows[2, 6:] = -torch.inf
+    options = {"reduction": "none", "softcap": softcap}
+    loss, gradient = loss_and_gradient(logits, target, mode=mode, **options)
+    leaf = logits.double().requires_grad_()
+    expected = fused_xent.reference.cross_entropy(leaf, target, **options)
+    expected.sum().backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=5e-6, atol=1e-7, equal_nan=True)
+    tolerance = {"rtol": 1e-5, "atol": 1e-7, "equal_nan": True}
+    torch.testing.assert_close(gradient.double(), leaf.grad, **tolerance)
 
 
 def test_total_weight_beyond_float32():

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : kMinBlocks<
     const ShareFor<S> share(team, view.n_vectors);
     // The thread that owns the target reads its logit before it overwrites it, and writes the
     // target's gradient after all others.
-    const bool has_target = share.owns(view, target.index);
+    const bool has_target = share.find(view, target.index).is_mine;
     const A target_logit = has_target ? to_acc(logits[target.index]) : A(0);
     RowBackward<A> gradient;
     write_share(out, view, share, [&] {

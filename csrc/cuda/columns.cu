@@ -55,6 +55,12 @@ __device__ __forceinline__ void load_spread(const Spread<T, S>& spread, bool is_
   }
 }
 
+// The number of classes of a whole group, known at compile time.
+template <int kGroup>
+struct Whole {
+  __device__ constexpr operator int() const { return kGroup; }
+};
+
 // The rows of a thread, and its classes: every n_workers-th group of kGroup classes.
 template <int kGroup, int R>
 struct Rows {
@@ -78,12 +84,23 @@ struct Rows {
       any |= t.is_read();
     }
   }
-  // Calls body(j, count) for each group of the thread's classes.
+  // Calls body(j, count) for each group of the thread's classes. No branch stands between the loads
+  // of a whole group.
   template <typename Body>
   __device__ __forceinline__ void for_classes(const Body& body) const {
-    for (int64_t j = worker * kGroup; j < vocab_size; j += n_workers * kGroup) {
-      body(static_cast<int>(j), static_cast<int>(min(vocab_size - j, int64_t{kGroup})));
+    const int step = n_workers * kGroup;
+    int j = worker * kGroup;
+    for (; j <= vocab_size - kGroup; j += step) {
+      body(j, Whole<kGroup>{});
     }
+    if (j < vocab_size) body(j, vocab_size - j);
+  }
+  // True if a target is in the group that begins with class j.
+  __device__ __forceinline__ bool has_target_in_group(int j) const {
+    bool has = false;
+#pragma unroll
+    for (int r = 0; r < R; ++r) has |= static_cast<unsigned>(target[r] ^ j) < kGroup;
+    return has;
   }
   // False for -1. The number of workers is a power of two.
   __device__ bool owns(int j) const { return j >= 0 && (j / kGroup & (n_workers - 1)) == worker; }
@@ -98,13 +115,24 @@ __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kUnrol
   using A = Acc<T>;
   const T* logits = row_of<const T>(p.logits, p.logits_layout, rows.first);
   const Spread<T, S> spread(p, rows.first);
-  rows.for_classes([&](int j, int count) {
+  rows.for_classes([&](int j, auto count) {
     A x[kUnroll<S>][R], max[R], sum[R], mass[R], dot[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) max[r] = stats[r].max;
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
       if (u < count) load_rows<R>(logits + (j + u) * p.logits_layout.class_stride, x[u]);
+    }
+    if (!Spread<T, S>::kExists && rows.has_target_in_group(j)) {
+      asm volatile("");  // keeps this a branch
+#pragma unroll
+      for (int u = 0; u < kUnroll<S>; ++u) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) x[u][r] = j + u == rows.target[r] ? -kInfinity<A> : x[u][r];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll<S>; ++u) {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (u >= count) x[u][r] = -kInfinity<A>;
@@ -180,7 +208,7 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnrol
   RowGradient<A> gradients[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) gradients[r] = shared[r];
-  rows.for_classes([&](int j, int count) {
+  rows.for_classes([&](int j, auto count) {
     A x[kUnroll<S>][R];
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
@@ -191,7 +219,7 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnrol
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
       if (u >= count) continue;
-      A t[R];
+      [[maybe_unused]] A t[R];
       if constexpr (Spread<T, S>::kExists) {
         if (rows.any) load_spread<R>(spread, has_indices(a), j + u, t);
       }

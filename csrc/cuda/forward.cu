@@ -32,15 +32,18 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : 2))
     const A target_logit =
         team.is_leader() && target.index >= 0 ? to_acc(view.data[target.index]) : A(0);
     const ShareFor<S> share(team, view.n_vectors);
+    const int apart = kHasSpread ? -1 : target.index;
+    const Place place = share.find(view, apart);
     StatsFor<T, S> swept;
-    sweep_edges(swept, view, spread, share.edge_rank, share.edge_step);
+    sweep_edges(swept, view, spread, apart, share.edge_rank, share.edge_step);
     for (int v = share.first; v < share.end; v += share.step) {
       uint4 bits[kUnroll<S>];
       share.template read<T>(
           bits, v, [&](int, int w) { return load_vector(view.data + view.vector_class(w)); });
+      if (v == place.group) leave_out<T>(bits, place.element);
       add_vectors(swept, bits, view, spread, share, v);
     }
-    const RowStats<A> stats = team.merge<kHasSpread>(swept.result(), exchange);
+    RowStats<A> stats = team.merge<kHasSpread>(swept.result(), exchange);
     if (!team.is_leader()) continue;
     if (team.parts() == 1) {
       write_results(a, row, results_of_row(a, row, target.index, target_logit, stats), -1);

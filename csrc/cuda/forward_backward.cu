@@ -72,18 +72,25 @@ class Held {
     for (int g = 0; g < n_shared_; ++g) fetch_shared(row, share, g);
   }
 
-  __device__ __forceinline__ RowStats<Acc<T>> sweep(const RowOf& row, const ShareOf& share) {
+  // The target may be left out of the registers for good: its gradient is written apart.
+  __device__ __forceinline__ RowStats<Acc<T>> sweep(const RowOf& row, const ShareOf& share,
+                                                    const Place& target) {
+    constexpr bool kHasSpread = Spread<T, S>::kExists;
     StatsFor<T, S> stats;
-    const auto add = [&](const uint4(&bits)[kCount], int g) {
-      add_vectors(stats, bits, row.view, row.spread, share, first(share, g));
+    const auto add = [&](uint4(&bits)[kCount], int g) {
+      const int v = first(share, g);
+      if (!kHasSpread && v == target.group) leave_out<T>(bits, target.element);
+      add_vectors(stats, bits, row.view, row.spread, share, v);
     };
+    const int apart = kHasSpread ? -1 : row.target.index;
     if (share.edge_rank < row.view.n_edges) {
       const int j = row.view.edge_class(share.edge_rank);
       Acc<T> t = 0;
-      if constexpr (Spread<T, S>::kExists) t = row.spread.at(j);
-      add_element(stats, to_acc(edge_), t);
+      if constexpr (kHasSpread) t = row.spread.at(j);
+      if (j != apart) add_element(stats, to_acc(edge_), t);
     }
-    sweep_edges(stats, row.view, row.spread, share.edge_rank + share.edge_step, share.edge_step);
+    sweep_edges(stats, row.view, row.spread, apart, share.edge_rank + share.edge_step,
+                share.edge_step);
 #pragma unroll
     for (int g = 0; g < kHeld; ++g) {
       if (is_there(share, g)) add(registers_[g], g);
@@ -218,22 +225,18 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
     const ShareFor<S> share(team, row.view.n_vectors);
     if (!is_fetched) held.fetch(row, share);
     const int target = row.target.index;
-    const bool has_target = share.owns(row.view, target);
-    const bool is_loss_wanted = team.is_leader() || a.focal_gamma != 0;
-    const bool needs_target = has_target || (is_loss_wanted && target >= 0);
-    const A target_logit = needs_target ? to_acc(row.view.data[target]) : A(0);
+    const Place place = share.find(row.view, target);
+    const A target_logit = target >= 0 ? to_acc(row.view.data[target]) : A(0);
 
-    const RowStats<A> stats = team.merge<kHasSpread>(held.sweep(row, share), exchange);
-    // Threads that have not read the target's logit get a wrong loss and slope, which they do not
-    // use. The other results are right.
+    RowStats<A> stats = team.merge<kHasSpread>(held.sweep(row, share, place), exchange);
     const RowResults<A> results = results_of_row(a, row.index, target, target_logit, stats);
     if (team.is_leader()) write_results(a, row.index, results, -1);
     const RowBackward<A> gradient =
-        backward_of_row(a, scale, row.index, target, results, has_target, target_logit);
+        backward_of_row(a, scale, row.index, target, results, place.is_mine, target_logit);
     const Row<T, S> next(a, row.index + step, next_target);
     held.write(row, share, GradientOf<T, S>(gradient, row.spread), next,
                ShareFor<S>(team, next.view.n_vectors));
-    if (has_target) row.out[target] = from_acc<T>(gradient.at_target);
+    if (place.is_mine) row.out[target] = from_acc<T>(gradient.at_target);
     row = next;
     is_fetched = next.is_read;
   }

@@ -116,11 +116,19 @@ __device__ __forceinline__ A unread_value(const Target& target) {
   return target.is_bad ? kNaN<A> : A(0);
 }
 
-template <typename A>
+// The class that sweeps leave out of a row's stats, if not -1: see add_class.
+__device__ __forceinline__ int class_apart(const Params& p, int target) {
+  return has_spread(p) ? -1 : target;
+}
+
+// stats: RowStats or FullStats of all classes but class_apart, which this adds.
+template <typename A, typename Stats>
 __device__ __forceinline__ RowResults<A> results_of_row(const Arguments& a, int64_t row, int target,
-                                                        A target_logit, const RowStats<A>& stats) {
+                                                        A target_logit, Stats& stats) {
+  const int apart = class_apart(a, target);
+  const A log_sum = apart < 0 ? log_sum_of(stats) : add_class(stats, target_logit, apart);
   const RowLabels<A> labels = labels_of_row<A>(a, target);
-  RowResults<A> results = plain_results(a, labels, target_logit, stats, log_sum_of(stats));
+  RowResults<A> results = plain_results<A>(a, labels, target_logit, stats, log_sum);
   apply_options(a, row, labels, stats.mass, results);
   return results;
 }

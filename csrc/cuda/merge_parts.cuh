@@ -12,13 +12,13 @@ constexpr int kMergeThreads = 256;
 
 template <typename T>
 __device__ __forceinline__ void write_merged_row(const Arguments& a, int64_t row, int target,
-                                                 Acc<T> x, const RowStats<Acc<T>>& stats) {
+                                                 Acc<T> x, RowStats<Acc<T>>& stats) {
   write_results(a, row, results_of_row(a, row, target, x, stats), -1);
 }
 
 template <typename T>
 __device__ __forceinline__ void write_merged_row(const Arguments& a, int64_t row, int target,
-                                                 Acc<T> x, const FullStats<Acc<T>>& stats) {
+                                                 Acc<T> x, FullStats<Acc<T>>& stats) {
   const Acc<T> z = Transform<Acc<T>>(a).logit(x);
   auto results = results_of_row<Acc<T>>(a, row, target, z, stats);
   results.entropy = entropy_of(stats, results.log_sum);

@@ -20,14 +20,16 @@ struct GeneralRow {
   using A = Acc<T>;
   const Spread<T, S> spread;
   const bool has_spread;
+  const int apart;
   const Transform<A> transform;
   const int64_t stride;
   RowView<const T> view;
   Share<1> share;
 
-  __device__ GeneralRow(const Arguments& a, int64_t row, const T* out, const Team& team)
+  __device__ GeneralRow(const Arguments& a, int64_t row, int target, const T* out, const Team& team)
       : spread(a, row),
         has_spread(fused_xent::has_spread(a)),
+        apart(class_apart(a, target)),
         transform(a),
         stride(a.logits_layout.class_stride),
         view(row_of<const T>(a.logits, a.logits_layout, row), static_cast<int>(a.vocab_size)),
@@ -58,8 +60,9 @@ struct GeneralRow {
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         const int i = first + u * share.edge_step;
-        const bool is_there = i < view.n_edges;
-        j[u] = is_there ? view.edge_class(i) : INT32_MAX;
+        j[u] = i < view.n_edges ? view.edge_class(i) : INT32_MAX;
+        if (j[u] == apart) j[u] = INT32_MAX;
+        const bool is_there = j[u] != INT32_MAX;
         z[u] = is_there ? logit(j[u]) : -kInfinity<A>;
         t[u] = is_there ? label(j[u]) : A(0);
       }
@@ -76,8 +79,8 @@ struct GeneralRow {
       labels(view.vector_class(v), t);
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i) {
-        z[i] = transform.logit(z[i]);
         j[i] = view.vector_class(v) + i;
+        z[i] = j[i] == apart ? -kInfinity<A> : transform.logit(z[i]);
       }
       stats.add(z, t, j);
     }
@@ -159,15 +162,15 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : 2))
       if (has_backward) fill_any_row(a, out, value, team);
       continue;
     }
-    const GeneralRow<T, S> view(a, row, out, team);
+    const GeneralRow<T, S> view(a, row, target.index, out, team);
     // The thread that owns the target reads its logit before it overwrites it. Others read it only
     // in forward, before the barrier of the merge.
-    const bool has_target = has_backward && view.share.owns(view.view, target.index);
+    const bool has_target = has_backward && view.share.find(view.view, target.index).is_mine;
     const bool needs_target = has_target || (has_forward && target.index >= 0);
     const A x = needs_target ? view.logit(target.index) : A(0), z = view.transform.logit(x);
     RowResults<A> results;
     if (has_forward) {
-      const FullStats<A> stats = merge_team(view.sweep(), shared, team_size);
+      FullStats<A> stats = merge_team(view.sweep(), shared, team_size);
       if (team.parts() > 1) {
         if (team.is_leader()) partials[row * team.parts() + team.part()] = stats;
         continue;

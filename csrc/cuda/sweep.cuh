@@ -14,6 +14,13 @@ namespace fused_xent::cuda {
 template <typename S>
 constexpr int kUnroll = std::is_void_v<S> ? 4 : 2;
 
+// Where a thread has a class: as an element of the group that begins with a vector, or in no group,
+// as an edge.
+struct Place {
+  bool is_mine = false;
+  int group = -1, element = 0;
+};
+
 // The share of a thread in its team's part of a row: groups of kCount vectors, and every
 // edge_step-th of the edges, the elements that are in no vector. The `lanes` neighbouring threads
 // of a team in a warp have neighbouring vectors, so that their groups together are one piece of the
@@ -43,16 +50,19 @@ struct Share {
 
   __device__ __forceinline__ bool is_whole(int v) const { return v + (kCount - 1) * lanes < end; }
 
-  // True if this thread has class j; false for -1.
+  // Where class j is; nowhere for -1.
   template <typename T>
-  __device__ bool owns(const RowView<T>& view, int j) const {
-    if (j < 0) return false;
+  __device__ Place find(const RowView<T>& view, int j) const {
+    if (j < 0) return {};
     const int after = j - view.head, v = after / kVector<T>;
     if (after < 0 || v >= view.n_vectors) {
-      return (after < 0 ? j : j - view.n_vectors * kVector<T>) % edge_step == edge_rank;
+      const int i = after < 0 ? j : j - view.n_vectors * kVector<T>;
+      return {i % edge_step == edge_rank, -1, 0};
     }
     const int in_group = (v - first) & (step - 1);
-    return first <= v && v < end && in_group < kCount * lanes && (in_group & (lanes - 1)) == 0;
+    if (v < first || v >= end || in_group >= kCount * lanes) return {};
+    if ((in_group & (lanes - 1)) != 0) return {};
+    return {true, v - in_group, in_group / lanes * kVector<T> + after % kVector<T>};
   }
 
   // Reads the group that begins with vector v < end. read(u, w) returns its u-th vector, which is
@@ -160,6 +170,27 @@ using StatsFor = SweepStats<T, Spread<T, S>::kExists>;
 template <typename S>
 using ShareFor = Share<kUnroll<S>>;
 
+// Puts minus infinity, which adds nothing to a sum of exponentials, in the place of an element.
+template <typename T, int kCount>
+__device__ __forceinline__ void leave_out(uint4 (&bits)[kCount], int element) {
+  const uint4 nothing = all_minus_infinity<T>();
+#pragma unroll
+  for (int u = 0; u < kCount; ++u) {
+    uint32_t* words[] = {&bits[u].x, &bits[u].y, &bits[u].z, &bits[u].w};
+    const uint32_t values[] = {nothing.x, nothing.y, nothing.z, nothing.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int first = (4 * u + w) * 4 / static_cast<int>(sizeof(T));
+      if constexpr (sizeof(T) == 2) {
+        const uint32_t mask = 0xffffu << (16 * (element & 1));
+        if ((element & ~1) == first) *words[w] = (*words[w] & ~mask) | (values[w] & mask);
+      } else if (element == first) {
+        *words[w] = values[w];
+      }
+    }
+  }
+}
+
 // Adds the group that begins with vector v. Vectors beyond the share's end are minus infinity.
 template <typename T, typename S>
 __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (&bits)[kUnroll<S>],
@@ -201,12 +232,14 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
   stats.sum += group_sum;
 }
 
-// Adds every step-th edge from edge i on.
+// Adds every step-th edge from edge i on, without class `apart`.
 template <typename T, typename S>
 __device__ __forceinline__ void sweep_edges(StatsFor<T, S>& stats, const RowView<const T>& view,
-                                            const Spread<T, S>& spread, int i, int step) {
+                                            const Spread<T, S>& spread, int apart, int i,
+                                            int step) {
   for (; i < view.n_edges; i += step) {
     const int j = view.edge_class(i);
+    if (j == apart) continue;
     Acc<T> t = 0;
     if constexpr (Spread<T, S>::kExists) t = spread.at(j);
     add_element(stats, to_acc(view.data[j]), t);

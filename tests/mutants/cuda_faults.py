@@ -74,8 +74,8 @@ SWEEPS = {
     "single elements are taken one by one": fault(
         "sweep.cuh",
         "forward",
-        "i < view.n_edges; i += step) {\n    const int j = view.edge_class(i);\n    Acc",
-        "i < view.n_edges; ++i) {\n    const int j = view.edge_class(i);\n    Acc",
+        "i < view.n_edges; i += step) {\n    const int j = view.edge_class(i);\n    if (j",
+        "i < view.n_edges; ++i) {\n    const int j = view.edge_class(i);\n    if (j",
     ),
     "sums are not moved to another maximum": fault(
         "sweep.cuh",
@@ -87,19 +87,58 @@ SWEEPS = {
         "sweep.cuh", "forward", "    stats.sum *= ShiftedExp<T>(this->max).to_exact();\n", ""
     ),
     "a part of a row has the target of the part after it": fault(
-        "sweep.cuh",
-        "backward",
-        "return first <= v && v < end && in_group",
-        "return first <= v && in_group",
+        "sweep.cuh", "backward", "if (v < first || v >= end || in", "if (v < first || in"
     ),
     "a part of a row has the target of the part before it": fault(
-        "sweep.cuh",
-        "backward",
-        "return first <= v && v < end && in_group",
-        "return v < end && in_group",
+        "sweep.cuh", "backward", "if (v < first || v >= end || in", "if (v >= end || in"
     ),
     "threads have the target of another group": fault(
-        "sweep.cuh", "backward", "in_group < kCount * lanes && (in_group", "(in_group"
+        "sweep.cuh", "backward", " || in_group >= kCount * lanes)", ")"
+    ),
+    "the target is left out of another vector of its group": fault(
+        "sweep.cuh", "forward", "in_group / lanes * kVector<T> + after", "after"
+    ),
+    "both numbers of a word are left out with the target": fault(
+        "sweep.cuh",
+        "forward",
+        "const uint32_t mask = 0xffffu << (16 * (element & 1));",
+        "const uint32_t mask = ~0u;",
+    ),
+    "the target is twice in the sum of a row's edges": fault(
+        "sweep.cuh", "forward", "    if (j == apart) continue;\n", ""
+    ),
+    "the target is twice in the sum of a row's vectors": fault(
+        "forward.cu",
+        "forward",
+        "      if (v == place.group) leave_out<T>(bits, place.element);\n",
+        "",
+    ),
+    "the first edge is in the sum even if it is the target": fault(
+        "forward_backward.cu", "forward_backward", "if (j != apart) add_element", "add_element"
+    ),
+    "the target is twice in the sum of general vectors": fault(
+        "per_class_options.cu",
+        "per_class_options",
+        "j[i] == apart ? -kInfinity<A> : transform.logit(z[i])",
+        "transform.logit(z[i])",
+    ),
+    "the target is twice in the sum of general edges": fault(
+        "per_class_options.cu",
+        "per_class_options",
+        "        if (j[u] == apart) j[u] = INT32_MAX;\n",
+        "",
+    ),
+    "the target is twice in the sum of a column": fault(
+        "columns.cu",
+        "columns",
+        "!Spread<T, S>::kExists && rows.has_target_in_group(j)",
+        "false",
+    ),
+    "the first rows alone leave their targets out": fault(
+        "columns.cu",
+        "columns",
+        "has |= static_cast<unsigned>(target[r] ^ j)",
+        "has = !r && static_cast<unsigned>(target[r] ^ j)",
     ),
     "a part of a row begins where the one before it begins": fault(
         "sweep.cuh",
@@ -443,20 +482,20 @@ ROWS = {
         "for (int g = kHeld + n_shared_; is_there(share, g); ++g) {",
         "for (int g = kHeld + n_shared_ + 1; is_there(share, g); ++g) {",
     ),
-    "only the leader has the slope of the focal loss": fault(
+    "only the leader adds the target": fault(
         "forward_backward.cu",
         "forward_backward",
-        "team.is_leader() || a.focal_gamma != 0;",
-        "team.is_leader();",
+        "const A target_logit = target >= 0 ?",
+        "const A target_logit = team.is_leader() && target >= 0 ?",
     ),
     "the target's logit is read when the gradient is there": fault(
         "forward_backward.cu",
         "forward_backward",
-        "    if (has_target) row.out[target] = from_acc<T>(gradient.at_target);\n",
-        "    if (has_target) {\n"
+        "    if (place.is_mine) row.out[target] = from_acc<T>(gradient.at_target);\n",
+        "    if (place.is_mine) {\n"
         "      const A x = to_acc(row.view.data[target]);\n"
         "      row.out[target] = from_acc<T>(\n"
-        "          gradient_of_row(a, scale, row.index, target, results, true, x).at_target);\n"
+        "          backward_of_row(a, scale, row.index, target, results, true, x).at_target);\n"
         "    }\n",
     ),
     "no request for more than 48 KiB of shared memory": fault(
@@ -626,8 +665,8 @@ COLUMNS = {
     "a class too many is in a row's gradient": fault(
         "columns.cu",
         "columns",
-        "static_cast<int>(min(vocab_size - j, int64_t{kGroup}))",
-        "kGroup",
+        "body(j, vocab_size - j);",
+        "body(j, kGroup);",
     ),
     "the workers' statistics are not awaited": fault(
         "columns.cu",
@@ -863,6 +902,30 @@ BINDING = {
         "test_cuda.py::test_forced_plans",
         "    if (problem.reduction == kMean) params.total_weight = data_of(*problem.normalizer);\n",
         "",
+    ),
+    "the digits of a small loss are added to 1": emulated(
+        "xent_math.h",
+        "test_cuda.py::test_loss_and_target_gradient_as_p_approaches_1",
+        "std::log1p(stats.sum) + zero;",
+        "std::log(1 + stats.sum) + zero;",
+    ),
+    "an infinite logit of the target is a certain one": emulated(
+        "xent_math.h",
+        "test_cuda.py::test_infinite_logits",
+        "const Acc zero = z - z,",
+        "const Acc zero = 0,",
+    ),
+    "a target above the other classes is not the argmax": emulated(
+        "xent_math.h",
+        "test_cuda.py::test_any_combination_of_options",
+        "  if (is_above(stats, z, j)) {\n    stats.top = z;",
+        "  if (false) {\n    stats.top = z;",
+    ),
+    "a target below another class is not in the entropy": emulated(
+        "xent_math.h",
+        "test_cuda.py::test_any_combination_of_options",
+        "    if (e != 0) stats.moment += e * d;\n  }\n  return add_class",
+        "  }\n  return add_class",
     ),
     "forced plans are not checked": emulated(
         "binding/cuda.cpp",
