@@ -27,6 +27,8 @@ LARGE = {
     "imagenet": (64, 1000),
     "small": (500, 100),
 }
+NEAR_1_SHAPES = [(40, 2), (40, 10), (40, 128), (4, 129), (4, 1000), (4, 2049), (4, 32000)]
+NEAR_1_SHAPES += [(2, 10, 5, 6), (2, 21, 5, 6), (2, 1000, 5, 6), (1, 5000, 30)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
@@ -156,14 +158,15 @@ def test_losses_near_0_are_accurate(n_classes, label_smoothing, statistics, dtyp
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=0)
 
 
-@pytest.mark.cpu("kernels of adjacent classes on the CPU")
+@pytest.mark.cpu("kernels of the CPU")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("option", NEAR_1_OPTIONS)
-@pytest.mark.parametrize("n_classes", [129, 1000, 2049, 32000])
-def test_loss_and_target_gradient_as_p_approaches_1(n_classes, option, dtype):
+@pytest.mark.parametrize("shape", NEAR_1_SHAPES, ids=str)
+def test_loss_and_target_gradient_as_p_approaches_1(shape, option, dtype):
     """The loss is the sum of the other classes' small exponentials, which 1 + sum would lose."""
+    is_tile = len(shape) > 2 or shape[1] <= 128
     for mode in MODES:
-        check_near_1((4, n_classes), dtype, option, mode)
+        check_near_1(shape, dtype, option, mode, goal=1e-6 if is_tile else 2e-6)
 
 
 @by_dtype

@@ -1,5 +1,6 @@
 """The options beyond torch's: each against its formula, and combinations of all; statistics."""
 
+import itertools
 import math
 import random
 
@@ -272,10 +273,12 @@ def test_argmax_is_the_first_maximum(dtype, n_classes):
     logits[6, -1] = 50
     logits[7, -2] = torch.nan
     logits[8, 0], logits[8, -1] = -5, torch.inf
-    target = torch.full((11,), 3)
-    target[9], weight = -100, torch.ones(11)
+    weight = torch.ones(11)
     weight[10] = 0
-    for layout in (logits, logits.t().contiguous().t()):
+    layouts = (logits, logits.t().contiguous().t())
+    for layout, label in itertools.product(layouts, (0, 3, n_classes // 2)):
+        target = torch.full((11,), label)
+        target[9] = -100
         argmax = cross_entropy_with_statistics(layout, target, token_weight=weight).argmax
         assert argmax.tolist() == [*logits[:9].argmax(1).tolist(), -1, -1]
 

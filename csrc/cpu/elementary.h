@@ -44,6 +44,19 @@ XENT_INLINE F64 exp_nonpositive(F64 x) {
   return p * (F64)((U64)shifted << 52);
 }
 
+// exp(a - b) for a <= b, as exact far below 0 as near 0: with the rounding error of a - b, and log
+// 2 in two parts.
+XENT_INLINE F32 exp_of_difference(F32 a, F32 b) {
+  constexpr float kShifter = 12582912.0f + 127;
+  F32 lost{};
+  add_to(a, lost, -b);
+  const F32 x = vmax(-88.03f - F32{}, a);
+  const F32 shifted = x * 1.44269504f + kShifter, n = shifted - kShifter;
+  const F32 r = (x - n * 6.93145752e-1f) - n * 1.42860677e-6f;
+  return exp_nonpositive(lost - lost == 0 ? r + lost : r) * (F32)((U32)shifted << 23);
+}
+XENT_INLINE F64 exp_of_difference(F64 a, F64 b) { return exp_nonpositive(a - b); }
+
 // exp(x - m) is kScale * power(exponent(x)). These are two steps because the loss of soft labels
 // also needs x - m, which is kUnit * exponent(x).
 template <typename A>

@@ -14,66 +14,62 @@ template <typename A, bool kHasSpread>
 struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<A>> {
   // It starts finite: where all logits are -inf, exp(-inf - max) is 0 and not NaN.
   Vec<A> max = Vec<A>{} + std::numeric_limits<A>::lowest();
+  LongSum<A> sum;
 
   // Adds count classes from j on: their logits z, kTileRows apart, and their labels t(u), u from 0
-  // on. Calls pick for each logit.
-  template <typename Pick, typename Spread>
-  XENT_INLINE void add(const A* z, int count, int64_t j, Pick& pick, const Spread& t) {
+  // on.
+  template <typename Spread>
+  XENT_INLINE void add(const A* z, int count, int64_t j, const Spread& t) {
     Vec<A> top = max;
 #pragma GCC unroll 4
-    for (int u = 0; u < count; ++u) {
-      const Vec<A> logits = load(z + u * kTileRows);
-      top = vmax(logits, top);
-      pick(logits);
-    }
+    for (int u = 0; u < count; ++u) top = vmax(load(z + u * kTileRows), top);
     if (j != 0) rescale(top);
     max = top;
-    Vec<A> masses{}, dots{};
+    // With labels spread over the classes, the loss has all of its digits even where one class has
+    // almost all of the probability: no term is greater than 1, so Dekker's fast two-sum finds the
+    // rounding error of each addition. Otherwise such a target is added last: see add_target.
+    constexpr A kStart = kHasSpread ? 1 : 0;
+    Vec<A> total = Vec<A>{} + kStart, lost{}, masses{}, dots{};
 #pragma GCC unroll 2
     for (int u = 0; u < count; ++u) {
-      const Vec<A> d = load(z + u * kTileRows) - max;
-      add_to_sum(exp_nonpositive(d));
+      const Vec<A> d = load(z + u * kTileRows) - max, before = total;
+      const Vec<A> e = exp_nonpositive(d);
+      total += e;
       if (!kHasSpread) continue;
+      lost += e + (before - total);
       const Vec<A> weight = t(u);
       masses += weight;
       dots += weight == 0 ? Vec<A>{} : weight * d;
     }
-    const Vec<A> total = above_one_ + lost_;  // keeps lost_ small
-    lost_ += above_one_ - total;
-    above_one_ = total;
+    sum.add(total - kStart);
     if constexpr (kHasSpread) {
+      sum.lost += lost;
       this->mass.add(masses);
       this->dot.add(dots);
     }
   }
 
-  XENT_INLINE Vec<A> sum() const { return above_one_ - 1 + lost_; }
+  // Adds the target after all other classes. Where it has almost all of the probability, their sum
+  // is the loss: added to 1 it would lose its digits, but LongSum keeps them.
+  template <typename Index>
+  XENT_INLINE void add_target(const A* z, Index) {
+    add(z, 1, 1, [](int) { return Vec<A>{}; });
+  }
+
   XENT_INLINE Vec<A> log_sum() const {
-    const Vec<A> sum = above_one_ - 1, log = log_positive(sum);
-    return sum == 0 ? log : log + lost_ / sum;
+    const Vec<A> log = log_positive(sum.sum);
+    return sum.sum == 0 ? log : log + sum.lost / sum.sum;
   }
 
  private:
-  // The sum is above_one_ - 1 + lost_. No term is greater than above_one_, so Dekker's fast two-sum
-  // finds the rounding error of each addition, which goes to lost_. log_sum has all of its digits
-  // even near 0, where one class has almost all of the probability.
-  Vec<A> above_one_ = Vec<A>{} + 1, lost_{};
-
-  XENT_INLINE void add_to_sum(Vec<A> term) {
-    const Vec<A> total = above_one_ + term;
-    lost_ += term + (above_one_ - total);
-    above_one_ = total;
-  }
   XENT_INLINE void rescale(Vec<A> top) {
-    const Vec<A> shift = max - top, factor = exp_nonpositive(shift);
-    const Vec<A> sum = (above_one_ - 1) * factor;
-    lost_ *= factor;
-    above_one_ = Vec<A>{} + 1;
-    add_to_sum(sum);
+    const Vec<A> factor = exp_of_difference(max, top);
+    sum.sum *= factor;
+    sum.lost *= factor;
     if constexpr (kHasSpread) {
-      // shift may overflow to -inf. Without mass the dot is 0 all the same.
+      // max - top may overflow to -inf. Without mass the dot is 0 all the same.
       const Vec<A> mass = this->mass.value();
-      this->dot.add(mass == 0 ? Vec<A>{} : shift * mass);
+      this->dot.add(mass == 0 ? Vec<A>{} : (max - top) * mass);
     }
   }
 };
@@ -86,10 +82,10 @@ struct FullLaneStats : LaneStats<A, true> {
   using Index = Vec<Bits>;
   Index argmax{};
 
-  template <typename Pick, typename Spread>
-  XENT_INLINE void add(const A* z, int count, int64_t j, Pick& pick, const Spread& t) {
-    const Vec<A> max = this->max, sum = this->sum();
-    Base::add(z, count, j, pick, t);
+  template <typename Spread>
+  XENT_INLINE void add(const A* z, int count, int64_t j, const Spread& t) {
+    const Vec<A> max = this->max, sum = this->sum.value();
+    Base::add(z, count, j, t);
     const Vec<A> shift = max - this->max, factor = exp_nonpositive(shift);
     Vec<A> moment = factor == 0 ? Vec<A>{} : factor * (moment_.value() + shift * sum);
     moment_ = {moment, Vec<A>{}};
@@ -105,7 +101,19 @@ struct FullLaneStats : LaneStats<A, true> {
     moment_.add(moment);
   }
 
-  XENT_INLINE Vec<A> entropy() const { return this->log_sum() - moment_.value() / this->sum(); }
+  XENT_INLINE void add_target(const A* z, Index target) {
+    const Vec<A> logit = load(z);
+    const auto both_nan = (Index)(logit != logit) & (Index)(top_ != top_);
+    const auto equal = (Index)(logit == top_) | both_nan;
+    const auto above = ~(Index)(logit <= top_) & (Index)(top_ == top_);
+    const auto is_argmax = above | (equal & (Index)(target < argmax));
+    add(z, 1, 1, [](int) { return Vec<A>{}; });
+    argmax = is_argmax == 0 ? argmax : target;
+  }
+
+  XENT_INLINE Vec<A> entropy() const {
+    return this->log_sum() - moment_.value() / this->sum.value();
+  }
 
  private:
   LongSum<A> moment_;

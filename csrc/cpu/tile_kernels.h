@@ -57,23 +57,24 @@ void forward_tile(const Params& p, int64_t begin, int64_t end) {
       stats[kTileRows / kWidth];
   TileScratch<A> scratch(logits.n_rows);
   const int n = logits.n_rows;
+  const bool is_apart = !kHasSpread || !has_spread(p);  // the target is added last
 
   if (labels.any_kept) {
     for_class_groups(p.vocab_size, [&](int64_t j, int count) {
       logits.read(j, count, scratch.lanes);
       if (kGeneral && has_transform(p)) transform_lanes(transform, count, n, scratch.lanes);
+      if (std::is_void_v<Target>) labels.pick(j, count, is_apart, scratch.lanes);
       if (kHasSpread) spread.read(j, count);
       for (int lane = 0; lane < n; lane += kWidth) {
-        TargetPick<T, !std::is_void_v<Target>> pick(labels, j, lane);
         const auto t = [&](int u)
                            __attribute__((always_inline)) { return spread.at(j + u, u, lane); };
-        stats[lane / kWidth].add(scratch.lanes + lane, count, j, pick, t);
-        pick.finish(labels, lane);
+        stats[lane / kWidth].add(scratch.lanes + lane, count, j, t);
       }
     });
   }
   for (int lane = 0; lane < n; lane += kWidth) {
-    const auto& s = stats[lane / kWidth];
+    auto& s = stats[lane / kWidth];
+    if (is_apart) s.add_target(labels.target_logit + lane, labels.index_lanes(lane));
     Vec<A> mass{}, dot{};
     if constexpr (kHasSpread) {
       mass = s.mass.value();
@@ -124,16 +125,15 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
 
   for_class_groups(p.vocab_size, [&](int64_t j, int count) {
     if (labels.any_kept) logits.read(j, count, scratch.lanes);
+    if (std::is_void_v<Target>) labels.pick(j, count, false, scratch.lanes);
     if (kHasSpread) spread.read(j, count);
     for (int lane = 0; lane < n; lane += kWidth) {
-      TargetPick<T, !std::is_void_v<Target>> pick(labels, j, lane);
       const Vec<A> max = load(gradient.max + lane), factor = load(gradient.factor + lane);
       const auto kept = labels.kept_lanes(lane);
 #pragma GCC unroll 2
       for (int u = 0; u < count; ++u) {
         A* at = scratch.lanes + u * kTileRows + lane;
         const Vec<A> x = load(at);
-        pick(x);
         Vec<A> value;
         if constexpr (kGeneral) {
           const auto z = transform(x);
@@ -146,7 +146,6 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
         }
         store_bits(at, (decltype(kept))value & kept);
       }
-      pick.finish(labels, lane);
     }
     out.write(j, count, scratch.lanes);
   });

@@ -6,6 +6,7 @@ template <typename T>
 struct TileLabels {
   using A = Acc<T>;
   using Bits = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
+  const int n_rows;
   int64_t index[kTileRows];  // -1 for probabilities and for rows that are left out
   Bits kept[kTileRows];      // all ones, or 0 for rows that are left out or beyond the last
   A target_weight[kTileRows] = {};
@@ -14,22 +15,42 @@ struct TileLabels {
   A spread = 1;
   bool any_kept = true;
 
-  TileLabels(const Params& p, int64_t begin, int n_rows) {
+  TileLabels(const Params& p, int64_t begin, int n_rows) : n_rows(n_rows) {
     for (int i = 0; i < kTileRows; ++i) index[i] = i < n_rows ? 0 : -1;
     if (has_indices(p)) {
-      with_indices(p, [&](const auto* target) { set_indices(p, target, begin, n_rows); });
+      with_indices(p, [&](const auto* target) { set_indices(p, target, begin); });
     } else {
-      set_kept(p, begin, n_rows);
+      set_kept(p, begin);
       for (int i = 0; i < n_rows; ++i) index[i] = -1;
     }
   }
 
+  // Copies the target logits among classes [j, j + count) from lanes to target_logit. With `apart`,
+  // -inf is left in their place: LaneStats adds the target last. Nothing branches on the targets,
+  // which cannot be predicted.
+  XENT_INLINE void pick(int64_t j, int count, bool apart, A* lanes) {
+    for (int lane = 0; lane < n_rows; lane += kLanes<A>) {
+#pragma GCC unroll 16
+      for (int i = lane; i < lane + kLanes<A>; ++i) {
+        const uint64_t u = static_cast<uint64_t>(index[i] - j);
+        A* from = (u < static_cast<uint64_t>(count) ? lanes + u * kTileRows : target_logit) + i;
+        const A logit = *from;
+        if (apart) *from = -std::numeric_limits<A>::infinity();
+        target_logit[i] = logit;
+      }
+    }
+  }
+  XENT_INLINE Vec<Bits> index_lanes(int lane) const {
+    Vec<Bits> classes{};
+    for (int i = 0; i < kLanes<A>; ++i) classes[i] = static_cast<Bits>(index[lane + i]);
+    return classes;
+  }
   XENT_INLINE Vec<Bits> kept_lanes(int lane) const { return load_bits<Vec<Bits>>(kept + lane); }
   XENT_INLINE Vec<A> on_target(int lane) const { return share * load(target_weight + lane); }
 
  private:
   // Keeps the rows whose index is not negative and whose token weight is not 0.
-  void set_kept(const Params& p, int64_t begin, int n_rows) {
+  void set_kept(const Params& p, int64_t begin) {
     for (int i = 0; i < n_rows && p.token_weight != nullptr; ++i) {
       if (static_cast<const A*>(p.token_weight)[begin + i] == 0) index[i] = -1;
     }
@@ -42,7 +63,7 @@ struct TileLabels {
   }
 
   template <typename Index>
-  void set_indices(const Params& p, const Index* target, int64_t begin, int n_rows) {
+  void set_indices(const Params& p, const Index* target, int64_t begin) {
     const A* weight = static_cast<const A*>(p.weight);
     const Smoothing<double> smoothing = smoothing_of(p);
     share = static_cast<A>(smoothing.keep);
@@ -51,41 +72,11 @@ struct TileLabels {
       const int64_t y = target[begin + i];
       index[i] = y == p.ignore_index ? -1 : y;
     }
-    set_kept(p, begin, n_rows);
+    set_kept(p, begin);
     for (int i = 0; i < n_rows; ++i) target_weight[i] = 1;
     for (int i = 0; i < n_rows && weight != nullptr; ++i) {
       if (index[i] >= 0) target_weight[i] = weight[index[i]];
     }
-  }
-};
-
-// Picks the target logit of each lane while its classes go by. kNone: for probabilities, which have
-// no target.
-template <typename T, bool kNone>
-class TargetPick {
-  using A = Acc<T>;
-  using Bits = typename TileLabels<T>::Bits;
-  Vec<Bits> target_{}, next_{};  // classes of this group; 255: the target is in another group
-  Vec<A> logit_;
-
- public:
-  // The next class is j, the first of a group.
-  XENT_INLINE TargetPick(const TileLabels<T>& labels, int64_t j, int lane)
-      : logit_(load(labels.target_logit + lane)) {
-    Vec<Bits> target{};
-    for (int i = 0; i < kLanes<A>; ++i) {
-      const uint64_t u = static_cast<uint64_t>(labels.index[lane + i] - j);
-      target[i] = static_cast<Bits>(u < kGroup ? u : 255);
-    }
-    target_ = target;
-  }
-  XENT_INLINE void operator()(Vec<A> x) {
-    if (kNone) return;
-    logit_ = next_ == target_ ? x : logit_;
-    next_ += 1;
-  }
-  XENT_INLINE void finish(TileLabels<T>& labels, int lane) const {
-    if (!kNone) store(labels.target_logit + lane, logit_);
   }
 };
 
