@@ -203,24 +203,29 @@ XENT_INLINE Real probability_loss(Real log_sum, Real mass, Real dot) {
   return mass * log_sum - dot;
 }
 
-// A loss, and its derivative by the cross-entropy.
-template <typename Real>
-struct FocalLoss {
-  Real loss, slope;
+// What focal_loss computes with.
+struct ScalarMath {
+  template <typename Real>
+  XENT_INLINE static Real exp(Real x) {
+    return std::exp(x);
+  }
+  template <typename Real>
+  XENT_INLINE static Real expm1(Real x) {
+    return std::expm1(x);
+  }
+  template <typename Real>
+  XENT_INLINE static Real log(Real x) {
+    return std::log(x);
+  }
 };
 
-// mass is Q, gamma > 0. NaN for a negative cross-entropy, which labels below 0 may give.
-template <typename Real>
-XENT_INLINE FocalLoss<Real> focal_loss(Real cross_entropy, Real mass, Real gamma) {
-  if (cross_entropy == 0) return {0, 0};
-  const Real minus_log_p = cross_entropy / mass, p = std::exp(-minus_log_p);
-  const Real one_minus_p = -std::expm1(-minus_log_p);
-  // log1p, because a large gamma multiplies the digits that 1 - p would lose.
-  const Real log_one_minus_p = p < Real(0.5) ? std::log1p(-p) : std::log(one_minus_p);
-  const Real factor = std::exp(gamma * log_one_minus_p);
-  if (factor == 0) return {0, 0};
-  const Real rise = p == 0 ? 0 : gamma * p * minus_log_p / one_minus_p;
-  return {factor * cross_entropy, factor * (1 + rise)};
+#include "xent_focal.h"
+
+// A row's loss from its focal loss.
+template <typename Real, typename Acc>
+XENT_INLINE Real loss_of_row(Real focal_loss, Real token_weight, Acc lse_square_scale, Real lse) {
+  if (lse_square_scale != 0) focal_loss += lse_square_scale * lse * lse;
+  return token_weight * focal_loss;
 }
 
 // The mean of losses by the sum of the targets' weights. It is NaN where that sum is 0, as in

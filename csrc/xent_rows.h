@@ -129,15 +129,13 @@ XENT_INLINE void apply_options(const Params& p, int64_t row, const RowLabels<Acc
                                RowResults<Acc>& results) {
   if (p.focal_gamma != 0) {
     const Acc q = has_indices(p) ? label_mass(labels.on_target, labels.spread, mass) : mass;
-    const FocalLoss<Acc> focal = focal_loss(results.loss, q, static_cast<Acc>(p.focal_gamma));
+    const auto focal = focal_loss<ScalarMath>(results.loss, q, static_cast<Acc>(p.focal_gamma));
     results.loss = focal.loss;
     results.slope = focal.slope;
   }
-  if (p.lse_square_scale != 0) {
-    const Acc lse = results.max + results.log_sum;
-    results.loss += static_cast<Acc>(p.lse_square_scale) * lse * lse;
-  }
-  results.loss *= token_weight<Acc>(p, row);
+  const Acc lse_square_scale = static_cast<Acc>(p.lse_square_scale);
+  results.loss = loss_of_row(results.loss, token_weight<Acc>(p, row), lse_square_scale,
+                             results.max + results.log_sum);
 }
 
 // ---- backward ---------------------------------------------------------------------------------

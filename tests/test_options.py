@@ -115,6 +115,15 @@ def test_focal_loss_of_a_large_gamma(n_classes, gamma, device):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-30)
 
 
+@pytest.mark.parametrize("n_classes", [5, 300])
+def test_focal_loss_of_a_negative_cross_entropy(n_classes, device):
+    """1 - p is negative, and so its power is NaN."""
+    logits, target = (torch.zeros(3, n_classes, device=device) for _ in range(2))
+    logits[:, 1] = torch.tensor([1.0, 30.0, 800.0])
+    target[:, :2] = torch.tensor([-10.0, 11.0])
+    assert cross_entropy(logits, target, reduction="none", focal_gamma=2.0).isnan().all()
+
+
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("function", [cross_entropy, reference.cross_entropy])

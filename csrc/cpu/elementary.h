@@ -21,6 +21,19 @@ XENT_INLINE F32 exp_nonpositive(F32 x) {
   return p * (F32)((U32)shifted << 23);
 }
 
+constexpr double factorial(int n) { return n < 2 ? 1 : n * factorial(n - 1); }
+
+// The Taylor series of (e^x - 1) / x up to x^n, from the term 1 / k! on.
+template <int n, int k = 1>
+XENT_INLINE F64 expm1_over_x(F64 x) {
+  constexpr double kFactor = 1 / factorial(k);
+  if constexpr (k > n) {
+    return kFactor - F64{};
+  } else {
+    return expm1_over_x<n, k + 1>(x) * x + kFactor;
+  }
+}
+
 // The same with log 2 in two parts, and the Taylor series of e^r up to r^13, |r| <= log(2) / 2.
 XENT_INLINE F64 exp_nonpositive(F64 x) {
   constexpr double kShifter = 6755399441055744.0 + 1023;
@@ -28,20 +41,7 @@ XENT_INLINE F64 exp_nonpositive(F64 x) {
   const F64 shifted = x * 1.4426950408889634 + kShifter;
   const F64 n = shifted - kShifter;
   const F64 r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-  F64 p = 1.0 / 6227020800 * r + 1.0 / 479001600;
-  p = p * r + 1.0 / 39916800;
-  p = p * r + 1.0 / 3628800;
-  p = p * r + 1.0 / 362880;
-  p = p * r + 1.0 / 40320;
-  p = p * r + 1.0 / 5040;
-  p = p * r + 1.0 / 720;
-  p = p * r + 1.0 / 120;
-  p = p * r + 1.0 / 24;
-  p = p * r + 1.0 / 6;
-  p = p * r + 0.5;
-  p = p * r + 1;
-  p = p * r + 1;
-  return p * (F64)((U64)shifted << 52);
+  return (expm1_over_x<12>(r) * r + 1) * (F64)((U64)shifted << 52);
 }
 
 // exp(a - b) for a <= b, as exact far below 0 as near 0: with the rounding error of a - b, and log
@@ -170,9 +170,21 @@ XENT_INLINE F32 log_positive(F32 x) {
   return x == 0 ? -__builtin_inff() - F32{} : log + (x - x);
 }
 
+// The same for all normal x > 0, with more terms and log 2 in two parts; NaN for x < 0.
 XENT_INLINE F64 log_positive(F64 x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log(x[i]);
-  return x;
+  constexpr uint64_t kOne = 0x3ff0000000000000, kSqrtHalf = 0x3fe6a09e667f3bcd;
+  const U64 exponent = ((U64)x + (kOne - kSqrtHalf)) >> 52;  // n + 1023
+  const F64 n = (F64)(exponent | 0x4330000000000000) - (0x1p52 + 1023);
+  const F64 m = (F64)((U64)x - ((exponent << 52) - kOne));
+  const F64 t = (m - 1) / (m + 1), t2 = t * t;
+  F64 p = 2.0 / 23 - F64{};
+#pragma GCC unroll 16
+  for (int k = 21; k > 1; k -= 2) p = p * t2 + 2.0 / k;
+  // 2 t is m - 1 - t (m - 1), whose first part is exact.
+  const F64 log_m = (m - 1) - t * ((m - 1) - p * t2);
+  const F64 log = n * 6.93147180369123816490e-01 + (log_m + n * 1.90821492927058770002e-10);
+  const F64 other = x == 0 ? -__builtin_inf() - F64{} : __builtin_nan("") - F64{};
+  return x > 0 ? log : other;
 }
 
 // exp(x) - 1 for x <= 0: the Taylor series where exp(x) - 1 would cancel.
@@ -187,9 +199,17 @@ XENT_INLINE F32 expm1_nonpositive(F32 x) {
 }
 
 XENT_INLINE F64 expm1_nonpositive(F64 x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::expm1(x[i]);
-  return x;
+  return x > -0.5 ? expm1_over_x<15>(x) * x : exp_nonpositive(x) - 1;
 }
+
+// What focal_loss computes with: exp(x) is NaN for x > 0.
+struct LaneMath {
+  XENT_INLINE static F64 exp(F64 x) {
+    return x > 0 ? __builtin_nan("") - F64{} : exp_nonpositive(x);
+  }
+  XENT_INLINE static F64 expm1(F64 x) { return expm1_nonpositive(x); }
+  XENT_INLINE static F64 log(F64 x) { return log_positive(x); }
+};
 
 // A sum of many vectors, with the rounding errors of its additions kept apart: its own error does
 // not grow with the number of additions.

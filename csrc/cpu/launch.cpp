@@ -104,7 +104,7 @@ void forward(const Params& p, const Threads& threads) {
   const Kernels k = kernels_in_use(p);
   if (needs_tiles(p, p.logits_layout)) {
     run_tiles(p, p.logits_layout, threads,
-              [&](int64_t begin, int64_t end) { forward_tile(p, k, begin, end); });
+              [&](int64_t begin, int64_t end) { k.tile_forward(p, begin, end); });
   } else if (has_few_rows(p, threads)) {
     forward_segments(p, k, threads);
   } else {
@@ -132,7 +132,7 @@ void forward_backward(const Params& p, const Threads& threads) {
   const Kernels k = kernels_in_use(p);
   if (needs_tiles(p, p.logits_layout)) {
     run_tiles(p, p.logits_layout, threads, [&](int64_t begin, int64_t end) {
-      forward_tile(p, k, begin, end);
+      k.tile_forward(p, begin, end);
       k.tile_backward(p, begin, end);
     });
   } else if (is_general(p)) {

@@ -29,28 +29,6 @@ inline bool is_for_tiles(const Params& p, double max) {
   return !is_general(p) && !(std::fabs(max) < kMaxOrigin);
 }
 
-// Turns the cross-entropies of rows into their losses.
-inline void finish_rows(const Params& p, int64_t begin, int64_t end) {
-  if (!has_row_options(p) && !is_general(p)) return;
-  for (int64_t row = begin; row < end; ++row) {
-    if (is_left_out(p, row)) {
-      write_unread_row(p, row, 0.0);
-      continue;
-    }
-    RowResults<double> results = saved_results<double>(p, row);
-    results.loss = acc_at(p, p.row_loss, row);
-    const double mass = has_indices(p) ? p.weight_sum : results.mass;
-    apply_options(p, row, labels_of_row(p, row), mass, results);
-    set_acc(p, p.row_loss, row, results.loss);
-    set_acc(p, p.loss_slope, row, results.slope);
-  }
-}
-
-inline void forward_tile(const Params& p, const Kernels& k, int64_t begin, int64_t end) {
-  k.tile_forward(p, begin, end);
-  finish_rows(p, begin, end);
-}
-
 // Adds the target to the statistics of the other classes and returns log(s). Where the target has
 // almost all of the probability, the other classes' sum is the loss: added to 1 it would lose its
 // digits.
@@ -80,11 +58,13 @@ inline void finish_row(const Params& p, int64_t row, const FullStats<double>& st
                        double target_logit) {
   // The transformed target may be rounded differently than in the loop over all classes.
   const double logit = std::min(target_logit, stats.max);
-  RowResults<double> results =
-      plain_results<double>(p, labels_of_row(p, row), logit, stats, log_sum);
+  const RowLabels<double> labels = labels_of_row(p, row);
+  RowResults<double> results = plain_results<double>(p, labels, logit, stats, log_sum);
   results.entropy = entropy_of(stats, log_sum);
+  if (has_row_options(p)) {
+    apply_options(p, row, labels, has_indices(p) ? p.weight_sum : results.mass, results);
+  }
   write_results(p, row, results, stats.argmax);
-  finish_rows(p, row, row + 1);
 }
 
 // stats: of all classes but class_apart, which is added.
@@ -92,7 +72,7 @@ inline void finish_row_or_tile(const Params& p, const Kernels& k, int64_t row,
                                FullStats<double>& stats) {
   const double target = target_logit(p, k, row).logit;
   const double log_sum = add_target(p, row, target, stats);
-  if (is_for_tiles(p, stats.max)) return forward_tile(p, k, row, row + 1);
+  if (is_for_tiles(p, stats.max)) return k.tile_forward(p, row, row + 1);
   finish_row(p, row, stats, log_sum, target);
 }
 
@@ -168,7 +148,7 @@ inline void forward_backward_row(const Params& p, const Kernels& k, int64_t row,
   const double log_sum = add_target(p, row, target.logit, stats);
   // 16-bit logits have not been overwritten yet.
   if (is_for_tiles(p, stats.max) && element_size(p.dtype) == 2) {
-    forward_tile(p, k, row, row + 1);
+    k.tile_forward(p, row, row + 1);
     return k.tile_backward(p, row, row + 1);
   }
   finish_row(p, row, stats, log_sum, target.logit);

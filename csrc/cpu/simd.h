@@ -318,6 +318,25 @@ XENT_INLINE void store_first(T* to, Vec<Acc<T>> value, int n) {
 }
 #endif
 
+// As many numbers as F64 has lanes, from A and to A, of which only the first n are accessed.
+template <typename A>
+XENT_INLINE F64 load_wide(const A* from, int n) {
+  using Narrow = typename VectorOf<A, kLanes<double>>::type;
+  Narrow value{};
+  if (n >= kLanes<double>) {
+    value = load_bits<Narrow>(from);
+  } else {
+    for (int i = 0; i < n; ++i) value[i] = from[i];
+  }
+  return __builtin_convertvector(value, F64);
+}
+template <typename A>
+XENT_INLINE void store_narrow(A* to, F64 value, int n) {
+  const auto narrow = __builtin_convertvector(value, typename VectorOf<A, kLanes<double>>::type);
+  if (n >= kLanes<double>) return store_bits(to, narrow);
+  for (int i = 0; i < n; ++i) to[i] = narrow[i];
+}
+
 // The vector with another value in one lane; of lane -1, as it is.
 template <typename A>
 XENT_INLINE Vec<A> with_lane(Vec<A> vector, int lane, A value) {

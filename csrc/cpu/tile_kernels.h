@@ -45,6 +45,36 @@ XENT_INLINE void with_options(const Params& p, const Body& body) {
   body.template operator()<true, false>();
 }
 
+// Turns the cross-entropies of a tile into its losses, in double: apply_options for vectors.
+template <typename T>
+void finish_tile(const Params& p, const TileLabels<T>& labels, int64_t begin) {
+  using A = Acc<T>;
+  const Smoothing<double> smoothing = smoothing_of(p);
+  for (int lane = 0; lane < labels.n_rows; lane += kLanes<double>) {
+    const int n = labels.n_rows - lane;
+    const auto is_left_out = load_wide(labels.kept + lane, n) == 0;
+    const auto read = [&](const void* from) __attribute__((always_inline)) {
+      return load_wide(static_cast<const A*>(from) + begin + lane, n);
+    };
+    const auto write = [&](void* to, F64 value) __attribute__((always_inline)) {
+      store_narrow(static_cast<A*>(to) + begin + lane, is_left_out ? F64{} : value, n);
+    };
+    F64 loss = read(p.row_loss), token_weight = 1 - F64{};
+    if (p.focal_gamma != 0) {
+      const F64 on_target = smoothing.keep * load_wide(labels.target_weight + lane, n);
+      const F64 mass = has_indices(p)
+                           ? label_mass(on_target, smoothing.uniform, p.weight_sum - F64{})
+                           : read(p.label_mass);
+      const FocalLoss<F64> focal = focal_loss<LaneMath>(loss, mass, p.focal_gamma);
+      loss = focal.loss;
+      write(p.loss_slope, focal.slope);
+    }
+    if (p.token_weight != nullptr) token_weight = read(p.token_weight);
+    const F64 lse = read(p.row_max) + read(p.log_sum);
+    write(p.row_loss, loss_of_row(loss, token_weight, p.lse_square_scale, lse));
+  }
+}
+
 template <typename T, typename Target, bool kHasSpread, bool kGeneral>
 void forward_tile(const Params& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
@@ -94,12 +124,14 @@ void forward_tile(const Params& p, int64_t begin, int64_t end) {
     store_rows<A>(p.row_max, begin, lane, n, is_left_out ? Vec<A>{} : s.max);
     store_rows<A>(p.log_sum, begin, lane, n, is_left_out ? Vec<A>{} : log_sum);
     if constexpr (kGeneral) {
-      if (p.entropy != nullptr) store_rows<A>(p.entropy, begin, lane, n, s.entropy());
+      const Vec<A> entropy = is_left_out ? Vec<A>{} : s.entropy();
+      if (p.entropy != nullptr) store_rows<A>(p.entropy, begin, lane, n, entropy);
       for (int i = lane; i < n && i < lane + kWidth && p.argmax != nullptr; ++i) {
-        p.argmax[begin + i] = static_cast<int64_t>(s.argmax[i - lane]);
+        p.argmax[begin + i] = labels.kept[i] != 0 ? static_cast<int64_t>(s.argmax[i - lane]) : -1;
       }
     }
   }
+  if (has_row_options(p)) finish_tile(p, labels, begin);
 }
 
 template <typename T, typename Target>

@@ -205,9 +205,9 @@ NEAR_1_CASE = f"{ACCURACY}test_loss_and_target_gradient_as_p_approaches_1"
 NEAR_1 = (NEAR_1_CASE,)
 TARGET_APART = {
     "a large gamma loses the digits of p": Fault(
-        "csrc/xent_math.h",
-        "p < Real(0.5) ? std::log1p(-p) : std::log(one_minus_p);",
-        "std::log(one_minus_p);",
+        "csrc/xent_focal.h",
+        "p < Acc(0.5) ? (1 - rounded) - p : Real{};",
+        "Real{};",
         ("tests/test_options.py::test_focal_loss_of_a_large_gamma",),
     ),
     "the target's exponential hides the others": Fault(
@@ -356,22 +356,22 @@ ONE_ROW = {
         (option("rows", "focal_gamma", "index, smoothed"),),
     ),
     "the z-loss is multiplied by no token weight": Fault(
-        "csrc/xent_rows.h",
-        "results.loss *= token_weight<Acc>(p, row);",
-        "results.loss *= p.lse_square_scale != 0 ? Acc(1) : token_weight<Acc>(p, row);",
+        "csrc/xent_math.h",
+        "return token_weight * focal_loss;",
+        "return lse_square_scale != 0 ? focal_loss : token_weight * focal_loss;",
         (option("rows", "rows", "index"),),
     ),
     "the z-loss takes log_sum for the lse": Fault(
         "csrc/xent_rows.h",
-        "const Acc lse = results.max + results.log_sum;\n    results.loss",
-        "const Acc lse = results.log_sum;\n    results.loss",
+        "lse_square_scale,\n                             results.max + results.log_sum);",
+        "lse_square_scale, results.log_sum);",
         (option("rows", "lse_square_scale", "index"),),
     ),
-    "options of general rows wait for options of rows": Fault(
+    "rows have no row options": Fault(
         "csrc/cpu/row_passes.h",
-        "if (!has_row_options(p) && !is_general(p)) return;",
-        "if (!has_row_options(p)) return;",
-        (option("tile", "none", "index"),),
+        "if (has_row_options(p)) {",
+        "if (p.focal_gamma != 0) {",
+        (option("rows", "lse_square_scale", "index"),),
     ),
     "a row's second segment is left out": Fault(
         "csrc/cpu/row_passes.h",
@@ -512,27 +512,27 @@ FORMULAS = {
         (option("rows", "none", "index, smoothed"),),
     ),
     "a focal loss of 0 is NaN": Fault(
-        "csrc/xent_math.h",
-        "  if (cross_entropy == 0) return {0, 0};\n",
-        "",
+        "csrc/xent_focal.h",
+        "(cross_entropy == 0) | (factor == 0)",
+        "factor == 0",
         (f"{OPTIONS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
     ),
     "the slope of an infinite focal loss is NaN": Fault(
-        "csrc/xent_math.h",
-        "const Real rise = p == 0 ? 0 : gamma * p * minus_log_p / one_minus_p;",
-        "const Real rise = gamma * p * minus_log_p / one_minus_p;",
+        "csrc/xent_focal.h",
+        "const Real rise = p == 0 ? Real{} : gamma * p * minus_log_p / rest;",
+        "const Real rise = gamma * p * minus_log_p / rest;",
         (f"{OPTIONS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
     ),
     "the focal loss forgets the mass of its labels": Fault(
-        "csrc/xent_math.h",
-        "const Real minus_log_p = cross_entropy / mass, p = std::exp(-minus_log_p);",
-        "const Real minus_log_p = cross_entropy, p = std::exp(-minus_log_p);",
+        "csrc/xent_focal.h",
+        "const Real minus_log_p = cross_entropy / mass, p",
+        "const Real minus_log_p = cross_entropy, p",
         (option("rows", "focal_gamma", "index, weighted"),),
     ),
     "the focal loss of a certain target loses its digits": Fault(
-        "csrc/xent_math.h",
-        "const Real one_minus_p = -std::expm1(-minus_log_p);",
-        "const Real one_minus_p = 1 - p;",
+        "csrc/xent_focal.h",
+        "exact = -Math::expm1(-minus_log_p);",
+        "exact = rounded;",
         (f"{OPTIONS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
     ),
     "the quotient of a mean by 0 is infinite": Fault(
@@ -693,8 +693,8 @@ ARITHMETIC = {
     ),
     "the series of float64's exponential ends early": Fault(
         "csrc/cpu/elementary.h",
-        "  p = p * r + 1.0 / 39916800;\n",
-        "  p = 0 * p + 1.0 / 39916800;\n",
+        "(expm1_over_x<12>(r) * r + 1)",
+        "(expm1_over_x<9>(r) * r + 1)",
         (f"{SIZES}[2-False-torch.float64-16.0-4e-15-1e-15]",),
     ),
     "log 2 has one part in float64": Fault(
@@ -1009,6 +1009,72 @@ TILES = {
         "store_rows<A>(p.row_loss, begin, lane, n, loss);",
         (f"{LAYOUTS}test_ignored_rows_may_hold_anything[(6, 7)-nan-default-float32]",),
     ),
+    "dropped rows of a tile keep an entropy": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "const Vec<A> entropy = is_left_out ? Vec<A>{} : s.entropy();",
+        "const Vec<A> entropy = s.entropy();",
+        (option("tile", "none", "index"),),
+    ),
+    "dropped rows of a tile have an argmax": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "labels.kept[i] != 0 ? static_cast<int64_t>(s.argmax[i - lane]) : -1;",
+        "static_cast<int64_t>(s.argmax[i - lane]);",
+        (f"{ARGMAX}[torch.float32-7]",),
+    ),
+    "dropped rows of a tile have the options of others": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "begin + lane, is_left_out ? F64{} : value, n);",
+        "begin + lane, value, n);",
+        (f"{LAYOUTS}test_ignored_rows_may_hold_anything",),
+    ),
+    "row options of a tile are those of the first rows": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "load_wide(static_cast<const A*>(from) + begin + lane, n);",
+        "load_wide(static_cast<const A*>(from) + begin, n);",
+        (option("tiles", "all", "index"),),
+    ),
+    "a tile's focal loss forgets what smoothing takes from the target": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "smoothing.keep * load_wide(labels.target_weight + lane, n);",
+        "load_wide(labels.target_weight + lane, n);",
+        (option("tile", "focal_gamma", "index, weighted and smoothed"),),
+    ),
+    "a tile's focal loss forgets the mass of smoothed labels": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "label_mass(on_target, smoothing.uniform, p.weight_sum - F64{})",
+        "on_target",
+        (option("tile", "focal_gamma", "index, smoothed"),),
+    ),
+    "a tile's last row has no row options": Fault(
+        "csrc/cpu/simd.h",
+        "for (int i = 0; i < n; ++i) to[i] = narrow[i];",
+        "for (int i = 0; i + 1 < n; ++i) to[i] = narrow[i];",
+        (option("tile", "focal_gamma", "index"),),
+    ),
+    "the series of float64's logarithm ends early": Fault(
+        "csrc/cpu/elementary.h",
+        "F64 p = 2.0 / 23 - F64{};",
+        "F64 p{};",
+        (f"{SIZES}",),
+    ),
+    "log 2 has one part in float64's logarithm": Fault(
+        "csrc/cpu/elementary.h",
+        "(log_m + n * 1.90821492927058770002e-10)",
+        "log_m",
+        (f"{SIZES}",),
+    ),
+    "the series of float64's expm1 ends early": Fault(
+        "csrc/cpu/elementary.h",
+        "expm1_over_x<15>(x) * x",
+        "expm1_over_x<11>(x) * x",
+        (f"{SIZES}",),
+    ),
+    "the focal loss of a negative cross-entropy is a number": Fault(
+        "csrc/cpu/elementary.h",
+        'return x > 0 ? __builtin_nan("") - F64{} : exp_nonpositive(x);',
+        "return exp_nonpositive(x);",
+        (f"{OPTIONS}test_focal_loss_of_a_negative_cross_entropy",),
+    ),
     "a tile's last loss is not written": Fault(
         "csrc/cpu/tile_kernels.h",
         "store_first(rows, value, n_rows - lane);",
@@ -1064,10 +1130,10 @@ TILES = {
         "csrc/cpu/tile_kernels.h",
         "    if (kHasSpread) spread.read(j, count);\n"
         "    for (int lane = 0; lane < n; lane += kWidth) {\n"
-        "      TargetPick",
+        "      const Vec<A> max",
         "    if (kHasSpread && j == 0) spread.read(j, count);\n"
         "    for (int lane = 0; lane < n; lane += kWidth) {\n"
-        "      TargetPick",
+        "      const Vec<A> max",
         (option("tiles", "none", "probabilities"),),
     ),
     "the gradient of a dropped row is not 0": Fault(

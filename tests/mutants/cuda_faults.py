@@ -321,8 +321,8 @@ LABELS = {
     "the z-loss is the square of the sum's logarithm": fault(
         "xent_rows.h",
         "forward",
-        "const Acc lse = results.max + results.log_sum;\n    results.loss",
-        "const Acc lse = results.log_sum;\n    results.loss",
+        "lse_square_scale,\n                             results.max + results.log_sum);",
+        "lse_square_scale, results.log_sum);",
     ),
     "the z-loss's gradient is half of it": fault(
         "xent_rows.h",
@@ -345,8 +345,8 @@ LABELS = {
     "token weights are no part of the loss": fault(
         "xent_rows.h",
         "forward",
-        "  results.loss *= token_weight<Acc>(p, row);\n",
-        "",
+        "token_weight<Acc>(p, row), lse_square_scale,",
+        "Acc(1), lse_square_scale,",
     ),
     "a gradient is not divided by the total weight": fault(
         "labels.cuh", "backward", "scale / divisor * unit;", "scale * unit;"
