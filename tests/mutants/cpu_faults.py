@@ -908,19 +908,19 @@ LANES = {
         "csrc/cpu/lane_stats.h",
         "constexpr A kStart = kHasSpread ? 1 : 0;",
         "constexpr A kStart = 1;",
-        (f"{NEAR_1_CASE}[10-image-default-torch.float32]",),
+        (f"{NEAR_1_CASE}[(2, 10, 5, 6)-plain-torch.float32]",),
     ),
     "the rounding error of a lane's shift is forgotten": Fault(
         "csrc/cpu/elementary.h",
         "exp_nonpositive(lost - lost == 0 ? r + lost : r)",
         "exp_nonpositive(r)",
-        (f"{NEAR_1_CASE}[1000-image-default-torch.float32]",),
+        (f"{NEAR_1_CASE}[(2, 1000, 5, 6)-plain-torch.float32]",),
     ),
     "log 2 has one part in a lane's shift": Fault(
         "csrc/cpu/elementary.h",
         "(x - n * 6.93145752e-1f) - n * 1.42860677e-6f",
         "(x - n * 6.93145752e-1f)",
-        (f"{NEAR_1_CASE}[1000-image-default-torch.float32]",),
+        (f"{NEAR_1_CASE}[(2, 1000, 5, 6)-plain-torch.float32]",),
     ),
     "a lane's shift that overflows has a rounding error": Fault(
         "csrc/cpu/elementary.h",
@@ -1206,7 +1206,7 @@ TILES = {
         "csrc/cpu/tile_kernels.h",
         "const bool is_apart = !kHasSpread || !has_spread(p);",
         "const bool is_apart = !kHasSpread;",
-        (f"{NEAR_1_CASE}[5000-image-statistics-torch.float32]",),
+        (f"{NEAR_1_CASE}[(1, 5000, 30)-statistics-torch.float32]",),
     ),
     "probabilities of tiles are not smoothed": Fault(
         "csrc/cpu/tile_labels.h",
