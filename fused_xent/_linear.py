@@ -30,10 +30,12 @@ from ._problem import Problem, Upstream, accumulation_dtype
 from ._torch_private import below_autograd, mkldnn_has
 
 # How many rows make a matrix product efficient, and how many bytes of logits a chunk may have.
-CPU_ROWS, CPU_BYTES = 256, 100 << 20
+CPU_ROWS, CPU_BYTES = 512, 100 << 20
 GPU_ROWS, GPU_BYTES = 4096, 1 << 30
 FEW_BYTES = 32 << 20  # of logits: below this, both layouts are equally fast
-SLAB_BYTES, GPU_SLAB_BYTES = 1 << 20, 256 << 20
+# Of a slab, in float32. Beside other busy processes, each product waits for its slowest thread, so
+# there should be few.
+SLAB_BYTES, GPU_SLAB_BYTES = 8 << 20, 256 << 20
 
 Turn = Callable[[Tensor, slice], None]  # turns logits (n, C, *D) of these rows into their gradient
 

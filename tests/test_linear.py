@@ -443,7 +443,7 @@ def test_empty_layers(rows, classes, n_features):
 
 def test_slabs_fill_their_byte_limit():
     mebibyte = 1 << 20
-    for is_cuda, limit in ((False, mebibyte), (True, 256 * mebibyte)):
+    for is_cuda, limit in ((False, 8 * mebibyte), (True, 256 * mebibyte)):
         sizes = [x.stop - x.start for x in _linear._slabs(10, limit // 3, is_cuda)]
         assert sizes == [3, 3, 3, 1]
         assert len(list(_linear._slabs(10, 2 * limit, is_cuda))) == 10
@@ -468,9 +468,9 @@ def test_one_chunk_needs_no_float32_gradient_sums(monkeypatch):
 
 def test_documented_limits():
     limits = (_linear.CPU_ROWS, _linear.CPU_BYTES, _linear.GPU_ROWS, _linear.GPU_BYTES)
-    assert limits == (256, 100 * 2**20, 4096, 2**30)
+    assert limits == (512, 100 * 2**20, 4096, 2**30)
     text = " ".join(linear_cross_entropy.__doc__.split())
-    assert "at most 256 rows and 100 MiB on a CPU, or 4096 rows and 1 GiB on a GPU" in text
+    assert "at most 512 rows and 100 MiB on a CPU, or 4096 rows and 1 GiB on a GPU" in text
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -1469,7 +1469,7 @@ PRODUCTS_FAULTS = {
     ),
     "chunks of a GPU on a CPU": Fault(
         PRODUCTS,
-        "CPU_ROWS, CPU_BYTES = 256, 100 << 20",
+        "CPU_ROWS, CPU_BYTES = 512, 100 << 20",
         "CPU_ROWS, CPU_BYTES = 4096, 100 << 20",
         ("tests/test_linear.py::test_documented_limits",),
     ),
