@@ -163,6 +163,7 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated()
         elif PEAK_RESET.exists():
             gc.collect()
+            fused_xent.empty_cache()  # so that the memory of a gradient counts for its step
             ctypes.CDLL(None).malloc_trim(0)  # freed memory may stay resident until then
             PEAK_RESET.write_text("5")  # resets the peak to what is resident now
             self._before = _kilobytes(PROCESS / "status", "VmRSS")

@@ -4,8 +4,9 @@ Before each timing the logits are restored, so a provider that overwrites them d
 others. Then the caches are emptied: every provider starts from the same state, and GB/s are those
 of memory. A backward starts with the caches that its forward left. The gradient of the previous
 round has been freed by then. So each provider pays for the allocation of its own, page faults
-included, as in training, where a gradient lives only until the layer below has used it. No provider
-pays for `.grad`: logits have none. On a GPU, memory comes from torch's caching allocator.
+included, as in training, where a gradient lives only until the layer below has used it; fused_xent
+keeps that memory for the next gradient. No provider pays for `.grad`: logits have none. On a GPU,
+memory comes from torch's caching allocator.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Softmax cross-entropy of large vocabularies in one pass over memory, a drop-in for torch's."""
 
 from ._decompositions import decompositions
-from ._ops import cpu_capability
+from ._ops import cpu_capability, empty_cache
 from .functional import cross_entropy, cross_entropy_with_statistics
 from .linear import linear_cross_entropy, linear_cross_entropy_with_statistics
 from .nn import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -16,6 +16,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_statistics",
     "decompositions",
+    "empty_cache",
     "linear_cross_entropy",
     "linear_cross_entropy_with_statistics",
 ]

@@ -83,6 +83,17 @@ def cpu_capability() -> str | None:
     return _ops.cpu_capability() if LOAD_ERROR is None else None
 
 
+def empty_cache() -> int:
+    """Free the CPU memory that is kept for the next gradient, and return its size in bytes.
+
+    The memory of the last gradient of at least 4 MiB that has been freed is kept, because the first
+    touch of new memory takes longer than the backward. At most one is kept, and none that a tensor
+    still uses. The environment variable ``FUSED_XENT_KEEP_GRADIENT=0`` turns this off; so does
+    torch 2.10. CUDA devices have torch's own cache.
+    """
+    return _ops.empty_cache() if LOAD_ERROR is None else 0
+
+
 OPERATORS = (
     *("loss", "forward", "forward_with_statistics", "backward", "backward_", "forward_backward_"),
     *("forward_backward_with_statistics_", "scale_gradient_", "multiply_"),

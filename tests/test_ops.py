@@ -1,6 +1,5 @@
 """The operators: opcheck, meta implementations, refusal of wrong arguments, derivatives."""
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -652,26 +651,38 @@ def test_scaled_gradients_of_ignored_rows_stay_0(ignore_index):
     assert torch.equal(gradient, torch.tensor([2.0, 0, 3, 0])[:, None].expand(4, 9))
 
 
+HUGE_PAGES = r"""
+import re
+from pathlib import Path
+import torch
+import fused_xent
+logits = torch.randn(2000, 5000, requires_grad=True)
+loss = fused_xent.cross_entropy(logits, torch.randint(5000, (2000,)))
+(gradient,) = torch.autograd.grad(loss, logits)
+begin = gradient.data_ptr()
+end, page = begin + gradient.nbytes, 2 << 20
+asked = []
+for mapping in re.findall(
+    r"(?m)^([0-9a-f]+-[0-9a-f]+) (?:(?!VmFlags).*\n)*.*VmFlags:.* hg",
+    Path("/proc/self/smaps").read_text(),
+):
+    first, last = (int(address, 16) for address in mapping.split("-"))
+    if first < end and begin < last:
+        asked.append((first, last))
+assert all(begin <= first and last <= end for first, last in asked)
+assert sum(last - first for first, last in asked) > end - begin - 2 * page
+"""
+
+
 @pytest.mark.cpu("huge pages are requested for CPU memory only")
-def test_huge_pages_are_requested_within_the_gradient():
+@pytest.mark.parametrize("kept", ["0", "1"])
+def test_huge_pages_are_requested_within_the_gradient(kept, run_python):
     """In /proc/self/smaps, flag hg marks mappings for which huge pages were requested."""
-    smaps = Path("/proc/self/smaps")
-    if not (smaps.exists() and Path("/sys/kernel/mm/transparent_hugepage").exists()):
+    needed = ("/proc/self/smaps", "/sys/kernel/mm/transparent_hugepage")
+    if not all(Path(path).exists() for path in needed):
         pytest.skip("this system has no transparent huge pages")
-    logits, target = torch.randn(2000, 5000), torch.randint(5000, (2000,))
-    backward, _ = make_backward(FORWARD | {"logits": logits, "target": target})
-    gradient = ops.backward(**backward)
-    begin = gradient.data_ptr()
-    end, page = begin + gradient.numel() * 4, 2 << 20
-    asked = []
-    for mapping in re.findall(
-        r"(?m)^([0-9a-f]+-[0-9a-f]+) (?:(?!VmFlags).*\n)*.*VmFlags:.* hg", smaps.read_text()
-    ):
-        first, last = (int(address, 16) for address in mapping.split("-"))
-        if first < end and begin < last:
-            asked.append((first, last))
-    assert all(begin <= first and last <= end for first, last in asked)
-    assert sum(last - first for first, last in asked) > end - begin - 2 * page
+    result = run_python("-c", HUGE_PAGES, FUSED_XENT_KEEP_GRADIENT=kept)
+    assert result.returncode == 0, result.stderr
 
 
 def test_overlapping_memory_is_not_written_to():

@@ -104,6 +104,7 @@ def test_public_names():
         "cross_entropy",
         "cross_entropy_with_statistics",
         "decompositions",
+        "empty_cache",
         "linear_cross_entropy",
         "linear_cross_entropy_with_statistics",
     }

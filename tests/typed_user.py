@@ -15,6 +15,7 @@ from fused_xent import (
     cpu_capability,
     cross_entropy,
     cross_entropy_with_statistics,
+    empty_cache,
     linear_cross_entropy,
     linear_cross_entropy_with_statistics,
 )
@@ -35,6 +36,7 @@ assert_type(LinearCrossEntropyLoss(8, 9, bias=True).forward(hidden, target), Ten
 of_linear = linear_cross_entropy_with_statistics(hidden, weight, target, shift=1)
 assert_type(of_linear, CrossEntropyStatistics)
 assert_type(cpu_capability(), str | None)
+assert_type(empty_cache(), int)
 
 cross_entropy(logits, target, soft_cap=30.0)  # type: ignore[call-arg]
 cross_entropy(logits, target, softcap="30")  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 
 #include "../cpu/kernels.h"
 #include "../cpu/launch.h"
-#include "huge_pages.h"
+#include "gradient_memory.h"
 #include "operators.h"
 
 namespace fused_xent::binding {
@@ -34,8 +34,11 @@ struct Call {
   }
   Call(const Call&) = delete;  // params would be another's
 
-  void prepare(const Tensor& gradient) const {
-    advise_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
+  Tensor prepare(const Tensor& gradient) const {
+    const int64_t bytes = gradient.numel() * gradient.element_size();
+    if (bytes >= kLeastKept && keeps_gradients()) return on_kept_memory(gradient);
+    advise_huge_pages(gradient.mutable_data_ptr(), bytes);
+    return gradient;
   }
 
   Tensor loss(const Rows& rows, ScalarType loss_dtype) const {
@@ -120,6 +123,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_xent, CPU, m) { Operators<Call>::implement(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_xent, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("empty_cache", TORCH_BOX(&empty_cache));
 }
 
 }  // namespace fused_xent::binding

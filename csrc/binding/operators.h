@@ -7,7 +7,7 @@
 //   forward_backward(rows, loss_dtype)  the loss; fills rows and params.grad_logits
 //   backward()                          fills params.grad_logits
 //   scale_gradient()                    multiplies params.grad_logits
-//   prepare(gradient)                   fresh memory, which is about to be written
+//   prepare(gradient)                   fresh memory, or in its place memory that is kept for it
 #pragma once
 
 #include <tuple>
@@ -97,8 +97,7 @@ struct Operators {
     const Inputs inputs = in.inputs();
     const Upstream upstream = upstream_of(in);
     Call call(Problem(inputs, in.options()));
-    const Tensor grad_logits = empty_gradient(inputs.logits, inputs.dim);
-    call.prepare(grad_logits);
+    const Tensor grad_logits = call.prepare(empty_gradient(inputs.logits, inputs.dim));
     backward_into(grad_logits, call, upstream);
     return_to(stack, grad_logits);
   }

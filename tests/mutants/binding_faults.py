@@ -3,7 +3,7 @@
 from .fault import Fault
 
 CPU = "csrc/binding/cpu.cpp"
-HUGE = "csrc/binding/huge_pages.h"
+MEMORY_OF_GRADIENTS = "csrc/binding/gradient_memory.h"
 OPERATORS = "csrc/binding/operators.h"
 TENSORS = "csrc/binding/tensors.cpp"
 SCHEMAS = "csrc/binding/schemas.h"
@@ -16,6 +16,9 @@ MULTIPLY = (f"{OPS}test_wrong_arguments_of_multiply_are_refused",)
 MEMORY = (f"{OPS}test_operators_refuse_shared_memory",)
 NO_CLASSES = (f"{OPS}test_rows_of_no_classes",)
 HUGE_PAGES = (f"{OPS}test_huge_pages_are_requested_within_the_gradient",)
+MEMORY_TESTS = "tests/test_gradient_memory.py::"
+KEPT = (f"{MEMORY_TESTS}test_a_training_loop_uses_the_same_memory",)
+REUSED = (f"{MEMORY_TESTS}test_memory_is_reused_for_gradients_of_at_least_half_its_size",)
 MEAN = ("tests/test_options.py::test_mean_by_a_sum_of_0_is_nan",)
 FUSED = (f"{OPS}test_fused_mode_returns_the_results_of_forward",)
 STATE = (f"{OPS}test_state_of_all_options",)
@@ -128,6 +131,21 @@ CALL_FAULTS = {
     "huge pages for half of the gradient": Fault(
         CPU, "gradient.numel() * gradient.element_size()", "gradient.numel()", HUGE_PAGES
     ),
+    "the memory of the gradient is not kept": Fault(
+        CPU, "if (bytes >= kLeastKept && keeps_gradients()) return", "if (false) return", KEPT
+    ),
+    "the memory of small gradients is kept": Fault(
+        CPU,
+        "bytes >= kLeastKept",
+        "bytes > 0",
+        (f"{MEMORY_TESTS}test_small_gradients_are_torchs",),
+    ),
+    "the memory of a gradient of the least size is not kept": Fault(
+        CPU,
+        "bytes >= kLeastKept",
+        "bytes > kLeastKept",
+        (f"{MEMORY_TESTS}test_small_gradients_are_torchs",),
+    ),
     "the backward of a mean is that of a sum": Fault(
         CPU,
         "params.grad_scale = problem.reduction == kMean ? mean_of(1, normalizer()) : 1;",
@@ -180,18 +198,79 @@ CALL_FAULTS = {
     ),
 }
 
-HUGE_PAGES_FAULTS = {
+MEMORY_FAULTS = {
     "huge pages before the gradient's begin": Fault(
-        HUGE,
+        MEMORY_OF_GRADIENTS,
         "(reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;",
         "reinterpret_cast<uintptr_t>(data) / kPage * kPage;",
         HUGE_PAGES,
     ),
     "huge pages after the gradient's end": Fault(
-        HUGE,
+        MEMORY_OF_GRADIENTS,
         "(reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;",
         "(reinterpret_cast<uintptr_t>(data) + bytes + kPage - 1) / kPage * kPage;",
         HUGE_PAGES,
+    ),
+    "no huge pages in kept memory": Fault(
+        MEMORY_OF_GRADIENTS, "{ advise_huge_pages(data, bytes); }", "{}", HUGE_PAGES
+    ),
+    "emptied memory stays": Fault(
+        MEMORY_OF_GRADIENTS,
+        "  ~Block() { ::operator delete(data, kAlignment); }",
+        "  ~Block() {}",
+        (f"{MEMORY_TESTS}test_emptying_returns_memory_to_the_system",),
+    ),
+    "emptying empties nothing": Fault(
+        MEMORY_OF_GRADIENTS,
+        "  const std::unique_ptr<Block> block(kept_block.exchange(nullptr));\n",
+        "  std::unique_ptr<Block> block(kept_block.exchange(nullptr));\n"
+        "  if (block) kept_block = new Block(block->bytes);\n",
+        KEPT,
+    ),
+    "the environment variable has no effect": Fault(
+        MEMORY_OF_GRADIENTS,
+        'std::string(choice) == "0"',
+        "false",
+        (f"{MEMORY_TESTS}test_environment_variable",),
+    ),
+    "any value of the environment variable turns it off": Fault(
+        MEMORY_OF_GRADIENTS,
+        'std::string(choice) == "0"',
+        "true",
+        (f"{MEMORY_TESTS}test_environment_variable",),
+    ),
+    "memory is kept across a fork": Fault(
+        MEMORY_OF_GRADIENTS,
+        "    pthread_atfork([] { empty_cache(); }, nullptr, nullptr);\n",
+        "",
+        (f"{MEMORY_TESTS}test_fork",),
+    ),
+    "memory that is too small is reused": Fault(
+        MEMORY_OF_GRADIENTS, "if (block && bytes <= block->bytes && ", "if (block && ", REUSED
+    ),
+    "memory that is far too large is reused": Fault(
+        MEMORY_OF_GRADIENTS, " && block->bytes / 2 <= bytes)", ")", REUSED
+    ),
+    "memory of just twice the size is not reused": Fault(
+        MEMORY_OF_GRADIENTS, "block->bytes / 2 <= bytes", "block->bytes / 2 < bytes", REUSED
+    ),
+    "memory stays kept while a tensor uses it": Fault(
+        MEMORY_OF_GRADIENTS,
+        "std::unique_ptr<Block> block(kept_block.exchange(nullptr));\n  if (block && bytes",
+        "std::unique_ptr<Block> block(kept_block.load());\n  if (block && bytes",
+        (f"{MEMORY_TESTS}test_memory_that_a_view_uses_is_not_written_to", *KEPT),
+    ),
+    "the first gradient that was freed is kept": Fault(
+        MEMORY_OF_GRADIENTS,
+        "before(kept_block.exchange(static_cast<Block*>(context)));",
+        "last(static_cast<Block*>(context));",
+        KEPT,
+    ),
+    "the gradient is contiguous whatever the logits are": Fault(
+        CPU,
+        "return on_kept_memory(gradient);",
+        "return on_kept_memory(torch::stable::new_empty(gradient, gradient.sizes()));",
+        (f"{MEMORY_TESTS}test_layouts",),
     ),
 }
 
@@ -293,7 +372,10 @@ OPERATORS_FAULTS = {
         FUSED,
     ),
     "the memory of the gradient is not prepared": Fault(
-        OPERATORS, "    call.prepare(grad_logits);\n", "", HUGE_PAGES
+        OPERATORS,
+        "call.prepare(empty_gradient(inputs.logits, inputs.dim));",
+        "empty_gradient(inputs.logits, inputs.dim);",
+        HUGE_PAGES,
     ),
     "z-loss and focal loss are swapped": Fault(
         OPERATORS,
@@ -708,4 +790,4 @@ SCHEMAS_FAULTS = {
     ),
 }
 
-FAULTS = CALL_FAULTS | HUGE_PAGES_FAULTS | OPERATORS_FAULTS | TENSORS_FAULTS | SCHEMAS_FAULTS
+FAULTS = CALL_FAULTS | MEMORY_FAULTS | OPERATORS_FAULTS | TENSORS_FAULTS | SCHEMAS_FAULTS

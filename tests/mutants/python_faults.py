@@ -2947,6 +2947,12 @@ OPS_FAULTS = {
         "return _ops.cpu_capability()",
         ("tests/test_fallback.py::test_package_without_a_working_library",),
     ),
+    "a cache without a library": Fault(
+        OPS,
+        "return _ops.empty_cache() if LOAD_ERROR is None else 0",
+        "return _ops.empty_cache()",
+        ("tests/test_fallback.py::test_package_without_a_working_library",),
+    ),
     "versions of fused mode's memory stay": Fault(
         OPS,
         "    for _name in OVERWRITING:\n",
