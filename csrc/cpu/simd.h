@@ -305,7 +305,7 @@ XENT_INLINE Vec<Acc<T>> load_first(const T* from, int n, Acc<T> fill = 0) {
   T lanes[kLanes<Acc<T>>] = {};
   for (int i = 0; i < n; ++i) lanes[i] = from[i];
   Vec<Acc<T>> value = load(lanes);
-  for (int i = n; i < kLanes<Acc<T>>; ++i) value[i] = fill;
+  for (int i = 0; i < kLanes<Acc<T>>; ++i) value[i] = i < n ? value[i] : fill;
   return value;
 }
 
