@@ -7,9 +7,12 @@ import functools
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from emulator.build import CUDA, Harness
@@ -91,6 +94,26 @@ def module(folder: Path, arch: str):
     imported = importlib.util.module_from_spec(spec)
     loader.exec_module(imported)
     return imported
+
+
+class Launch(NamedTuple):
+    """A launch of a kernel: its name, and how many blocks it had."""
+
+    kernel: str
+    blocks: int
+    cluster_size: int
+
+
+def launches(module) -> list[Launch]:
+    """Return the launches of the module's kernels since the previous call."""
+    lines = [line.split() for line in module.launches().splitlines()]
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(x[0] for x in lines), capture_output=True, text=True
+    ).stdout.splitlines()
+    return [
+        Launch(re.search(r"(\w+)(<.*>)?\(", name)[1], int(blocks), int(size))
+        for name, (_, blocks, size) in zip(names, lines, strict=True)
+    ]
 
 
 def operators() -> dict:

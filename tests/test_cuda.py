@@ -348,6 +348,22 @@ def test_sums_of_several_blocks_beside_class_weights():
     check(logits, target, "mean", weight=torch.rand(5) + 0.1, label_smoothing=0.3)
 
 
+@pytest.mark.parametrize(
+    ("reduction", "normalizer"), [("none", None), ("sum", None), ("mean", None), ("mean", 3.0)]
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_sums_are_launched_where_there_is_something_to_add(emulated, mode, reduction, normalizer):
+    """Fused mode needs the total weight for the gradient, before there is a loss to add."""
+    logits, target = make_logits((6, 20), torch.float32), torch.arange(6)
+    cuda_builds.launches(emulated)
+    loss_and_gradient(logits, target, 1.0, mode, reduction=reduction, normalizer=normalizer)
+    kernels = [launch.kernel for launch in cuda_builds.launches(emulated)]
+    is_twice = mode == "fused" and reduction == "mean" and normalizer is None
+    expected = 0 if reduction == "none" else 1 + is_twice
+    assert kernels.count("sum_blocks_of_rows") == expected
+    assert "sum_partials" not in kernels
+
+
 @pytest.mark.parametrize("mode", ["default", "fused"])
 def test_mean_by_weights_that_cancel(mode):
     options = {"reduction": "mean", "token_weight": torch.tensor([1.0, -1.0])}

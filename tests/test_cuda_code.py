@@ -155,6 +155,21 @@ def test_inner_loops_of_general_kernels_access_16_bytes(kernels):
     assert checked >= 8
 
 
+def test_sums_request_a_batch_of_rows_before_they_add_it(kernels):
+    """Losses, targets and class weights: one after the other, each would be a round trip to L2."""
+    checked = 0
+    for kernel in kernels:
+        if kernel.name != "sum_blocks_of_rows":
+            continue
+        operations = re.findall(r"\b(LDG|DADD|F2F|DFMA|DMUL)\b", kernel.code)
+        runs = "".join("L" if name == "LDG" else " " for name in operations).split()
+        batch = 8 if kernel.types[0] == "float" else 4
+        assert max(map(len, runs)) >= 2 * batch, kernel[:3]
+        assert operations.count("LDG") >= 6 * batch, kernel[:3]
+        checked += 1
+    assert checked >= 2
+
+
 @pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
 def test_one_exponential_per_element(kernels, name):
     """At most one more per group, for a new maximum; backward has a loop for the remainder."""

@@ -61,8 +61,11 @@ struct Call {
             std::to_string(params.n_rows) + " and " + std::to_string(params.vocab_size));
     if (problem.weight && has_indices() && params.label_smoothing != 0) {
       params.weight_sum_on_device = scratch_data();
-      check_cuda(cuda::sum_class_weights(params, scratch_data(), stream), "sum of weight");
+      check_cuda(cuda::sum_class_weights(params, scratch_data(), sums_workspace(), stream),
+                 "sum of weight");
     }
+    if (problem.reduction == kMean && problem.normalizer)
+      params.total_weight = data_of(*problem.normalizer);
   }
 
   Tensor prepare(const Tensor& gradient) const { return gradient; }
@@ -79,14 +82,14 @@ struct Call {
       check_cuda(cuda::forward(params, plan, workspace.mutable_data_ptr(), stream), "forward");
     }
     const Tensor total_weight = problem.scalar(ScalarType::Double);
-    return {reduce(rows.loss, data_of(total_weight), loss_dtype), total_weight};
+    return {reduce(rows.loss, &total_weight, loss_dtype), total_weight};
   }
 
   Tensor forward_backward(const Rows& rows, ScalarType loss_dtype) {
     params.grad_scale = 1;
     const Tensor total_weight = problem.scalar(ScalarType::Double);
-    if (problem.reduction == kMean) {
-      sum_rows(data_of(total_weight), nullptr, DType::float32);
+    if (problem.reduction == kMean && params.total_weight == nullptr) {
+      sum_rows(&total_weight, nullptr);  // the gradient needs it before the loss is known
       params.total_weight = data_of(total_weight);
     }
     if (!is_empty()) {
@@ -98,7 +101,6 @@ struct Call {
 
   void backward() {
     params.grad_scale = 1;
-    if (problem.reduction == kMean) params.total_weight = data_of(*problem.normalizer);
     const Plan plan = plan_for("backward", cuda::plan_backward, params);
     check_cuda(cuda::backward(params, plan, stream), "backward");
   }
@@ -118,23 +120,22 @@ struct Call {
     return static_cast<double*>(scalar.mutable_data_ptr());
   }
   double* scratch_data() const { return data_of(scratch); }
+  double* sums_workspace() const { return scratch_data() + 1; }
 
-  // The sum over row_loss, if a loss is wanted, and of the rows' weights.
-  void sum_rows(double* total_weight, const Tensor* loss, DType loss_dtype) const {
-    const double* normalizer = problem.normalizer ? data_of(*problem.normalizer) : nullptr;
-    const cuda::Sums sums{total_weight, loss == nullptr ? nullptr : loss->mutable_data_ptr(),
-                          loss_dtype, problem.reduction == kMean, normalizer};
-    check_cuda(cuda::sum_rows(params, sums, scratch_data() + 1, stream), "sum over rows");
+  // The reduced loss and the total weight, where they are wanted.
+  void sum_rows(const Tensor* total_weight, const Tensor* loss) const {
+    const cuda::Sums sums{total_weight == nullptr ? nullptr : data_of(*total_weight),
+                          loss == nullptr ? nullptr : loss->mutable_data_ptr(),
+                          loss == nullptr ? DType::float32 : dtype_of("loss", loss->scalar_type()),
+                          problem.reduction == kMean};
+    check_cuda(cuda::sum_rows(params, sums, sums_workspace(), stream), "sum over rows");
   }
 
-  // The reduced loss. Writes total_weight where it is not null.
-  Tensor reduce(const Tensor& row_loss, double* total_weight, ScalarType loss_dtype) const {
-    if (problem.reduction == kNone) {
-      if (total_weight != nullptr) sum_rows(total_weight, nullptr, DType::float32);
-      return torch::stable::to(row_loss, loss_dtype);
-    }
+  // The reduced loss. Writes the total weight of a mean.
+  Tensor reduce(const Tensor& row_loss, const Tensor* total_weight, ScalarType loss_dtype) const {
+    if (problem.reduction == kNone) return torch::stable::to(row_loss, loss_dtype);
     const Tensor loss = problem.scalar(loss_dtype);
-    sum_rows(total_weight, &loss, dtype_of("loss", loss_dtype));
+    sum_rows(problem.reduction == kMean ? total_weight : nullptr, &loss);
     return loss;
   }
 };

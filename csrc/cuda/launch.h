@@ -18,7 +18,9 @@ constexpr int kLeastCapability = 80;  // of a device, as in Device
 // Params, and what only CUDA needs. Every pointer is to memory of the current device.
 struct Arguments : Params {
   const double* weight_sum_on_device;  // of all class weights; null: vocab_size
-  const double* total_weight;          // the gradient is divided by it; null: by 1
+  // Loss and gradient of `mean` are divided by it; null: the loss by the sum of the rows' weights,
+  // the gradient by 1.
+  const double* total_weight;
   // grad_loss may be null: 1.
 
   // Set by the launchers: a division of float64 takes a thread longer than its part of a row.
@@ -39,16 +41,16 @@ cudaError_t backward(const Arguments& a, const Plan& plan, cudaStream_t stream);
 cudaError_t forward_backward(const Arguments& a, const Plan& plan, cudaStream_t stream);
 cudaError_t scale_gradient(const Arguments& a, const Plan& plan, cudaStream_t stream);
 
-// Sums over rows that are neither ignored nor out of range; null: not wanted.
+// Sums over rows that are neither ignored nor out of range; null: not wanted. Only what they need
+// is read: no targets where the total weight is known or not wanted.
 struct Sums {
-  double* total_weight;  // class weight * token weight of rows that count, or the normalizer
+  double* total_weight;  // class weight * token weight of rows that count, or a's total_weight
   void* loss;            // the sum of row_loss, or its mean by total_weight; see xent_math.h
   DType loss_dtype;
   bool mean;
-  const double* normalizer;  // on the device; null: the rows' weights
 };
 constexpr int kMaxSumBlocks = 256;  // two doubles of workspace each
 cudaError_t sum_rows(const Arguments& a, const Sums& sums, double* workspace, cudaStream_t stream);
-cudaError_t sum_class_weights(const Params& p, double* sum, cudaStream_t stream);
+cudaError_t sum_class_weights(const Params& p, double* sum, double* workspace, cudaStream_t stream);
 
 }  // namespace fused_xent::cuda

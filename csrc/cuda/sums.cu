@@ -1,34 +1,39 @@
 // Sums over rows and over class weights: the loss, and the total weight by which `mean` divides it.
 // They are computed in float64, in an order that depends only on the number of rows.
+//
+// A thread requests kBatch rows before it adds the first, so 8192 rows are one round trip to L2 of
+// one block: 32 KB of losses, and 64 KB of targets where the weights are wanted.
 #include "dispatch.cuh"
 #include "labels.cuh"
-#include "team.cuh"
 
 namespace fused_xent::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int64_t kRowsPerBlock = 32 * kThreads;
+constexpr int kThreads = 1024, kWarp = 32;
+constexpr int64_t kRowsPerBlock = 16 * kThreads;
+template <typename A>
+constexpr int kBatch = 32 / sizeof(A);
 
 struct Pair {
   double weight, loss;
 };
 
-// Returns the sum of all threads of the block to each of them.
-__device__ __forceinline__ Pair sum_of_block(Pair mine) {
-  __shared__ Pair warps[kThreads / kWarp];
+__device__ __forceinline__ Pair sum_of_warp(Pair mine) {
   for (int lane = kWarp / 2; lane > 0; lane /= 2) {
     mine.weight += __shfl_xor_sync(~0u, mine.weight, lane);
     mine.loss += __shfl_xor_sync(~0u, mine.loss, lane);
   }
+  return mine;
+}
+
+// Returns the sum of all threads of the block to those of its first warp.
+__device__ __forceinline__ Pair sum_of_block(Pair mine) {
+  static_assert(kThreads == kWarp * kWarp);
+  __shared__ Pair warps[kWarp];
+  mine = sum_of_warp(mine);
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  Pair sum{0, 0};
-  for (const Pair& warp : warps) {
-    sum.weight += warp.weight;
-    sum.loss += warp.loss;
-  }
-  return sum;
+  return threadIdx.x < kWarp ? sum_of_warp(warps[threadIdx.x]) : Pair{0, 0};
 }
 
 __device__ __forceinline__ void write_loss(const Sums& sums, double loss) {
@@ -47,56 +52,114 @@ __device__ __forceinline__ void write_loss(const Sums& sums, double loss) {
   }
 }
 
-__device__ __forceinline__ void finish(const Sums& sums, Pair sum) {
+__device__ __forceinline__ void finish(const Arguments& a, const Sums& sums, Pair sum) {
   if (threadIdx.x != 0) return;
-  const double total_weight = sums.normalizer == nullptr ? sum.weight : *sums.normalizer;
+  const double total_weight = a.total_weight == nullptr ? sum.weight : *a.total_weight;
   if (sums.total_weight != nullptr) *sums.total_weight = total_weight;
   if (sums.loss != nullptr)
     write_loss(sums, sums.mean ? mean_of(sum.loss, total_weight) : sum.loss);
 }
 
+// The rows first, first + kThreads and so on, a batch. Rows beyond the last have no weight.
+template <typename A>
+struct Batch {
+  const Arguments& a;
+  int64_t first;
+
+  __device__ int64_t row(int u) const { return first + u * kThreads; }
+  __device__ bool has(int u) const { return row(u) < a.n_rows; }
+
+  __device__ __forceinline__ void read_losses(A (&loss)[kBatch<A>]) const {
+#pragma unroll
+    for (int u = 0; u < kBatch<A>; ++u) {
+      loss[u] = has(u) ? static_cast<const A*>(a.row_loss)[row(u)] : A(0);
+    }
+  }
+
+  __device__ __forceinline__ double weight() const {
+    double sum = 0;
+    int64_t target[kBatch<A>];
+    if (has_indices(a)) read_targets(target);
+    if (has_indices(a) && a.weight == nullptr && a.token_weight == nullptr) {
+      int count = 0;  // conversions to float64 would take longer than the loads
+#pragma unroll
+      for (int u = 0; u < kBatch<A>; ++u) count += has(u) && is_class(target[u]);
+      return count;
+    }
+    A token[kBatch<A>], of_class[kBatch<A>];
+#pragma unroll
+    for (int u = 0; u < kBatch<A>; ++u) token[u] = has(u) ? token_weight<A>(a, row(u)) : A(0);
+#pragma unroll
+    for (int u = 0; u < kBatch<A>; ++u) {
+      const bool counts = token[u] != 0 && (!has_indices(a) || is_class(target[u]));
+      of_class[u] = !counts ? A(0) : has_indices(a) ? class_weight<A>(a, target[u]) : A(1);
+      if (!counts) token[u] = 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch<A>; ++u) sum += double{of_class[u]} * token[u];
+    return sum;
+  }
+
+ private:
+  __device__ bool is_class(int64_t target) const {
+    return 0 <= target && target < a.vocab_size && target != a.ignore_index;
+  }
+  template <typename Index>
+  __device__ __forceinline__ void read(const void* from, int64_t (&target)[kBatch<A>]) const {
+#pragma unroll
+    for (int u = 0; u < kBatch<A>; ++u) {
+      target[u] = has(u) ? static_cast<const Index*>(from)[row(u)] : Index(0);
+    }
+  }
+  __device__ __forceinline__ void read_targets(int64_t (&target)[kBatch<A>]) const {
+    switch (a.target_kind) {
+      case TargetKind::int64:
+        return read<int64_t>(a.target, target);
+      case TargetKind::int32:
+        return read<int32_t>(a.target, target);
+      default:
+        return read<uint8_t>(a.target, target);
+    }
+  }
+};
+
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     sum_blocks_of_rows(const __grid_constant__ Arguments a, const __grid_constant__ Sums sums,
                        Pair* partials) {
+  const bool wants_weight =
+      a.total_weight == nullptr && (sums.mean || sums.total_weight != nullptr);
   Pair mine{0, 0};
-  const int64_t n_threads = int64_t{gridDim.x} * kThreads;
-  for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < a.n_rows;
-       row += n_threads) {
-    const Target target = read_target(a, row);
-    if (target.is_read()) {
-      const A weight = target.index < 0 ? A(1) : class_weight<A>(a, target.index);
-      mine.weight += double{weight} * token_weight<A>(a, row);
-    }
-    if (sums.loss != nullptr) mine.loss += static_cast<const A*>(a.row_loss)[row];
+  const int64_t rows_at_once = int64_t{kBatch<A>} * kThreads;
+  for (int64_t begin = blockIdx.x * rows_at_once; begin < a.n_rows;
+       begin += gridDim.x * rows_at_once) {
+    const Batch<A> batch{a, begin + threadIdx.x};
+    A loss[kBatch<A>] = {};
+    if (sums.loss != nullptr) batch.read_losses(loss);
+    if (wants_weight) mine.weight += batch.weight();
+#pragma unroll
+    for (int u = 0; u < kBatch<A>; ++u) mine.loss += loss[u];
   }
   const Pair sum = sum_of_block(mine);
   if (gridDim.x == 1) {
-    finish(sums, sum);
+    finish(a, sums, sum);
   } else if (threadIdx.x == 0) {
     partials[blockIdx.x] = sum;
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
-    sum_partials(const __grid_constant__ Sums sums, const Pair* partials, int count) {
+    sum_partials(const __grid_constant__ Arguments a, const __grid_constant__ Sums sums,
+                 const Pair* partials, int count) {
   const int i = static_cast<int>(threadIdx.x);
-  finish(sums, sum_of_block(i < count ? partials[i] : Pair{0, 0}));
-}
-
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
-    sum_weights(const A* weight, int64_t count, double* sum) {
-  Pair mine{0, 0};
-  for (int64_t j = threadIdx.x; j < count; j += kThreads) mine.weight += weight[j];
-  const Pair all = sum_of_block(mine);
-  if (threadIdx.x == 0) *sum = all.weight;
+  finish(a, sums, sum_of_block(i < count ? partials[i] : Pair{0, 0}));
 }
 
 }  // namespace
 
 cudaError_t sum_rows(const Arguments& a, const Sums& sums, double* workspace, cudaStream_t stream) {
   static_assert(kMaxSumBlocks <= kThreads);
+  if (sums.loss == nullptr && sums.total_weight == nullptr) return cudaSuccess;
   auto* partials = reinterpret_cast<Pair*>(workspace);
   unsigned grid = blocks_for(a.n_rows, kRowsPerBlock, kMaxSumBlocks);
   if (grid == 0) grid = 1;  // the sums of no rows are wanted as well
@@ -105,18 +168,17 @@ cudaError_t sum_rows(const Arguments& a, const Sums& sums, double* workspace, cu
   sum_blocks<<<grid, kThreads, 0, stream>>>(a, sums, partials);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess || grid == 1) return error;
-  sum_partials<<<1, kThreads, 0, stream>>>(sums, partials, static_cast<int>(grid));
+  sum_partials<<<1, kThreads, 0, stream>>>(a, sums, partials, static_cast<int>(grid));
   return cudaGetLastError();
 }
 
-cudaError_t sum_class_weights(const Params& p, double* sum, cudaStream_t stream) {
-  if (p.dtype == DType::float64) {
-    sum_weights<<<1, kThreads, 0, stream>>>(static_cast<const double*>(p.weight), p.vocab_size,
-                                            sum);
-  } else {
-    sum_weights<<<1, kThreads, 0, stream>>>(static_cast<const float*>(p.weight), p.vocab_size, sum);
-  }
-  return cudaGetLastError();
+cudaError_t sum_class_weights(const Params& p, double* sum, double* workspace,
+                              cudaStream_t stream) {
+  Arguments weights{};  // as the losses of rows
+  weights.dtype = p.dtype;
+  weights.n_rows = p.vocab_size;
+  weights.row_loss = const_cast<void*>(p.weight);
+  return sum_rows(weights, {nullptr, sum, DType::float64, false}, workspace, stream);
 }
 
 }  // namespace fused_xent::cuda

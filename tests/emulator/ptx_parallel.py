@@ -92,7 +92,9 @@ REDUCTIONS = {"popc": "kCount", "and": "kAnd", "or": "kOr"}
 @handles("bar", "barrier")
 def barrier(i):
     if i.has("cluster"):
-        return f"cluster_{'arrive' if i.has('arrive') else 'wait'}(HERE);"
+        if i.has("wait"):
+            return "cluster_wait(HERE);"
+        return f"cluster_arrive({'false' if i.has('relaxed') else 'true'}, HERE);"
     if i.has("warp"):
         return f"warp_collective(Collective::kSync, {i.read(0, 'u32')}, 0, 0, 32, HERE);"
     if i.has("red"):

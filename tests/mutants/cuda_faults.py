@@ -834,31 +834,49 @@ SUMS = {
     "ignored rows have a weight": fault(
         "sums.cu",
         "sums",
-        "if (target.is_read()) {",
-        "if (!target.is_bad) {",
+        "target < a.vocab_size && target != a.ignore_index;",
+        "target < a.vocab_size;",
     ),
     "rows whose target is out of range have a weight": fault(
         "sums.cu",
         "sums",
-        "if (target.is_read()) {",
-        "if (!target.is_ignored) {",
+        "return 0 <= target && target < a.vocab_size && target",
+        "return 0 <= target && target",
+    ),
+    "rows without a token weight have one": fault(
+        "sums.cu", "sums", "const bool counts = token[u] != 0 && (", "const bool counts = ("
+    ),
+    "rows beyond the last are counted": fault(
+        "sums.cu", "sums", "count += has(u) && is_class", "count += is_class"
+    ),
+    "a batch forgets its last loss": fault(
+        "sums.cu",
+        "sums",
+        "u < kBatch<A>; ++u) mine.loss",
+        "u < kBatch<A> - 1; ++u) mine.loss",
+    ),
+    "targets are read although the total weight is known": fault(
+        "sums.cu",
+        "sums",
+        "a.total_weight == nullptr && (sums.mean || sums.total_weight != nullptr)",
+        "sums.mean || sums.total_weight != nullptr",
     ),
     "the total weight forgets class weights": fault(
         "sums.cu",
         "sums",
-        "target.index < 0 ? A(1) : class_weight<A>(a, target.index);",
+        "has_indices(a) ? class_weight<A>(a, target[u]) : A(1);",
         "A(1);",
     ),
     "the total weight forgets token weights": fault(
         "sums.cu",
         "sums",
-        "double{weight} * token_weight<A>(a, row);",
-        "double{weight};",
+        "double{of_class[u]} * token[u];",
+        "double{of_class[u]};",
     ),
     "a normalizer is not used": fault(
         "sums.cu",
         "sums",
-        "sums.normalizer == nullptr ? sum.weight : *sums.normalizer;",
+        "a.total_weight == nullptr ? sum.weight : *a.total_weight;",
         "sum.weight;",
     ),
     "a mean is not divided": fault(
@@ -873,14 +891,11 @@ SUMS = {
     "rows beyond the largest grid are left out": fault(
         "sums.cu",
         "sums",
-        "       row += n_threads) {\n    const Target",
-        "       row += 64 * n_threads) {\n    const Target",
+        "begin += gridDim.x * rows_at_once",
+        "begin += gridDim.x * 64 * rows_at_once",
     ),
-    "class weights after the first of a thread are left out": fault(
-        "sums.cu",
-        "sums",
-        "j < count; j += kThreads)",
-        "j < min(count, int64_t{kThreads}); j += kThreads)",
+    "the last class weight is left out": fault(
+        "sums.cu", "sums", "weights.n_rows = p.vocab_size;", "weights.n_rows = p.vocab_size - 1;"
     ),
 }
 
@@ -900,8 +915,21 @@ BINDING = {
     "a backward does not divide by the total weight": emulated(
         "binding/cuda.cpp",
         "test_cuda.py::test_forced_plans",
-        "    if (problem.reduction == kMean) params.total_weight = data_of(*problem.normalizer);\n",
-        "",
+        "      params.total_weight = data_of(*problem.normalizer);\n",
+        "      params.total_weight = nullptr;\n",
+    ),
+    "an unreduced loss is added up": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_sums_are_launched_where_there_is_something_to_add",
+        "    if (problem.reduction == kNone) return torch",
+        "    if (problem.reduction == kNone) sum_rows(total_weight, nullptr);\n"
+        "    if (problem.reduction == kNone) return torch",
+    ),
+    "fused mode copies a normalizer": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_sums_are_launched_where_there_is_something_to_add",
+        "problem.reduction == kMean && params.total_weight == nullptr",
+        "problem.reduction == kMean",
     ),
     "the digits of a small loss are added to 1": emulated(
         "xent_math.h",

@@ -25,7 +25,9 @@ ABSENT cudaError_t general(const Arguments&, const Plan&, void*, bool, bool, cud
 ABSENT cudaError_t sum_rows(const Arguments&, const Sums&, double*, cudaStream_t) {
   return kAbsent;
 }
-ABSENT cudaError_t sum_class_weights(const Params&, double*, cudaStream_t) { return kAbsent; }
+ABSENT cudaError_t sum_class_weights(const Params&, double*, double*, cudaStream_t) {
+  return kAbsent;
+}
 ABSENT cudaError_t scale_by_columns(const Arguments&, const Plan&, cudaStream_t) { return kAbsent; }
 
 }  // namespace fused_xent::cuda

@@ -90,6 +90,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
   m.def("current_device", &current_device);
   m.def("set", &set);
   m.def("error", [] { return std::string(emulator_error()); });
+  m.def("launches", [] { return std::string(emulator_launches()); });
 }
 
 }  // namespace fused_xent::binding
