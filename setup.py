@@ -26,7 +26,8 @@ BINDING += [f"-isystem{path}" for path in cpp_extension.include_paths()]  # no w
 KERNELS = ["-O3", "-lineinfo", "-std=c++20", "-Xfatbin=-compress-all"]
 KERNELS += ["-Xptxas=-warn-spills,-warn-lmem-usage"]
 KERNELS += [f"-Xcompiler={flag}" for flag in HOST]
-ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # machine code for all, PTX for the last
+ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # machine code for all
+PTX = "10.0"  # which the driver compiles for 11.x, and for everything newer
 CUDART = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
 STUB = Path("build/libtorch_cuda.so")  # stands in for torch's CUDA library
 CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "portable")  # one file each in csrc/cpu
@@ -53,7 +54,9 @@ def architecture_flags(nvcc: Path) -> list[str]:
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
         wanted = [name for name in ARCHITECTURES if f"sm_{name.replace('.', '')}" in known]
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(wanted) + "+PTX"
+        ptx = PTX if PTX in wanted else wanted[-1]
+        names = [f"{name}+PTX" if name == ptx else name for name in wanted]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
     try:
         return cpp_extension._get_cuda_arch_flags()
     except (ValueError, IndexError):  # IndexError: "native" without a GPU

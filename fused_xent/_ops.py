@@ -49,12 +49,17 @@ def _load(name: str, missing: str) -> str | None:
 
 
 def _load_cuda() -> str | None:
-    """Load the library of CUDA kernels where torch has CUDA, which the library needs."""
+    """Load the library of CUDA kernels; return why they cannot run, or None.
+
+    It needs a torch with CUDA. Its kernels run on a driver of the CUDA that it was built with, or a
+    newer one; an older driver would fail at the first call.
+    """
     if LOAD_ERROR is not None:  # the schemas are in the other library
         return LOAD_ERROR
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) has no CUDA"
-    return _load("_C_cuda", missing="built without CUDA kernels (no nvcc at build time)")
+    missing = _load("_C_cuda", missing="built without CUDA kernels (no nvcc at build time)")
+    return missing or torch.ops.fused_xent.cuda_driver_problem() or None
 
 
 LOAD_ERROR = _load(

@@ -170,7 +170,7 @@ def toolkit(tmp_path):
     for path in (nvcc, tmp_path / "cuda/include/cuda_runtime.h"):
         path.parent.mkdir(parents=True)
         path.touch()
-    nvcc.write_text("#!/bin/sh\necho release 13.0, sm_75 sm_80 sm_90 sm_100\n")
+    nvcc.write_text("#!/bin/sh\necho release 13.0, sm_75 sm_80 sm_90 sm_100 sm_120\n")
     nvcc.chmod(0o755)
     return tmp_path / "cuda"
 
@@ -233,7 +233,7 @@ def test_sources(setup_with, toolkit):
 
 
 ARCHITECTURES = {
-    "": ("sm_80", "sm_90", "sm_100", "compute_100"),  # the default ones that this nvcc supports
+    "": ("sm_80", "sm_90", "sm_100", "compute_100", "sm_120"),  # PTX: also for 11.0
     "8.0;9.0+PTX": ("sm_80", "sm_90", "compute_90"),
     "8.0 8.6": ("sm_80", "sm_86"),
     "9.0a": ("sm_90a",),
@@ -247,6 +247,15 @@ def test_architectures(names, setup_with, toolkit):
     flags = wanted_flags(built["fused_xent._C_cuda"])
     codes = [flag.split(",code=")[1] for flag in flags]
     assert sorted(codes) == sorted(ARCHITECTURES[names])
+
+
+def test_architectures_of_an_older_toolkit(setup_with, toolkit):
+    """Its newest architecture gets the PTX."""
+    (toolkit / "bin/nvcc").write_text("#!/bin/sh\necho release 12.0, sm_80 sm_90\n")
+    built = setup_with(CUDA_HOME=str(toolkit), TORCH_CUDA_ARCH_LIST="")[1]
+    flags = wanted_flags(built["fused_xent._C_cuda"])
+    codes = [flag.split(",code=")[1] for flag in flags]
+    assert sorted(codes) == ["compute_90", "sm_80", "sm_90"]
 
 
 WRONG = {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -70,6 +71,17 @@ def test_cuda_needs_the_library_with_the_schemas(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_ops, "LOAD_ERROR", "it is not there")
     assert _ops._load_cuda() == "it is not there"
+
+
+@pytest.mark.parametrize("problem", ["", "the kernels need a newer driver"])
+def test_an_old_driver_is_reported_at_load(problem, monkeypatch):
+    """Torch's operations run then: the kernels would fail at their first call."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_ops, "LOAD_ERROR", None)
+    monkeypatch.setattr(_ops, "_load", lambda name, missing: None)
+    problems = SimpleNamespace(cuda_driver_problem=lambda: problem)
+    monkeypatch.setattr(torch, "ops", SimpleNamespace(fused_xent=problems))
+    assert _ops._load_cuda() == (problem or None)
 
 
 WITHOUT_LIBRARY = """

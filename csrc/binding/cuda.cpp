@@ -159,4 +159,17 @@ void force_cuda_plan(const std::string& operation, const std::vector<int64_t>& p
       Plan{static_cast<cuda::Regime>(plan[0]), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
 }
 
+// The runtime is linked statically. It works with any driver of its major version, or of a newer
+// one.
+std::string cuda_driver_problem() {
+  int runtime = 0, driver = 0;
+  check_cuda(cudaRuntimeGetVersion(&runtime), "version of the runtime");
+  check_cuda(cudaDriverGetVersion(&driver), "version of the driver");
+  if (driver == 0 || driver / 1000 >= runtime / 1000) return "";
+  const std::string needed = std::to_string(runtime / 1000) + ".0";
+  const std::string found =
+      std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10);
+  return "the kernels need a driver for CUDA " + needed + " or newer, got one for CUDA " + found;
+}
+
 }  // namespace fused_xent::binding

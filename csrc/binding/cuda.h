@@ -16,4 +16,8 @@ void implement_on_cuda(torch::stable::detail::StableLibrary& m);
 constexpr char kForceCudaPlanSchema[] = "force_cuda_plan(str operation, int[] plan) -> ()";
 void force_cuda_plan(const std::string& operation, const std::vector<int64_t>& plan);
 
+// Why the kernels cannot run with the machine's driver; "" if they can, or if there is none.
+constexpr char kCudaDriverProblemSchema[] = "cuda_driver_problem() -> str";
+std::string cuda_driver_problem();
+
 }  // namespace fused_xent::binding

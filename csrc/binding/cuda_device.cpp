@@ -20,10 +20,14 @@ void* current_stream(const torch::stable::Tensor& tensor) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_xent, CUDA, m) { implement_on_cuda(m); }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_xent, m) { m.def(kForceCudaPlanSchema); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_xent, m) {
+  m.def(kForceCudaPlanSchema);
+  m.def(kCudaDriverProblemSchema);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_xent, CompositeExplicitAutograd, m) {
   m.impl("force_cuda_plan", TORCH_BOX(&force_cuda_plan));
+  m.impl("cuda_driver_problem", TORCH_BOX(&cuda_driver_problem));
 }
 
 }  // namespace fused_xent::binding

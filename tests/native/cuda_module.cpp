@@ -21,10 +21,12 @@ void* current_stream(const torch::stable::Tensor&) { return nullptr; }
 STABLE_TORCH_LIBRARY(fused_xent_emulated, m) {
   define_operators(m);
   m.def(kForceCudaPlanSchema);
+  m.def(kCudaDriverProblemSchema);
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_xent_emulated, CPU, m) { implement_on_cuda(m); }
 STABLE_TORCH_LIBRARY_IMPL(fused_xent_emulated, CompositeExplicitAutograd, m) {
   m.impl("force_cuda_plan", TORCH_BOX(&force_cuda_plan));
+  m.impl("cuda_driver_problem", TORCH_BOX(&cuda_driver_problem));
 }
 
 namespace {
