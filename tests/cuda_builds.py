@@ -97,11 +97,12 @@ def module(folder: Path, arch: str):
 
 
 class Launch(NamedTuple):
-    """A launch of a kernel: its name, and how many blocks it had."""
+    """A launch of a kernel."""
 
     kernel: str
     blocks: int
     cluster_size: int
+    shared_limit: int  # of dynamic shared memory, as set before the launch
 
 
 def launches(module) -> list[Launch]:
@@ -111,8 +112,8 @@ def launches(module) -> list[Launch]:
         ["c++filt"], input="\n".join(x[0] for x in lines), capture_output=True, text=True
     ).stdout.splitlines()
     return [
-        Launch(re.search(r"(\w+)(<.*>)?\(", name)[1], int(blocks), int(size))
-        for name, (_, blocks, size) in zip(names, lines, strict=True)
+        Launch(re.search(r"(\w+)(<.*>)?\(", name)[1], *map(int, numbers))
+        for name, (_, *numbers) in zip(names, lines, strict=True)
     ]
 
 

@@ -281,6 +281,50 @@ def test_forced_plans(force, n_classes, plans, dtype):
         check(logits, target, "mean", **make_options(logits, LABELS[labels]))
 
 
+def test_shared_memory_is_allowed_once(emulated, force):
+    """The limit is the device's: a launch must not lower that of another host thread."""
+    logits, target = make_logits((2, 9000), torch.bfloat16), torch.arange(2)
+    limits = set()
+    for held in (52, 64, 48):
+        force("forward_backward", "block", threads=64, held=held)
+        cuda_builds.launches(emulated)
+        loss_and_gradient(logits, target, 1.0, "fused")
+        launches = {x.kernel: x for x in cuda_builds.launches(emulated)}
+        limits.add(launches["forward_backward_rows"].shared_limit)
+    assert min(limits) >= 226 * 2**10
+    assert len(limits) == 1
+
+
+@pytest.mark.parametrize("largest", [1, 2])
+def test_cluster_that_the_device_has_no_room_for(emulated, force, largest):
+    """A smaller one takes its place, or one block. A plan of its own, since answers are kept."""
+    emulated.set("largest_cluster", str(largest))
+    try:
+        force("forward_backward", "split", threads=32 * largest, parts=8, held=8, groups=1)
+        logits = make_logits((5, 3000), torch.bfloat16)
+        cuda_builds.launches(emulated)
+        check(logits, torch.arange(5), "mean")
+        launches = [x for x in cuda_builds.launches(emulated) if x.kernel.startswith("forward_b")]
+        assert {(x.cluster_size, x.blocks) for x in launches} == {(largest, {1: 5, 2: 8}[largest])}
+    finally:
+        emulated.set("largest_cluster", "0")
+
+
+def test_driver_that_is_too_old(emulated):
+    problem = torch.ops.fused_xent_emulated.cuda_driver_problem
+    for version, message in (
+        (0, ""),  # no driver, so no GPU
+        (13000, ""),
+        (14010, ""),
+        (12080, "the kernels need a driver for CUDA 13.0 or newer, got one for CUDA 12.8"),
+    ):
+        emulated.set("driver_version", str(version))
+        try:
+            assert problem() == message
+        finally:
+            emulated.set("driver_version", "13000")
+
+
 def test_invalid_plan(force):
     force("forward", regime="block", threads=100)
     with pytest.raises(ValueError, match="threads must be a power of two"):
@@ -438,6 +482,31 @@ def test_multiply(dtype, shape, factor):
         actual = memory.clone()
         _ops.multiply_(view(actual), factor)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_scaling_of_rows_in_vectors(force):
+    """Each row has its own factor; ignored ones stay 0, whatever theirs is."""
+    force("backward", "columns", threads=64, vector=4)
+    gradient, target = make_logits((2, 30, 32), torch.float32), torch.randint(30, (2, 32))
+    factor = torch.rand(2, 32) + 0.5
+    target[:, 5:14] = -100
+    gradient = gradient.masked_fill((target == -100).unsqueeze(1), 0)
+    expected = gradient * factor.unsqueeze(1)
+    factor[target == -100] = torch.inf
+    _ops.scale_gradient_(gradient, factor, target, None, 1, -100)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("shape", [(5000, 600), (40, 20000), (9000, 20), (2, 40, 9000)], ids=str)
+def test_scaling_launches_no_more_blocks_than_run_at_once(emulated, shape):
+    """The factor is 1 mostly, and each block only starts and exits."""
+    gradient, factor = torch.ones(shape), torch.tensor(1.0)
+    target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+    cuda_builds.launches(emulated)
+    _ops.scale_gradient_(gradient, factor, target, None, 1, -100)
+    (launch,) = cuda_builds.launches(emulated)
+    assert launch.kernel in ("scale_rows", "scale_columns")
+    assert 3 <= launch.blocks <= 3 * 1024 // 64  # 3 multiprocessors
 
 
 def test_too_many_rows_or_classes():

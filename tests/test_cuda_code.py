@@ -170,6 +170,30 @@ def test_sums_request_a_batch_of_rows_before_they_add_it(kernels):
     assert checked >= 2
 
 
+def test_scaling_has_64_bytes_of_a_thread_in_flight(kernels):
+    checked = 0
+    for kernel in kernels:
+        if kernel.name not in ("scale_rows", "scale_columns") or kernel.types[1:] == ("1",):
+            continue
+        loops = [loop for loop in inner_loops(kernel.code) if count(loop, r"LDG.*\.128")]
+        for loop in loops:
+            assert count(loop, r"LDG.*\.128") >= 4, kernel[:3]
+            assert count(loop, "STG") == count(loop, r"STG.*\.128") >= 4, kernel[:3]
+        checked += bool(loops)
+    assert checked == 2 * 8
+
+
+def test_only_the_warp_that_writes_to_other_blocks_releases(kernels):
+    """A release is a fence, MEMBAR, which waits for all writes. The kernel begins with another."""
+    checked = 0
+    for kernel in kernels:
+        if kernel.name == "forward_backward_rows" and kernel.arch == "sm_90":
+            barriers = re.findall(r"\b(UCGABAR_ARV|MEMBAR|UCGABAR_WAIT)\b", kernel.code)
+            assert Counter(barriers) == {"UCGABAR_ARV": 3, "MEMBAR": 2, "UCGABAR_WAIT": 2}
+            checked += 1
+    assert checked >= 4
+
+
 @pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
 def test_one_exponential_per_element(kernels, name):
     """At most one more per group, for a new maximum; backward has a loop for the remainder."""

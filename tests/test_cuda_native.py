@@ -58,6 +58,11 @@ def threaded(emulator_builds):
     return program(emulator_builds, "sm_90", "thread", **REDUCED)
 
 
+@pytest.fixture(scope="module")
+def of_sm_90(emulator_builds):
+    return program(emulator_builds, "sm_90", "", ("forward_backward",), **REDUCED)
+
+
 @pytest.fixture(scope="module", params=PARTS, ids=lambda part: "-".join(filter(None, part)))
 def part(request, emulator_builds):
     """A program with the kernels of one file, for bfloat16 only, with or without a sanitizer."""
@@ -87,6 +92,17 @@ def test_sm_80_code_on_sm_90(of_sm_80):
 
 def test_races(threaded):
     assert_right(run(threaded, "--small", "--bfloat16"))
+
+
+def test_device_without_room_for_clusters(of_sm_90):
+    """Each row is left to one block, or to a smaller cluster."""
+    for size in (1, 2):
+        assert_right(run(of_sm_90, "--bfloat16", "forward_backward", largest_cluster=size))
+
+
+def test_launchers_can_be_captured_cold(of_sm_90):
+    """No call of the CUDA runtime waits for the device, not even the first one for a kernel."""
+    assert_right(run(of_sm_90, "--bfloat16", "forward_backward", capturing=1))
 
 
 def test_part(part):

@@ -20,12 +20,13 @@ ORDERS = ("forward", "reverse", "random")
 LAUNCH_FAILURE, WRONG_RESULT = 719, -1
 INVALID_VALUE, INVALID_CONFIGURATION = 1, 9
 NO_KERNEL_IMAGE, NOT_SUPPORTED, INVALID_CLUSTER_SIZE = 209, 801, 912
+OUT_OF_RESOURCES, CAPTURE_UNSUPPORTED = 701, 900
 GOOD_CASES = ("block", "warp", "shuffle", "vector", "named_barrier", "flag", "atomics", "cluster")
 GOOD_COPIES = ("async_copy", "two_groups", "partial_copy", "double_buffer", "bulk_copy")
 GOOD = [f"good_{name}" for name in (*GOOD_CASES, *GOOD_COPIES)]
 COPIES = ("late", "early")
 DEFAULTS = {"sm_count": 0, "order": "forward", "first_block": 0, "block_count": -1, "ulp_noise": 0}
-DEFAULTS["copies"] = "late"
+DEFAULTS |= {"copies": "late", "largest_cluster": 0, "capturing": 0}
 
 
 @pytest.fixture(scope="session")
@@ -209,6 +210,23 @@ def test_launch_errors(library):
     assert library.error_string(INVALID_VALUE) == b"invalid argument"
 
 
+def test_device_without_room_for_a_cluster(library):
+    configure(library, largest_cluster=2)
+    x = np.zeros((1, 64), np.float32)
+    for size, error in ((2, 0), (4, OUT_OF_RESOURCES)):
+        assert library.sum_rows_on_cluster(pointer(x), pointer(x), 1, 64, size) == error
+    assert library.launch_with(32, 0, 0) == OUT_OF_RESOURCES  # the last error, which this resets
+
+
+def test_capture(library):
+    """Launches can be captured, copies that wait for the device cannot."""
+    configure(library, capturing=1)
+    x, launches = np.zeros(64, np.float32), ctypes.c_int()
+    assert library.sum_rows_f32(pointer(x), pointer(x), ctypes.c_int64(1), 64) == 0
+    arguments = (pointer(x), pointer(x), 64, ctypes.c_float(1), ctypes.byref(launches))
+    assert library.scaled_exponential(*arguments) == CAPTURE_UNSUPPORTED
+
+
 # ---- bugs that the machine reports ------------------------------------------------------------
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
@@ -294,6 +312,7 @@ def test_overruns(programs, case, order):
         "missing_syncwarp",
         "race_between_blocks",
         "missing_cluster_barrier",
+        "relaxed_cluster_barrier",
         "early_overwrite",
     ],
 )

@@ -104,6 +104,39 @@ def test_cuda_graph_replay_with_new_inputs(reduction, mode, shape):
         assert all(map(torch.equal, captured, expected))
 
 
+COLD_CAPTURE = """
+import sys, torch, fused_xent
+logits = torch.randn([int(size) for size in sys.argv[1:]], device="cuda", dtype=torch.bfloat16)
+rows = logits.select(1, 0)
+target = torch.randint(logits.shape[1], rows.shape, device="cuda")
+in_place, factor = logits.clone(), torch.full((), 2.0, device="cuda")
+labels, mean, ops = (target, None, None), 1, torch.ops.fused_xent
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    loss, total, state = ops.forward(logits, *labels, None, 1, mean, torch.float32)
+    gradient = ops.backward(logits, *labels, total, 1, mean, state, None, factor, None, None)
+    fused = ops.forward_backward_(in_place, *labels, None, 1, mean, torch.float32)
+    ops.scale_gradient_(in_place, factor, target, None, 1, -100)
+graph.replay()
+torch.cuda.synchronize()
+leaf = logits.double().requires_grad_()
+exact = torch.nn.functional.cross_entropy(leaf, target)
+exact.backward(factor.double())
+for actual in (loss, fused):
+    torch.testing.assert_close(actual, exact.detach().float())
+for actual in (gradient, in_place):
+    torch.testing.assert_close(actual, leaf.grad.bfloat16(), rtol=0.02, atol=1e-9)
+"""
+
+
+@by_shape
+def test_first_call_inside_a_capture(shape, run_python):
+    """Kernels are loaded, and asked what they need, while a stream of a new process is captured."""
+    result = run_python("-c", COLD_CAPTURE, *map(str, shape), CUDA_MODULE_LOADING="LAZY")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @by_mode
 def test_two_streams_at_once(mode):
     problems = [make_problem((300, 50257)), make_problem((3000, 6000))]

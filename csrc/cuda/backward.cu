@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : kMinBlocks<
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kScaleThreadsPerSm / kMaxThreads)
     scale_rows(const __grid_constant__ Arguments a, int team_size) {
   using A = Acc<T>;
   const A scale = upstream_scale<A>(a);

@@ -279,8 +279,9 @@ __global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S>
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads, 4)
+// A thread reads 4 classes of its rows before it writes the first.
+template <typename T, int R>
+__global__ void __launch_bounds__(kMaxThreads, kScaleThreadsPerSm / kMaxThreads)
     scale_columns(const __grid_constant__ Arguments a, int n_workers) {
   using A = Acc<T>;
   const A scale = upstream_scale<A>(a);
@@ -288,16 +289,33 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   const int lanes = static_cast<int>(blockDim.x) / n_workers;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int worker = static_cast<int>(threadIdx.x) / lanes;
-  for (int64_t row = int64_t{blockIdx.x} * lanes + lane; row < a.n_rows;
-       row += int64_t{gridDim.x} * lanes) {
-    const Rows<4, 1> rows(a, row, worker, n_workers);
-    if (!rows.is_kept[0]) continue;
-    T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
-    const A factor = grad_loss_of(a, scale, row);
+  for (int64_t first = (int64_t{blockIdx.x} * lanes + lane) * R; first < a.n_rows;
+       first += int64_t{gridDim.x} * lanes * R) {
+    const Rows<4, R> rows(a, first, worker, n_workers);
+    if (!rows.any) continue;  // all ignored, and 0, or out of range, and NaN
+    T* out = row_of<T>(a.grad_logits, a.grad_layout, first);
+    A factor[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) factor[r] = rows.is_kept[r] ? grad_loss_of(a, scale, first + r) : 1;
     rows.for_classes([&](int j, int count) {
-      for (int u = 0; u < count; ++u) {
-        T& value = out[(j + u) * a.grad_layout.class_stride];
-        value = from_acc<T>(to_acc(value) * factor);
+      std::conditional_t<R == 1, T, uint4> bits[4];
+      const auto place = [&](int u) { return out + (j + u) * a.grad_layout.class_stride; };
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        if (u < count) bits[u] = *reinterpret_cast<decltype(&bits[u])>(place(u));
+      }
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        if (u >= count) continue;
+        A x[R];
+        if constexpr (R == 1) {
+          x[0] = to_acc(bits[u]);
+        } else {
+          unpack<T>(bits[u], x);
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r) x[r] *= factor[r];
+        store_rows<R>(place(u), x);
       }
     });
   }
@@ -311,6 +329,13 @@ cudaError_t launch(const Arguments& a, const Plan& plan, int64_t shared, bool ha
   const unsigned grid = blocks_for(a.n_rows, plan.threads / plan.workers * R);
   columns<T, S, R><<<grid, plan.threads, static_cast<size_t>(shared), stream>>>(
       a, plan.workers, has_forward, has_backward);
+  return cudaGetLastError();
+}
+
+template <typename T, int R>
+cudaError_t launch_scale(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+  const unsigned grid = blocks_for(a.n_rows, plan.threads / plan.workers * R, plan.max_groups);
+  scale_columns<T, R><<<grid, plan.threads, 0, stream>>>(a, plan.workers);
   return cudaGetLastError();
 }
 
@@ -328,9 +353,8 @@ cudaError_t by_columns(const Arguments& a, const Plan& plan, int64_t shared, boo
 
 cudaError_t scale_by_columns(const Arguments& a, const Plan& plan, cudaStream_t stream) {
   return with_dtype(a.dtype, [&]<typename T>(Type<T>) {
-    const unsigned grid = blocks_for(a.n_rows, plan.threads / plan.workers);
-    scale_columns<T><<<grid, plan.threads, 0, stream>>>(a, plan.workers);
-    return cudaGetLastError();
+    return plan.row_vector == 1 ? launch_scale<T, 1>(a, plan, stream)
+                                : launch_scale<T, kVector<T>>(a, plan, stream);
   });
 }
 

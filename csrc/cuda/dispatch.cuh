@@ -5,6 +5,7 @@
 
 #include "launch.h"
 #include "memory.cuh"
+#include "regimes.h"
 
 namespace fused_xent::cuda {
 
@@ -59,11 +60,10 @@ inline dim3 grid_for(const Params& p, const Plan& plan, int team) {
               blocks_for(p.n_rows, plan.threads / team, std::min(most, kMaxGridY)));
 }
 
-// More shared memory than 48 KiB has to be asked for.
+// More shared memory than 48 KiB, with that which the kernel declares, has to be asked for.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel kernel, int64_t bytes) {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  return bytes <= 46 * 1024 ? cudaSuccess : allow_all_shared(reinterpret_cast<const void*>(kernel));
 }
 
 }  // namespace fused_xent::cuda

@@ -243,21 +243,22 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
 }
 
 template <typename Kernel>
-cudaError_t launch(Kernel kernel, const Arguments& a, const Plan& plan, int64_t shared,
+cudaError_t launch(Kernel kernel, const Arguments& a, Plan plan, int64_t shared,
                    cudaStream_t stream) {
-  const cudaError_t error = allow_shared(kernel, shared);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(plan.parts), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = grid_for(a, plan, plan.team);
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = stream;
+  cudaError_t error = allow_shared(kernel, shared);
+  if (error == cudaSuccess)
+    error = fit_cluster(reinterpret_cast<const void*>(kernel), config, &plan);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster = cluster_of(plan.parts);
+  config.gridDim = grid_for(a, plan, plan.team);
   config.attrs = &cluster;
   config.numAttrs = plan.parts > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, a, plan.team, plan.held);
+  cudaLaunchKernelEx(&config, kernel, a, plan.team, plan.held);
+  return cudaGetLastError();  // not left to the next launch
 }
 
 }  // namespace

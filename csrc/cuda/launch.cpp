@@ -1,5 +1,12 @@
 #include "launch.h"
 
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <set>
+#include <tuple>
+#include <utility>
+
 #include "regimes.h"
 
 namespace fused_xent::cuda {
@@ -64,6 +71,54 @@ Shape shape_of(const Params& p) {
   return shape;
 }
 
+// Sets the limit to all that the device has, once: if each launch set its own, another host thread
+// could lower it between that and the launch.
+cudaError_t allow_all_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> allowed;
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({device, kernel}) > 0) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) allowed.insert({device, kernel});
+  return error;
+}
+
+// Halves the cluster until the device has room for it. Some have less than their capability
+// promises: parts of a GPU (MIG), and future ones.
+cudaError_t fit_cluster(const void* kernel, cudaLaunchConfig_t config, Plan* plan) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, size_t, int>, int> known;
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || plan->parts == 1) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] =
+      known.try_emplace({device, kernel, plan->threads, config.dynamicSmemBytes, plan->parts}, 1);
+  for (int size = plan->parts; is_new && size > 1; size /= 2) {
+    int n_clusters = 0;
+    const cudaLaunchAttribute cluster = cluster_of(size);
+    config.gridDim = dim3(static_cast<unsigned>(size));
+    config.attrs = const_cast<cudaLaunchAttribute*>(&cluster);
+    config.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&n_clusters, kernel, &config) != cudaSuccess)
+      cudaGetLastError();  // not the error of a launch
+    if (n_clusters == 0) continue;
+    entry->second = size;
+    break;
+  }
+  plan->max_groups *= plan->parts / entry->second;
+  plan->parts = entry->second;
+  return cudaSuccess;
+}
+
 int64_t workspace_bytes(const Params& p, const Plan& plan) {
   if (plan.regime != Regime::split) return 0;
   const auto bytes_for = [&](auto acc) -> int64_t {
@@ -86,8 +141,17 @@ cudaError_t forward_backward(const Arguments& a, const Plan& plan, cudaStream_t 
   return run(a, plan, nullptr, true, true, stream);
 }
 
-cudaError_t scale_gradient(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+// With as many blocks as run at once, which loop over rows: mostly the factor is 1, and each of
+// them only starts and exits.
+cudaError_t scale_gradient(const Arguments& a, const Plan& of_backward, cudaStream_t stream) {
   if (a.n_rows == 0) return cudaSuccess;
+  Device device{};
+  const cudaError_t error = describe_device(&device);
+  if (error != cudaSuccess) return error;
+  Plan plan = of_backward;
+  const int64_t n_threads = int64_t{kScaleThreadsPerSm} * device.sm_count;
+  plan.max_groups =
+      static_cast<int>(std::max<int64_t>(n_threads / (plan.threads * int64_t{plan.parts}), 1));
   return plan.regime == Regime::columns ? scale_by_columns(a, plan, stream)
                                         : scale_by_rows(a, plan, stream);
 }

@@ -18,6 +18,22 @@ cudaError_t scale_by_columns(const Arguments& a, const Plan& plan, cudaStream_t 
 // With per-class options (see is_general), by rows or by columns.
 cudaError_t general(const Arguments& a, const Plan& plan, void* workspace, bool has_forward,
                     bool has_backward, cudaStream_t stream);
+
+// Threads of scale_gradient on a multiprocessor, for which its kernels leave enough registers.
+constexpr int kScaleThreadsPerSm = 1024;
+
+// Lets a kernel have as much shared memory as the current device has.
+cudaError_t allow_all_shared(const void* kernel);
+// Reduces the blocks of a plan's clusters to what the current device can hold. config: the threads
+// and the shared memory of a block.
+cudaError_t fit_cluster(const void* kernel, cudaLaunchConfig_t config, Plan* plan);
+inline cudaLaunchAttribute cluster_of(int blocks) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  return cluster;
+}
+
 // The capability of the code that a device runs: at most the device's own.
 int capability_of_code(int capability);
 

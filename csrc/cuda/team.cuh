@@ -103,7 +103,14 @@ class Team {
     if (static_cast<int>(threadIdx.x) < n_blocks_) {
       *cluster.map_shared_rank(&exchange.blocks[turn_][block_], threadIdx.x) = stats;
     }
-    cluster.sync();
+    // The other warps have nothing to release: merge() has had a barrier of the block since they
+    // read the exchange, so the first warp's release covers that.
+    if (threadIdx.x < kWarp) {
+      __cluster_barrier_arrive();
+    } else {
+      __cluster_barrier_arrive_relaxed();
+    }
+    __cluster_barrier_wait();
     stats = lane < n_blocks_ ? exchange.blocks[turn_][lane] : empty_stats<Acc>();
     stats = merge_lanes<kHasSpread>(stats, kWarp, ~0u);
 #endif

@@ -18,7 +18,13 @@ def emulated(path: str, test: str, old: str, new: str) -> Fault:
 TEAMS = {
     "a barrier of a block is missing": fault("team.cuh", "forward", "      __syncthreads();\n", ""),
     "the barrier of a cluster is missing": fault(
-        "team.cuh", "forward_backward", "    cluster.sync();\n    stats", "    stats"
+        "team.cuh", "forward_backward", "    __cluster_barrier_wait();\n    stats", "    stats"
+    ),
+    "the warp that writes to other blocks does not release": fault(
+        "team.cuh",
+        "forward_backward-thread",
+        "      __cluster_barrier_arrive();\n",
+        "      __cluster_barrier_arrive_relaxed();\n",
     ),
     "rows share the memory of the exchange": fault(
         "team.cuh", "forward_backward-thread", "    turn_ ^= 1;\n", ""
@@ -969,6 +975,82 @@ BINDING = {
     ),
 }
 
+HOST = {
+    "each launch sets the limit of its shared memory": emulated(
+        "cuda/launch.cpp",
+        "test_cuda.py::test_shared_memory_is_allowed_once",
+        "  most -= static_cast<int>(attributes.sharedSizeBytes);\n",
+        "  most = 48 * 1024 + 1024 * static_cast<int>(allowed.size());\n",
+    ),
+    "a kernel's own shared memory is allowed twice": emulated(
+        "cuda/launch.cpp",
+        "test_cuda.py::test_shared_memory_is_allowed_once",
+        "  most -= static_cast<int>(attributes.sharedSizeBytes);\n",
+        "",
+    ),
+    "a cluster is launched where there is no room for it": emulated(
+        "cuda/launch.cpp",
+        "test_cuda.py::test_cluster_that_the_device_has_no_room_for",
+        "    if (n_clusters == 0) continue;\n",
+        "",
+    ),
+    "a smaller cluster leaves groups idle": emulated(
+        "cuda/launch.cpp",
+        "test_cuda.py::test_cluster_that_the_device_has_no_room_for",
+        "  plan->max_groups *= plan->parts / entry->second;\n",
+        "",
+    ),
+    "every block of rows is scaled by a block of threads": emulated(
+        "cuda/launch.cpp",
+        "test_cuda.py::test_scaling_launches_no_more_blocks_than_run_at_once",
+        "  Plan plan = of_backward;\n  const int64_t n_threads = int64_t{kScaleThreadsPerSm}",
+        "  Plan plan = of_backward;\n  const int64_t n_threads = int64_t{1 << 24}",
+    ),
+    "scaling leaves out rows beyond the grid": emulated(
+        "cuda/columns.cu",
+        "test_cuda.py::test_multiply",
+        "first += int64_t{gridDim.x} * lanes * R) {\n    const Rows<4, R>",
+        "first += a.n_rows) {\n    const Rows<4, R>",
+    ),
+    "rows in vectors that are ignored are scaled": emulated(
+        "cuda/columns.cu",
+        "test_cuda.py::test_scaling_of_rows_in_vectors",
+        "factor[r] = rows.is_kept[r] ? ",
+        "factor[r] = rows.any ? ",
+    ),
+    "scaling reads past the last class": emulated(
+        "cuda/columns.cu",
+        "test_cuda.py::test_multiply",
+        "        if (u >= count) continue;\n        A x[R];",
+        "        A x[R];",
+    ),
+    "scaling takes the factor of a neighbouring row": emulated(
+        "cuda/columns.cu",
+        "test_cuda.py::test_scaling_of_rows_in_vectors",
+        "grad_loss_of(a, scale, first + r) : 1",
+        "grad_loss_of(a, scale, first) : 1",
+    ),
+    "a launch waits for the device": Fault(
+        "csrc/cuda/forward_backward.cu",
+        "  cudaLaunchKernelEx(&config,",
+        "  if (cudaDeviceSynchronize() != cudaSuccess) return cudaErrorUnknown;\n"
+        "  cudaLaunchKernelEx(&config,",
+        ("tests/test_cuda_native.py::test_launchers_can_be_captured_cold",),
+    ),
+    "an old driver passes": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_driver_that_is_too_old",
+        "driver == 0 || driver / 1000 >=",
+        "driver == 0 || driver / 1000 + 1 >=",
+    ),
+    "a machine without a driver is reported": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_driver_that_is_too_old",
+        "driver == 0 || driver / 1000 >=",
+        "driver / 1000 >=",
+    ),
+}
+
 FAULTS = {
     **TEAMS,
     **SWEEPS,
@@ -980,4 +1062,5 @@ FAULTS = {
     **LAUNCHERS,
     **SUMS,
     **BINDING,
+    **HOST,
 }
