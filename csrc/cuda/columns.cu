@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kMaxThreads, kScaleThreadsPerSm / kMaxThreads)
     A factor[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) factor[r] = rows.is_kept[r] ? grad_loss_of(a, scale, first + r) : 1;
-    rows.for_classes([&](int j, int count) {
+    rows.for_classes([&](int j, auto count) {
       std::conditional_t<R == 1, T, uint4> bits[4];
       const auto place = [&](int u) { return out + (j + u) * a.grad_layout.class_stride; };
 #pragma unroll
