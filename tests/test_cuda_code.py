@@ -163,7 +163,7 @@ def test_sums_request_a_batch_of_rows_before_they_add_it(kernels):
             continue
         operations = re.findall(r"\b(LDG|DADD|F2F|DFMA|DMUL)\b", kernel.code)
         runs = "".join("L" if name == "LDG" else " " for name in operations).split()
-        batch = 8 if kernel.types[0] == "float" else 4
+        batch = 16 if kernel.types[0] == "float" else 8
         assert max(map(len, runs)) >= 2 * batch, kernel[:3]
         assert operations.count("LDG") >= 6 * batch, kernel[:3]
         checked += 1

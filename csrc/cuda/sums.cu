@@ -9,10 +9,10 @@
 namespace fused_xent::cuda {
 namespace {
 
-constexpr int kThreads = 1024, kWarp = 32;
-constexpr int64_t kRowsPerBlock = 16 * kThreads;
+constexpr int kThreads = 512, kWarp = 32;  // of 1024 threads, each would have too few registers
+constexpr int64_t kRowsPerBlock = 32 * kThreads;
 template <typename A>
-constexpr int kBatch = 32 / sizeof(A);
+constexpr int kBatch = 64 / sizeof(A);
 
 struct Pair {
   double weight, loss;
@@ -28,12 +28,13 @@ __device__ __forceinline__ Pair sum_of_warp(Pair mine) {
 
 // Returns the sum of all threads of the block to those of its first warp.
 __device__ __forceinline__ Pair sum_of_block(Pair mine) {
-  static_assert(kThreads == kWarp * kWarp);
-  __shared__ Pair warps[kWarp];
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ Pair warps[kWarps];
   mine = sum_of_warp(mine);
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  return threadIdx.x < kWarp ? sum_of_warp(warps[threadIdx.x]) : Pair{0, 0};
+  if (threadIdx.x >= kWarp) return {0, 0};
+  return sum_of_warp(threadIdx.x < kWarps ? warps[threadIdx.x] : Pair{0, 0});
 }
 
 __device__ __forceinline__ void write_loss(const Sums& sums, double loss) {
@@ -78,12 +79,12 @@ struct Batch {
 
   __device__ __forceinline__ double weight() const {
     double sum = 0;
-    int64_t target[kBatch<A>];
+    int target[kBatch<A>];
     if (has_indices(a)) read_targets(target);
     if (has_indices(a) && a.weight == nullptr && a.token_weight == nullptr) {
       int count = 0;  // conversions to float64 would take longer than the loads
 #pragma unroll
-      for (int u = 0; u < kBatch<A>; ++u) count += has(u) && is_class(target[u]);
+      for (int u = 0; u < kBatch<A>; ++u) count += target[u] >= 0;
       return count;
     }
     A token[kBatch<A>], of_class[kBatch<A>];
@@ -91,7 +92,7 @@ struct Batch {
     for (int u = 0; u < kBatch<A>; ++u) token[u] = has(u) ? token_weight<A>(a, row(u)) : A(0);
 #pragma unroll
     for (int u = 0; u < kBatch<A>; ++u) {
-      const bool counts = token[u] != 0 && (!has_indices(a) || is_class(target[u]));
+      const bool counts = token[u] != 0 && (!has_indices(a) || target[u] >= 0);
       of_class[u] = !counts ? A(0) : has_indices(a) ? class_weight<A>(a, target[u]) : A(1);
       if (!counts) token[u] = 0;
     }
@@ -105,13 +106,19 @@ struct Batch {
     return 0 <= target && target < a.vocab_size && target != a.ignore_index;
   }
   template <typename Index>
-  __device__ __forceinline__ void read(const void* from, int64_t (&target)[kBatch<A>]) const {
+  __device__ __forceinline__ void read(const void* from, int (&target)[kBatch<A>]) const {
+    Index index[kBatch<A>];
 #pragma unroll
     for (int u = 0; u < kBatch<A>; ++u) {
-      target[u] = has(u) ? static_cast<const Index*>(from)[row(u)] : Index(0);
+      index[u] = has(u) ? static_cast<const Index*>(from)[row(u)] : Index(0);
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch<A>; ++u) {
+      target[u] = has(u) && is_class(index[u]) ? static_cast<int>(index[u]) : -1;
     }
   }
-  __device__ __forceinline__ void read_targets(int64_t (&target)[kBatch<A>]) const {
+  // -1: ignored, no class, or beyond the last row.
+  __device__ __forceinline__ void read_targets(int (&target)[kBatch<A>]) const {
     switch (a.target_kind) {
       case TargetKind::int64:
         return read<int64_t>(a.target, target);
@@ -124,7 +131,7 @@ struct Batch {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sum_blocks_of_rows(const __grid_constant__ Arguments a, const __grid_constant__ Sums sums,
                        Pair* partials) {
   const bool wants_weight =

@@ -847,7 +847,7 @@ SUMS = {
         "sums.cu", "sums", "const bool counts = token[u] != 0 && (", "const bool counts = ("
     ),
     "rows beyond the last are counted": fault(
-        "sums.cu", "sums", "count += has(u) && is_class", "count += is_class"
+        "sums.cu", "sums", "has(u) && is_class(index[u]) ?", "is_class(index[u]) ?"
     ),
     "a batch forgets its last loss": fault(
         "sums.cu",

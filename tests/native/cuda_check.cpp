@@ -283,7 +283,7 @@ class Table {
   }
 
   void sums() {
-    if (small_) return;  // its blocks are of 1024 threads
+    if (small_) return;  // its blocks are of 512 threads
     std::vector<Labels> labels(std::begin(kLabels), std::end(kLabels));
     labels.insert(labels.end(), std::begin(kNoClassLabels), std::end(kNoClassLabels));
     check_sums(labels, bfloat16_only_);

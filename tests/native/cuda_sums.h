@@ -88,7 +88,7 @@ inline void check_class_weights(DType dtype, int64_t vocab_size) {
   check_near(sum, {exact, 1e-12 * exact, 1}, c, "sum of class weights", -1, -1);
 }
 
-// A block has 1024 threads with 16 rows each; beyond 256 blocks, they have more.
+// A block has 512 threads with 32 rows each; beyond 256 blocks, they have more.
 inline void check_sums(const std::vector<Labels>& all_labels, bool bfloat16_only) {
   const double normalizer = -2.5;
   int turn = 0;
