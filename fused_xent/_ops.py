@@ -117,6 +117,31 @@ def state_size(target: Tensor, options: dict[str, float]) -> int:
     return 2 + target.is_floating_point() + (options.get("focal_gamma", 0) != 0)
 
 
+def _empty_gradient(logits: Tensor, dim: int) -> Tensor:
+    """Return memory like ``empty_gradient`` of ``csrc/binding/tensors.cpp``.
+
+    On CUDA devices, rows of the gradient lie relative to 16-byte addresses as the logits' rows do.
+    """
+    size, stride = logits.size(), logits.stride()
+    vector, vocab_size = 16 // logits.element_size(), size[dim]
+    outer = [d for d in range(logits.dim()) if d != dim and size[d] > 1]
+    is_short = vocab_size * logits.element_size() < 512 or logits.numel() == 0
+    is_inner = stride[dim] == 1 and all(stride[d] >= vocab_size for d in outer)
+    if not logits.is_cuda or is_short or not is_inner:
+        return torch.empty_like(logits)
+    strides, extent, last, padding = list(stride), 1, 0, 0
+    for d in sorted(range(logits.dim()), key=lambda d: stride[d]):
+        pad = (stride[d] - extent) % vector if size[d] > 1 else 0
+        padding += pad
+        strides[d] = extent + pad
+        last += (size[d] - 1) * strides[d]
+        extent = size[d] * strides[d]
+    offset = logits.storage_offset() % vector
+    if offset + padding == 0:
+        return torch.empty_like(logits)
+    return logits.new_empty(offset + last + 1).as_strided(size, strides, offset)
+
+
 def _meta(schema: torch.FunctionSchema) -> Callable[..., Any]:
     """Return the meta implementation of an operator: memory for each result that it names."""
     names = [argument.name for argument in schema.arguments]
@@ -138,7 +163,7 @@ def _meta(schema: torch.FunctionSchema) -> Callable[..., Any]:
             "argmax": (rows, torch.int64),
         }
         memory = [
-            torch.empty_like(logits)
+            _empty_gradient(logits, dim)
             if name == "grad_logits"
             else logits.new_empty(kinds[name][0], dtype=kinds[name][1])
             for name in results

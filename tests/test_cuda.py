@@ -15,6 +15,7 @@ from compare import NEAR_1_OPTIONS, assert_gradient, assert_loss, check_near_1, 
 from modes import MODES, loss_and_gradient
 from problems import check_problem, make_problem
 from test_kernels import check, make_options
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_xent
 from fused_xent import _ops
@@ -96,6 +97,70 @@ def test_strides(dtype):
     check(wide[:, 1:51], target)
     check(make_logits((50, 4), dtype).t(), target)
     check(make_logits((2, 64, 50), dtype).transpose(1, 2), torch.randint(50, (2, 64)))
+
+
+def misaligned_views(dtype: torch.dtype, offset: int) -> list[torch.Tensor]:
+    """Return logits of about 3000 classes; offset elements lie before the first."""
+    n = 3001
+    return [
+        make_logits((3, 3016), dtype)[:, offset : offset + n],
+        make_logits((3, n + 9), dtype)[:, offset : offset + n],
+        make_logits((3 * n + offset,), dtype)[offset:].view(3, n),
+        make_logits((2 * 3 * n + offset,), dtype)[offset:].view(2, 3, n)[:, :-1],
+        make_logits((2 * 3 * n + offset,), dtype)[offset:].view(3, 2, n)[:-1].transpose(0, 1),
+    ]
+
+
+@pytest.mark.parametrize("labels", ["index", "uniform", "probabilities", "weights"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", range(8))
+def test_rows_of_any_alignment_move_16_bytes(emulated, offset, dtype, labels):
+    """Only labels that are aligned in another way are read one by one."""
+    for logits in misaligned_views(dtype, offset):
+        rows, n_classes = logits.shape[:-1], logits.shape[-1]
+        options = {"label_smoothing": 0.1} if labels in ("uniform", "weights") else {}
+        if labels == "weights":
+            options["weight"] = torch.rand(n_classes)
+        target = torch.randint(n_classes, rows)
+        if labels == "probabilities":
+            target = torch.rand(logits.shape).softmax(-1).to(dtype)
+        # Forward and backward read these, and twice in a call, kernels sum all class weights.
+        most = {"probabilities": 2.5, "weights": 3.3}.get(labels, 0.5)
+        for softcap in (None, 5.0):
+            leaf = logits.detach().requires_grad_()
+            before = emulated.narrow_accesses()
+            loss = fused_xent.cross_entropy(leaf, target, dim=-1, softcap=softcap, **options)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            moved = emulated.narrow_accesses() - before
+            per_class = moved / logits[..., 0].numel() / n_classes
+            assert per_class < most
+            assert gradient.untyped_storage().nbytes() <= 1.01 * gradient.nbytes + 64
+            if softcap is None:
+                of_rows = target.reshape(-1, *target.shape[len(rows) :])
+                exact = truth(logits.reshape(-1, n_classes), of_rows, **options)
+                assert_gradient(gradient.reshape(-1, n_classes), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 3])
+def test_fake_gradients_are_laid_out_like_real_ones(emulated, offset, dtype):
+    views = misaligned_views(dtype, offset)
+    wide = make_logits((4, 3, 200, 260), dtype)
+    views += [wide[:, :2, :, offset:], wide[1:, :, ::2, offset : offset + 256], wide.mT]
+    views += [wide[:, :, :, :100], wide[:1].expand(4, 3, 200, 260), wide[:, 1:2], wide[:0]]
+    for logits in views:
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        dim, rows = logits.dim() - 1, logits.shape[:-1]
+        target, state = torch.zeros(rows, dtype=torch.int64), torch.zeros(2, *rows, dtype=acc)
+        rest = (None, None, None, dim, 2, state, None, torch.ones(()), None, None)
+        real = torch.ops.fused_xent_emulated.backward(logits, target, *rest)
+        with FakeTensorMode():
+            n_elements = logits.untyped_storage().nbytes() // dtype.itemsize
+            fake = torch.empty(n_elements, dtype=dtype, device="cuda")
+            fake = fake.as_strided(logits.shape, logits.stride(), logits.storage_offset())
+            fake = _ops._empty_gradient(fake, dim)
+        assert fake.stride() == real.stride(), (logits.shape, logits.stride())
+        assert fake.storage_offset() == real.storage_offset()
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -19,6 +19,7 @@ cpu::Threads torch_threads() {
 }
 
 struct Call {
+  static constexpr bool kAlignsRows = false;
   Problem problem;
   Params& params = problem.params;
   const cpu::Threads threads = torch_threads();

@@ -43,6 +43,7 @@ Plan plan_for(const char* operation, Plan (*choose)(const cuda::Shape&, const cu
 // ---- one call of an operator -----------------------------------------------------------------
 
 struct Call {
+  static constexpr bool kAlignsRows = true;
   Problem problem;
   DeviceGuard guard;
   cuda::Arguments params{};

@@ -1,6 +1,7 @@
 #include "tensors.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 namespace fused_xent::binding {
@@ -84,6 +85,38 @@ Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
   return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
 }
 
+// Memory for a gradient in which each row is as far from a multiple of 16 bytes as that row of the
+// logits, so that kernels can access both by vectors. In empty_like(logits) it is not for
+// logits[:, :50257] of 50304 classes, or logits[:, :-1] of sequences of 50257. Null if empty_like
+// will do, and for rows so short that the padding would exceed 3 %. ../../fused_xent/_ops.py does
+// the same for fake tensors.
+OptionalTensor aligned_gradient(const Tensor& logits, int64_t dim) {
+  const auto size = static_cast<int64_t>(logits.element_size());
+  const int64_t vector = 16 / size, n_dims = logits.dim();
+  if (logits.numel() == 0 || logits.stride(dim) != 1 || logits.size(dim) * size < 512) return {};
+  std::vector<int64_t> outwards(n_dims), strides(n_dims);
+  std::iota(outwards.rbegin(), outwards.rend(), 0);
+  std::stable_sort(outwards.begin(), outwards.end(),
+                   [&](int64_t a, int64_t b) { return logits.stride(a) < logits.stride(b); });
+  const int64_t offset = logits.storage_offset() % vector;
+  int64_t padding = 0, extent = 1, last = 0;
+  for (const int64_t d : outwards) {
+    const int64_t n = logits.size(d), stride = logits.stride(d);
+    if (d != dim && n > 1 && stride < logits.size(dim)) return {};
+    const int64_t pad = n > 1 ? ((stride - extent) % vector + vector) % vector : 0;
+    padding += pad;
+    strides[d] = extent + pad;
+    last += (n - 1) * strides[d];
+    extent = n * strides[d];
+  }
+  if (offset + padding == 0) return {};
+  const Tensor memory = torch::stable::new_empty(logits, {offset + last + 1});
+  AtenTensorHandle view;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), n_dims, logits.sizes().data(),
+                                                        strides.data(), offset, &view));
+  return Tensor(view);
+}
+
 }  // namespace
 
 std::string tuple_of(Sizes values) {
@@ -109,9 +142,10 @@ DType dtype_of(const char* name, ScalarType dtype) {
   }
 }
 
-Tensor empty_gradient(const Tensor& logits, int64_t dim) {
+Tensor empty_gradient(const Tensor& logits, int64_t dim, bool aligns_rows) {
+  const OptionalTensor aligned = aligns_rows ? aligned_gradient(logits, dim) : std::nullopt;
+  const Tensor gradient = aligned ? *aligned : torch::stable::empty_like(logits);
   Layout layout{};
-  const Tensor gradient = torch::stable::empty_like(logits);
   return merge_rows(gradient, dim, layout) ? gradient
                                            : torch::stable::new_empty(logits, logits.sizes());
 }

@@ -97,8 +97,9 @@ struct Rows {
 };
 
 DType dtype_of(const char* name, ScalarType dtype);
-// Unwritten memory for the logits' gradient, laid out as they are where possible.
-Tensor empty_gradient(const Tensor& logits, int64_t dim);
+// Unwritten memory for the logits' gradient, laid out as they are where possible. aligns_rows: the
+// same vectors of 16 bytes are aligned in the rows of both.
+Tensor empty_gradient(const Tensor& logits, int64_t dim, bool aligns_rows);
 // Sets params.grad_logits: a tensor to write to, each of whose elements has memory of its own.
 void set_grad_logits(Params& params, const char* name, const Tensor& tensor, int64_t dim);
 

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : kMinBlocks<
     }
     const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
     const Spread<T, S> spread(a, row);
-    const RowView<const T> view = view_for<T>(logits, out, spread, vocab_size);
+    const RowView<const T> view = view_for<T>(logits, out, vocab_size);
     const ShareFor<S> share(team, view.n_vectors);
     // The thread that owns the target reads its logit before it overwrites it, and writes the
     // target's gradient after all others.

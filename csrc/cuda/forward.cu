@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : 2))
     }
     const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
     const Spread<T, S> spread(a, row);
-    const RowView<const T> view = view_for(logits, logits, spread, static_cast<int>(a.vocab_size));
+    const RowView<const T> view(logits, static_cast<int>(a.vocab_size));
     const A target_logit =
         team.is_leader() && target.index >= 0 ? to_acc(view.data[target.index]) : A(0);
     const ShareFor<S> share(team, view.n_vectors);

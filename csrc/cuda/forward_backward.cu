@@ -48,7 +48,7 @@ struct Row {
         out(row_of<T>(a.grad_logits, a.grad_layout, is_read ? index : 0)),
         spread(a, is_read ? index : 0),
         view(view_for<T>(row_of<const T>(a.logits, a.logits_layout, is_read ? index : 0), out,
-                         spread, static_cast<int>(a.vocab_size))) {}
+                         static_cast<int>(a.vocab_size))) {}
 };
 
 // One thread's share of a row: its first groups and its first edge are in registers, the n_shared

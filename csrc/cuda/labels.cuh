@@ -87,18 +87,19 @@ struct Spread {
   __device__ __forceinline__ A at(int j) const {
     return smooth(t == nullptr ? A(0) : to_acc(t[j * class_stride]), j);
   }
-  // True if vector() may be called for j, and for every kVector<T>-th class from there.
-  __device__ __forceinline__ bool has_vectors_at(int j) const {
-    return t == nullptr || is_vector_aligned(t + j);
-  }
+  // Those of a vector of logits, read one by one if they are not aligned like the logits.
   __device__ __forceinline__ void vector(int j, A (&values)[kVector<T>]) const {
     constexpr int kN = kVector<S>;
+    const bool is_aligned = is_vector_aligned(t + j);
 #pragma unroll
     for (int begin = 0; begin < kVector<T>; begin += kN) {
       Acc<S> read[kN] = {};
-      if (t != nullptr) unpack<S>(load_vector(t + j + begin), read);
+      if (t != nullptr && is_aligned) unpack<S>(load_vector(t + j + begin), read);
 #pragma unroll
-      for (int i = 0; i < kN; ++i) values[begin + i] = smooth(read[i], j + begin + i);
+      for (int i = 0; i < kN; ++i) {
+        if (t != nullptr && !is_aligned) read[i] = to_acc(t[j + begin + i]);
+        values[begin + i] = smooth(read[i], j + begin + i);
+      }
     }
   }
 };
@@ -107,7 +108,6 @@ template <typename T>
 struct Spread<T, void> {
   static constexpr bool kExists = false;
   __device__ Spread(const Params&, int64_t) {}
-  __device__ __forceinline__ bool has_vectors_at(int) const { return true; }
 };
 
 // The value that a row's loss and gradient have if its logits are not read.

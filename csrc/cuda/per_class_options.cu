@@ -38,9 +38,7 @@ struct GeneralRow {
                              (!has_spread || spread.class_stride == 1);
     const auto apart = reinterpret_cast<uintptr_t>(view.data) -
                        reinterpret_cast<uintptr_t>(out == nullptr ? view.data : out);
-    if (!is_adjacent || apart % 16 != 0 || (has_spread && !spread.has_vectors_at(view.head))) {
-      view.use_no_vectors();
-    }
+    if (!is_adjacent || apart % 16 != 0) view.use_no_vectors();
     share = Share<1>(team, view.n_vectors);
   }
 

@@ -321,16 +321,14 @@ __device__ __forceinline__ void write_edges(T* out, const RowView<const T>& view
   }
 }
 
-// The logits of a row whose results are written to `out` and whose labels are read beside them. It
-// has vectors only if those of all three are aligned.
-template <typename T, typename S>
+// The logits of a row whose gradient is written to `out`. It has vectors only if those of both are
+// aligned, as in new gradients (empty_gradient in ../binding/tensors.cpp) and in place.
+template <typename T>
 __device__ __forceinline__ RowView<const T> view_for(const T* logits, const T* out,
-                                                     const Spread<T, S>& spread, int vocab_size) {
+                                                     int vocab_size) {
   RowView<const T> view(logits, vocab_size);
   const uintptr_t apart = reinterpret_cast<uintptr_t>(logits) - reinterpret_cast<uintptr_t>(out);
-  if (apart % 16 != 0 || !spread.has_vectors_at(view.head)) {
-    view.use_no_vectors();
-  }
+  if (apart % 16 != 0) view.use_no_vectors();
   return view;
 }
 

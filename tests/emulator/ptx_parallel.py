@@ -39,6 +39,8 @@ def load_store(i):
             accesses.append(i.operands.write(value, i.type, data))
     polls = "spin_hint(HERE); " if order and not is_store else ""
     pointer = i.address(where)
+    if i.space() == "global" and size * len(values) < 16:
+        polls += "count_narrow_access(); "
     if i.space() != "param":  # parameters are copied from host variables, which are aligned
         pointer = f"aligned({pointer}, {size * len(values)}, HERE)"
     return f"{polls}char* p = {pointer}; {' '.join(accesses)}"

@@ -373,8 +373,8 @@ OPERATORS_FAULTS = {
     ),
     "the memory of the gradient is not prepared": Fault(
         OPERATORS,
-        "call.prepare(empty_gradient(inputs.logits, inputs.dim));",
-        "empty_gradient(inputs.logits, inputs.dim);",
+        "call.prepare(empty_gradient(inputs.logits, inputs.dim, Call::kAlignsRows));",
+        "empty_gradient(inputs.logits, inputs.dim, Call::kAlignsRows);",
         HUGE_PAGES,
     ),
     "z-loss and focal loss are swapped": Fault(

@@ -192,13 +192,10 @@ SWEEPS = {
         "sweep.cuh", "backward", "factor(row.factor * exponential.to_exact())", "factor(row.factor)"
     ),
     "logits and gradient are taken to be aligned together": fault(
-        "sweep.cuh", "backward", "if (apart % 16 != 0 || !spread", "if (!spread"
+        "sweep.cuh", "backward", "  if (apart % 16 != 0) view.use_no_vectors();\n", ""
     ),
     "labels are taken to be aligned with the logits": fault(
-        "sweep.cuh",
-        "backward",
-        "if (apart % 16 != 0 || !spread.has_vectors_at(view.head)) {",
-        "if (apart % 16 != 0) {",
+        "labels.cuh", "backward", "is_aligned = is_vector_aligned(t + j);", "is_aligned = true;"
     ),
     "single elements of an ignored row are left as they were": fault(
         "sweep.cuh",
@@ -960,6 +957,24 @@ BINDING = {
         "test_cuda.py::test_invalid_plan",
         "  FUSED_XENT_CHECK(why == nullptr, ",
         "  FUSED_XENT_CHECK(true, ",
+    ),
+    "a gradient's rows are not aligned like the logits'": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_rows_of_any_alignment_move_16_bytes",
+        "kAlignsRows = true",
+        "kAlignsRows = false",
+    ),
+    "a gradient begins at an aligned address": emulated(
+        "binding/tensors.cpp",
+        "test_cuda.py::test_rows_of_any_alignment_move_16_bytes",
+        "offset = logits.storage_offset() % vector;",
+        "offset = 0;",
+    ),
+    "a gradient of short rows is padded": emulated(
+        "binding/tensors.cpp",
+        "test_cuda.py::test_fake_gradients_are_laid_out_like_real_ones",
+        "logits.size(dim) * size < 512",
+        "size < 0",
     ),
     "rows beyond 2^31 are counted": emulated(
         "binding/cuda.cpp",

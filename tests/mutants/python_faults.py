@@ -2898,9 +2898,15 @@ OPS_FAULTS = {
     ),
     "gradient of meta tensors is contiguous": Fault(
         OPS,
-        "            torch.empty_like(logits)\n",
-        "            logits.new_empty(logits.shape)\n",
+        "not is_inner:\n        return torch.empty_like(logits)\n",
+        "not is_inner:\n        return logits.new_empty(logits.shape)\n",
         OPERATORS,
+    ),
+    "gradient of fake CUDA tensors begins at an aligned address": Fault(
+        OPS,
+        "offset = logits.storage_offset() % vector",
+        "offset = 0",
+        ("tests/test_cuda.py::test_fake_gradients_are_laid_out_like_real_ones",),
     ),
     "loss of meta tensors in float32": Fault(
         OPS,

@@ -91,6 +91,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
   m.def("why_not", &why_not);
   m.def("current_device", &current_device);
   m.def("set", &set);
+  m.def("narrow_accesses", &emulator_narrow_accesses);
   m.def("error", [] { return std::string(emulator_error()); });
   m.def("launches", [] { return std::string(emulator_launches()); });
 }
