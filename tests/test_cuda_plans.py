@@ -20,10 +20,11 @@ def emulated(emulator_builds):
 
 @pytest.fixture(scope="module")
 def devices(emulated):
-    """The properties that plans depend on, for an A100, an H200 and an RTX 5090."""
+    """The properties that plans depend on, for an A100, an H100 or H200, a B200, an RTX 5090."""
     return {
         "sm_80": emulated.Device(80, 108, 163 * KIB),
         "sm_90": emulated.Device(90, 132, 227 * KIB),
+        "sm_100": emulated.Device(100, 148, 227 * KIB),
         "sm_120": emulated.Device(120, 170, 99 * KIB),
     }
 
@@ -63,10 +64,48 @@ def test_team_of_a_warp(plan, row_bytes, team):
 
 def test_few_rows_are_split_in_forward(plan):
     v = 256_512  # bytes of 128256 classes
-    assert plan("forward", 528, v)["regime"] == BLOCK
-    few = plan("forward", 527, v)
+    assert plan("forward", 660, v)["regime"] == BLOCK  # five blocks a multiprocessor
+    few = plan("forward", 330, v)
     assert (few["regime"], few["parts"]) == (SPLIT, 2)
     assert plan("forward", 1, v)["parts"] == v // 16 // (4 * 256)  # the least work per part
+
+
+@pytest.mark.parametrize("row_bytes", [65_536, 256_512, 1_000_000])
+@pytest.mark.parametrize("device", ["sm_80", "sm_90", "sm_100"])
+def test_few_rows_fill_the_card(plan, devices, device, row_bytes):
+    """The blocks of forward and backward make whole waves, if rows are long enough."""
+    for operation, blocks_per_sm in (("forward", 5), ("backward", 4)):
+        for n_rows in range(1, 265):
+            parts = plan(operation, n_rows, row_bytes, device)["parts"]
+            if parts == row_bytes // 16 // (4 * 256):
+                continue
+            slots = devices[device].sm_count * blocks_per_sm
+            waves = -(-n_rows * parts // slots)
+            assert n_rows * parts >= 0.8 * waves * slots, (operation, n_rows, parts)
+    if device == "sm_90":
+        assert plan("backward", 64, 256_512)["parts"] == 8
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "device", "threads"),
+    [
+        *((1, "sm_90", 2048), (33, "sm_90", 2048), (34, "sm_90", 1024), (64, "sm_90", 1024)),
+        *((66, "sm_90", 1024), (67, "sm_90", 512), (132, "sm_90", 512), (133, "sm_90", 1024)),
+        *((199, "sm_90", 512), (264, "sm_90", 512), (37, "sm_100", 2048), (74, "sm_100", 1024)),
+        *((75, "sm_100", 512), (64, "sm_80", 512)),
+    ],
+)
+def test_few_rows_use_clusters_in_fused_mode(plan, n_rows, device, threads):
+    """133 rows by blocks would take two rounds of 132; by clusters of two, one and a half."""
+    chosen = plan("forward_backward", n_rows, 256_512, device)
+    assert chosen["threads"] * chosen["parts"] == threads
+    assert chosen["regime"] == (SPLIT if threads > 512 else BLOCK)
+
+
+def test_few_shorter_rows_get_more_threads(plan):
+    for n_rows, threads in ((528, 128), (264, 256), (132, 512), (1, 512)):
+        chosen = plan("forward_backward", n_rows, 64_000)
+        assert chosen["threads"] * chosen["parts"] == threads, n_rows
 
 
 def test_long_rows_are_split_in_backward(plan):

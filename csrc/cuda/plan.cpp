@@ -16,7 +16,8 @@ constexpr int64_t kMostHeld = 32;                 // vectors that a thread holds
 constexpr int64_t kMaxParts = 65535;              // enough for rows of 2 GB
 constexpr int kMaxCluster = 8;                    // the largest that every device with clusters has
 constexpr int kVectorsInFlight = 4;               // vectors that a thread reads at once
-constexpr int kBlocksPerSm = 4;                   // enough to keep memory busy
+constexpr int64_t kRowVectors = 4;                // a row costs a thread as much as so many
+constexpr int64_t kMostWaves = 4;                 // of blocks; the last of more matters little
 constexpr int64_t kStaticSharedBytes = 2 * kKiB;  // at least what a kernel declares
 
 int64_t round_up(int64_t vectors) { return ceil_div(vectors, kVectorsInFlight) * kVectorsInFlight; }
@@ -63,17 +64,55 @@ Plan plan_rows(const Shape& shape) {
   return {Regime::block, wanted, wanted};
 }
 
-// How many blocks would have to share each row to fill the card.
-int64_t parts_for_card(const Shape& shape, const Device& device) {
-  return ceil_div(int64_t{kBlocksPerSm} * device.sm_count, std::max<int64_t>(shape.n_rows, 1));
+// Splits rows that have a block each into `least` parts or more: as many as make whole waves of
+// blocks, the fewest that are nine tenths full. slots: blocks that run at once. Each thread has
+// kVectorsInFlight vectors of its part at least.
+void split(Plan& plan, const Shape& shape, int64_t least, int64_t slots) {
+  if (plan.regime != Regime::block) return;
+  const int64_t n_rows = std::max<int64_t>(shape.n_rows, 1);
+  int64_t parts = least, best = 0;
+  for (int64_t waves = ceil_div(n_rows * least, slots); waves <= kMostWaves && best < 90; ++waves) {
+    const int64_t fitting = waves * slots / n_rows;
+    const int64_t filled = 100 * n_rows * fitting / (waves * slots);  // percent
+    if (filled <= best) continue;
+    best = filled;
+    parts = fitting;
+  }
+  const int64_t most = shape.row_vectors() / (kVectorsInFlight * plan.threads);
+  parts = std::min({parts, most, kMaxParts});
+  if (parts <= 1) return;
+  plan.regime = Regime::split;
+  plan.parts = static_cast<int>(parts);
 }
 
-// Splits a row that has a block into parts, each with kVectorsInFlight vectors a thread at least.
-void split(Plan& plan, const Shape& shape, int64_t parts) {
-  const int64_t most = shape.row_vectors() / (kVectorsInFlight * plan.threads);
-  if (plan.regime != Regime::block || std::min(parts, most) <= 1) return;
-  plan.regime = Regime::split;
-  plan.parts = static_cast<int>(std::min({parts, most, kMaxParts}));
+// Blocks of forward or backward that run at once, by their registers.
+int64_t slots(const Plan& plan, const Shape& shape, const Device& device, int blocks_per_sm) {
+  if (shape.general) blocks_per_sm = 2;
+  if (shape.spread || shape.element_size == 8) blocks_per_sm = std::min(blocks_per_sm, 3);
+  return int64_t{device.sm_count} * blocks_per_sm * 256 / plan.threads;
+}
+
+// The time that rows take if each has so many threads of forward_backward, in vectors of a thread.
+int64_t time_of_rows(const Shape& shape, const Device& device, int64_t threads) {
+  const int64_t at_once = std::max<int64_t>(device.sm_count * max_threads(shape) / threads, 1);
+  const int64_t vectors = ceil_div(shape.row_vectors(), threads);
+  return ceil_div(shape.n_rows, at_once) * (vectors + kRowVectors);
+}
+
+// Gives rows that are too few to fill the card more threads, then clusters, while that saves a
+// tenth of the time and leaves each thread kVectorsInFlight vectors.
+void share_few_rows(Plan& plan, const Shape& shape, const Device& device) {
+  const int64_t most =
+      std::min<int64_t>(max_threads(shape) * (has_clusters(device) ? kMaxCluster : 1),
+                        shape.row_vectors() / kVectorsInFlight);
+  int threads = plan.threads * plan.parts;
+  while (2 * threads <= most &&
+         10 * time_of_rows(shape, device, 2 * threads) < 9 * time_of_rows(shape, device, threads)) {
+    threads *= 2;
+  }
+  plan.threads = plan.team = std::min(threads, max_threads(shape));
+  plan.parts = threads / plan.threads;
+  if (plan.parts > 1) plan.regime = Regime::split;
 }
 
 }  // namespace
@@ -86,7 +125,7 @@ const char* name_of(Regime regime) {
 Plan plan_forward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape);
-  split(plan, shape, parts_for_card(shape, device));
+  split(plan, shape, 1, slots(plan, shape, device, 5));
   return plan;
 }
 
@@ -94,7 +133,7 @@ Plan plan_backward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape);
   const int64_t for_length = ceil_div(shape.row_bytes(), kPartBytes);
-  split(plan, shape, std::max(for_length, parts_for_card(shape, device)));
+  split(plan, shape, for_length, slots(plan, shape, device, 4));
   return plan;
 }
 
@@ -120,9 +159,9 @@ Plan plan_forward_backward(const Shape& shape, const Device& device) {
     const int64_t on_chip = plan.threads * (kept + room_for(plan, device));
     // Reading a sixteenth of the row twice is faster than a second block.
     if (has_clusters(device) && n_vectors > on_chip + on_chip / 16) {
-      plan.regime = Regime::split;
       plan.parts = power_of_two(ceil_div(n_vectors, on_chip), 2, kMaxCluster);
     }
+    share_few_rows(plan, shape, device);
   }
   const int64_t vectors = ceil_div(n_vectors, int64_t{plan.team} * plan.parts);
   plan.held =

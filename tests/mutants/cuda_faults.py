@@ -800,6 +800,24 @@ LAUNCHERS = {
         "return device.capability >= 90;",
         "return device.capability >= 80;",
     ),
+    "few rows are split into parts that fill no whole waves": emulated(
+        "cuda/plan.cpp",
+        "test_cuda_plans.py",
+        "waves <= kMostWaves && best < 90",
+        "waves <= kMostWaves && best < 1",
+    ),
+    "few rows get no clusters": emulated(
+        "cuda/plan.cpp",
+        "test_cuda_plans.py",
+        "    share_few_rows(plan, shape, device);\n",
+        "",
+    ),
+    "few rows get clusters though a row costs time": emulated(
+        "cuda/plan.cpp",
+        "test_cuda_plans.py",
+        "(vectors + kRowVectors)",
+        "vectors",
+    ),
     "workers are no power of two": emulated(
         "cuda/plan.cpp",
         "test_cuda_plans.py",
