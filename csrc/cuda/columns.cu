@@ -14,8 +14,9 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-// Reads R adjacent rows of one class.
-template <int R, typename T>
+// Reads R adjacent rows of one class. kAgain: forward_backward will read them again, so they should
+// stay in the cache.
+template <bool kAgain, int R, typename T>
 __device__ __forceinline__ void load_rows(const T* p, Acc<T> (&x)[R]) {
   if constexpr (R == 1) {
     x[0] = to_acc(*p);
@@ -24,7 +25,7 @@ __device__ __forceinline__ void load_rows(const T* p, Acc<T> (&x)[R]) {
 #pragma unroll
     for (int begin = 0; begin < R; begin += kVector<T>) {
       Acc<T> part[kVector<T>];
-      unpack<T>(load_vector(p + begin), part);
+      unpack<T>(kAgain ? load_vector_cached(p + begin) : load_vector(p + begin), part);
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i) x[begin + i] = part[i];
     }
@@ -41,7 +42,7 @@ __device__ __forceinline__ void store_rows(T* p, const Acc<T> (&x)[R]) {
 }
 
 // The labels t_j of R adjacent rows. is_shared: they are the same for all rows.
-template <int R, typename T, typename S>
+template <bool kAgain, int R, typename T, typename S>
 __device__ __forceinline__ void load_spread(const Spread<T, S>& spread, bool is_shared, int j,
                                             Acc<T> (&t)[R]) {
   if (R == 1 || is_shared) {
@@ -49,7 +50,7 @@ __device__ __forceinline__ void load_spread(const Spread<T, S>& spread, bool is_
 #pragma unroll
     for (int r = 0; r < R; ++r) t[r] = one;
   } else {
-    load_rows<R>(spread.t + j * spread.class_stride, t);
+    load_rows<kAgain, R>(spread.t + j * spread.class_stride, t);
 #pragma unroll
     for (int r = 0; r < R; ++r) t[r] = spread.smooth(t[r], j);
   }
@@ -121,7 +122,7 @@ __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kUnrol
     for (int r = 0; r < R; ++r) max[r] = stats[r].max;
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
-      if (u < count) load_rows<R>(logits + (j + u) * p.logits_layout.class_stride, x[u]);
+      if (u < count) load_rows<true, R>(logits + (j + u) * p.logits_layout.class_stride, x[u]);
     }
     if (!Spread<T, S>::kExists && rows.has_target_in_group(j)) {
       asm volatile("");  // keeps this a branch
@@ -151,7 +152,7 @@ __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kUnrol
       if constexpr (Spread<T, S>::kExists) {
         if (u >= count) continue;
         A t[R];
-        load_spread<R>(spread, has_indices(p), j + u, t);
+        load_spread<true, R>(spread, has_indices(p), j + u, t);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           mass[r] += t[r];
@@ -213,7 +214,7 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnrol
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
       if (u < count && rows.any) {
-        load_rows<R>(logits + (j + u) * a.logits_layout.class_stride, x[u]);
+        load_rows<false, R>(logits + (j + u) * a.logits_layout.class_stride, x[u]);
       }
     }
 #pragma unroll
@@ -221,7 +222,7 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnrol
       if (u >= count) continue;
       [[maybe_unused]] A t[R];
       if constexpr (Spread<T, S>::kExists) {
-        if (rows.any) load_spread<R>(spread, has_indices(a), j + u, t);
+        if (rows.any) load_spread<false, R>(spread, has_indices(a), j + u, t);
       }
 #pragma unroll
       for (int r = 0; r < R; ++r) {

@@ -94,7 +94,7 @@ struct Spread {
 #pragma unroll
     for (int begin = 0; begin < kVector<T>; begin += kN) {
       Acc<S> read[kN] = {};
-      if (t != nullptr && is_aligned) unpack<S>(load_vector(t + j + begin), read);
+      if (t != nullptr && is_aligned) unpack<S>(load_vector_cached(t + j + begin), read);
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
         if (t != nullptr && !is_aligned) read[i] = to_acc(t[j + begin + i]);

@@ -51,7 +51,7 @@ __device__ __forceinline__ bool is_vector_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// For what is read or written once: it need not stay in the cache.
+// For what is read for the last time, or written: it need not stay in the cache.
 template <typename T>
 __device__ __forceinline__ uint4 load_vector(const T* p) {
   return __ldcs(reinterpret_cast<const uint4*>(p));
@@ -60,8 +60,8 @@ template <typename T>
 __device__ __forceinline__ void store_vector(T* p, uint4 bits) {
   __stcs(reinterpret_cast<uint4*>(p), bits);
 }
-// With the cache's default policy, which is faster where one row is read while another is written
-// (bench/NOTES.md).
+// With the cache's default policy: for what is read again (by forward_backward, or class weights
+// for the next row), and faster where one row is read while another is written (bench/NOTES.md).
 template <typename T>
 __device__ __forceinline__ uint4 load_vector_cached(const T* p) {
   return *reinterpret_cast<const uint4*>(p);

@@ -73,7 +73,7 @@ struct GeneralRow {
     for (int v = share.first; v < share.end; v += share.step) {
       A z[kVector<T>], t[kVector<T>];
       int j[kVector<T>];
-      unpack<T>(load_vector(view.data + view.vector_class(v)), z);
+      unpack<T>(load_vector_cached(view.data + view.vector_class(v)), z);
       labels(view.vector_class(v), t);
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i) {
