@@ -173,7 +173,11 @@ def test_workers_and_vectors_of_columns(plan):
     image = {"adjacent_classes": False, "adjacent_rows": True}
     many = plan("forward", 132 * 512 * 8, 42, **image)  # 21 classes
     assert (many["workers"], many["row_vector"]) == (1, 8)
-    assert plan("forward", 132 * 512 * 8 - 8, 42, **image)["row_vector"] == 1
+    assert plan("forward", 8 * 256 * 256, 42, **image)["row_vector"] == 8
+    assert plan("forward", 132 * 256 * 8, 42, **image)["row_vector"] == 8
+    assert plan("forward", 132 * 256 * 8 - 8, 42, **image)["row_vector"] == 1
+    by_workers = plan("forward", 132 * 256, 300, **image)  # 150 classes
+    assert (by_workers["workers"], by_workers["row_vector"]) == (8, 8)
     assert plan("forward", 100, 42, **image)["workers"] == 1  # too few classes to share
     assert plan("forward", 100, 300, **image)["workers"] == 8
     assert plan("forward", 132 * 512, 300, **image)["workers"] == 1

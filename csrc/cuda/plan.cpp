@@ -43,13 +43,17 @@ bool has_clusters(const Device& device) { return device.capability >= 90; }
 Plan plan_columns(const Shape& shape, const Device& device) {
   Plan plan{Regime::columns, 256};
   const int vector = 16 / shape.element_size;
-  const int64_t wanted_threads = int64_t{512} * device.sm_count;
-  const bool may_have_vectors = shape.adjacent_rows && !shape.general;
-  if (may_have_vectors && shape.n_rows / vector >= wanted_threads) plan.row_vector = vector;
+  const int64_t n_rows = std::max<int64_t>(shape.n_rows, 1);
   // Several workers only where there are too few rows, and each with 16 classes at least.
-  const int64_t missing =
-      ceil_div(wanted_threads * plan.row_vector, std::max<int64_t>(shape.n_rows, 1));
-  plan.workers = power_of_two(std::min(missing, shape.vocab_size / 16), 1, 8);
+  const auto workers = [&](int64_t threads) {
+    return power_of_two(std::min(ceil_div(threads, n_rows), shape.vocab_size / 16), 1, 8);
+  };
+  // 256 threads of a multiprocessor have 16 KiB in flight by vectors, 1024 have 8 KiB without. So
+  // there is no use for vectors of 8 or 4 bytes: images with fewer rows take a few microseconds.
+  const int64_t for_vectors = int64_t{256} * device.sm_count * vector;
+  const bool may_have_vectors = shape.adjacent_rows && !shape.general;
+  if (may_have_vectors && n_rows * workers(for_vectors) >= for_vectors) plan.row_vector = vector;
+  plan.workers = workers(int64_t{512} * device.sm_count * plan.row_vector);
   return plan;
 }
 

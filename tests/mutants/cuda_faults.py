@@ -818,6 +818,12 @@ LAUNCHERS = {
         "(vectors + kRowVectors)",
         "vectors",
     ),
+    "images get no vectors while those leave a multiprocessor few threads": emulated(
+        "cuda/plan.cpp",
+        "test_cuda_plans.py",
+        "int64_t{256} * device.sm_count * vector;",
+        "int64_t{512} * device.sm_count * vector;",
+    ),
     "workers are no power of two": emulated(
         "cuda/plan.cpp",
         "test_cuda_plans.py",
