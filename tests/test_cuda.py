@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import DTYPES, LABELS, SHAPES, VOCABULARIES, Labels, class_dim, make_logits, make_target
 from compare import NEAR_1_OPTIONS, assert_gradient, assert_loss, check_near_1, truth
-from modes import MODES, loss_and_gradient
+from modes import MODES, has_mode, loss_and_gradient, roundings
 from problems import check_problem, make_problem
 from test_kernels import check, make_options
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -139,6 +139,25 @@ def test_rows_of_any_alignment_move_16_bytes(emulated, offset, dtype, labels):
                 of_rows = target.reshape(-1, *target.shape[len(rows) :])
                 exact = truth(logits.reshape(-1, n_classes), of_rows, **options)
                 assert_gradient(gradient.reshape(-1, n_classes), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["default", "inplace", "fused"])
+def test_short_rows_move_16_bytes(emulated, mode, dtype):
+    """Rows of at most 128 bytes pass through shared memory, all rows of a block at once."""
+    if not has_mode(mode, dtype):
+        pytest.skip("refused")
+    for n_rows, n_classes in ((300, 128 // dtype.itemsize), (333, 13)):
+        logits = make_logits((n_rows, n_classes), dtype)
+        target = torch.randint(n_classes, (n_rows,))
+        target[::7] = -100
+        before = emulated.narrow_accesses()
+        loss, gradient = loss_and_gradient(logits, target, mode=mode)
+        moved = emulated.narrow_accesses() - before
+        assert moved / n_rows < 24  # the target, its logit, the loss and so on
+        exact = truth(logits, target)
+        assert_loss(loss, exact, torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_gradient(gradient, exact, dtype, roundings(mode))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -121,7 +121,7 @@ def test_inner_loops_access_16_bytes(kernels, name, n_loops):
     """
     checked = 0
     for kernel in kernels:
-        if kernel.name != name or kernel.types[0] == "double" or kernel.types[2:] == ("1",):
+        if kernel.name != name or kernel.types[0] == "double" or kernel.types[2:3] == ("1",):
             continue
         loops = [loop for loop in inner_loops(kernel.code) if count(loop, "MUFU.EX2") >= 8]
         assert len(loops) == n_loops, kernel[:3]
@@ -194,11 +194,29 @@ def test_only_the_warp_that_writes_to_other_blocks_releases(kernels):
     assert checked >= 4
 
 
+def test_short_rows_are_staged_in_shared_memory(kernels):
+    """They are copied by 16 bytes in each direction; no other loop accesses global memory."""
+    checked = 0
+    for kernel in kernels:
+        if kernel.types[3:] != ("true",) or kernel.types[0] == "double":
+            continue
+        loops = inner_loops(kernel.code)
+        wide = [count(loop, r"LDG.*\.128") + count(loop, r"STG.*\.128") for loop in loops]
+        assert sorted(n for n in wide if n) == [1, 4], kernel[:3]
+        for loop in loops:
+            if count(loop, "MUFU.EX2"):
+                assert count(loop, "LDG|STG") == 0, (kernel[:3], loop)
+        checked += 1
+    assert checked >= 3
+
+
 def test_only_last_reads_need_not_stay_in_the_cache(kernels):
     """The sweeps of forward_backward precede a second read; labels have the default policy."""
     checked = 0
     for kernel in kernels:
         if kernel.name not in ("columns", "general_rows") or kernel.types[0] == "double":
+            continue
+        if kernel.types[3:] == ("true",):  # rows in shared memory
             continue
         for loop in inner_loops(kernel.code):
             writes, hints = count(loop, r"STG.*\.128"), count(loop, r"LDG.*\.EF\.128")

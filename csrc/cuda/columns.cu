@@ -5,6 +5,10 @@
 // threads have neighbouring rows, so that accesses are whole cache lines without a transposition.
 // Where rows are few, several workers share the classes of each. Forward reads once; backward reads
 // and writes once; forward_backward finds the logits in a cache at its second read.
+//
+// Short rows whose classes are adjacent lie the other way round: neighbouring threads would read
+// and write single elements in as many cache lines. So a block first copies its rows, one piece of
+// memory, to shared memory, by 16 bytes, and copies the gradient back in the same way.
 #include "dispatch.cuh"
 #include "regimes.h"
 #include "sweep.cuh"
@@ -13,6 +17,66 @@ namespace fused_xent::cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
+
+// Rows in shared memory: kSkew bytes after each 128 put them into different banks.
+template <typename T>
+class Staged {
+ public:
+  // After the stats of `threads` rows.
+  __device__ Staged(char* memory, int vocab_size)
+      : memory_(memory + blockDim.x * sizeof(RowStats<Acc<T>>)), vocab_size_(vocab_size) {}
+
+  __device__ __forceinline__ T* at(int row, int j) const {
+    return reinterpret_cast<T*>(place((row * vocab_size_ + j) * static_cast<int>(sizeof(T))));
+  }
+  // Copies n_rows rows from global memory, or to it.
+  __device__ __forceinline__ void copy_from(const T* global, int n_rows) const {
+    const int n = n_rows * vocab_size_, n_vectors = n / kVector<T>;
+    for (int first = 0; vector(first) < n_vectors; first += kInFlight) {
+      uint4 bits[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int v = vector(first + i);
+        if (v < n_vectors) bits[i] = load_vector(global + v * kVector<T>);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int v = vector(first + i);
+        auto* to = reinterpret_cast<uint32_t*>(place(v * 16));
+        if (v >= n_vectors) continue;
+        to[0] = bits[i].x;
+        to[1] = bits[i].y;
+        to[2] = bits[i].z;
+        to[3] = bits[i].w;
+      }
+    }
+    const int last = n_vectors * kVector<T> + static_cast<int>(threadIdx.x);
+    if (last < n) *at(0, last) = global[last];
+  }
+  __device__ __forceinline__ void copy_to(T* global, int n_rows) const {
+    const int n = n_rows * vocab_size_, n_vectors = n / kVector<T>;
+    for (int i = 0; vector(i) < n_vectors; ++i) {
+      const auto* from = reinterpret_cast<const uint32_t*>(place(vector(i) * 16));
+      store_vector(global + vector(i) * kVector<T>, make_uint4(from[0], from[1], from[2], from[3]));
+    }
+    const int last = n_vectors * kVector<T> + static_cast<int>(threadIdx.x);
+    if (last < n) global[last] = *at(0, last);
+  }
+
+ private:
+  static constexpr int kSkew = sizeof(T) == 8 ? 8 : 4;
+  static constexpr int kInFlight = 4;
+
+  __device__ __forceinline__ char* place(int byte) const {
+    return memory_ + byte + byte / 128 * kSkew;
+  }
+  static __device__ __forceinline__ int vector(int i) {
+    return static_cast<int>(threadIdx.x) + i * static_cast<int>(blockDim.x);
+  }
+
+  char* memory_;
+  int vocab_size_;
+};
 
 // Reads R adjacent rows of one class. kAgain: forward_backward will read them again, so they should
 // stay in the cache.
@@ -110,11 +174,11 @@ struct Rows {
 template <typename T, typename S>
 using ColumnStats = LongSweepStats<Acc<T>, Spread<T, S>::kExists>;
 
-template <typename T, typename S, int R>
+// logit(j) points to class j of the first row.
+template <typename T, typename S, int R, typename At>
 __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kUnroll<S>, R>& rows,
-                                           ColumnStats<T, S> (&stats)[R]) {
+                                           const At& logit, ColumnStats<T, S> (&stats)[R]) {
   using A = Acc<T>;
-  const T* logits = row_of<const T>(p.logits, p.logits_layout, rows.first);
   const Spread<T, S> spread(p, rows.first);
   rows.for_classes([&](int j, auto count) {
     A x[kUnroll<S>][R], max[R], sum[R], mass[R], dot[R];
@@ -122,7 +186,7 @@ __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kUnrol
     for (int r = 0; r < R; ++r) max[r] = stats[r].max;
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
-      if (u < count) load_rows<true, R>(logits + (j + u) * p.logits_layout.class_stride, x[u]);
+      if (u < count) load_rows<true, R>(logit(j + u), x[u]);
     }
     if (!Spread<T, S>::kExists && rows.has_target_in_group(j)) {
       asm volatile("");  // keeps this a branch
@@ -199,12 +263,12 @@ __device__ __forceinline__ RowBackward<Acc<T>> finish_row(const Arguments& a, Ac
   return backward_of_row(a, scale, row, target.index, results, wants_target, target_logit);
 }
 
-template <typename T, typename S, int R>
+// out(j) points to where its gradient goes.
+template <typename T, typename S, int R, typename At, typename Out>
 __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnroll<S>, R>& rows,
+                                           const At& logit, const Out& out,
                                            const RowBackward<Acc<T>>* shared) {
   using A = Acc<T>;
-  const T* logits = row_of<const T>(a.logits, a.logits_layout, rows.first);
-  T* out = row_of<T>(a.grad_logits, a.grad_layout, rows.first);
   const Spread<T, S> spread(a, rows.first);
   RowGradient<A> gradients[R];
 #pragma unroll
@@ -213,9 +277,7 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnrol
     A x[kUnroll<S>][R];
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
-      if (u < count && rows.any) {
-        load_rows<false, R>(logits + (j + u) * a.logits_layout.class_stride, x[u]);
-      }
+      if (u < count && rows.any) load_rows<false, R>(logit(j + u), x[u]);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
@@ -233,17 +295,17 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnrol
         }
         x[u][r] = rows.is_kept[r] ? value : A(0);
       }
-      store_rows<R>(out + (j + u) * a.grad_layout.class_stride, x[u]);
+      store_rows<R>(out(j + u), x[u]);
     }
   });
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     if (!rows.owns(rows.target[r])) continue;
-    out[r + rows.target[r] * a.grad_layout.class_stride] = from_acc<T>(shared[r].at_target);
+    out(rows.target[r])[r] = from_acc<T>(shared[r].at_target);
   }
 }
 
-template <typename T, typename S, int R>
+template <typename T, typename S, int R, bool kStaged>
 __global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S>
                                                 : std::is_void_v<S> && sizeof(T) < 8 ? 2
                                                                                      : 1))
@@ -254,6 +316,7 @@ __global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S>
   extern __shared__ __align__(16) char memory[];
   auto* stats = reinterpret_cast<RowStats<A>*>(memory);
   auto* gradients = reinterpret_cast<RowBackward<A>*>(memory);
+  const Staged<T> staged(memory, static_cast<int>(a.vocab_size));
   const A scale = has_backward ? upstream_scale<A>(a) : A(0);
   const int lanes = static_cast<int>(blockDim.x) / n_workers, n_slots = lanes * R;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
@@ -262,9 +325,25 @@ __global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S>
     const int64_t first = block * n_slots;
     const Rows<kUnroll<S>, R> rows(a, first + lane * R, worker, n_workers);
     const bool has_rows = rows.first < a.n_rows;
+    const auto n_staged = static_cast<int>(min(a.n_rows - first, int64_t{n_slots}));
+    if constexpr (kStaged) {
+      staged.copy_from(static_cast<const T*>(a.logits) + first * a.vocab_size, n_staged);
+      __syncthreads();
+    }
+    const int64_t row = has_rows ? rows.first : 0;
+    const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
+    T* gradient = row_of<T>(a.grad_logits, a.grad_layout, row);
+    const auto logit = [&](int64_t j) -> const T* {
+      if constexpr (kStaged) return staged.at(lane, static_cast<int>(j));
+      return logits + j * a.logits_layout.class_stride;
+    };
+    const auto out = [&](int64_t j) -> T* {
+      if constexpr (kStaged) return staged.at(lane, static_cast<int>(j));
+      return gradient + j * a.grad_layout.class_stride;
+    };
     if (has_forward) {
       ColumnStats<T, S> mine[R];
-      if (has_rows && rows.any) sweep_rows<T, S, R>(a, rows, mine);
+      if (has_rows && rows.any) sweep_rows<T, S, R>(a, rows, logit, mine);
 #pragma unroll
       for (int r = 0; r < R; ++r) stats[worker * n_slots + lane * R + r] = mine[r].result();
     }
@@ -275,8 +354,16 @@ __global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S>
                                       has_forward, has_backward);
     }
     __syncthreads();
-    if (has_backward && has_rows) write_rows<T, S, R>(a, rows, gradients + lane * R);
+    if (has_backward && has_rows) {
+      write_rows<T, S, R>(a, rows, logit, out, gradients + lane * R);
+    }
     __syncthreads();  // the next rows' stats overwrite these gradients
+    if constexpr (kStaged) {
+      if (has_backward) {
+        staged.copy_to(static_cast<T*>(a.grad_logits) + first * a.vocab_size, n_staged);
+      }
+      __syncthreads();
+    }
   }
 }
 
@@ -322,14 +409,15 @@ __global__ void __launch_bounds__(kMaxThreads, kScaleThreadsPerSm / kMaxThreads)
   }
 }
 
-template <typename T, typename S, int R>
+template <typename T, typename S, int R, bool kStaged = false>
 cudaError_t launch(const Arguments& a, const Plan& plan, int64_t shared, bool has_forward,
                    bool has_backward, cudaStream_t stream) {
-  const cudaError_t error = allow_shared(columns<T, S, R>, shared);
+  const auto kernel = columns<T, S, R, kStaged>;
+  const cudaError_t error = allow_shared(kernel, shared);
   if (error != cudaSuccess) return error;
   const unsigned grid = blocks_for(a.n_rows, plan.threads / plan.workers * R);
-  columns<T, S, R><<<grid, plan.threads, static_cast<size_t>(shared), stream>>>(
-      a, plan.workers, has_forward, has_backward);
+  kernel<<<grid, plan.threads, static_cast<size_t>(shared), stream>>>(a, plan.workers, has_forward,
+                                                                      has_backward);
   return cudaGetLastError();
 }
 
@@ -344,7 +432,11 @@ cudaError_t launch_scale(const Arguments& a, const Plan& plan, cudaStream_t stre
 
 cudaError_t by_columns(const Arguments& a, const Plan& plan, int64_t shared, bool has_forward,
                        bool has_backward, cudaStream_t stream) {
+  const bool staged = is_staged(plan, shape_of(a));
   return with_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
+    if constexpr (std::is_void_v<S>) {
+      if (staged) return launch<T, S, 1, true>(a, plan, shared, has_forward, has_backward, stream);
+    }
     if (plan.row_vector == 1) {
       return launch<T, S, 1>(a, plan, shared, has_forward, has_backward, stream);
     }

@@ -59,11 +59,13 @@ cudaError_t describe_device(Device* device) {
 Shape shape_of(const Params& p) {
   const int size = static_cast<int>(element_size(p.dtype));
   const int64_t vector = 16 / size;
-  Shape shape{p.n_rows, p.vocab_size, size, true, true, is_general(p), has_spread(p)};
+  Shape shape{p.n_rows, p.vocab_size, size, true, true, is_general(p), has_spread(p), true};
   const auto add = [&](const void* data, const Layout& layout, int64_t its_size) {
     if (data == nullptr) return;
     shape.adjacent_classes &= layout.class_stride == 1;
     shape.adjacent_rows &= is_aligned_to(layout, data, vector, its_size);
+    shape.packed &= layout.n_dims == 1 && layout.class_stride == 1 &&
+                    layout.stride[0] == p.vocab_size && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   };
   add(p.logits, p.logits_layout, size);
   add(p.grad_logits, p.grad_layout, size);

@@ -8,9 +8,9 @@ namespace fused_xent::cuda {
 namespace {
 
 constexpr int64_t kKiB = 1024;
-constexpr int64_t kThreadPerRowBytes = 128;       // a longer row gets more than one thread
-constexpr int64_t kWarpBytes = 4 * kKiB;          // a longer row gets a block
-constexpr int kVectorsOfThread = 8;               // of a row, up to the largest block
+constexpr int64_t kThreadPerRowBytes = kMostStagedBytes;  // a longer row gets more threads
+constexpr int64_t kWarpBytes = 4 * kKiB;                  // a longer row gets a block
+constexpr int kVectorsOfThread = 8;                       // of a row, up to the largest block
 constexpr int64_t kPartBytes = 32 * kKiB;         // of a row: what a block writes in backward
 constexpr int64_t kMostHeld = 32;                 // vectors that a thread holds in shared memory
 constexpr int64_t kMaxParts = 65535;              // enough for rows of 2 GB
@@ -177,11 +177,18 @@ Plan plan_forward_backward(const Shape& shape, const Device& device) {
   return plan;
 }
 
+bool is_staged(const Plan& plan, const Shape& shape) {
+  return plan.regime == Regime::columns && plan.row_vector == 1 && shape.packed && !shape.spread &&
+         !shape.general && shape.row_bytes() <= kMostStagedBytes;
+}
+
 int64_t shared_bytes(const Plan& plan, const Shape& shape) {
   if (plan.regime != Regime::columns) return int64_t{16} * plan.threads * plan.held;
   // Four numbers: a row's stats from each worker, or its gradient.
   const int64_t acc = shape.element_size == 8 ? 8 : 4;
-  return 4 * acc * plan.threads * plan.row_vector;
+  const int64_t stats = 4 * acc * plan.threads * plan.row_vector;
+  const int64_t rows = is_staged(plan, shape) ? plan.threads / plan.workers * shape.row_bytes() : 0;
+  return stats + rows + rows / 128 * acc;  // those eight or four bytes are the skew of columns.cu
 }
 
 const char* why_not(const Plan& plan, const Shape& shape, const Device& device) {

@@ -40,6 +40,7 @@ struct Shape {
   bool adjacent_rows;     // 16 bytes of neighbouring rows are aligned vectors, in all of these
   bool general = false;   // per-class options: no vectors of rows, and no rows kept on chip
   bool spread = false;    // labels on all classes
+  bool packed = false;    // the rows are one piece of aligned memory, in all tensors
 
   int64_t row_bytes() const { return vocab_size * element_size; }
   int64_t row_vectors() const { return (row_bytes() + 15) / 16; }  // as if aligned
@@ -61,6 +62,9 @@ Plan plan_forward(const Shape& shape, const Device& device);
 Plan plan_backward(const Shape& shape, const Device& device);
 Plan plan_forward_backward(const Shape& shape, const Device& device);
 
+// Columns: blocks copy their rows to shared memory, each of at most kMostStagedBytes.
+constexpr int kMostStagedBytes = 128;
+bool is_staged(const Plan& plan, const Shape& shape);
 // Bytes of dynamic shared memory.
 int64_t shared_bytes(const Plan& plan, const Shape& shape);
 // Why a plan, which may come from elsewhere, cannot serve; null if it can.

@@ -722,14 +722,44 @@ COLUMNS = {
         "return {{0, value, 0}, 0};",
         "return {{0, A(0), 0}, 0};",
     ),
+    "rows are used before all are in shared memory": fault(
+        "columns.cu",
+        "columns",
+        "n_staged);\n      __syncthreads();\n    }\n    const int64_t row",
+        "n_staged);\n    }\n    const int64_t row",
+    ),
+    "gradients leave shared memory before all are written": fault(
+        "columns.cu",
+        "columns",
+        "    __syncthreads();  // the next rows' stats overwrite these gradients\n",
+        "",
+    ),
+    "single elements after the vectors of staged rows are not read": fault(
+        "columns.cu",
+        "columns",
+        "    if (last < n) *at(0, last) = global[last];\n",
+        "",
+    ),
+    "single elements after the vectors of staged rows are not written": fault(
+        "columns.cu",
+        "columns",
+        "    if (last < n) global[last] = *at(0, last);\n",
+        "",
+    ),
+    "strided ignored rows are scaled": Fault(
+        "csrc/cuda/columns.cu",
+        "    if (!rows.is_kept[0]) continue;\n",
+        "",
+        ("tests/test_cuda_native.py::test_races",),
+    ),
 }
 
 LAUNCHERS = {
     "the shared memory of rows in vectors is that of one row": fault(
         "plan.cpp",
         "columns-address",
-        "return 4 * acc * plan.threads * plan.row_vector;",
-        "return 4 * acc * plan.threads;",
+        "stats = 4 * acc * plan.threads * plan.row_vector;",
+        "stats = 4 * acc * plan.threads;",
     ),
     "float32 probabilities are read as 16-bit ones": fault(
         "dispatch.cuh",
@@ -824,11 +854,23 @@ LAUNCHERS = {
         "int64_t{256} * device.sm_count * vector;",
         "int64_t{512} * device.sm_count * vector;",
     ),
+    "short rows are read and written in place": emulated(
+        "cuda/launch.cpp",
+        "test_cuda.py::test_short_rows_move_16_bytes",
+        "layout.stride[0] == p.vocab_size &&",
+        "layout.stride[0] != p.vocab_size &&",
+    ),
+    "the memory of staged rows is too small": fault(
+        "plan.cpp",
+        "columns-address",
+        "return stats + rows + rows / 128 * acc;",
+        "return stats + rows;",
+    ),
     "workers are no power of two": emulated(
         "cuda/plan.cpp",
         "test_cuda_plans.py",
-        "plan.workers = power_of_two(std::min(missing, shape.vocab_size / 16), 1, 8);",
-        "plan.workers = static_cast<int>(std::clamp<int64_t>(missing, 1, 7));",
+        "return power_of_two(std::min(ceil_div(threads, n_rows), shape.vocab_size / 16), 1, 8);",
+        "return static_cast<int>(std::clamp<int64_t>(ceil_div(threads, n_rows), 1, 7));",
     ),
     "a plan with too many threads passes": emulated(
         "cuda/plan.cpp",

@@ -26,8 +26,9 @@ void require(cudaError_t error, const Case& c, const char* what) {
   check(error == cudaSuccess, c, std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Poisons ignored rows with class stride 1, which no kernel may read. Only AddressSanitizer sees
-// it; the first and last 8 bytes are left out, since ASan's granules of 8 bytes may span two rows.
+// Poisons ignored rows with class stride 1, which no kernel may read, unless they are so short that
+// blocks copy them. Only AddressSanitizer sees it; the first and last 8 bytes are left out, since
+// ASan's granules of 8 bytes may span two rows.
 class Forbidden {
  public:
   Forbidden(const Problem& problem, const Tensor& logits) : problem_(problem), logits_(logits) {
@@ -44,7 +45,8 @@ class Forbidden {
       if (!problem_.is_ignored(row)) continue;
       const char* data = static_cast<const char*>(logits_.memory.data());
       const char* bytes = data + logits_.index(row, 0) * size;
-      if (forbidden && n_bytes > 32) ASAN_POISON_MEMORY_REGION(bytes + 8, n_bytes - 16);
+      if (forbidden && n_bytes > cuda::kMostStagedBytes)
+        ASAN_POISON_MEMORY_REGION(bytes + 8, n_bytes - 16);
       if (!forbidden) ASAN_UNPOISON_MEMORY_REGION(bytes, n_bytes);
     }
 #endif
