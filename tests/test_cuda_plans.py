@@ -57,9 +57,13 @@ def test_strided_classes_use_columns(plan, operation):
     ("row_bytes", "team"), [(130, 2), (256, 2), (258, 4), (512, 4), (2000, 16), (4 * KIB, 32)]
 )
 def test_team_of_a_warp(plan, row_bytes, team):
-    """Each lane has at most eight vectors of 16 bytes."""
+    """Each lane has at most eight vectors of 16 bytes, or sixteen if that leaves enough threads."""
+    half = max(team // 2, 2)
     for operation in OPERATIONS:
-        assert plan(operation, 100_000, row_bytes)["team"] == team
+        assert plan(operation, 1000, row_bytes)["team"] == team
+        assert plan(operation, 480 * 132 // half - 1, row_bytes)["team"] == team
+        assert plan(operation, 480 * 132 // half, row_bytes)["team"] == half
+    assert plan("forward", 8192, 2000)["team"] == 8
 
 
 def test_few_rows_are_split_in_forward(plan):
@@ -137,7 +141,7 @@ def test_clusters(plan, n_classes, element_size, parts):
 @pytest.mark.parametrize(
     ("row_bytes", "device", "threads", "held"),
     [
-        (2000, "sm_90", 128, 0),  # eight vectors for each lane, in registers
+        (2000, "sm_90", 128, 8),  # sixteen vectors for each lane, eight of them in registers
         (8 * KIB, "sm_90", 32, 8),
         (64_000, "sm_90", 128, 24),  # 32000 classes of bfloat16, all held
         (128 * KIB, "sm_90", 256, 24),
@@ -157,14 +161,14 @@ def test_held_vectors(plan, row_bytes, device, threads, held):
 
 def test_spread_labels_use_shared_memory(plan):
     """So the row is in shared memory, with twice the threads; 128256 classes take a cluster."""
-    for row_bytes, threads, held in ((2000, 128, 8), (64_000, 256, 16), (256_512, 512, 16)):
+    for row_bytes, threads, held in ((2000, 128, 16), (64_000, 256, 16), (256_512, 512, 16)):
         chosen = plan("forward_backward", 8192, row_bytes, spread=True)
         assert (chosen["threads"], chosen["held"]) == (threads, held)
 
 
 def test_number_of_groups(plan):
     assert plan("forward_backward", 8192, 256_512)["max_groups"] == 4096
-    assert plan("forward_backward", 8192, 2000)["max_groups"] == 528  # eight teams per block
+    assert plan("forward_backward", 8192, 2000)["max_groups"] == 528  # sixteen teams per block
     assert plan("forward_backward", 200, 256_512)["max_groups"] == 132
     assert plan("forward_backward", 200, 524_288)["max_groups"] == 100
 
@@ -180,7 +184,7 @@ def test_workers_and_vectors_of_columns(plan):
     assert (by_workers["workers"], by_workers["row_vector"]) == (8, 8)
     assert plan("forward", 100, 42, **image)["workers"] == 1  # too few classes to share
     assert plan("forward", 100, 300, **image)["workers"] == 8
-    assert plan("forward", 132 * 512, 300, **image)["workers"] == 1
+    assert plan("forward", 132 * 512, 300, adjacent_classes=False)["workers"] == 1
     assert plan("forward", 132 * 512 * 8, 42, adjacent_classes=False)["row_vector"] == 1
 
 

@@ -16,6 +16,7 @@ constexpr int64_t kMostHeld = 32;                 // vectors that a thread holds
 constexpr int64_t kMaxParts = 65535;              // enough for rows of 2 GB
 constexpr int kMaxCluster = 8;                    // the largest that every device with clusters has
 constexpr int kVectorsInFlight = 4;               // vectors that a thread reads at once
+constexpr int64_t kThreadsInFlight = 480;         // of a multiprocessor: they read 30 KiB at once
 constexpr int64_t kRowVectors = 4;                // a row costs a thread as much as so many
 constexpr int64_t kMostWaves = 4;                 // of blocks; the last of more matters little
 constexpr int64_t kStaticSharedBytes = 2 * kKiB;  // at least what a kernel declares
@@ -61,11 +62,14 @@ bool is_by_columns(const Shape& shape) {
   return !shape.adjacent_classes || shape.row_bytes() <= kThreadPerRowBytes;
 }
 
-// By its length, a row gets a part of a warp or a block.
-Plan plan_rows(const Shape& shape) {
+// By its length, a row gets a part of a warp or a block. What a thread does once a row costs as
+// much as several vectors, so many rows that have a part of a warp get half of it.
+Plan plan_rows(const Shape& shape, const Device& device) {
   const int wanted = power_of_two(ceil_div(shape.row_vectors(), kVectorsOfThread), 2, 256);
-  if (shape.row_bytes() <= kWarpBytes) return {Regime::warp, 128, wanted};
-  return {Regime::block, wanted, wanted};
+  if (shape.row_bytes() > kWarpBytes) return {Regime::block, wanted, wanted};
+  const int half = std::max(wanted / 2, 2);
+  const bool is_enough = shape.n_rows >= ceil_div(kThreadsInFlight * device.sm_count, half);
+  return {Regime::warp, 128, is_enough ? half : wanted};
 }
 
 // Splits rows that have a block each into `least` parts or more: as many as make whole waves of
@@ -128,14 +132,14 @@ const char* name_of(Regime regime) {
 
 Plan plan_forward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
-  Plan plan = plan_rows(shape);
+  Plan plan = plan_rows(shape, device);
   split(plan, shape, 1, slots(plan, shape, device, 5));
   return plan;
 }
 
 Plan plan_backward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
-  Plan plan = plan_rows(shape);
+  Plan plan = plan_rows(shape, device);
   const int64_t for_length = ceil_div(shape.row_bytes(), kPartBytes);
   split(plan, shape, for_length, slots(plan, shape, device, 4));
   return plan;
@@ -154,7 +158,7 @@ int64_t vectors_of_row(const Shape& shape) { return shape.spread ? 16 : 32; }
 // decides which multiprocessors get the last rows.
 Plan plan_forward_backward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
-  Plan plan = plan_rows(shape);
+  Plan plan = plan_rows(shape, device);
   if (shape.general) return plan;
   const int64_t kept = vectors_in_registers(shape), n_vectors = shape.row_vectors();
   if (plan.regime == Regime::block) {

@@ -836,6 +836,12 @@ LAUNCHERS = {
         "waves <= kMostWaves && best < 90",
         "waves <= kMostWaves && best < 1",
     ),
+    "rows of a few hundred classes always have half as many threads": emulated(
+        "cuda/plan.cpp",
+        "test_cuda_plans.py",
+        "is_enough ? half : wanted",
+        "half",
+    ),
     "few rows get no clusters": emulated(
         "cuda/plan.cpp",
         "test_cuda_plans.py",
