@@ -116,6 +116,15 @@ def test_focal_loss_of_a_large_gamma(n_classes, gamma, device):
 
 
 @pytest.mark.parametrize("n_classes", [5, 300])
+def test_token_weight_of_ignored_rows_may_be_anything(n_classes, device):
+    target = torch.tensor([-100, 1, -100], device=device)
+    weight = torch.tensor([math.nan, 1.0, math.inf], device=device)
+    logits = torch.randn(3, n_classes, device=device)
+    loss = cross_entropy(logits, target, reduction="none", token_weight=weight, focal_gamma=2.0)
+    assert loss[0] == loss[2] == 0 < loss[1]
+
+
+@pytest.mark.parametrize("n_classes", [5, 300])
 def test_focal_loss_of_a_negative_cross_entropy(n_classes, device):
     """1 - p is negative, and so its power is NaN."""
     logits, target = (torch.zeros(3, n_classes, device=device) for _ in range(2))

@@ -177,9 +177,9 @@ XENT_INLINE F64 log_positive(F64 x) {
   const F64 n = (F64)(exponent | 0x4330000000000000) - (0x1p52 + 1023);
   const F64 m = (F64)((U64)x - ((exponent << 52) - kOne));
   const F64 t = (m - 1) / (m + 1), t2 = t * t;
-  F64 p = 2.0 / 23 - F64{};
+  F64 p = 2.0 / 21 - F64{};
 #pragma GCC unroll 16
-  for (int k = 21; k > 1; k -= 2) p = p * t2 + 2.0 / k;
+  for (int k = 19; k > 1; k -= 2) p = p * t2 + 2.0 / k;
   // 2 t is m - 1 - t (m - 1), whose first part is exact.
   const F64 log_m = (m - 1) - t * ((m - 1) - p * t2);
   const F64 log = n * 6.93147180369123816490e-01 + (log_m + n * 1.90821492927058770002e-10);
