@@ -746,12 +746,6 @@ COLUMNS = {
         "    if (last < n) global[last] = *at(0, last);\n",
         "",
     ),
-    "strided ignored rows are scaled": Fault(
-        "csrc/cuda/columns.cu",
-        "    if (!rows.is_kept[0]) continue;\n",
-        "",
-        ("tests/test_cuda_native.py::test_races",),
-    ),
 }
 
 LAUNCHERS = {
