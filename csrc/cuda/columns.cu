@@ -78,32 +78,42 @@ class Staged {
   int vocab_size_;
 };
 
-// Reads R adjacent rows of one class. kAgain: forward_backward will read them again, so they should
-// stay in the cache.
-template <bool kAgain, int R, typename T>
-__device__ __forceinline__ void load_rows(const T* p, Acc<T> (&x)[R]) {
-  if constexpr (R == 1) {
-    x[0] = to_acc(*p);
-  } else {
-    static_assert(R % kVector<T> == 0);
-#pragma unroll
-    for (int begin = 0; begin < R; begin += kVector<T>) {
-      Acc<T> part[kVector<T>];
-      unpack<T>(kAgain ? load_vector_cached(p + begin) : load_vector(p + begin), part);
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) x[begin + i] = part[i];
+// Adjacent rows of one class in registers: one, or as many as 16 bytes hold.
+template <typename T, int R>
+struct Numbers {
+  std::conditional_t<R == 1, T, uint4> bits;
+
+  // kAgain: forward_backward will read them again, so they should stay in the cache.
+  template <bool kAgain>
+  __device__ __forceinline__ void load(const T* p) {
+    if constexpr (R == 1) {
+      bits = *p;
+    } else {
+      bits = kAgain ? load_vector_cached(p) : load_vector(p);
     }
   }
-}
-
-template <int R, typename T>
-__device__ __forceinline__ void store_rows(T* p, const Acc<T> (&x)[R]) {
-  if constexpr (R == 1) {
-    *p = from_acc<T>(x[0]);
-  } else {
-    store_vector(p, pack<T>(x));
+  __device__ __forceinline__ void store(T* p) const {
+    if constexpr (R == 1) {
+      *p = bits;
+    } else {
+      store_vector(p, bits);
+    }
   }
-}
+  __device__ __forceinline__ void get(Acc<T> (&x)[R]) const {
+    if constexpr (R == 1) {
+      x[0] = to_acc(bits);
+    } else {
+      unpack<T>(bits, x);
+    }
+  }
+  __device__ __forceinline__ void set(const Acc<T> (&x)[R]) {
+    if constexpr (R == 1) {
+      bits = from_acc<T>(x[0]);
+    } else {
+      bits = pack<T>(x);
+    }
+  }
+};
 
 // The labels t_j of R adjacent rows. is_shared: they are the same for all rows.
 template <bool kAgain, int R, typename T, typename S>
@@ -114,9 +124,16 @@ __device__ __forceinline__ void load_spread(const Spread<T, S>& spread, bool is_
 #pragma unroll
     for (int r = 0; r < R; ++r) t[r] = one;
   } else {
-    load_rows<kAgain, R>(spread.t + j * spread.class_stride, t);
+    constexpr int kN = kVector<S>;
 #pragma unroll
-    for (int r = 0; r < R; ++r) t[r] = spread.smooth(t[r], j);
+    for (int begin = 0; begin < R; begin += kN) {
+      Numbers<S, kN> numbers;
+      Acc<S> part[kN];
+      numbers.template load<kAgain>(spread.t + j * spread.class_stride + begin);
+      numbers.get(part);
+#pragma unroll
+      for (int i = 0; i < kN; ++i) t[begin + i] = spread.smooth(part[i], j);
+    }
   }
 }
 
@@ -181,28 +198,30 @@ __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kUnrol
   using A = Acc<T>;
   const Spread<T, S> spread(p, rows.first);
   rows.for_classes([&](int j, auto count) {
-    A x[kUnroll<S>][R], max[R], sum[R], mass[R], dot[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) max[r] = stats[r].max;
+    Numbers<T, R> logits[kUnroll<S>];
+    A x[R], max[R], sum[R], mass[R], dot[R];
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
-      if (u < count) load_rows<true, R>(logit(j + u), x[u]);
+      if (u < count) logits[u].template load<true>(logit(j + u));
     }
     if (!Spread<T, S>::kExists && rows.has_target_in_group(j)) {
       asm volatile("");  // keeps this a branch
 #pragma unroll
       for (int u = 0; u < kUnroll<S>; ++u) {
+        logits[u].get(x);
 #pragma unroll
-        for (int r = 0; r < R; ++r) x[u][r] = j + u == rows.target[r] ? -kInfinity<A> : x[u][r];
+        for (int r = 0; r < R; ++r) x[r] = j + u == rows.target[r] ? -kInfinity<A> : x[r];
+        logits[u].set(x);
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll<S>; ++u) {
+    for (int r = 0; r < R; ++r) max[r] = stats[r].max;
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if (u >= count) x[u][r] = -kInfinity<A>;
-        max[r] = fmax(max[r], x[u][r]);
-      }
+    for (int u = 0; u < kUnroll<S>; ++u) {
+      if (u >= count) continue;
+      logits[u].get(x);
+#pragma unroll
+      for (int r = 0; r < R; ++r) max[r] = fmax(max[r], x[r]);
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -211,16 +230,17 @@ __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kUnrol
     }
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
+      if (u >= count) continue;
+      logits[u].get(x);
 #pragma unroll
-      for (int r = 0; r < R; ++r) sum[r] += exp_nonpositive(x[u][r] - max[r]);
+      for (int r = 0; r < R; ++r) sum[r] += exp_nonpositive(x[r] - max[r]);
       if constexpr (Spread<T, S>::kExists) {
-        if (u >= count) continue;
         A t[R];
         load_spread<true, R>(spread, has_indices(p), j + u, t);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           mass[r] += t[r];
-          if (t[r] != 0) dot[r] += t[r] * (x[u][r] - max[r]);
+          if (t[r] != 0) dot[r] += t[r] * (x[r] - max[r]);
         }
       }
     }
@@ -274,14 +294,16 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnrol
 #pragma unroll
   for (int r = 0; r < R; ++r) gradients[r] = shared[r];
   rows.for_classes([&](int j, auto count) {
-    A x[kUnroll<S>][R];
+    Numbers<T, R> numbers[kUnroll<S>];
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
-      if (u < count && rows.any) load_rows<false, R>(logit(j + u), x[u]);
+      if (u < count && rows.any) numbers[u].template load<false>(logit(j + u));
     }
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
       if (u >= count) continue;
+      A x[R];
+      numbers[u].get(x);
       [[maybe_unused]] A t[R];
       if constexpr (Spread<T, S>::kExists) {
         if (rows.any) load_spread<false, R>(spread, has_indices(a), j + u, t);
@@ -290,12 +312,13 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnrol
       for (int r = 0; r < R; ++r) {
         A value = gradients[r].factor;  // the whole gradient of a row that is not read
         if (rows.any) {
-          value *= exp_nonpositive(x[u][r] - gradients[r].max);
+          value *= exp_nonpositive(x[r] - gradients[r].max);
           if constexpr (Spread<T, S>::kExists) value -= t[r] * gradients[r].spread;
         }
-        x[u][r] = rows.is_kept[r] ? value : A(0);
+        x[r] = rows.is_kept[r] ? value : A(0);
       }
-      store_rows<R>(out(j + u), x[u]);
+      numbers[u].set(x);
+      numbers[u].store(out(j + u));
     }
   });
 #pragma unroll
@@ -386,24 +409,21 @@ __global__ void __launch_bounds__(kMaxThreads, kScaleThreadsPerSm / kMaxThreads)
 #pragma unroll
     for (int r = 0; r < R; ++r) factor[r] = rows.is_kept[r] ? grad_loss_of(a, scale, first + r) : 1;
     rows.for_classes([&](int j, auto count) {
-      std::conditional_t<R == 1, T, uint4> bits[4];
+      Numbers<T, R> numbers[4];
       const auto place = [&](int u) { return out + (j + u) * a.grad_layout.class_stride; };
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
-        if (u < count) bits[u] = *reinterpret_cast<decltype(&bits[u])>(place(u));
+        if (u < count) numbers[u].template load<true>(place(u));
       }
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         if (u >= count) continue;
         A x[R];
-        if constexpr (R == 1) {
-          x[0] = to_acc(bits[u]);
-        } else {
-          unpack<T>(bits[u], x);
-        }
+        numbers[u].get(x);
 #pragma unroll
         for (int r = 0; r < R; ++r) x[r] *= factor[r];
-        store_rows<R>(place(u), x);
+        numbers[u].set(x);
+        numbers[u].store(place(u));
       }
     });
   }
