@@ -278,10 +278,11 @@ class Table {
     });
   }
 
-  // More split rows than one block merges.
+  // More split rows than one block merges, and staged rows that fill whole blocks.
   void many_rows() {
-    const Plan split = by_rows(64, 64, 2);
+    const Plan split = by_rows(64, 64, 2), columns = by_columns(64, 1, 1);
     run({DType::bfloat16, kLabels[0], 300, 600}, {{split, split, by_rows(64, 64)}});
+    run({DType::bfloat16, kLabels[0], 130, 64}, {{columns, columns, columns}});
   }
 
   void sums() {
