@@ -95,11 +95,13 @@ struct Params : Options {
 // True if the softmax sees transformed logits.
 XENT_INLINE bool has_transform(const Params& p) { return p.softcap != 0 || p.logit_scale != 1; }
 
-// True if a per-class option is on: those use the slower general kernels. All other options cost a
-// few instructions per row.
-XENT_INLINE bool is_general(const Params& p) {
-  return has_transform(p) || p.entropy != nullptr || p.argmax != nullptr ||
-         p.grad_entropy != nullptr;
+// True if statistics are wanted that cost a few instructions per class.
+XENT_INLINE bool wants_statistics(const Params& p) {
+  return p.entropy != nullptr || p.argmax != nullptr || p.grad_entropy != nullptr;
 }
+
+// True if a per-class option is on: those use the slower general kernels, but for most transforms
+// on CUDA. All other options cost a few instructions per row.
+XENT_INLINE bool is_general(const Params& p) { return has_transform(p) || wants_statistics(p); }
 
 }  // namespace fused_xent

@@ -18,7 +18,7 @@ from test_kernels import check, make_options
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_xent
-from fused_xent import _ops
+from fused_xent import _ops, reference
 
 REGIMES = {"columns": 0, "warp": 1, "block": 2, "split": 3}
 
@@ -280,8 +280,11 @@ NEAR_1 = {  # the shape of the logits, and plans that differ from those of a sma
 @pytest.mark.parametrize("plan", NEAR_1)
 def test_loss_and_target_gradient_as_p_approaches_1(plan, dtype, option, force):
     """The exponential of the target is in no sum, wherever the target is."""
-    is_general = option in ("softcap", "statistics")
     shape, plan = NEAR_1[plan]
+    by_rows = plan.get("regime", "columns") != "columns"
+    is_general = option == "statistics" or (
+        option == "softcap" and not (by_rows and dtype != torch.float64)
+    )
     if "vector" in plan:
         plan = {**plan, "vector": 1 if is_general else 16 // dtype.itemsize}
     if "held" in plan:
@@ -313,6 +316,121 @@ def test_infinite_logits(shape, mode, softcap):
     torch.testing.assert_close(loss.double(), expected, rtol=5e-6, atol=1e-7, equal_nan=True)
     tolerance = {"rtol": 1e-5, "atol": 1e-7, "equal_nan": True}
     torch.testing.assert_close(gradient.double(), leaf.grad, **tolerance)
+
+
+def transformed_rows(n_classes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Make rows of usual, large, offset, ascending, equal and masked logits."""
+    logits = torch.randn(8, n_classes) * 3
+    logits[1] *= 200  # a softcap saturates most of them
+    logits[2] += 100
+    logits[3] = torch.linspace(-40, 20, n_classes)
+    logits[4] = -1e4  # the least number that a softcap gives
+    logits[5] = 17
+    logits[6, 1::2] = -torch.inf
+    logits[7] /= 1000
+    return logits.to(dtype)
+
+
+TRANSFORMS = {
+    "none": {},
+    "scale": {"logit_scale": 3.0},
+    "small scale": {"logit_scale": 0.0625, "focal_gamma": 2.0},
+    "softcap": {"softcap": 5.0},
+    "softcap and scale": {"softcap": 30.0, "logit_scale": 0.5, "lse_square_scale": 1e-3},
+}
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("plan", ["warp", "block", "parts", "cluster"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transformed_and_uniformly_smoothed_rows(transform, plan, dtype, label_smoothing, force):
+    """The kernels by rows transform logits, and sum them for label smoothing."""
+    n_classes, plan = {**NEAR_1, "warp": ((8, 1003), NEAR_1["warp"][1])}[plan]
+    n_classes = n_classes[1]
+    if "held" in plan:
+        force("forward_backward", **plan)
+    else:
+        for operation in ("forward", "backward", "forward_backward"):
+            if operation != "forward_backward" or "parts" not in plan:
+                force(operation, **plan)
+    options = TRANSFORMS[transform]
+    logits = transformed_rows(n_classes, dtype)
+    if label_smoothing == 0:
+        logits[6, 1::4] = torch.finfo(dtype).min
+    target = torch.tensor([0, 7, n_classes - 1, n_classes - 1, 3, n_classes // 2, 2, 9])
+    leaf = logits.double().requires_grad_()
+    exact = reference.cross_entropy(
+        leaf, target, reduction="none", label_smoothing=label_smoothing, **options
+    )
+    finite = exact.isfinite()  # not with a class at -inf and label smoothing
+    assert finite.sum() >= 7
+    (exact_gradient,) = torch.autograd.grad(exact[finite].sum(), leaf)
+    z = reference.transform(logits.double(), options.get("softcap"), options.get("logit_scale", 1))
+    size = 3.5 * options["softcap"] if "softcap" in options else z[z.abs() < 1e6].abs().max()
+    rounding = 0 if transform == "none" else float(2**-23 * size)  # of transformed logits
+    for mode in MODES:
+        if not has_mode(mode, dtype):
+            continue
+        loss, gradient = loss_and_gradient(
+            logits, target, mode=mode, reduction="none", label_smoothing=label_smoothing, **options
+        )
+        assert torch.equal(loss.isfinite(), finite)
+        error = (loss.double() - exact)[finite].abs() / exact[finite].abs().clamp(min=1)
+        assert error.max() <= 2e-6 + rounding
+        actual, expected = gradient[finite].double(), exact_gradient[finite]
+        relative = roundings(mode) * (torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0)
+        relative += 3e-5 + 4 * rounding
+        # Labels and probabilities may cancel; float16 has a smallest number.
+        absolute = 1e-7 + label_smoothing / n_classes * 1e-5
+        torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute)
+
+
+@pytest.mark.parametrize("softcap", [200.0, 1e6])
+def test_softcap_far_above_the_logits(softcap):
+    """An error of a rounding of the softcap would be an error of the logits."""
+    logits, target = torch.randn(40, 3000) * 3, torch.arange(40)
+    options = {"reduction": "none", "softcap": softcap}
+    exact = reference.cross_entropy(logits.double(), target, **options)
+    for mode in MODES:
+        loss, _ = loss_and_gradient(logits, target, mode=mode, **options)
+        assert (loss.double() - exact).abs().max() <= 5e-6
+
+
+@pytest.mark.parametrize("offset", [0.0, -1e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sum_of_all_logits(dtype, offset, force):
+    """Of label smoothing: few threads add many terms, whose sums are rounded in one direction."""
+    force("forward", "block", threads=64)
+    logits = torch.full((1, 2**18), offset - 31.96896875).to(dtype)
+    logits[:, 5] = offset
+    target, options = torch.tensor([5]), {"reduction": "none", "label_smoothing": 0.1}
+    loss, _ = loss_and_gradient(logits, target, **options)
+    exact = torch.nn.functional.cross_entropy(logits.double(), target, **options)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("n_classes", [300, 30000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_sum_of_great_logits_is_finite(dtype, n_classes):
+    logits = torch.full((3, n_classes), torch.finfo(dtype).max, dtype=dtype)
+    loss, _ = loss_and_gradient(logits, torch.tensor([0, 5, 99]), label_smoothing=0.1)
+    torch.testing.assert_close(loss, torch.tensor(n_classes).float().log())
+
+
+@pytest.mark.parametrize("n_classes", [65, 3000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_target_of_a_softcap_that_all_reach(dtype, n_classes):
+    """The target is left out of the sum, though its exponential is the least that there is."""
+    logits = torch.full((n_classes, n_classes), -1e4).to(dtype)[:70]
+    target = torch.arange(len(logits)) * (n_classes - 1) // (len(logits) - 1)
+    for mode in MODES:
+        loss, gradient = loss_and_gradient(
+            logits, target, mode=mode, reduction="none", softcap=20.0, logit_scale=0.01
+        )
+        exact = torch.full_like(loss, n_classes).log()
+        torch.testing.assert_close(loss, exact, rtol=0, atol=8e-6)
+        assert (gradient.gather(1, target.unsqueeze(1)) < 0).all()
 
 
 def test_total_weight_beyond_float32():

@@ -166,6 +166,11 @@ def test_spread_labels_use_shared_memory(plan):
         assert (chosen["threads"], chosen["held"]) == (threads, held)
 
 
+def test_softcap_leaves_fewer_vectors_in_registers(plan):
+    plain, capped = (plan("forward_backward", 8192, 32_000, capped=c) for c in (False, True))
+    assert (plain["held"], capped["held"]) == (24, 28)
+
+
 def test_number_of_groups(plan):
     assert plan("forward_backward", 8192, 256_512)["max_groups"] == 4096
     assert plan("forward_backward", 8192, 2000)["max_groups"] == 528  # sixteen teams per block
@@ -196,24 +201,23 @@ def test_general_kernels_hold_no_vectors(plan, operation):
         assert (chosen["held"], chosen["threads"] <= 256) == (0, True)
         if operation != "forward_backward":
             assert chosen == plan(operation, 8192, v)
-    image = {"adjacent_classes": False, "adjacent_rows": True, "general": True}
-    assert plan(operation, 132 * 512 * 8, 42, **image)["row_vector"] == 1
+    for kind in ("general", "scaled", "capped"):
+        image = {"adjacent_classes": False, "adjacent_rows": True, kind: True}
+        assert plan(operation, 132 * 512 * 8, 42, **image)["row_vector"] == 1
 
 
-@pytest.mark.parametrize(("general", "spread"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("kinds", [[], ["spread"], ["general", "spread"], ["capped"]], ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("element_size", [2, 4, 8])
 @pytest.mark.parametrize("device", ["sm_80", "sm_90", "sm_120"])
-def test_chosen_plans_are_valid(
-    emulated, devices, operation, element_size, device, general, spread
-):
+def test_chosen_plans_are_valid(emulated, devices, operation, element_size, device, kinds):
     """why_not accepts every chosen plan, for sizes from 0 to the largest."""
     for n_rows in (0, 1, 3, 500, 70_000, 2**31 - 1):
         for vocab_size in (0, 1, 2, 63, 65, 1000, 2049, 20_000, 131_072, 300_007, 2**31 - 1):
             for adjacent in (True, False):
-                shape = emulated.Shape(
-                    n_rows, vocab_size, element_size, adjacent, not adjacent, general, spread
-                )
+                layout = dict.fromkeys(kinds, True)
+                layout |= {"adjacent_classes": adjacent, "adjacent_rows": not adjacent}
+                shape = emulated.Shape(n_rows, vocab_size, element_size, **layout)
                 chosen = emulated.plan_for(operation, shape, devices[device])
                 assert emulated.why_not(chosen, shape, devices[device]) is None, chosen
 

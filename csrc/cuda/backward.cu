@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : kMinBlocks<
     backward_rows(const __grid_constant__ Arguments a, int team_size) {
   using A = Acc<T>;
   const A scale = upstream_scale<A>(a);
+  const Transform<A>& transform = transform_of<A>(a);
   const Team team(team_size);
   const int vocab_size = static_cast<int>(a.vocab_size);
   for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
@@ -52,14 +53,16 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : kMinBlocks<
     // The thread that owns the target reads its logit before it overwrites it, and writes the
     // target's gradient after all others.
     const bool has_target = share.find(view, target.index).is_mine;
-    const A target_logit = has_target ? to_acc(logits[target.index]) : A(0);
+    const A x = has_target ? to_acc(logits[target.index]) : A(0);
     RowBackward<A> gradient;
     write_share(out, view, share, [&] {
       gradient = backward_of_row(a, scale, row, target.index, saved_results<A>(a, row), has_target,
-                                 target_logit);
-      return GradientOf<T, S>(gradient, spread);
+                                 transformed(transform, x, kIsCapped<S>));
+      return GradientOf<T, S>(gradient, spread, transform);
     });
-    if (has_target) out[target.index] = from_acc<T>(gradient.at_target);
+    if (has_target) {
+      out[target.index] = from_acc<T>(gradient.at_target * slope_at(transform, x, kIsCapped<S>));
+    }
   }
 }
 
@@ -83,7 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads, kScaleThreadsPerSm / kMaxThreads)
 }  // namespace
 
 cudaError_t backward_by_rows(const Arguments& a, const Plan& plan, cudaStream_t stream) {
-  return with_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
+  return with_row_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
     backward_rows<T, S><<<grid_for(a, plan, plan.team), plan.threads, 0, stream>>>(a, plan.team);
     return cudaGetLastError();
   });

@@ -119,11 +119,11 @@ struct Numbers {
 template <bool kAgain, int R, typename T, typename S>
 __device__ __forceinline__ void load_spread(const Spread<T, S>& spread, bool is_shared, int j,
                                             Acc<T> (&t)[R]) {
-  if (R == 1 || is_shared) {
+  if (R == 1 || kIsUniform<S> || is_shared) {
     const Acc<T> one = spread.at(j);
 #pragma unroll
     for (int r = 0; r < R; ++r) t[r] = one;
-  } else {
+  } else if constexpr (!kIsUniform<S>) {
     constexpr int kN = kVector<S>;
 #pragma unroll
     for (int begin = 0; begin < R; begin += kN) {

@@ -40,11 +40,26 @@ cudaError_t with_spread_types(const Params& p, const Body& body) {
   });
 }
 
-// The same, with void for S if there is no spread.
+// The same, with void for S if there is no spread, and Uniform if it need not be read.
 template <typename Body>
 cudaError_t with_types(const Params& p, const Body& body) {
-  if (has_spread(p)) return with_spread_types(p, body);
-  return with_dtype(p.dtype, [&](auto type) { return body(type, Type<void>{}); });
+  if (reads_labels(p)) return with_spread_types(p, body);
+  return with_dtype(p.dtype, [&]<typename T>(Type<T> type) {
+    if constexpr (sizeof(T) < 8) {
+      if (has_spread(p)) return body(type, Type<Uniform>{});
+    }
+    return body(type, Type<void>{});
+  });
+}
+
+// The same, with UniformCapped if there is a softcap.
+template <typename Body>
+cudaError_t with_row_types(const Params& p, const Body& body) {
+  if (p.softcap == 0) return with_types(p, body);
+  return with_dtype(p.dtype, [&]<typename T>(Type<T> type) {
+    if constexpr (sizeof(T) < 8) return body(type, Type<UniformCapped>{});
+    return cudaErrorNotSupported;  // see Shape::general
+  });
 }
 
 // Blocks of a grid. Kernels loop over units beyond the largest grid.

@@ -20,7 +20,7 @@ constexpr int kMaxThreads = sizeof(T) == 8 ? 256 : 512;
 
 // Groups that a thread holds in registers: see vectors_in_registers in plan.cpp.
 template <typename T, typename S>
-constexpr int kInRegisters = sizeof(T) == 8 || !std::is_void_v<S> ? 0 : 2;
+constexpr int kInRegisters = sizeof(T) == 8 || kReadsLabels<S> ? 0 : 2;
 
 __device__ __forceinline__ void copy_vector_async(uint4* to, const void* from) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -74,20 +74,20 @@ class Held {
 
   // The target may be left out of the registers for good: its gradient is written apart.
   __device__ __forceinline__ RowStats<Acc<T>> sweep(const RowOf& row, const ShareOf& share,
-                                                    const Place& target) {
-    constexpr bool kHasSpread = Spread<T, S>::kExists;
-    StatsFor<T, S> stats;
+                                                    const Place& left_out, int apart,
+                                                    const Transform<Acc<T>>& transform) {
+    StatsFor<T, S> stats(transform);
     const auto add = [&](uint4(&bits)[kCount], int g) {
       const int v = first(share, g);
-      if (!kHasSpread && v == target.group) leave_out<T>(bits, target.element);
-      add_vectors(stats, bits, row.view, row.spread, share, v);
+      if (v == left_out.group) leave_out<T>(bits, left_out.element);
+      add_vectors<T, S>(stats, bits, row.view, row.spread, share, v);
+      if (v == left_out.group) forget_left_out<T, S>(stats);
     };
-    const int apart = kHasSpread ? -1 : row.target.index;
     if (share.edge_rank < row.view.n_edges) {
       const int j = row.view.edge_class(share.edge_rank);
       Acc<T> t = 0;
-      if constexpr (kHasSpread) t = row.spread.at(j);
-      if (j != apart) add_element(stats, to_acc(edge_), t);
+      if constexpr (Spread<T, S>::kExists) t = row.spread.at(j);
+      if (j != apart) add_element<T, S>(stats, to_acc(edge_), t);
     }
     sweep_edges(stats, row.view, row.spread, apart, share.edge_rank + share.edge_step,
                 share.edge_step);
@@ -203,6 +203,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
   if (gridDim.x > 1) cooperative_groups::this_cluster().sync();
 #endif
   const A scale = upstream_scale<A>(a);
+  const Transform<A>& transform = transform_of<A>(a);
   Team team(team_size, true);
   Held<T, S> held(shared, n_shared / kUnroll<S>);
   const auto target_of = [&](int64_t index) {
@@ -226,17 +227,22 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
     if (!is_fetched) held.fetch(row, share);
     const int target = row.target.index;
     const Place place = share.find(row.view, target);
-    const A target_logit = target >= 0 ? to_acc(row.view.data[target]) : A(0);
+    const A x = target >= 0 ? to_acc(row.view.data[target]) : A(0);
+    const A target_logit = transformed(transform, x, kIsCapped<S>);
 
-    RowStats<A> stats = team.merge<kHasSpread>(held.sweep(row, share, place), exchange);
+    const int apart = class_apart(a, target);
+    RowStats<A> stats = team.merge<kHasSpread>(
+        held.sweep(row, share, apart < 0 ? Place{} : place, apart, transform), exchange);
     const RowResults<A> results = results_of_row(a, row.index, target, target_logit, stats);
     if (team.is_leader()) write_results(a, row.index, results, -1);
     const RowBackward<A> gradient =
         backward_of_row(a, scale, row.index, target, results, place.is_mine, target_logit);
     const Row<T, S> next(a, row.index + step, next_target);
-    held.write(row, share, GradientOf<T, S>(gradient, row.spread), next,
+    held.write(row, share, GradientOf<T, S>(gradient, row.spread, transform), next,
                ShareFor<S>(team, next.view.n_vectors));
-    if (place.is_mine) row.out[target] = from_acc<T>(gradient.at_target);
+    if (place.is_mine) {
+      row.out[target] = from_acc<T>(gradient.at_target * slope_at(transform, x, kIsCapped<S>));
+    }
     row = next;
     is_fetched = next.is_read;
   }
@@ -275,7 +281,7 @@ int capability_of_code(int capability) {
 
 cudaError_t forward_backward_by_rows(const Arguments& a, const Plan& plan, int64_t shared,
                                      cudaStream_t stream) {
-  return with_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
+  return with_row_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
     return launch(forward_backward_rows<T, S>, a, plan, shared, stream);
   });
 }

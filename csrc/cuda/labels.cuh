@@ -6,6 +6,7 @@
 #include "../xent_rows.h"
 #include "launch.h"
 #include "memory.cuh"
+#include "transform.cuh"
 
 namespace fused_xent::cuda {
 
@@ -59,8 +60,9 @@ __device__ __forceinline__ RowLabels<A> labels_of_row(const Arguments& a, int ta
   return labels_of(a, smoothing_of<A>(a), target);
 }
 
-// The labels t_j of ../xent_math.h. S is the type of what is read: of the probabilities, the
-// accumulation type for class weights, or void if only the target has a label.
+// The labels t_j of ../xent_math.h. S is the type of what is read: of the probabilities, or the
+// accumulation type for class weights. It is void if only the target has a label, and Uniform or
+// UniformCapped if all are 1.
 template <typename T, typename S>
 struct Spread {
   using A = Acc<T>;
@@ -102,6 +104,23 @@ struct Spread {
       }
     }
   }
+};
+
+template <typename T>
+struct Spread<T, Uniform> {
+  using A = Acc<T>;
+  static constexpr bool kExists = true;
+  __device__ Spread(const Params&, int64_t) {}
+  __device__ __forceinline__ A at(int) const { return 1; }
+  __device__ __forceinline__ void vector(int, A (&values)[kVector<T>]) const {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) values[i] = 1;
+  }
+};
+
+template <typename T>
+struct Spread<T, UniformCapped> : Spread<T, Uniform> {
+  using Spread<T, Uniform>::Spread;
 };
 
 template <typename T>

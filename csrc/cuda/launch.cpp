@@ -30,8 +30,13 @@ cudaError_t run(const Arguments& given, const Plan& plan, void* workspace, bool 
   a.smoothing = smoothing_of(a);
   a.smoothing_float = {static_cast<float>(a.smoothing.keep),
                        static_cast<float>(a.smoothing.uniform)};
-  if (is_general(a)) return general(a, plan, workspace, has_forward, has_backward, stream);
-  const int64_t shared = shared_bytes(plan, shape_of(a));
+  a.transform = Transform<double>(a);
+  a.transform_float = Transform<float>(a);
+  const Shape shape = shape_of(a);
+  if (shape.is_general(plan.regime)) {
+    return general(a, plan, workspace, has_forward, has_backward, stream);
+  }
+  const int64_t shared = shared_bytes(plan, shape);
   if (plan.regime == Regime::columns) {
     return by_columns(a, plan, shared, has_forward, has_backward, stream);
   }
@@ -59,7 +64,15 @@ cudaError_t describe_device(Device* device) {
 Shape shape_of(const Params& p) {
   const int size = static_cast<int>(element_size(p.dtype));
   const int64_t vector = 16 / size;
-  Shape shape{p.n_rows, p.vocab_size, size, true, true, is_general(p), has_spread(p), true};
+  const bool scaled = p.logit_scale != 1, capped = p.softcap != 0;
+  // The kernels by rows have no softcap beside labels that are read, nor in float64. A great one
+  // would cost them digits: see CappedExp.
+  const bool is_capped_apart =
+      p.softcap > kMaxFastSoftcap || p.dtype == DType::float64 || reads_labels(p);
+  const bool general = wants_statistics(p) || !(p.logit_scale > 0) || (capped && is_capped_apart);
+  const bool may_be_packed = !has_spread(p);  // such rows need no label but the target's
+  Shape shape{p.n_rows, p.vocab_size,    size,          true,   true,
+              general,  reads_labels(p), may_be_packed, scaled, capped};
   const auto add = [&](const void* data, const Layout& layout, int64_t its_size) {
     if (data == nullptr) return;
     shape.adjacent_classes &= layout.class_stride == 1;
@@ -125,7 +138,7 @@ int64_t workspace_bytes(const Params& p, const Plan& plan) {
   if (plan.regime != Regime::split) return 0;
   const auto bytes_for = [&](auto acc) -> int64_t {
     using Acc = decltype(acc);
-    return is_general(p) ? sizeof(FullStats<Acc>) : sizeof(RowStats<Acc>);
+    return shape_of(p).general ? sizeof(FullStats<Acc>) : sizeof(RowStats<Acc>);
   };
   const int64_t bytes = p.dtype == DType::float64 ? bytes_for(0.0) : bytes_for(0.0f);
   return p.n_rows * plan.parts * bytes;

@@ -11,9 +11,35 @@
 
 namespace fused_xent::cuda {
 
+// True if labels are read for all classes. In float64, those of label smoothing are as well.
+XENT_INLINE bool reads_labels(const Params& p) {
+  const bool is_uniform = p.weight == nullptr && p.dtype != DType::float64;
+  return !has_indices(p) || (p.label_smoothing != 0 && !is_uniform);
+}
+
 // Kernels count rows and classes in 32 bits, with room for a step; tensors may have more elements.
 constexpr int64_t kMaxRows = INT32_MAX, kMaxClasses = int64_t{1} << 30;
 constexpr int kLeastCapability = 80;  // of a device, as in Device
+constexpr double kMaxFastSoftcap = 64;
+
+// The constants of transformed logits, and of their exponentials as powers of 2: with a softcap, of
+// the tanh's exponential and of the capped logit, otherwise of exp(z).
+template <typename A>
+struct Transform {
+  A scale, softcap, inner;  // inner: of the tanh's argument
+  A exponent, cap;
+
+  Transform() = default;
+  explicit Transform(const Params& p) {
+    constexpr double kLog2E = 1.4426950408889634;
+    const double inner_or_0 = p.softcap == 0 ? 0 : p.logit_scale / p.softcap;
+    scale = static_cast<A>(p.logit_scale);
+    softcap = static_cast<A>(p.softcap);
+    inner = static_cast<A>(inner_or_0);
+    exponent = static_cast<A>(kLog2E * (p.softcap == 0 ? p.logit_scale : -2 * inner_or_0));
+    cap = static_cast<A>(kLog2E * p.softcap);
+  }
+};
 
 // Params, and what only CUDA needs. Every pointer is to memory of the current device.
 struct Arguments : Params {
@@ -26,6 +52,8 @@ struct Arguments : Params {
   // Set by the launchers: a division of float64 takes a thread longer than its part of a row.
   Smoothing<double> smoothing;
   Smoothing<float> smoothing_float;
+  Transform<double> transform;
+  Transform<float> transform_float;
 };
 
 // The current device.

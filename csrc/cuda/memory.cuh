@@ -1,4 +1,4 @@
-// Memory accesses, 16 bytes at a time wherever a row allows it, number formats and exponentials.
+// Memory accesses, 16 bytes at a time wherever a row allows it, and number formats.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,10 +18,24 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 constexpr int kVector = static_cast<int>(16 / sizeof(T));  // elements of an access
 
+// What kernels may have instead of a type of labels to read, see Spread: label smoothing without
+// class weights; and softcapped logits, with label smoothing or without.
+struct Uniform {};
+struct UniformCapped {};
+
+template <typename S>
+constexpr bool kIsCapped = std::is_same_v<S, UniformCapped>;
+template <typename S>
+constexpr bool kIsUniform = std::is_same_v<S, Uniform> || kIsCapped<S>;
+template <typename S>
+constexpr bool kReadsLabels = !std::is_void_v<S> && !kIsUniform<S>;
+
 // Blocks of 256 threads that a multiprocessor must have room for, which limits their registers.
-// Float64 and labels on all classes need more registers.
+// Float64 and labels that are read need more registers, as does a softcap.
 template <typename T, typename S>
-constexpr int kMinBlocks = sizeof(T) == 8 || !std::is_void_v<S> ? 2 : 4;
+constexpr int kMinBlocks = sizeof(T) == 8 || kReadsLabels<S> ? 2
+                           : kIsCapped<S>                    ? 3
+                                                             : 4;
 
 template <typename A>
 constexpr A kLowest = std::numeric_limits<A>::lowest();
@@ -147,57 +161,6 @@ __device__ __forceinline__ uint4 max_of(uint4 a, uint4 b) {
     return pack<T>(x);
   }
 }
-
-constexpr float kLog2E = 1.44269504f;
-
-// 2^x with an error of at most 2 units in the last place; subnormal results are 0.
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-  return power;
-}
-// exp(x) for x <= 0, with an error of 2 units in the last place and |x| roundings; subnormal
-// results are 0.
-__device__ __forceinline__ float exp_nonpositive(float x) { return exp2_approximate(x * kLog2E); }
-__device__ __forceinline__ double exp_nonpositive(double x) { return exp(x); }
-
-// exp(x - max) for logits x <= max, times a factor that is the same for all x. A sum of them must
-// be multiplied by to_exact() to be exact, and by to(other) to be relative to another maximum.
-template <typename A>
-struct ExactShiftedExp {
-  A max;
-
-  __device__ __forceinline__ explicit ExactShiftedExp(A max) : max(max) {}
-  __device__ __forceinline__ A operator()(A x) const { return exp_nonpositive(x - max); }
-  __device__ __forceinline__ A to_exact() const { return 1; }
-  __device__ __forceinline__ A to(const ExactShiftedExp& other) const {
-    return exp_nonpositive(max - other.max);
-  }
-};
-
-// One instruction less, for 16-bit logits: 2^(scale * x + offset), where offset is -max * log2(e),
-// rounded once a row. Beyond 2^17, neighbouring 16-bit logits differ by 512 at least, so no scale
-// is needed: 2^-512 and e^-512 are both 0.
-struct ShiftedExp16 {
-  float max, scale, offset;
-
-  __device__ __forceinline__ explicit ShiftedExp16(float max) {
-    this->max = max;
-    scale = fabsf(max) < 0x1p17f ? kLog2E : 1.0f;
-    offset = -__fmul_rn(max, scale);  // never fused with what is added to it
-  }
-  __device__ __forceinline__ float operator()(float x) const {
-    return exp2_approximate(fmaf(x, scale, offset));
-  }
-  __device__ __forceinline__ float to_exact() const {
-    return exp2_approximate(-fmaf(max, scale, offset));
-  }
-  __device__ __forceinline__ float to(const ShiftedExp16& other) const {
-    return scale == other.scale ? exp2_approximate(other.offset - offset) : 0.0f;
-  }
-};
-template <typename T>
-using ShiftedExp = std::conditional_t<sizeof(T) == 2, ShiftedExp16, ExactShiftedExp<Acc<T>>>;
 
 // A row's classes in memory: whole aligned vectors, and edges, the elements before and after them.
 template <typename T>

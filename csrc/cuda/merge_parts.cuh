@@ -10,17 +10,16 @@ namespace fused_xent::cuda {
 
 constexpr int kMergeThreads = 256;
 
-template <typename T>
-__device__ __forceinline__ void write_merged_row(const Arguments& a, int64_t row, int target,
-                                                 Acc<T> x, RowStats<Acc<T>>& stats) {
-  write_results(a, row, results_of_row(a, row, target, x, stats), -1);
+template <typename A>
+__device__ __forceinline__ void write_merged_row(const Arguments& a, int64_t row, int target, A z,
+                                                 RowStats<A>& stats) {
+  write_results(a, row, results_of_row(a, row, target, z, stats), -1);
 }
 
-template <typename T>
-__device__ __forceinline__ void write_merged_row(const Arguments& a, int64_t row, int target,
-                                                 Acc<T> x, FullStats<Acc<T>>& stats) {
-  const Acc<T> z = Transform<Acc<T>>(a).logit(x);
-  auto results = results_of_row<Acc<T>>(a, row, target, z, stats);
+template <typename A>
+__device__ __forceinline__ void write_merged_row(const Arguments& a, int64_t row, int target, A z,
+                                                 FullStats<A>& stats) {
+  auto results = results_of_row<A>(a, row, target, z, stats);
   results.entropy = entropy_of(stats, results.log_sum);
   write_results(a, row, results, stats.argmax);
 }
@@ -33,11 +32,12 @@ __global__ void __launch_bounds__(kMergeThreads)
        row += n_threads) {
     const Target target = read_target(a, row);
     if (!target.is_read()) continue;  // written by the row's first part
-    Stats stats = partials[row * parts];
-    for (int part = 1; part < parts; ++part) merge_stats(stats, partials[row * parts + part]);
     const T* logits = row_of<const T>(a.logits, a.logits_layout, row);
     const Acc<T> x = target.index < 0 ? Acc<T>(0) : to_acc(logits[target.index]);
-    write_merged_row<T>(a, row, target.index, x, stats);
+    Stats stats = partials[row * parts];
+    for (int part = 1; part < parts; ++part) merge_stats(stats, partials[row * parts + part]);
+    const Acc<T> z = transformed(transform_of<Acc<T>>(a), x);
+    write_merged_row(a, row, target.index, z, stats);
   }
 }
 

@@ -21,7 +21,7 @@ struct GeneralRow {
   const Spread<T, S> spread;
   const bool has_spread;
   const int apart;
-  const Transform<A> transform;
+  const Transform<A>& transform;
   const int64_t stride;
   RowView<const T> view;
   Share<1> share;
@@ -30,7 +30,7 @@ struct GeneralRow {
       : spread(a, row),
         has_spread(fused_xent::has_spread(a)),
         apart(class_apart(a, target)),
-        transform(a),
+        transform(transform_of<A>(a)),
         stride(a.logits_layout.class_stride),
         view(row_of<const T>(a.logits, a.logits_layout, row), static_cast<int>(a.vocab_size)),
         share(team, 0) {
@@ -66,7 +66,7 @@ struct GeneralRow {
       }
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
-        if (j[u] != INT32_MAX) z[u] = transform.logit(z[u]);
+        if (j[u] != INT32_MAX) z[u] = transformed(transform, z[u]);
       }
       stats.add(z, t, j);
     }
@@ -78,7 +78,7 @@ struct GeneralRow {
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i) {
         j[i] = view.vector_class(v) + i;
-        z[i] = j[i] == apart ? -kInfinity<A> : transform.logit(z[i]);
+        z[i] = j[i] == apart ? -kInfinity<A> : transformed(transform, z[i]);
       }
       stats.add(z, t, j);
     }
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : 2))
     // in forward, before the barrier of the merge.
     const bool has_target = has_backward && view.share.find(view.view, target.index).is_mine;
     const bool needs_target = has_target || (has_forward && target.index >= 0);
-    const A x = needs_target ? view.logit(target.index) : A(0), z = view.transform.logit(x);
+    const A x = needs_target ? view.logit(target.index) : A(0), z = transformed(view.transform, x);
     RowResults<A> results;
     if (has_forward) {
       FullStats<A> stats = merge_team(view.sweep(), shared, team_size);
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : 2))
     if (!has_target) continue;
     const A at_target = gradient_at_target(upstream, labels, mass, results, z);
     out[target.index * a.grad_layout.class_stride] =
-        from_acc<T>(at_target * view.transform.slope(x));
+        from_acc<T>(at_target * slope_at(view.transform, x));
   }
 }
 

@@ -63,14 +63,14 @@ struct GeneralStats : LongSweepStats<A, true> {
 // The gradient by the input logits x.
 template <typename A>
 struct GeneralGradient : FullGradient<A> {
-  Transform<A> transform;
+  const Transform<A>& transform;
 
   __device__ __forceinline__ A at(A x, A t) const {
-    const A d = transform.logit(x) - this->max, e = exp_nonpositive(d);
+    const A d = transformed(transform, x) - this->max, e = exp_nonpositive(d);
     A value = e * this->factor;
     if (e != 0) value += e * d * this->shifted_factor;
     if (t != 0) value -= t * this->spread;
-    return value * transform.slope(x);
+    return value * slope_at(transform, x);
   }
 };
 

@@ -52,7 +52,7 @@ Plan plan_columns(const Shape& shape, const Device& device) {
   // 256 threads of a multiprocessor have 16 KiB in flight by vectors, 1024 have 8 KiB without. So
   // there is no use for vectors of 8 or 4 bytes: images with fewer rows take a few microseconds.
   const int64_t for_vectors = int64_t{256} * device.sm_count * vector;
-  const bool may_have_vectors = shape.adjacent_rows && !shape.general;
+  const bool may_have_vectors = shape.adjacent_rows && !shape.is_general(Regime::columns);
   if (may_have_vectors && n_rows * workers(for_vectors) >= for_vectors) plan.row_vector = vector;
   plan.workers = workers(int64_t{512} * device.sm_count * plan.row_vector);
   return plan;
@@ -148,7 +148,7 @@ Plan plan_backward(const Shape& shape, const Device& device) {
 // Vectors of a row that a thread of forward_backward holds: in registers, and altogether unless the
 // largest block would be too small.
 int64_t vectors_in_registers(const Shape& shape) {
-  return shape.spread || shape.element_size == 8 ? 0 : 8;
+  return shape.spread || shape.element_size == 8 ? 0 : shape.capped ? 4 : 8;
 }
 int64_t vectors_of_row(const Shape& shape) { return shape.spread ? 16 : 32; }
 
@@ -183,7 +183,7 @@ Plan plan_forward_backward(const Shape& shape, const Device& device) {
 
 bool is_staged(const Plan& plan, const Shape& shape) {
   return plan.regime == Regime::columns && plan.row_vector == 1 && shape.packed && !shape.spread &&
-         !shape.general && shape.row_bytes() <= kMostStagedBytes;
+         !shape.is_general(plan.regime) && shape.row_bytes() <= kMostStagedBytes;
 }
 
 int64_t shared_bytes(const Plan& plan, const Shape& shape) {
@@ -206,7 +206,8 @@ const char* why_not(const Plan& plan, const Shape& shape, const Device& device) 
     if (plan.parts != 1) return "parts must be 1 by columns";
     if (!is_power_of_two(plan.workers) || plan.threads < 32 * plan.workers)
       return "workers must be a power of two, at most threads / 32";
-    if (plan.row_vector != 1 && shape.general) return "row_vector must be 1 for general kernels";
+    if (plan.row_vector != 1 && shape.is_general(plan.regime))
+      return "row_vector must be 1 for general kernels";
     if (plan.row_vector != 1 &&
         !(shape.adjacent_rows && plan.row_vector == 16 / shape.element_size))
       return "row_vector must be 1, or of adjacent rows 16 bytes";

@@ -38,10 +38,14 @@ struct Shape {
   int element_size;
   bool adjacent_classes;  // class stride 1, in all tensors of the logits' shape
   bool adjacent_rows;     // 16 bytes of neighbouring rows are aligned vectors, in all of these
-  bool general = false;   // per-class options: no vectors of rows, and no rows kept on chip
-  bool spread = false;    // labels on all classes
+  bool general = false;   // by rows, general kernels: no rows kept on chip
+  bool spread = false;    // labels of all classes are read
   bool packed = false;    // the rows are one piece of aligned memory, in all tensors
+  bool scaled = false, capped = false;  // by columns, general kernels: no vectors of rows
 
+  bool is_general(Regime regime) const {
+    return general || (regime == Regime::columns && (scaled || capped));
+  }
   int64_t row_bytes() const { return vocab_size * element_size; }
   int64_t row_vectors() const { return (row_bytes() + 15) / 16; }  // as if aligned
 };

@@ -9,10 +9,10 @@
 
 namespace fused_xent::cuda {
 
-// A group: the vectors that a thread reads before it uses the first. If labels are spread over all
-// classes, they are read beside the logits.
+// A group: the vectors that a thread reads before it uses the first. Labels may be read beside the
+// logits, and a softcap needs registers.
 template <typename S>
-constexpr int kUnroll = std::is_void_v<S> ? 4 : 2;
+constexpr int kUnroll = kReadsLabels<S> || kIsCapped<S> ? 2 : 4;
 
 // Where a thread has a class: as an element of the group that begins with a vector, or in no group,
 // as an edge.
@@ -104,37 +104,63 @@ struct SpreadLoss {
   A lost_mass = 0, lost_dot = 0;
 };
 
-// The statistics of a thread that sweeps logits of type T; the sum is that of ShiftedExp<T>. Labels
-// on all classes have sums of many terms, whose rounding errors may all have one sign, so they are
-// kept. The exponentials are added up in groups first.
-template <typename T, bool kHasSpread>
-struct SweepStats : RowStats<Acc<T>>,
-                    std::conditional_t<kHasSpread, SpreadLoss<Acc<T>>, NoLoss<Acc<T>>> {
-  using A = Acc<T>;
-  __device__ SweepStats() : RowStats<A>(empty_stats<A>()) {}
+// The statistics of a thread that sweeps logits; the sum is that of Exp, and `top` is the input
+// logit of max. Labels on all classes have sums of many terms, whose rounding errors may all have
+// one sign, so they are kept. The exponentials are added up in groups first. kIsUniform: dot is the
+// sum of Exp's y.
+template <typename Exp, bool kHasSpread, bool kIsUniform = false>
+struct SweepStats
+    : RowStats<typename Exp::Real>,
+      std::conditional_t<kHasSpread, SpreadLoss<typename Exp::Real>, NoLoss<typename Exp::Real>> {
+  using A = typename Exp::Real;
+  typename Exp::By by;
+  A top = kLowest<A>;
+
+  __device__ explicit SweepStats(typename Exp::By by) : RowStats<A>(empty_stats<A>()), by(by) {
+    this->max = max_of(top);
+  }
+
+  // Never -inf, from which no logit has a distance.
+  __device__ __forceinline__ A max_of(A input) const {
+    return fmax(Exp::max_of(by, input), kLowest<A>);
+  }
+
+  __device__ __forceinline__ Exp exponential() const { return Exp(by, this->max); }
 
   // Online softmax (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867) by groups: the sum so
   // far is rescaled at most once a group, if the group has a new maximum.
-  __device__ __forceinline__ void raise_max(A max) {
-    if (max == this->max) return;
-    this->sum *= ShiftedExp<T>(this->max).to(ShiftedExp<T>(max));
-    if constexpr (kHasSpread) {
+  __device__ __forceinline__ void raise_max(A input) {
+    if (input == top) return;
+    const A max = max_of(input);
+    this->sum *= exponential().to(Exp(by, max));
+    if constexpr (kHasSpread && (Exp::kIsRelative || !kIsUniform)) {
       const A shift = this->max - max;
       if (this->mass != 0) add_labels(0, shift * with_lost(this->mass, this->lost_mass));
     }
+    top = input;
     this->max = max;
   }
-  // Adds sums of t_j and t_j * (z_j - m).
+  // Adds sums of t_j and t_j * (z_j - m), or of t_j * y_j.
   __device__ __forceinline__ void add_labels(A mass, A dot) {
-    add_to(this->mass, this->lost_mass, mass);
+    if constexpr (kIsUniform) {
+      this->mass += mass;
+    } else {
+      add_to(this->mass, this->lost_mass, mass);
+    }
     add_to(this->dot, this->lost_dot, dot);
   }
   __device__ __forceinline__ RowStats<A> result() const {
+    const Exp exponential = this->exponential();
     RowStats<A> stats = *this;
-    stats.sum *= ShiftedExp<T>(this->max).to_exact();
+    stats.sum *= exponential.to_exact();
     if constexpr (kHasSpread) {
       stats.mass = with_lost(this->mass, this->lost_mass);
       stats.dot = with_lost(this->dot, this->lost_dot);
+    }
+    if constexpr (kIsUniform && !Exp::kIsRelative) {
+      const A unit = exponential.unit(), origin = this->max * Exp::kShrink;
+      stats.dot = with_lost(fma(-stats.mass, origin, unit * this->dot), unit * this->lost_dot);
+      stats.dot *= 1 / Exp::kShrink;
     }
     return stats;
   }
@@ -143,9 +169,11 @@ struct SweepStats : RowStats<Acc<T>>,
 // The same for a thread that may have all classes of a row: it also keeps the rounding errors of
 // the sum of exponentials.
 template <typename A, bool kHasSpread>
-struct LongSweepStats : SweepStats<A, kHasSpread> {
-  using Base = SweepStats<A, kHasSpread>;
+struct LongSweepStats : SweepStats<ExactShiftedExp<A, NoTransform>, kHasSpread> {
+  using Base = SweepStats<ExactShiftedExp<A, NoTransform>, kHasSpread>;
   A lost_sum = 0;
+
+  __device__ LongSweepStats() : Base(NoTransform{}) {}
 
   __device__ __forceinline__ void raise_max(A max) {
     if (max != this->max) lost_sum *= exp_nonpositive(this->max - max);
@@ -158,17 +186,61 @@ struct LongSweepStats : SweepStats<A, kHasSpread> {
   }
 };
 
-template <typename T, bool kHasSpread>
-__device__ __forceinline__ void add_element(SweepStats<T, kHasSpread>& stats, Acc<T> x, Acc<T> t) {
-  stats.raise_max(fmax(x, stats.max));
-  stats.sum += ShiftedExp<T>(stats.max)(x);
-  if constexpr (kHasSpread) stats.add_labels(t, t == 0 ? Acc<T>(0) : t * (x - stats.max));
+template <typename T, typename S>
+using StatsFor = SweepStats<ExpOf<T, S>, Spread<T, S>::kExists, kIsUniform<S>>;
+template <typename S>
+using ShareFor = Share<kUnroll<S>>;
+
+// Sums over some logits of a thread, which are small: the long sums lose less in fewer additions.
+template <typename A>
+struct GroupSums {
+  A exponentials = 0, mass = 0, dot = 0;
+
+  __device__ __forceinline__ void operator+=(const GroupSums& other) {
+    exponentials += other.exponentials;
+    mass += other.mass;
+    dot += other.dot;
+  }
+};
+
+// The sums over N logits and their labels. t: only of labels that are read.
+template <typename T, typename S, int N>
+__device__ __forceinline__ GroupSums<Acc<T>> sums_of(const ExpOf<T, S>& exponential, Acc<T> (&x)[N],
+                                                     const Acc<T> (&t)[N]) {
+  using A = Acc<T>;
+  GroupSums<A> sums;
+  if constexpr (kReadsLabels<S>) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      sums.mass += t[i];
+      if (t[i] != 0) sums.dot += t[i] * (x[i] * exponential.by.scale - exponential.max);
+    }
+  }
+  exponential.linear(x);
+  if constexpr (kIsUniform<S>) {
+    sums.mass = N;
+    sums.dot = x[0] * exponential.kShrink;
+#pragma unroll
+    for (int i = 1; i < N; ++i) sums.dot += x[i] * exponential.kShrink;
+  }
+  sums.exponentials = exponential.power(x[0]);
+#pragma unroll
+  for (int i = 1; i < N; ++i) sums.exponentials += exponential.power(x[i]);
+  return sums;
 }
 
 template <typename T, typename S>
-using StatsFor = SweepStats<T, Spread<T, S>::kExists>;
-template <typename S>
-using ShareFor = Share<kUnroll<S>>;
+__device__ __forceinline__ void add_sums(StatsFor<T, S>& stats, const GroupSums<Acc<T>>& sums) {
+  stats.sum += sums.exponentials;
+  if constexpr (Spread<T, S>::kExists) stats.add_labels(sums.mass, sums.dot);
+}
+
+template <typename T, typename S>
+__device__ __forceinline__ void add_element(StatsFor<T, S>& stats, Acc<T> x, Acc<T> t) {
+  stats.raise_max(fmax(x, stats.top));
+  Acc<T> one[] = {x};
+  add_sums<T, S>(stats, sums_of<T, S>(stats.exponential(), one, {t}));
+}
 
 // Puts minus infinity, which adds nothing to a sum of exponentials, in the place of an element.
 template <typename T, int kCount>
@@ -191,6 +263,17 @@ __device__ __forceinline__ void leave_out(uint4 (&bits)[kCount], int element) {
   }
 }
 
+// Takes what leave_out has put in the place of an element out of the sum. With a softcap it is not
+// 0, but no other element's exponential is less.
+template <typename T, typename S>
+__device__ __forceinline__ void forget_left_out(StatsFor<T, S>& stats) {
+  if constexpr (kIsCapped<S>) {
+    float x[] = {-kInfinity<float>};
+    stats.exponential().linear(x);
+    stats.sum -= stats.exponential().power(x[0]);
+  }
+}
+
 // Adds the group that begins with vector v. Vectors beyond the share's end are minus infinity.
 template <typename T, typename S>
 __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (&bits)[kUnroll<S>],
@@ -201,35 +284,28 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
   uint4 top = bits[0];
 #pragma unroll
   for (int u = 1; u < kUnroll<S>; ++u) top = max_of<T>(top, bits[u]);
-  A x[kVector<T>];
+  A x[kVector<T>], t[kVector<T>];
   unpack<T>(top, x);
-  A max = stats.max;
+  A max = stats.top;
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) max = fmax(max, x[i]);
   stats.raise_max(max);
-  const ShiftedExp<T> exponential(max);
-  A group_sum = 0;  // apart: the long sum loses less in fewer additions
-#pragma unroll
-  for (int u = 0; u < kUnroll<S>; ++u) {
+  const ExpOf<T, S> exponential = stats.exponential();
+  GroupSums<A> sums;
+  const auto add = [&](int u) {
     unpack<T>(bits[u], x);
-    A sum = 0;
+    if constexpr (kReadsLabels<S>) spread.vector(view.vector_class(v + u * share.lanes), t);
+    sums += sums_of<T, S>(exponential, x, t);
+  };
+  if constexpr (kIsUniform<S>) {
+    share.for_vectors(v, [&](int u, int) { add(u); });
+  } else {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) sum += exponential(x[i]);
-    group_sum += sum;
-    if constexpr (Spread<T, S>::kExists) {
-      const int w = v + u * share.lanes;
-      if (w >= share.end) continue;
-      A t[kVector<T>], mass = 0, dot = 0;
-      spread.vector(view.vector_class(w), t);
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) {
-        mass += t[i];
-        if (t[i] != 0) dot += t[i] * (x[i] - max);
-      }
-      stats.add_labels(mass, dot);
+    for (int u = 0; u < kUnroll<S>; ++u) {
+      if (!kReadsLabels<S> || v + u * share.lanes < share.end) add(u);
     }
   }
-  stats.sum += group_sum;
+  add_sums<T, S>(stats, sums);
 }
 
 // Adds every step-th edge from edge i on, without class `apart`.
@@ -242,7 +318,7 @@ __device__ __forceinline__ void sweep_edges(StatsFor<T, S>& stats, const RowView
     if (j == apart) continue;
     Acc<T> t = 0;
     if constexpr (Spread<T, S>::kExists) t = spread.at(j);
-    add_element(stats, to_acc(view.data[j]), t);
+    add_element<T, S>(stats, to_acc(view.data[j]), t);
   }
 }
 
@@ -254,31 +330,52 @@ struct GradientOf {
   using A = Acc<T>;
   static constexpr int kCount = kUnroll<S>;
   const Spread<T, S>& spread;
-  const ShiftedExp<T> exponential;
+  const ExpOf<T, S> exponential;
   const A factor, spread_factor;
 
-  __device__ GradientOf(const RowGradient<A>& row, const Spread<T, S>& spread)
+  // The slope dz/dx, or the part of it that all classes have in common.
+  __device__ GradientOf(const RowGradient<A>& row, const Spread<T, S>& spread,
+                        const Transform<A>& transform)
       : spread(spread),
-        exponential(row.max),
-        factor(row.factor * exponential.to_exact()),
-        spread_factor(row.spread) {}
+        exponential(transform, row.max),
+        factor(row.factor * exponential.to_exact() * (transform.scale * (kIsCapped<S> ? 4 : 1))),
+        spread_factor(row.spread * (transform.scale * (kIsCapped<S> ? 4 : 1))) {}
 
+  // Turns logits into their gradients; t: their labels.
+  template <int N>
+  __device__ __forceinline__ void replace(A (&x)[N], const A (&t)[N]) const {
+    if constexpr (kIsCapped<S>) {
+      constexpr int kAtOnce = N < 4 ? N : 4;
+#pragma unroll
+      for (int i = 0; i < N; i += kAtOnce) {
+        auto& some = reinterpret_cast<A(&)[kAtOnce]>(x[i]);
+        A slopes[kAtOnce];
+        exponential.linear(some, slopes);
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          some[k] = (exponential.power(some[k]) * factor - spread_factor) * slopes[k];
+        }
+      }
+    } else {
+      exponential.linear(x);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        x[i] = exponential.power(x[i]) * factor;
+        if constexpr (Spread<T, S>::kExists) x[i] -= t[i] * spread_factor;
+      }
+    }
+  }
   __device__ __forceinline__ A element(A x, int j) const {
-    A value = exponential(x) * factor;
-    if constexpr (Spread<T, S>::kExists) value -= spread.at(j) * spread_factor;
-    return value;
+    A values[] = {x}, t[] = {0};
+    if constexpr (Spread<T, S>::kExists) t[0] = spread.at(j);
+    replace(values, t);
+    return values[0];
   }
   __device__ __forceinline__ uint4 vector(uint4 bits, int j) const {
-    A x[kVector<T>];
+    A x[kVector<T>], t[kVector<T>];
     unpack<T>(bits, x);
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) x[i] = exponential(x[i]) * factor;
-    if constexpr (Spread<T, S>::kExists) {
-      A t[kVector<T>];
-      spread.vector(j, t);
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) x[i] -= t[i] * spread_factor;
-    }
+    if constexpr (Spread<T, S>::kExists) spread.vector(j, t);
+    replace(x, t);
     return pack<T>(x);
   }
 };

@@ -1,30 +1,202 @@
-// From input logits x to transformed logits z: scaled, and capped (Gemma 2,
-// https://arxiv.org/abs/2408.00118).
+// From input logits x to transformed logits z, scaled and capped (Gemma 2,
+// https://arxiv.org/abs/2408.00118), and to exponentials.
 #pragma once
 
-#include "../xent_params.h"
+#include "../xent_math.h"
+#include "launch.h"
 #include "memory.cuh"
 
 namespace fused_xent::cuda {
 
-// z, and its slope, the derivative by x.
-template <typename A>
-struct Transform {
-  A scale, softcap, inner;  // inner: of the hyperbolic tangent's argument
+constexpr float kLog2E = 1.44269504f;
 
-  __device__ explicit Transform(const Params& p)
-      : scale(static_cast<A>(p.logit_scale)), softcap(static_cast<A>(p.softcap)), inner(0) {
-    if (softcap != 0) inner = scale / softcap;
+// 2^x with an error of at most 2 units in the last place; subnormal results are 0.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+// 1 / x, in float with an error of 1 unit in the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+// exp(x) for x <= 0, with an error of 2 units in the last place and |x| roundings; subnormal
+// results are 0.
+__device__ __forceinline__ float exp_nonpositive(float x) { return exp2_approximate(x * kLog2E); }
+__device__ __forceinline__ double exp_nonpositive(double x) { return exp(x); }
+
+template <typename A>
+__device__ __forceinline__ const Transform<A>& transform_of(const Arguments& a) {
+  if constexpr (std::is_same_v<A, double>) {
+    return a.transform;
+  } else {
+    return a.transform_float;
   }
-  __device__ __forceinline__ A logit(A x) const {
-    return softcap == 0 ? x * scale : softcap * tanh(x * inner);
+}
+
+template <typename A>
+__device__ __forceinline__ A transformed(const Transform<A>& t, A x, bool is_capped) {
+  return is_capped ? t.softcap * tanh(x * t.inner) : x * t.scale;
+}
+// dz/dx: scale / cosh^2, since 1 - tanh^2 would cancel.
+template <typename A>
+__device__ __forceinline__ A slope_at(const Transform<A>& t, A x, bool is_capped) {
+  if (!is_capped) return t.scale;
+  const A e = exp_nonpositive(-2 * fabs(x * t.inner)), r = reciprocal(1 + e);
+  return 4 * t.scale * e * r * r;
+}
+
+template <typename A>
+__device__ __forceinline__ A transformed(const Transform<A>& t, A x) {
+  return transformed(t, x, t.softcap != 0);
+}
+template <typename A>
+__device__ __forceinline__ A slope_at(const Transform<A>& t, A x) {
+  return slope_at(t, x, t.softcap != 0);
+}
+
+// The exponentials exp(z - max) of a row in a sweep, times a factor that is the same for all z.
+// They are computed in two steps, because the sum of all logits needs what is between them:
+//
+//   linear(x)   turns logits x into y, so that z is unit() * y + a constant
+//   power(y)    the exponential
+//
+// A sum of powers must be multiplied by to_exact() to be exact, and by to(other) to be relative to
+// another maximum. max_of(x) is the z of the greatest x. kIsRelative: y is z - max.
+struct NoTransform {
+  static constexpr int scale = 1;
+};
+
+template <typename A, typename GivenBy = const Transform<A>&>
+struct ExactShiftedExp {
+  using Real = A;
+  using By = GivenBy;
+  static constexpr bool kIsRelative = true;
+  static constexpr A kShrink = 1;  // keeps sums of y finite
+  By by;
+  A max;
+
+  __device__ __forceinline__ ExactShiftedExp(By by, A max) : by(by), max(max) {}
+  static __device__ __forceinline__ A max_of(By by, A x) { return x * by.scale; }
+  template <int N>
+  __device__ __forceinline__ void linear(A (&x)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = x[i] * by.scale - max;
   }
-  // scale / cosh^2: 1 - tanh^2 would cancel.
-  __device__ __forceinline__ A slope(A x) const {
-    if (softcap == 0) return scale;
-    const A e = exp_nonpositive(-2 * fabs(x * inner)), one_plus_e = 1 + e;
-    return 4 * scale * e / (one_plus_e * one_plus_e);
+  __device__ __forceinline__ A power(A y) const { return exp_nonpositive(y); }
+  __device__ __forceinline__ A unit() const { return 1; }
+  __device__ __forceinline__ A to_exact() const { return 1; }
+  __device__ __forceinline__ A to(const ExactShiftedExp& other) const {
+    return power(max - other.max);
   }
 };
+
+// One instruction less, for 16-bit logits: 2^(exponent * x + offset), where offset is
+// -max * log2(e), rounded once a row. Beyond 2^17, neighbouring 16-bit logits differ by 64 at
+// least, so log2(e) is not needed: 2^-64 and e^-64 both add nothing to 1.
+struct ShiftedExp16 {
+  using Real = float;
+  using By = const Transform<float>&;
+  static constexpr bool kIsRelative = false;
+  static constexpr float kShrink = 0x1p-20f;
+  By by;
+  float max, exponent, offset;
+
+  __device__ __forceinline__ ShiftedExp16(By by, float max) : by(by), max(max) {
+    exponent = is_near() ? by.exponent : by.scale;
+    offset = -__fmul_rn(max, per_logit());  // never fused with what is added to it
+  }
+  static __device__ __forceinline__ float max_of(By by, float x) { return x * by.scale; }
+  template <int N>
+  __device__ __forceinline__ void linear(float (&)[N]) const {}
+  __device__ __forceinline__ float power(float y) const {
+    return exp2_approximate(fmaf(y, exponent, offset));
+  }
+  __device__ __forceinline__ float unit() const { return by.scale; }
+  __device__ __forceinline__ float to_exact() const {
+    return exp2_approximate(-fmaf(max, per_logit(), offset));
+  }
+  __device__ __forceinline__ float to(const ShiftedExp16& other) const {
+    return is_near() == other.is_near() ? exp2_approximate(other.offset - offset) : 0.0f;
+  }
+
+ private:
+  __device__ __forceinline__ bool is_near() const { return fabsf(max) < 0x1p17f; }
+  __device__ __forceinline__ float per_logit() const { return is_near() ? kLog2E : 1.0f; }
+};
+
+// Replaces N numbers in [1, 2] by their reciprocals, with one division for four of them.
+template <int N>
+__device__ __forceinline__ void invert(float (&x)[N]) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float first = x[i] * x[i + 1], second = x[i + 2] * x[i + 3];
+      const float of_all = reciprocal(first * second);
+      const float of_first = of_all * second, of_second = of_all * first, x0 = x[i], x2 = x[i + 2];
+      x[i] = of_first * x[i + 1];
+      x[i + 1] = of_first * x0;
+      x[i + 2] = of_second * x[i + 3];
+      x[i + 3] = of_second * x2;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = reciprocal(x[i]);
+  }
+}
+
+// Of softcapped logits. y is z * log2(e), with an error of some roundings of the softcap, about one
+// on average and at most 12: tanh |u| = 2 / (1 + exp(-2 |u|)) - 1.
+struct CappedExp {
+  using Real = float;
+  using By = const Transform<float>&;
+  static constexpr bool kIsRelative = false;
+  static constexpr float kShrink = 1;
+  By by;
+  float top;
+
+  __device__ __forceinline__ CappedExp(By by, float max) : by(by), top(max * kLog2E) {}
+  static __device__ __forceinline__ float max_of(By by, float x) {
+    float y[] = {x};
+    CappedExp(by, 0).linear(y);
+    return y[0] * (1 / kLog2E);
+  }
+  // slopes: dz/dx / (4 * scale).
+  template <int N>
+  __device__ __forceinline__ void linear(float (&x)[N], float (&slopes)[N]) const {
+    float r[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      slopes[i] = exp2_approximate(fabsf(x[i]) * by.exponent);
+      r[i] = 1 + slopes[i];
+    }
+    invert(r);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x[i] = copysignf(fmaf(r[i], 2 * by.cap, -by.cap), x[i]);
+      slopes[i] *= r[i] * r[i];
+    }
+  }
+  template <int N>
+  __device__ __forceinline__ void linear(float (&x)[N]) const {
+    float slopes[N];
+    linear(x, slopes);
+  }
+  __device__ __forceinline__ float power(float y) const { return exp2_approximate(y - top); }
+  __device__ __forceinline__ float unit() const { return 1 / kLog2E; }
+  __device__ __forceinline__ float to_exact() const { return 1; }
+  __device__ __forceinline__ float to(const CappedExp& other) const {
+    return exp2_approximate(top - other.top);
+  }
+};
+
+// S: see Spread.
+template <typename T, typename S>
+using ExpOf =
+    std::conditional_t<kIsCapped<S>, CappedExp,
+                       std::conditional_t<sizeof(T) == 2, ShiftedExp16, ExactShiftedExp<Acc<T>>>>;
 
 }  // namespace fused_xent::cuda

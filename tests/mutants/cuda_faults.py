@@ -86,11 +86,11 @@ SWEEPS = {
     "sums are not moved to another maximum": fault(
         "sweep.cuh",
         "forward",
-        "    this->sum *= ShiftedExp<T>(this->max).to(ShiftedExp<T>(max));\n",
+        "    this->sum *= exponential().to(Exp(by, max));\n",
         "",
     ),
     "what a row's exponentials have in common stays in its sum": fault(
-        "sweep.cuh", "forward", "    stats.sum *= ShiftedExp<T>(this->max).to_exact();\n", ""
+        "sweep.cuh", "forward", "    stats.sum *= exponential.to_exact();\n", ""
     ),
     "a part of a row has the target of the part after it": fault(
         "sweep.cuh", "backward", "if (v < first || v >= end || in", "if (v < first || in"
@@ -125,8 +125,8 @@ SWEEPS = {
     "the target is twice in the sum of general vectors": fault(
         "per_class_options.cu",
         "per_class_options",
-        "j[i] == apart ? -kInfinity<A> : transform.logit(z[i])",
-        "transform.logit(z[i])",
+        "j[i] == apart ? -kInfinity<A> : transformed(transform, z[i])",
+        "transformed(transform, z[i])",
     ),
     "the target is twice in the sum of general edges": fault(
         "per_class_options.cu",
@@ -170,26 +170,26 @@ SWEEPS = {
     "a class of label 0 and logit -inf counts": fault(
         "sweep.cuh",
         "forward",
-        "if (t[i] != 0) dot += t[i] * (x[i] - max);",
-        "dot += t[i] * (x[i] - max);",
-    ),
-    "a single class of label 0 and logit -inf counts": fault(
-        "sweep.cuh",
-        "forward",
-        "stats.add_labels(t, t == 0 ? Acc<T>(0) : t * (x - stats.max))",
-        "stats.add_labels(t, t * (x - stats.max))",
+        "      if (t[i] != 0) sums.dot += t[i]",
+        "      sums.dot += t[i]",
     ),
     "labels beyond a row's end are read": fault(
-        "sweep.cuh", "forward", "      if (w >= share.end) continue;\n", ""
+        "sweep.cuh",
+        "forward",
+        "      if (!kReadsLabels<S> || v + u * share.lanes < share.end) add(u);\n",
+        "      add(u);\n",
     ),
     "labels are no part of the gradient of single elements": fault(
         "sweep.cuh",
         "backward",
-        "    if constexpr (Spread<T, S>::kExists) value -= spread.at(j) * spread_factor;\n",
-        "",
+        "    if constexpr (Spread<T, S>::kExists) t[0] = spread.at(j);\n    replace",
+        "    replace",
     ),
     "a gradient's factor forgets what the exponentials have in common": fault(
-        "sweep.cuh", "backward", "factor(row.factor * exponential.to_exact())", "factor(row.factor)"
+        "sweep.cuh",
+        "backward",
+        "factor(row.factor * exponential.to_exact() *",
+        "factor(row.factor *",
     ),
     "logits and gradient are taken to be aligned together": fault(
         "sweep.cuh", "backward", "  if (apart % 16 != 0) view.use_no_vectors();\n", ""
@@ -212,21 +212,6 @@ SWEEPS = {
 }
 
 MEMORY = {
-    "a sum of one scale is moved to another as if scales were one": fault(
-        "memory.cuh",
-        "forward",
-        "return scale == other.scale ? exp2_approximate(other.offset - offset) : 0.0f;",
-        "return exp2_approximate(other.offset - offset);",
-    ),
-    "great 16-bit logits are multiplied beyond float32's range": fault(
-        "memory.cuh", "forward", "scale = fabsf(max) < 0x1p17f ? kLog2E : 1.0f;", "scale = kLog2E;"
-    ),
-    "logits of 64 and more are not multiplied by log2(e)": fault(
-        "memory.cuh",
-        "forward",
-        "scale = fabsf(max) < 0x1p17f ? kLog2E : 1.0f;",
-        "scale = fabsf(max) < 0x1p6f ? kLog2E : 1.0f;",
-    ),
     "classes beyond the end are 0": fault("memory.cuh", "forward", "0xff80ff80u", "0u"),
     "the maximum of two vectors is that of half their elements": fault(
         "memory.cuh", "forward", "one(a.z, b.z), one(a.w, b.w))", "one(a.z, b.z), a.w)"
@@ -245,6 +230,132 @@ MEMORY = {
         "forward",
         "n_edges = vocab_size - n_vectors * kVector<T>;",
         "n_edges = vocab_size - n_vectors * kVector<T> - (head > 6);",
+    ),
+}
+
+TRANSFORMS = {
+    "a sum of one scale is moved to another as if scales were one": fault(
+        "transform.cuh",
+        "forward",
+        "return is_near() == other.is_near() ? exp2_approximate(other.offset - offset) : 0.0f;",
+        "return exp2_approximate(other.offset - offset);",
+    ),
+    "great 16-bit logits are multiplied beyond float32's range": fault(
+        "transform.cuh", "forward", "return fabsf(max) < 0x1p17f;", "return true;"
+    ),
+    "logits of 64 and more are not multiplied by log2(e)": fault(
+        "transform.cuh", "forward", "return fabsf(max) < 0x1p17f;", "return fabsf(max) < 0x1p6f;"
+    ),
+    "sums of great 16-bit logits overflow": emulated(
+        "cuda/transform.cuh",
+        "test_cuda.py::test_sum_of_great_logits_is_finite",
+        "kShrink = 0x1p-20f;",
+        "kShrink = 1;",
+    ),
+    "a logit scale is no part of the maximum of 16-bit logits": fault(
+        "transform.cuh",
+        "forward",
+        "float max_of(By by, float x) { return x * by.scale; }",
+        "float max_of(By, float x) { return x; }",
+    ),
+    "a logit scale is no part of the sum of 16-bit logits": fault(
+        "transform.cuh",
+        "forward",
+        "__device__ __forceinline__ float unit() const { return by.scale; }",
+        "__device__ __forceinline__ float unit() const { return 1; }",
+    ),
+    "four reciprocals are in the wrong order": fault(
+        "transform.cuh", "forward", "x[i] = of_first * x[i + 1];", "x[i] = of_first * x0;"
+    ),
+    "a capped logit has no sign": fault(
+        "transform.cuh",
+        "forward",
+        "x[i] = copysignf(fmaf(r[i], 2 * by.cap, -by.cap), x[i]);",
+        "x[i] = fmaf(r[i], 2 * by.cap, -by.cap);",
+    ),
+    "a capped logit's slope is that of its exponential": fault(
+        "transform.cuh", "backward", "slopes[i] *= r[i] * r[i];", "slopes[i] *= r[i];"
+    ),
+    "the sum of capped logits is in powers of 2": fault(
+        "transform.cuh",
+        "forward",
+        "float unit() const { return 1 / kLog2E; }",
+        "float unit() const { return 1; }",
+    ),
+    "the sum of all logits is not relative to their maximum": fault(
+        "sweep.cuh",
+        "forward",
+        "fma(-stats.mass, origin, unit * this->dot)",
+        "unit * this->dot + 0 * origin",
+    ),
+    "the sum of float32 logits stays relative to another maximum": emulated(
+        "cuda/sweep.cuh",
+        "test_cuda.py::test_transformed_and_uniformly_smoothed_rows",
+        "kHasSpread && (Exp::kIsRelative || !kIsUniform)",
+        "kHasSpread && !kIsUniform",
+    ),
+    "rounding errors of the sum of all logits are lost": emulated(
+        "cuda/sweep.cuh",
+        "test_cuda.py::test_sum_of_all_logits",
+        "unit * this->dot), unit * this->lost_dot);",
+        "unit * this->dot), A(0));",
+    ),
+    "vectors beyond a row's end are in the sum of all logits": fault(
+        "sweep.cuh",
+        "forward",
+        "share.for_vectors(v, [&](int u, int) { add(u); });",
+        "for (int u = 0; u < kUnroll<S>; ++u) add(u);",
+    ),
+    "what stands for the target of a capped row is in its sum": emulated(
+        "cuda/sweep.cuh",
+        "test_cuda.py::test_target_of_a_softcap_that_all_reach",
+        "    stats.sum -= stats.exponential().power(x[0]);\n",
+        "",
+    ),
+    "a gradient forgets the logit scale": fault(
+        "sweep.cuh",
+        "backward",
+        "exponential.to_exact() * (transform.scale * (kIsCapped<S> ? 4 : 1))",
+        "exponential.to_exact() * (kIsCapped<S> ? 4 : 1)",
+    ),
+    "the labels' gradient forgets the logit scale": fault(
+        "sweep.cuh",
+        "backward",
+        "spread_factor(row.spread * (transform.scale * (kIsCapped<S> ? 4 : 1)))",
+        "spread_factor(row.spread * (kIsCapped<S> ? 4 : 1))",
+    ),
+    "a target's logit is not transformed": fault(
+        "forward.cu", "forward", "transformed(transform, x, kIsCapped<S>)", "x"
+    ),
+    "a target's gradient is by its transformed logit": fault(
+        "backward.cu", "backward", "* slope_at(transform, x, kIsCapped<S>)", ""
+    ),
+    "a target's gradient is by its transformed logit in fused mode": fault(
+        "forward_backward.cu",
+        "forward_backward",
+        "* slope_at(transform, x, kIsCapped<S>)",
+        "",
+    ),
+    "strided logits are not transformed": fault(
+        "plan.h", "columns", "(regime == Regime::columns && (scaled || capped))", "false"
+    ),
+    "softcapped rows have no class weights": fault(
+        "launch.cpp", "forward", "p.dtype == DType::float64 || reads_labels(p);", "false;"
+    ),
+    "softcapped rows hold as many vectors in registers as plain ones": emulated(
+        "cuda/plan.cpp",
+        "test_cuda_plans.py::test_softcap_leaves_fewer_vectors_in_registers",
+        "shape.capped ? 4 : 8;",
+        "8;",
+    ),
+    "a great softcap costs digits": emulated(
+        "cuda/launch.cpp",
+        "test_cuda.py::test_softcap_far_above_the_logits",
+        "p.softcap > kMaxFastSoftcap ||",
+        "",
+    ),
+    "negative logit scales have the least logit as maximum": fault(
+        "launch.cpp", "forward", "!(p.logit_scale > 0) ||", ""
     ),
 }
 
@@ -387,8 +498,8 @@ ROWS = {
     "the target's gradient is that of other classes": fault(
         "backward.cu",
         "backward",
-        "    if (has_target) out[target.index] = from_acc<T>(gradient.at_target);\n",
-        "",
+        "    if (has_target) {\n",
+        "    if (false) {\n",
     ),
     "an ignored row's gradient of 0 is scaled": Fault(
         "csrc/cuda/backward.cu",
@@ -488,18 +599,16 @@ ROWS = {
     "only the leader adds the target": fault(
         "forward_backward.cu",
         "forward_backward",
-        "const A target_logit = target >= 0 ?",
-        "const A target_logit = team.is_leader() && target >= 0 ?",
+        "const A x = target >= 0 ?",
+        "const A x = team.is_leader() && target >= 0 ?",
     ),
     "the target's logit is read when the gradient is there": fault(
         "forward_backward.cu",
         "forward_backward",
-        "    if (place.is_mine) row.out[target] = from_acc<T>(gradient.at_target);\n",
-        "    if (place.is_mine) {\n"
-        "      const A x = to_acc(row.view.data[target]);\n"
+        "      row.out[target] = from_acc<T>(gradient.at_target *",
+        "      const A late = to_acc(row.view.data[target]);\n"
         "      row.out[target] = from_acc<T>(\n"
-        "          backward_of_row(a, scale, row.index, target, results, true, x).at_target);\n"
-        "    }\n",
+        "          backward_of_row(a, scale, row.index, target, results, true, late).at_target *",
     ),
     "no request for more than 48 KiB of shared memory": fault(
         "forward_backward.cu",
@@ -574,21 +683,21 @@ GENERAL = {
     "a saturated softcap has no derivative": fault(
         "transform.cuh",
         "per_class_options",
-        "    const A e = exp_nonpositive(-2 * fabs(x * inner)), one_plus_e = 1 + e;\n"
-        "    return 4 * scale * e / (one_plus_e * one_plus_e);\n",
-        "    const A y = tanh(x * inner);\n    return scale * (1 - y * y);\n",
+        "  const A e = exp_nonpositive(-2 * fabs(x * t.inner)), r = reciprocal(1 + e);\n"
+        "  return 4 * t.scale * e * r * r;\n",
+        "  const A y = tanh(x * t.inner);\n  return t.scale * (1 - y * y);\n",
     ),
     "the softcap's derivative forgets the scale": fault(
         "transform.cuh",
         "per_class_options",
-        "return 4 * scale * e /",
-        "return 4 * e /",
+        "return 4 * t.scale * e * r * r;",
+        "return 4 * e * r * r;",
     ),
     "the scale is no part of a capped logit": fault(
-        "transform.cuh",
+        "launch.h",
         "per_class_options",
-        "if (softcap != 0) inner = scale / softcap;",
-        "if (softcap != 0) inner = 1 / softcap;",
+        "p.softcap == 0 ? 0 : p.logit_scale / p.softcap;",
+        "p.softcap == 0 ? 0 : 1 / p.softcap;",
     ),
     "the entropy's gradient forgets the entropy": fault(
         "xent_rows.h",
@@ -599,7 +708,7 @@ GENERAL = {
     "the target's derivative is left out": fault(
         "per_class_options.cu",
         "per_class_options",
-        "from_acc<T>(at_target * view.transform.slope(x))",
+        "from_acc<T>(at_target * slope_at(view.transform, x))",
         "from_acc<T>(at_target)",
     ),
     "a team does not wait for its statistics": fault(
@@ -635,8 +744,8 @@ GENERAL = {
     "the target of a row in parts is not transformed": fault(
         "merge_parts.cuh",
         "per_class_options",
-        "results_of_row<Acc<T>>(a, row, target, z, stats);",
-        "results_of_row<Acc<T>>(a, row, target, x, stats);\n  (void)z;",
+        "const Acc<T> z = transformed(transform_of<Acc<T>>(a), x);",
+        "const Acc<T> z = x;",
     ),
     "the backward lacks the entropy": fault(
         "xent_rows.h",
@@ -702,10 +811,13 @@ COLUMNS = {
         "for (int i = 1; i < n_workers - 1; ++i) merge_stats",
     ),
     "each row of a vector has the labels of its first": fault(
-        "columns.cu", "columns", "if (R == 1 || is_shared) {", "if (R == 1 || j >= 0) {"
+        "columns.cu",
+        "columns",
+        "if (R == 1 || kIsUniform<S> || is_shared) {",
+        "if (R == 1 || j >= 0) {",
     ),
     "ignored rows of a vector get a gradient": fault(
-        "columns.cu", "columns", "x[u][r] = rows.is_kept[r] ? value : A(0);", "x[u][r] = value;"
+        "columns.cu", "columns", "x[r] = rows.is_kept[r] ? value : A(0);", "x[r] = value;"
     ),
     "the targets of other workers are written": fault(
         "columns.cu",
@@ -1130,6 +1242,7 @@ FAULTS = {
     **TEAMS,
     **SWEEPS,
     **MEMORY,
+    **TRANSFORMS,
     **LABELS,
     **ROWS,
     **GENERAL,

@@ -268,9 +268,6 @@ class Table {
             *shape = shapes[next(3)];
           }
           c.misalignment = next(4);
-          const Problem problem(c);
-          if (!only_.empty() && (only_ == "per_class_options") != shape_of(problem).general)
-            continue;
           run(c, {plans[next(plans.size())], default_plans(c)});
         }
       }
@@ -356,7 +353,9 @@ class Table {
         }
         const char* why = cuda::why_not(*plan, shape, device_);
         if (why != nullptr) *plan = *otherwise;
-        if (!only_.empty() && only_ != "per_class_options")
+        if (only_.empty()) continue;
+        skip |= shape.is_general(plan->regime) != (only_ == "per_class_options");
+        if (only_ != "per_class_options")
           skip |= (plan->regime == Regime::columns) != (only_ == "columns");
       }
       if (skip) continue;

@@ -75,14 +75,15 @@ PYBIND11_MODULE(emulated_cuda, m) {
   pybind11::class_<cuda::Shape>(m, "Shape")
       .def(pybind11::init([](int64_t n_rows, int64_t vocab_size, int element_size,
                              bool adjacent_classes, bool adjacent_rows, bool general, bool spread,
-                             bool packed) {
-             return cuda::Shape{n_rows,        vocab_size, element_size, adjacent_classes,
-                                adjacent_rows, general,    spread,       packed};
+                             bool packed, bool scaled, bool capped) {
+             return cuda::Shape{n_rows,  vocab_size, element_size, adjacent_classes, adjacent_rows,
+                                general, spread,     packed,       scaled,           capped};
            }),
            pybind11::arg("n_rows"), pybind11::arg("vocab_size"), pybind11::arg("element_size"),
            pybind11::arg("adjacent_classes") = true, pybind11::arg("adjacent_rows") = false,
            pybind11::arg("general") = false, pybind11::arg("spread") = false,
-           pybind11::arg("packed") = false);
+           pybind11::arg("packed") = false, pybind11::arg("scaled") = false,
+           pybind11::arg("capped") = false);
   pybind11::class_<cuda::Device>(m, "Device")
       .def(pybind11::init<int, int, int>(), pybind11::arg("capability"), pybind11::arg("sm_count"),
            pybind11::arg("shared_bytes"))
