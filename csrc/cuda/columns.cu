@@ -81,34 +81,42 @@ class Staged {
 // Adjacent rows of one class in registers: one, or as many as 16 bytes hold.
 template <typename T, int R>
 struct Numbers {
-  std::conditional_t<R == 1, T, uint4> bits;
+  std::conditional_t<R == 1, Acc<T>, uint4> bits;
 
   // kAgain: forward_backward will read them again, so they should stay in the cache.
   template <bool kAgain>
   __device__ __forceinline__ void load(const T* p) {
     if constexpr (R == 1) {
-      bits = *p;
+      bits = to_acc(*p);
     } else {
       bits = kAgain ? load_vector_cached(p) : load_vector(p);
     }
   }
   __device__ __forceinline__ void store(T* p) const {
     if constexpr (R == 1) {
-      *p = bits;
+      *p = from_acc<T>(bits);
     } else {
       store_vector(p, bits);
     }
   }
   __device__ __forceinline__ void get(Acc<T> (&x)[R]) const {
     if constexpr (R == 1) {
-      x[0] = to_acc(bits);
+      x[0] = bits;
     } else {
       unpack<T>(bits, x);
     }
   }
+  // To the greater of both, row by row; NaN counts as nothing.
+  __device__ __forceinline__ void raise(const Numbers& other) {
+    if constexpr (R == 1) {
+      bits = fmax(bits, other.bits);
+    } else {
+      bits = max_of<T>(bits, other.bits);
+    }
+  }
   __device__ __forceinline__ void set(const Acc<T> (&x)[R]) {
     if constexpr (R == 1) {
-      bits = from_acc<T>(x[0]);
+      bits = x[0];
     } else {
       bits = pack<T>(x);
     }
@@ -214,15 +222,14 @@ __device__ __forceinline__ void sweep_rows(const Arguments& p, const Rows<kUnrol
         logits[u].set(x);
       }
     }
+    Numbers<T, R> top = logits[0];
 #pragma unroll
-    for (int r = 0; r < R; ++r) max[r] = stats[r].max;
-#pragma unroll
-    for (int u = 0; u < kUnroll<S>; ++u) {
-      if (u >= count) continue;
-      logits[u].get(x);
-#pragma unroll
-      for (int r = 0; r < R; ++r) max[r] = fmax(max[r], x[r]);
+    for (int u = 1; u < kUnroll<S>; ++u) {
+      if (u < count) top.raise(logits[u]);
     }
+    top.get(x);
+#pragma unroll
+    for (int r = 0; r < R; ++r) max[r] = fmax(stats[r].max, x[r]);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       stats[r].raise_max(max[r]);
@@ -329,7 +336,7 @@ __device__ __forceinline__ void write_rows(const Arguments& a, const Rows<kUnrol
 }
 
 template <typename T, typename S, int R, bool kStaged>
-__global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S>
+__global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S> - kStaged
                                                 : std::is_void_v<S> && sizeof(T) < 8 ? 2
                                                                                      : 1))
     columns(const __grid_constant__ Arguments a, int n_workers, bool has_forward,
