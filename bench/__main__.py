@@ -7,13 +7,17 @@ import sys
 from importlib import import_module
 
 # Command: (module:function, help text). A module is imported when its command is called, because
-# only `plot` needs matplotlib.
+# not all need matplotlib.
 COMMANDS = {
     "loss": ("loss:main", "the loss of logits and its gradient, beside torch and others (default)"),
     "linear": ("linear:main", "a linear layer and its loss, beside the bare matrix products"),
     "overhead": ("overhead:main", "the overhead of a call, on tiny inputs and one thread"),
     "sweep": ("loss:sweep_main", "the loss at 1000 to 262144 classes"),
     "roofline": ("roofline:main", "how close losses come to the limits of this machine"),
+    "confident": (
+        "confident:main",
+        "trains until all rows are certain, with torch's loss and ours",
+    ),
     "compare": ("compare:main", "compares two --json files: exit status 1 if the second is slower"),
     "plot": ("plots:main", "plots --json files, as PNG and SVG"),
 }

@@ -410,11 +410,14 @@ __global__ void __launch_bounds__(kMaxThreads, kScaleThreadsPerSm / kMaxThreads)
   for (int64_t first = (int64_t{blockIdx.x} * lanes + lane) * R; first < a.n_rows;
        first += int64_t{gridDim.x} * lanes * R) {
     const Rows<4, R> rows(a, first, worker, n_workers);
-    if (!rows.any) continue;  // all ignored, and 0, or out of range, and NaN
-    T* out = row_of<T>(a.grad_logits, a.grad_layout, first);
+    bool any_kept = false;
+#pragma unroll
+    for (int r = 0; r < R; ++r) any_kept |= rows.is_kept[r];
+    if (!any_kept) continue;
     A factor[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) factor[r] = rows.is_kept[r] ? grad_loss_of(a, scale, first + r) : 1;
+    T* out = row_of<T>(a.grad_logits, a.grad_layout, first);
     rows.for_classes([&](int j, auto count) {
       Numbers<T, R> numbers[4];
       const auto place = [&](int u) { return out + (j + u) * a.grad_layout.class_stride; };
