@@ -69,7 +69,8 @@ def test_finite_differences(reduction, options, check, layout):
         )
         return results.loss, results.lse, results.entropy, results.z_loss
 
-    assert check(outputs, small_layer())
+    # Later backward passes recompute the loss without statistics, by kernels that round differently.
+    assert check(outputs, small_layer(), nondet_tol=1e-15)
     assert check(lambda *layer: fused(layer, SMALL_TARGET, reduction=reduction), small_layer())
 
 
