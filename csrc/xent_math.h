@@ -44,6 +44,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "xent_inline.h"
 
@@ -148,31 +149,29 @@ XENT_INLINE Acc log_sum_of(const RowStats<Acc>& stats) {
 
 // Adds class j, of logit z, to the stats of all other classes, and returns log(s). If z is far
 // above the others, their sum is the loss: it would lose its digits if it were added to 1.
-template <typename Acc>
-XENT_INLINE Acc add_class(RowStats<Acc>& stats, Acc z, int64_t) {
+template <typename Stats, typename Acc>
+XENT_INLINE Acc add_class(Stats& stats, Acc z, int64_t j) {
+  constexpr bool kIsFull = std::is_same_v<Stats, FullStats<Acc>>;
+  if constexpr (kIsFull) {
+    if (is_above(stats, z, j)) {
+      stats.top = z;
+      stats.argmax = j;
+    }
+  }
+  Acc moment = 0, log_sum;
   if (z >= stats.max) {
     shift_stats(stats, z);
-    const Acc zero = z - z, log_sum = std::log1p(stats.sum) + zero;  // NaN for an infinite z
+    const Acc zero = z - z;  // NaN for an infinite z
+    log_sum = std::log1p(stats.sum) + zero;
     stats.sum += 1 + zero;
-    return log_sum;
-  }
-  stats.sum += std::exp(z - stats.max);
-  return log_sum_of(stats);
-}
-
-template <typename Acc>
-XENT_INLINE Acc add_class(FullStats<Acc>& stats, Acc z, int64_t j) {
-  if (is_above(stats, z, j)) {
-    stats.top = z;
-    stats.argmax = j;
-  }
-  if (z >= stats.max) {
-    shift_stats(stats, z);  // z itself adds 0 to the moment
   } else {
     const Acc d = z - stats.max, e = std::exp(d);
-    if (e != 0) stats.moment += e * d;
+    stats.sum += e;
+    if (e != 0) moment = e * d;
+    log_sum = log_sum_of(stats);
   }
-  return add_class<Acc>(static_cast<RowStats<Acc>&>(stats), z, j);
+  if constexpr (kIsFull) stats.moment += moment;
+  return log_sum;
 }
 
 template <typename Acc>

@@ -71,7 +71,7 @@ struct RunSums {
 
 // The maximum of a block, and its sums relative to exp.origin(). The powers of exp are written to
 // saved, in load_pair's order, if it is not null; it may be x. Class `apart`, if it is in the block
-// and there is no spread, counts as a logit of -inf: see add_target.
+// and there is no spread, counts as a logit of -inf: see add_class.
 template <typename T, typename Exp, typename Spread>
 XENT_INLINE RowStats<double> block_stats(const T* x, const Exp& exp, const Spread& spread,
                                          int64_t begin, int64_t end, int64_t apart, Acc<T>* saved) {

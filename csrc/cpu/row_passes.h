@@ -29,29 +29,11 @@ inline bool is_for_tiles(const Params& p, double max) {
   return !is_general(p) && !(std::fabs(max) < kMaxOrigin);
 }
 
-// Adds the target to the statistics of the other classes and returns log(s). Where the target has
-// almost all of the probability, the other classes' sum is the loss: added to 1 it would lose its
-// digits.
+// Adds class_apart to the statistics of the other classes, and returns log(s).
 inline double add_target(const Params& p, int64_t row, double target_logit,
                          FullStats<double>& stats) {
   const int64_t apart = class_apart(p, row);
-  if (apart < 0) return log_sum_of(stats);
-  double log_sum;
-  if (target_logit >= stats.max) {
-    shift_stats(stats, target_logit);
-    log_sum = std::log1p(stats.sum);
-    stats.sum += 1;
-  } else {
-    const double d = target_logit - stats.max, e = std::exp(d);
-    stats.sum += e;
-    if (e != 0) stats.moment += e * d;
-    log_sum = log_sum_of(stats);
-  }
-  if (p.argmax != nullptr && is_above(stats, target_logit, apart)) {
-    stats.top = target_logit;
-    stats.argmax = apart;
-  }
-  return log_sum;
+  return apart < 0 ? log_sum_of(stats) : add_class(stats, target_logit, apart);
 }
 
 inline void finish_row(const Params& p, int64_t row, const FullStats<double>& stats, double log_sum,
