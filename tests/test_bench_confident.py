@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from bench import confident
 from bench.__main__ import main
 
