@@ -10,7 +10,7 @@ def tests_of(module):
 
 of_providers, of_adapters, of_results = map(tests_of, ("providers", "adapters", "results"))
 of_timing, of_commands, of_tables = map(tests_of, ("timing", "command", "tables"))
-of_demo, of_overhead = map(tests_of, ("demo", "overhead"))
+of_demo, of_overhead, of_confident = map(tests_of, ("demo", "overhead", "confident"))
 
 FAULTY_LOSSES = of_providers("check_finds_faulty_losses")
 SMALL_ERRORS = of_providers("check_finds_small_errors")
@@ -1427,6 +1427,33 @@ DEMO_FAULTS = {
     ),
 }
 
+CONFIDENT_FAULTS = {
+    "the exact loss of certain rows is added to 1": Fault(
+        "bench/confident.py",
+        "others.log1p()",
+        "(1 + others).log()",
+        of_confident("exact_loss_has_all_digits_of_certain_rows"),
+    ),
+    "the target is among the other classes": Fault(
+        "bench/confident.py",
+        ".scatter(1, target.unsqueeze(1), 0)",
+        "",
+        of_confident("exact_loss_has_all_digits_of_certain_rows"),
+    ),
+    "the runs start from different weights": Fault(
+        "bench/confident.py",
+        "    torch.manual_seed(0)\n",
+        "",
+        of_confident("both_losses_train_alike_while_rows_are_uncertain"),
+    ),
+    "the folder is not checked": Fault(
+        "bench/confident.py",
+        "if not options.out.is_dir():",
+        "if False:",
+        of_confident("folder_must_exist"),
+    ),
+}
+
 COMPARISON = "tests/test_compare.py::test_"
 TERMS = (f"{COMPARISON}terms_of_loss_and_gradient",)
 TOLERANCE_FAULTS = {
@@ -1570,6 +1597,7 @@ FAULTS = {
     **RESULT_FAULTS,
     **SHOWN_FAULTS,
     **DEMO_FAULTS,
+    **CONFIDENT_FAULTS,
     **TOLERANCE_FAULTS,
     **FROM_OUTSIDE,
 }
