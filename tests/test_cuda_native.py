@@ -50,7 +50,7 @@ def addressed(emulator_builds):
 
 @pytest.fixture(scope="module")
 def of_sm_80(emulator_builds):
-    return program(emulator_builds, "sm_80", **REDUCED)
+    return program(emulator_builds, "sm_80")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_schedules_and_approximation_noise(addressed, order, copies):
 
 
 def test_sm_80(of_sm_80):
-    assert_right(run(of_sm_80, "--bfloat16"))
+    assert_right(run(of_sm_80))
 
 
 def test_sm_80_code_on_sm_90(of_sm_80):

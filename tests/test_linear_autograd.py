@@ -69,8 +69,7 @@ def test_finite_differences(reduction, options, check, layout):
         )
         return results.loss, results.lse, results.entropy, results.z_loss
 
-    # Later backward passes recompute the loss without statistics: other kernels, other roundings.
-    assert check(outputs, small_layer(), nondet_tol=1e-15)
+    assert check(outputs, small_layer())
     assert check(lambda *layer: fused(layer, SMALL_TARGET, reduction=reduction), small_layer())
 
 

@@ -17,8 +17,8 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
   LongSum<A> sum;
 
   // Adds count classes from j on: their logits z, kTileRows apart, and their labels t(u), u from 0
-  // on.
-  template <typename Spread>
+  // on. kTwoSum: labels are spread over the classes.
+  template <bool kTwoSum = kHasSpread, typename Spread>
   XENT_INLINE void add(const A* z, int count, int64_t j, const Spread& t) {
     Vec<A> top = max;
 #pragma GCC unroll 4
@@ -28,15 +28,15 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
     // With labels spread over the classes, the loss has all of its digits even where one class has
     // almost all of the probability: no term is greater than 1, so Dekker's fast two-sum finds the
     // rounding error of each addition. Otherwise such a target is added last: see add_target.
-    constexpr A kStart = kHasSpread ? 1 : 0;
+    constexpr A kStart = kTwoSum ? 1 : 0;
     Vec<A> total = Vec<A>{} + kStart, lost{}, masses{}, dots{};
 #pragma GCC unroll 2
     for (int u = 0; u < count; ++u) {
       const Vec<A> d = load(z + u * kTileRows) - max, before = total;
       const Vec<A> e = exp_nonpositive(d);
       total += e;
+      if (kTwoSum) lost += e + (before - total);
       if (!kHasSpread) continue;
-      lost += e + (before - total);
       const Vec<A> weight = t(u);
       masses += weight;
       dots += weight == 0 ? Vec<A>{} : weight * d;
@@ -53,7 +53,7 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
   // is the loss: added to 1 it would lose its digits, but LongSum keeps them.
   template <typename Index>
   XENT_INLINE void add_target(const A* z, Index) {
-    add(z, 1, 1, [](int) { return Vec<A>{}; });
+    add<false>(z, 1, 1, [](int) { return Vec<A>{}; });
   }
 
   XENT_INLINE Vec<A> log_sum() const {
@@ -82,10 +82,10 @@ struct FullLaneStats : LaneStats<A, true> {
   using Index = Vec<Bits>;
   Index argmax{};
 
-  template <typename Spread>
+  template <bool kTwoSum = true, typename Spread>
   XENT_INLINE void add(const A* z, int count, int64_t j, const Spread& t) {
     const Vec<A> max = this->max, sum = this->sum.value();
-    Base::add(z, count, j, t);
+    Base::template add<kTwoSum>(z, count, j, t);
     const Vec<A> shift = max - this->max, factor = exp_nonpositive(shift);
     Vec<A> moment = factor == 0 ? Vec<A>{} : factor * (moment_.value() + shift * sum);
     moment_ = {moment, Vec<A>{}};
@@ -107,7 +107,7 @@ struct FullLaneStats : LaneStats<A, true> {
     const auto equal = (Index)(logit == top_) | both_nan;
     const auto above = ~(Index)(logit <= top_) & (Index)(top_ == top_);
     const auto is_argmax = above | (equal & (Index)(target < argmax));
-    add(z, 1, 1, [](int) { return Vec<A>{}; });
+    add<false>(z, 1, 1, [](int) { return Vec<A>{}; });
     argmax = is_argmax == 0 ? argmax : target;
   }
 

@@ -98,7 +98,12 @@ void forward_tile(const Params& p, int64_t begin, int64_t end) {
       for (int lane = 0; lane < n; lane += kWidth) {
         const auto t = [&](int u)
                            __attribute__((always_inline)) { return spread.at(j + u, u, lane); };
-        stats[lane / kWidth].add(scratch.lanes + lane, count, j, t);
+        auto& s = stats[lane / kWidth];
+        if (is_apart) {  // the sum is rounded as without per-class options
+          s.template add<false>(scratch.lanes + lane, count, j, t);
+        } else {
+          s.add(scratch.lanes + lane, count, j, t);
+        }
       }
     });
   }

@@ -75,7 +75,7 @@ inline dim3 grid_for(const Params& p, const Plan& plan, int team) {
               blocks_for(p.n_rows, plan.threads / team, std::min(most, kMaxGridY)));
 }
 
-// More shared memory than 48 KiB, with that which the kernel declares, has to be asked for.
+// A kernel must ask for more than 48 KiB of shared memory, of which it declares up to 2 KiB itself.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel kernel, int64_t bytes) {
   return bytes <= 46 * 1024 ? cudaSuccess : allow_all_shared(reinterpret_cast<const void*>(kernel));
