@@ -133,13 +133,15 @@ def test_10_all_rows_ignored(problem):
 def test_12_dtype_mismatch_under_autocast(problem, dtype, device):
     """16-bit logits of an autocast layer with a float32 class weight give a float32 loss."""
     layer = torch.nn.Linear(16, N_CLASSES)
-    criterion = fused_xent.CrossEntropyLoss(torch.rand(N_CLASSES), label_smoothing=0.1)
+    weight, target = torch.rand(N_CLASSES), problem[1]
     amp = torch.bfloat16 if dtype == torch.float32 else dtype
     with torch.autocast(device, dtype=amp, enabled=dtype != torch.float32):
-        loss = criterion(layer(torch.randn(N_ROWS, 16)), problem[1])
-    assert loss.dtype == torch.float32
-    loss.backward()
-    assert layer.weight.grad.isfinite().all()
+        logits = layer(torch.randn(N_ROWS, 16))
+        loss = fused_xent.CrossEntropyLoss(weight, label_smoothing=0.1)(logits, target)
+    exact = truth(logits.detach(), target, weight=weight, label_smoothing=0.1)
+    assert_loss(loss, exact, torch.float32)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert_gradient(gradient, exact, dtype)
 
 
 def test_14_second_backward_under_retain_graph(problem):
