@@ -25,8 +25,9 @@ build: .venv/ready
 check: build
 	FUSED_XENT_TEST_BUILDS=build/emulator $(RUN) -m pytest --durations=5 $(CHECK)
 
+# Two processes or more share the test files: most tests keep one core busy.
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # Puts faults into copies of the code, one at a time, and reports those that no test finds. Takes
 # about an hour on two cores.

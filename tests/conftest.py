@@ -61,12 +61,15 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def emulator_builds(tmp_path_factory):
-    """The build folder of the emulator, a cache shared by all builds of the session.
+    """The build folder of the emulator, a cache shared by all builds and processes of the session.
 
     If FUSED_XENT_TEST_BUILDS names a folder, it is used and kept for later runs.
     """
-    kept = os.environ.get("FUSED_XENT_TEST_BUILDS")
-    return Path(kept) if kept else tmp_path_factory.mktemp("emulator")
+    if kept := os.environ.get("FUSED_XENT_TEST_BUILDS"):
+        return Path(kept)
+    folder = tmp_path_factory.getbasetemp()
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    return (folder.parent if is_worker else folder) / "emulator"
 
 
 @pytest.fixture(autouse=True)
