@@ -19,7 +19,6 @@ cpu::Threads torch_threads() {
 }
 
 struct Call {
-  static constexpr bool kAlignsRows = false;
   Problem problem;
   Params& params = problem.params;
   const cpu::Threads threads = torch_threads();
@@ -35,9 +34,13 @@ struct Call {
   }
   Call(const Call&) = delete;  // params would be another's
 
-  Tensor prepare(const Tensor& gradient) const {
-    const int64_t bytes = gradient.numel() * gradient.element_size();
-    if (bytes >= kLeastKept && keeps_gradients()) return on_kept_memory(gradient);
+  Tensor new_gradient() const {
+    const Tensor& logits = problem.logits;
+    const int64_t bytes = logits.numel() * logits.element_size();
+    if (bytes >= kLeastKept && keeps_gradients()) {
+      return on_kept_memory(empty_gradient(without_memory(logits), problem.dim, false));
+    }
+    const Tensor gradient = empty_gradient(logits, problem.dim, false);
     advise_huge_pages(gradient.mutable_data_ptr(), bytes);
     return gradient;
   }

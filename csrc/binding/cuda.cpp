@@ -43,7 +43,6 @@ Plan plan_for(const char* operation, Plan (*choose)(const cuda::Shape&, const cu
 // ---- one call of an operator -----------------------------------------------------------------
 
 struct Call {
-  static constexpr bool kAlignsRows = true;
   Problem problem;
   DeviceGuard guard;
   cuda::Arguments params{};
@@ -69,7 +68,7 @@ struct Call {
       params.total_weight = data_of(*problem.normalizer);
   }
 
-  Tensor prepare(const Tensor& gradient) const { return gradient; }
+  Tensor new_gradient() const { return empty_gradient(problem.logits, problem.dim, true); }
 
   Tensor loss(const Rows& rows, ScalarType loss_dtype) {
     return std::get<0>(forward(rows, loss_dtype));

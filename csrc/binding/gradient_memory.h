@@ -81,6 +81,17 @@ inline std::unique_ptr<Block> take_block(int64_t bytes) {
   return std::make_unique<Block>(bytes);
 }
 
+// A tensor of the same layout on the meta device. An empty one on the CPU would be filled, and so
+// touched, under torch.use_deterministic_algorithms.
+inline torch::stable::Tensor without_memory(const torch::stable::Tensor& like) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      like.dim(), like.sizes().data(), like.strides().data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type())),
+      aoti_torch_device_type_meta(), -1, &handle));
+  return torch::stable::Tensor(handle);
+}
+
 // Unwritten memory like a contiguous or permuted tensor's, on the CPU. Frees into kept_block.
 inline torch::stable::Tensor on_kept_memory(const torch::stable::Tensor& like) {
   std::unique_ptr<Block> block = take_block(like.numel() * like.element_size());

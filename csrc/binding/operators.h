@@ -7,8 +7,7 @@
 //   forward_backward(rows, loss_dtype)  the loss; fills rows and params.grad_logits
 //   backward()                          fills params.grad_logits
 //   scale_gradient()                    multiplies params.grad_logits
-//   kAlignsRows                         see empty_gradient
-//   prepare(gradient)                   fresh memory, or in its place memory that is kept for it
+//   new_gradient()                      unwritten memory for a gradient: see empty_gradient
 #pragma once
 
 #include <tuple>
@@ -98,8 +97,7 @@ struct Operators {
     const Inputs inputs = in.inputs();
     const Upstream upstream = upstream_of(in);
     Call call(Problem(inputs, in.options()));
-    const Tensor grad_logits =
-        call.prepare(empty_gradient(inputs.logits, inputs.dim, Call::kAlignsRows));
+    const Tensor grad_logits = call.new_gradient();
     backward_into(grad_logits, call, upstream);
     return_to(stack, grad_logits);
   }

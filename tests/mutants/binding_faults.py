@@ -129,7 +129,7 @@ CALL_FAULTS = {
         HUGE_PAGES,
     ),
     "huge pages for half of the gradient": Fault(
-        CPU, "gradient.numel() * gradient.element_size()", "gradient.numel()", HUGE_PAGES
+        CPU, "logits.numel() * logits.element_size()", "logits.numel()", HUGE_PAGES
     ),
     "the memory of the gradient is not kept": Fault(
         CPU, "if (bytes >= kLeastKept && keeps_gradients()) return", "if (false) return", KEPT
@@ -213,6 +213,12 @@ MEMORY_FAULTS = {
     ),
     "no huge pages in kept memory": Fault(
         MEMORY_OF_GRADIENTS, "{ advise_huge_pages(data, bytes); }", "{}", HUGE_PAGES
+    ),
+    "the layout of a gradient takes memory": Fault(
+        MEMORY_OF_GRADIENTS,
+        "aoti_torch_device_type_meta(), -1",
+        "aoti_torch_device_type_cpu(), -1",
+        (f"{MEMORY_TESTS}test_nothing_is_allocated_beside_kept_memory",),
     ),
     "emptied memory stays": Fault(
         MEMORY_OF_GRADIENTS,
@@ -373,8 +379,8 @@ OPERATORS_FAULTS = {
     ),
     "the memory of the gradient is not prepared": Fault(
         OPERATORS,
-        "call.prepare(empty_gradient(inputs.logits, inputs.dim, Call::kAlignsRows));",
-        "empty_gradient(inputs.logits, inputs.dim, Call::kAlignsRows);",
+        "const Tensor grad_logits = call.new_gradient();",
+        "const Tensor grad_logits = empty_gradient(inputs.logits, inputs.dim, false);",
         HUGE_PAGES,
     ),
     "z-loss and focal loss are swapped": Fault(

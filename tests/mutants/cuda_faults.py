@@ -1127,8 +1127,8 @@ BINDING = {
     "a gradient's rows are not aligned like the logits'": emulated(
         "binding/cuda.cpp",
         "test_cuda.py::test_rows_of_any_alignment_move_16_bytes",
-        "kAlignsRows = true",
-        "kAlignsRows = false",
+        "empty_gradient(problem.logits, problem.dim, true)",
+        "empty_gradient(problem.logits, problem.dim, false)",
     ),
     "a gradient begins at an aligned address": emulated(
         "binding/tensors.cpp",
