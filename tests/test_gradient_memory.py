@@ -1,6 +1,5 @@
 """The memory of large CPU gradients, which is kept for the next one; values against float64."""
 
-import os
 import threading
 from pathlib import Path
 
