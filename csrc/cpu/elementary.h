@@ -110,8 +110,14 @@ struct FusedExp : Power {
   static constexpr double kUnit = 1 / double{kLog2e};
   float shift;
 
+  // m, or an origin: that of an origin is the same.
   XENT_INLINE explicit FusedExp(double m) : shift(-static_cast<float>(m * kLog2e)) {}
-  XENT_INLINE double origin() const { return -kUnit * shift; }
+  XENT_INLINE double origin() const { return kUnit * -shift; }
+  // The same for vectors of m.
+  XENT_INLINE static F64 origin_of(F64 m) {
+    using Narrow = typename VectorOf<float, kLanes<double>>::type;
+    return kUnit * __builtin_convertvector(__builtin_convertvector(m * kLog2e, Narrow), F64);
+  }
   XENT_INLINE F32 exponent(F32 x) const { return fused_multiply_add(x, kLog2e, shift); }
 };
 
@@ -134,9 +140,9 @@ struct RoundedExp {
   static constexpr double kLog2C = 0.4998458870832054;
   float shift, shifter;
 
-  XENT_INLINE RoundedExp(double max, double factor)
-      : shift(static_cast<float>(std::log2(std::fabs(factor)) - max * 1.4426950408889634 - kLog2C)),
-        shifter(12582912.0f + 126 + (factor < 0 ? 256 : 0)) {}
+  XENT_INLINE RoundedExp(double max, double log2_factor, bool is_negative)
+      : shift(static_cast<float>(log2_factor - max * 1.4426950408889634 - kLog2C)),
+        shifter(12582912.0f + 126 + (is_negative ? 256 : 0)) {}
 
   XENT_INLINE static bool can_do(double max, double factor) {
     return kHasFusedMultiplyAdd && std::fabs(max) <= kMaxRounded && std::fabs(factor) < 0x1p100;

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -39,6 +40,8 @@ namespace {
 #include "row_kernels.h"
 #include "transform.h"
 #include "per_class_options.h"
+#include "row_lanes.h"
+#include "row_batch.h"
 #include "lane_stats.h"
 #include "tile_memory.h"
 #include "tile_labels.h"
@@ -51,10 +54,11 @@ Kernels kernels_of(const Params& p) {
   return {general ? general_stats<T, Target> : segment_stats<T, Target>,
           general ? general_gradient<T, Target> : segment_gradient<T, Target>,
           segment_scale<T>,
-          general ? transformed_logit<T> : plain_logit<T>,
-          set_gradient<T>,
           row_stats_saving<T, Target>,
           row_gradient_of_saved<T, Target>,
+          read_targets<T>,
+          finish_batch<T>,
+          start_gradients<T>,
           tile_forward<T, Target>,
           tile_backward<T, Target>,
           tile_scale<T>};

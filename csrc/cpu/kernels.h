@@ -32,25 +32,55 @@ struct RowScratch {
   double* origins;      // one a block: what its exponentials are relative to
 };
 
+// The statistics of classes of a row. The sums are relative to sums.max, which may be a little
+// below max, the maximum of these classes, or far above it.
+struct SegmentStats {
+  FullStats<double> sums;
+  double max;
+};
+
+// Rows [begin, begin + n), which are computed together but for the loops over their classes: one
+// in each vector lane.
+constexpr int kBatchRows = 16;
+struct RowBatch {
+  int64_t begin;
+  int n;
+  int64_t kept[kBatchRows];    // -1, or 0 for rows that are left out
+  int64_t target[kBatchRows];  // -1 for probabilities and for rows that are left out
+  double target_weight[kBatchRows], target_logit[kBatchRows], target_slope[kBatchRows];
+
+  SegmentStats stats[kBatchRows];  // of all classes but class_apart
+  double max[kBatchRows];
+
+  double origin[kBatchRows], factor[kBatchRows], shifted_factor[kBatchRows], spread[kBatchRows];
+  double log2_factor[kBatchRows];  // of |factor|; only where RoundedExp needs it
+  double at_target[kBatchRows];
+
+  // By exponentials that are relative to origin.
+  FullGradient<double> gradient(int i) const {
+    return {{origin[i], factor[i], spread[i]}, shifted_factor[i]};
+  }
+};
+
 struct Kernels {
   // Row kernels: adjacent classes in vector lanes, so the class stride must be 1. Without per-class
   // options (see is_general) they serve only rows whose maximum is within kMaxOrigin.
   // The statistics and the gradient of classes [begin, end) of one row. The statistics leave
   // class_apart out.
-  FullStats<double> (*segment_stats)(const Params&, int64_t row, int64_t begin, int64_t end);
-  void (*segment_gradient)(const Params&, int64_t row, int64_t begin, int64_t end,
-                           FullGradient<double>);
+  SegmentStats (*segment_stats)(const Params&, int64_t row, int64_t begin, int64_t end);
+  void (*segment_gradient)(const Params&, const RowBatch&, int i, int64_t begin, int64_t end);
   void (*segment_scale)(const Params&, int64_t row, int64_t begin, int64_t end, double factor);
-  // One element of a row:
-  Transformed (*logit)(const Params&, int64_t row, int64_t index);
-  void (*set_gradient)(const Params&, int64_t row, int64_t index, double value);
-  // A whole row without per-class options: the first saves the exponentials and returns the
-  // statistics of all classes but class_apart, the second turns them
+  // A whole row without per-class options: the first saves the exponentials, the second turns them
   // into the gradient, which takes the logits' place. Float32 and float64 rows, whose exponentials
   // are saved over the logits, may have any maximum.
-  FullStats<double> (*row_stats_saving)(const Params&, int64_t row, const RowScratch&);
-  void (*row_gradient_of_saved)(const Params&, int64_t row, const RowScratch&,
-                                FullGradient<double>);
+  SegmentStats (*row_stats_saving)(const Params&, int64_t row, const RowScratch&);
+  void (*row_gradient_of_saved)(const Params&, const RowBatch&, int i, const RowScratch&);
+  // The rest of the work on a batch: reads the targets and their logits, before these may be
+  // overwritten; turns the statistics into results; turns results into what gradients are computed
+  // from. saved: the statistics are those of row_stats_saving.
+  void (*read_targets)(const Params&, RowBatch&);
+  void (*finish_batch)(const Params&, RowBatch&);
+  void (*start_gradients)(const Params&, RowBatch&, bool saved);
 
   // Tile kernels: adjacent rows in vector lanes. All classes of at most kTileRows rows
   // [begin, end), with per-class options or without.

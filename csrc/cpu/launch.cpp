@@ -11,17 +11,30 @@ namespace fused_xent::cpu {
 namespace {
 
 constexpr int64_t kTaskElements = 32768;  // logits of a task
+constexpr int64_t kSavedClasses = 4096;   // exponentials of a batch in forward_backward
 constexpr int64_t kFewRows = 16;          // below: several threads on a row, in forward_backward
 constexpr int64_t kMaxTileVocab = 128;    // up to here a row has too few vectors for row kernels
 
-// Calls row_body(row) for all rows, in tasks of about kTaskElements logits.
-template <typename RowBody>
-void run_rows(const Params& p, const Threads& threads, const RowBody& row_body) {
-  const int64_t step = ceil_div(kTaskElements, p.vocab_size);
+// Calls body(begin, end) for batches of at most `size` rows.
+template <typename Body>
+void for_batches(int64_t begin, int64_t end, int64_t size, const Body& body) {
+  for (; begin < end; begin += size) body(begin, std::min(begin + size, end));
+}
+
+// The same for all rows, in tasks of about kTaskElements logits.
+template <typename Body>
+void run_batches(const Params& p, const Threads& threads, int64_t most, const Body& body) {
+  const int64_t wanted = ceil_div(kTaskElements, p.vocab_size);
+  const int64_t size = std::min(most, wanted), step = wanted / size * size;
   run_tasks(threads, ceil_div(p.n_rows, step), [&](int64_t i) {
-    const int64_t end = std::min(p.n_rows, (i + 1) * step);
-    for (int64_t row = i * step; row < end; ++row) row_body(row);
+    for_batches(i * step, std::min((i + 1) * step, p.n_rows), size, body);
   });
+}
+
+// The rows of a batch of forward_backward: the second loop over their classes finds what the first
+// has saved in the first-level cache.
+int64_t saved_rows(const Params& p) {
+  return std::clamp<int64_t>(kSavedClasses / p.vocab_size, 1, kBatchRows);
 }
 
 // ---- few rows: each one's segments in several threads ----------------------------------------
@@ -38,34 +51,29 @@ void run_segments(const Params& p, const Threads& threads, const Segment& segmen
 
 void forward_segments(const Params& p, const Kernels& k, const Threads& threads) {
   const int64_t n_segments = ceil_div(p.vocab_size, kSegmentClasses);
-  std::vector<FullStats<double>> stats(p.n_rows * n_segments);
+  std::vector<SegmentStats> stats(p.n_rows * n_segments);
   run_segments(p, threads, [&](int64_t row, int64_t i, int64_t begin, int64_t end) {
     if (!is_left_out(p, row)) stats[i] = k.segment_stats(p, row, begin, end);
   });
-  for (int64_t row = 0; row < p.n_rows; ++row) {
-    if (is_left_out(p, row)) {
-      write_unread_row(p, row, 0.0);
-      continue;
+  for_batches(0, p.n_rows, kBatchRows, [&](int64_t begin, int64_t end) {
+    RowBatch batch = batch_of(p, k, begin, end);
+    for (int i = 0; i < batch.n; ++i) {
+      const SegmentStats* of_row = &stats[(begin + i) * n_segments];
+      batch.stats[i] = of_row[0];
+      for (int64_t s = 1; s < n_segments; ++s) merge_segments(batch.stats[i], of_row[s]);
     }
-    auto merged = stats[row * n_segments];
-    for (int64_t i = 1; i < n_segments; ++i) merge_stats(merged, stats[row * n_segments + i]);
-    finish_row_or_tile(p, k, row, merged);
-  }
+    finish_batch_or_tiles(p, k, batch);
+  });
 }
 
 void backward_segments(const Params& p, const Kernels& k, const Threads& threads) {
-  std::vector<RowBackward> rows;  // of all rows first: the gradient may overwrite the logits
-  for (int64_t row = 0; row < p.n_rows; ++row) {
-    rows.push_back(is_left_out(p, row) ? RowBackward()
-                                       : RowBackward(p, row, target_logit(p, k, row)));
-  }
+  std::vector<RowBatch> batches;  // of all rows first: the gradient may overwrite the logits
+  for_batches(0, p.n_rows, kBatchRows, [&](int64_t begin, int64_t end) {
+    batches.push_back(batch_of(p, k, begin, end));
+    k.start_gradients(p, batches.back(), false);
+  });
   run_segments(p, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
-    if (is_left_out(p, row)) return zero_gradient(p, row, begin, end);
-    if (is_for_tiles(p, acc_at(p, p.row_max, row))) {
-      if (begin == 0) k.tile_backward(p, row, row + 1);
-    } else {
-      rows[row].write(p, k, row, begin, end);
-    }
+    write_gradient(p, k, batches[row / kBatchRows], row % kBatchRows, begin, end);
   });
 }
 
@@ -108,7 +116,8 @@ void forward(const Params& p, const Threads& threads) {
   } else if (has_few_rows(p, threads)) {
     forward_segments(p, k, threads);
   } else {
-    run_rows(p, threads, [&](int64_t row) { forward_row(p, k, row); });
+    run_batches(p, threads, kBatchRows,
+                [&](int64_t begin, int64_t end) { forward_batch(p, k, begin, end); });
   }
 }
 
@@ -121,7 +130,8 @@ void backward(const Params& p, const Threads& threads) {
   } else if (has_few_rows(p, threads)) {
     backward_segments(p, k, threads);
   } else {
-    run_rows(p, threads, [&](int64_t row) { backward_row(p, k, row); });
+    run_batches(p, threads, kBatchRows,
+                [&](int64_t begin, int64_t end) { backward_batch(p, k, begin, end); });
   }
 }
 
@@ -136,17 +146,17 @@ void forward_backward(const Params& p, const Threads& threads) {
       k.tile_backward(p, begin, end);
     });
   } else if (is_general(p)) {
-    run_rows(p, threads, [&](int64_t row) {
-      forward_row(p, k, row);
-      backward_row(p, k, row);
+    run_batches(p, threads, saved_rows(p), [&](int64_t begin, int64_t end) {
+      forward_batch(p, k, begin, end);
+      backward_batch(p, k, begin, end);
     });
   } else if (p.n_rows < kFewRows && p.vocab_size > kSegmentClasses) {
     forward_segments(p, k, threads);
     backward_segments(p, k, threads);
   } else {
-    run_rows(p, threads, [&](int64_t row) {
+    run_batches(p, threads, saved_rows(p), [&](int64_t begin, int64_t end) {
       thread_local ScratchMemory memory;
-      forward_backward_row(p, k, row, memory.for_row(p));
+      forward_backward_batch(p, k, begin, end, memory);
     });
   }
 }
@@ -158,7 +168,7 @@ void scale_gradient(const Params& p, const Threads& threads) {
     run_tiles(p, p.grad_layout, threads,
               [&](int64_t begin, int64_t end) { k.tile_scale(p, begin, end); });
   } else {
-    run_rows(p, threads, [&](int64_t row) {
+    run_batches(p, threads, 1, [&](int64_t row, int64_t) {
       if (!is_left_out(p, row)) k.segment_scale(p, row, 0, p.vocab_size, grad_loss_of(p, row));
     });
   }

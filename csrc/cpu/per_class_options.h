@@ -60,7 +60,7 @@ struct SpreadFrom {
 };
 
 template <typename T, typename Target>
-FullStats<double> general_stats(const Params& p, int64_t row, int64_t begin, int64_t end) {
+SegmentStats general_stats(const Params& p, int64_t row, int64_t begin, int64_t end) {
   using A = Acc<T>;
   using Exp = SubtractingExp<A>;
   const T* x = logits_row<T>(p, row);
@@ -85,14 +85,15 @@ FullStats<double> general_stats(const Params& p, int64_t row, int64_t begin, int
       merge_stats(all, {{exp.origin(), block.sum, block.mass, block.dot}, moment, -kInfinity, -1});
     }
   });
-  return all;
+  return {all, all.max};
 }
 
 template <typename T, typename Target>
-void general_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
-                      FullGradient<double> gradient) {
+void general_gradient(const Params& p, const RowBatch& batch, int i, int64_t begin, int64_t end) {
   using A = Acc<T>;
   using Exp = SubtractingExp<A>;
+  const int64_t row = batch.begin + i;
+  const FullGradient<double> gradient = batch.gradient(i);
   const T* x = logits_row<T>(p, row);
   T* out = gradient_row<T>(p, row);
   const Transform<A> transform(p);
@@ -111,10 +112,5 @@ void general_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
       store_first(out + j, value * lanes.slope, n);
     }
   });
-}
-
-template <typename T>
-Transformed transformed_logit(const Params& p, int64_t row, int64_t index) {
-  const auto lanes = Transform<Acc<T>>(p)(load_first(logits_row<T>(p, row) + index, 1));
-  return {lanes.logit[0], lanes.slope[0]};
+  write_target(batch, i, begin, end, out);
 }

@@ -41,11 +41,4 @@ XENT_INLINE double grad_loss_of(const Params& p, int64_t row) {
   return acc_at(p, p.grad_loss, row * p.grad_loss_stride) * p.grad_scale;
 }
 
-XENT_INLINE Upstream<double> upstream_of(const Params& p, int64_t row,
-                                         const RowResults<double>& results) {
-  Upstream<double> upstream = upstream_of(p, row, grad_loss_of(p, row), results);
-  add_entropy_gradient(upstream, p, row, results);
-  return upstream;
-}
-
 }  // namespace fused_xent::cpu

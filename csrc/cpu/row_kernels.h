@@ -138,40 +138,45 @@ XENT_INLINE void add_block(RowStats<double>& stats, const RowStats<double>& bloc
   add_sums(stats, block);
 }
 
+// Stats without an entropy and an argmax.
+XENT_INLINE SegmentStats as_full(const RowStats<double>& sums, double max) {
+  return {{sums, 0, 0, -1}, max};
+}
+
 // Reads the row once. Each block is summed relative to a guess of its maximum, and again if the
-// guess was far too low. saved: see block_stats; origins: the origin of each block's exponentials.
-// Both may be null.
+// guess was far too low. No guess is below those before it. saved: see block_stats; origins: the
+// origin of each block's exponentials. Both may be null.
 template <typename T, typename Spread>
-XENT_INLINE RowStats<double> sweep(const T* x, const Spread& spread, int64_t begin, int64_t end,
-                                   int64_t apart, Acc<T>* saved, double* origins) {
+XENT_INLINE SegmentStats sweep(const T* x, const Spread& spread, int64_t begin, int64_t end,
+                               int64_t apart, Acc<T>* saved, double* origins) {
   constexpr int64_t kSample = 64;  // the guess is the maximum of so many classes
   constexpr double kSlack = 8;     // how far a maximum may be above its guess: costs 4 bits
   RowStats<double> stats{-kMaxOrigin, 0, 0, 0};
-  double max = -kMaxOrigin;
+  double max = -kMaxOrigin, guess = max;
   for (int64_t j = begin; j < end; j += kBlock) {
     const int64_t block_end = j + kBlock < end ? j + kBlock : end;
     const int64_t sample_end = j + kSample < block_end ? j + kSample : block_end;
-    double guess = block_max(x, j, sample_end, max), guessed, origin;
-    RowStats<double> block;
-    do {
+    guess = block_max(x, j, sample_end, guess > max ? guess : max);
+    while (true) {
       const RowExp<Acc<T>, Spread> exp(guess);
-      block = block_stats(x, exp, spread, j, block_end, apart, saved);
-      origin = exp.origin();
-      guessed = guess;
-      guess = block.max;
-    } while (block.max > guessed + kSlack);
-    add_block(stats, block, origin);
-    if (block.max > max) max = block.max;
-    if (origins != nullptr) origins[(j - begin) / kBlock] = origin;
+      const RowStats<double> block = block_stats(x, exp, spread, j, block_end, apart, saved);
+      if (block.max > max) max = block.max;
+      if (block.max > guess + kSlack) {
+        guess = block.max;
+        continue;
+      }
+      add_block(stats, block, exp.origin());
+      if (origins != nullptr) origins[(j - begin) / kBlock] = exp.origin();
+      break;
+    }
   }
-  shift_stats(stats, max);
-  return stats;
+  return as_full(stats, max);
 }
 
 // The same, with exponentials that overwrite the logits: a block cannot be summed again, so its
 // maximum is computed first.
 template <typename A, typename Spread>
-RowStats<double> sweep_in_place(A* x, const Spread& spread, int64_t end, int64_t apart,
+SegmentStats sweep_in_place(A* x, const Spread& spread, int64_t end, int64_t apart,
                                 double* origins) {
   RowStats<double> stats{std::numeric_limits<A>::lowest(), 0, 0, 0};
   for (int64_t j = 0; j < end; j += kBlock) {
@@ -180,18 +185,14 @@ RowStats<double> sweep_in_place(A* x, const Spread& spread, int64_t end, int64_t
     add_block(stats, block_stats(x, exp, spread, j, block_end, apart, x), exp.origin());
     origins[j / kBlock] = exp.origin();
   }
-  return stats;
+  return as_full(stats, stats.max);
 }
 
-// Stats without an entropy and an argmax.
-XENT_INLINE FullStats<double> as_full(const RowStats<double>& stats) { return {stats, 0, 0, -1}; }
-
 template <typename T, typename Target>
-FullStats<double> segment_stats(const Params& p, int64_t row, int64_t begin, int64_t end) {
+SegmentStats segment_stats(const Params& p, int64_t row, int64_t begin, int64_t end) {
   return with_spread<T, Target>(p, row, [&](const auto& spread) {
     Acc<T>* saved = nullptr;
-    return as_full(
-        sweep(logits_row<T>(p, row), spread, begin, end, class_apart(p, row), saved, nullptr));
+    return sweep(logits_row<T>(p, row), spread, begin, end, class_apart(p, row), saved, nullptr);
   });
 }
 
@@ -231,24 +232,31 @@ XENT_INLINE int64_t write_rounded_gradient(BFloat16* out, const BFloat16* x, int
   return j;
 }
 
+template <typename T>
+XENT_INLINE void write_target(const RowBatch& batch, int i, int64_t begin, int64_t end, T* out) {
+  const int64_t y = batch.target[i];
+  if (begin <= y && y < end) store_one(out + y, static_cast<Acc<T>>(batch.at_target[i]));
+}
+
 template <typename T, typename Target>
-void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
-                      FullGradient<double> gradient) {
+void segment_gradient(const Params& p, const RowBatch& batch, int i, int64_t begin, int64_t end) {
   using A = Acc<T>;
+  const int64_t row = batch.begin + i;
+  const FullGradient<double> gradient = batch.gradient(i);
   const T* x = logits_row<T>(p, row);
   T* out = gradient_row<T>(p, row);
   with_spread<T, Target>(p, row, [&](const auto& spread) {
     using Spread = std::decay_t<decltype(spread)>;
-    const RowExp<A, Spread> exp(gradient.max);
-    const A factor =
-        static_cast<A>(gradient.factor * exp.kScale * std::exp(exp.origin() - gradient.max));
+    const RowExp<A, Spread> exp(gradient.max);  // whose origin is gradient.max
+    const A factor = static_cast<A>(gradient.factor * exp.kScale);
     const auto softmax = [=](Vec<A> logits) __attribute__((always_inline)) {
       return exp.power(exp.exponent(logits)) * factor;
     };
     int64_t rest = begin;
     if constexpr (kByTurns<T> && !Spread::kExists) {
       if (RoundedExp::can_do(gradient.max, gradient.factor)) {
-        rest = write_rounded_gradient(out, x, begin, end, {gradient.max, gradient.factor});
+        const RoundedExp rounded(gradient.max, batch.log2_factor[i], gradient.factor < 0);
+        rest = write_rounded_gradient(out, x, begin, end, rounded);
       }
     }
     write_gradient(
@@ -261,20 +269,21 @@ void segment_gradient(const Params& p, int64_t row, int64_t begin, int64_t end,
         [&](int64_t j, int n)
             __attribute__((always_inline)) { return softmax(load_first(x + j, n)); });
   });
+  write_target(batch, i, begin, end, out);
 }
 
 // Forward and backward of a whole row with one exponential a class. The exponentials are saved in
 // the accumulation type: over the logits if these are of that type, otherwise in scratch memory.
 template <typename T, typename Target>
-FullStats<double> row_stats_saving(const Params& p, int64_t row, const RowScratch& scratch) {
+SegmentStats row_stats_saving(const Params& p, int64_t row, const RowScratch& scratch) {
   const int64_t apart = class_apart(p, row);
   return with_spread<T, Target>(p, row, [&](const auto& spread) {
     if constexpr (std::is_same_v<T, Acc<T>>) {
       T* x = gradient_row<T>(p, row);
-      return as_full(sweep_in_place(x, spread, p.vocab_size, apart, scratch.origins));
+      return sweep_in_place(x, spread, p.vocab_size, apart, scratch.origins);
     } else {
-      return as_full(sweep(logits_row<T>(p, row), spread, 0, p.vocab_size, apart,
-                           scratch.exponentials, scratch.origins));
+      return sweep(logits_row<T>(p, row), spread, 0, p.vocab_size, apart, scratch.exponentials,
+                   scratch.origins);
     }
   });
 }
@@ -293,9 +302,11 @@ XENT_INLINE void scale_saved(T* out, const Acc<T>* saved, const Spread& spread, 
 }
 
 template <typename T, typename Target>
-void row_gradient_of_saved(const Params& p, int64_t row, const RowScratch& scratch,
-                           FullGradient<double> gradient) {
+void row_gradient_of_saved(const Params& p, const RowBatch& batch, int i,
+                           const RowScratch& scratch) {
   using A = Acc<T>;
+  const int64_t row = batch.begin + i;
+  const FullGradient<double> gradient = batch.gradient(i);
   constexpr bool kInPlace = std::is_same_v<T, A>;
   T* out = gradient_row<T>(p, row);
   const A* saved;
@@ -311,7 +322,8 @@ void row_gradient_of_saved(const Params& p, int64_t row, const RowScratch& scrat
     for (int64_t begin = 0; begin < p.vocab_size; begin += kBlock) {
       const int64_t end = begin + kBlock < p.vocab_size ? begin + kBlock : p.vocab_size;
       const double shift = scratch.origins[begin / kBlock] - gradient.max;
-      const A factor = static_cast<A>(gradient.factor * Exp::kScale * std::exp(shift));
+      const double scale_of_block = shift == 0 ? Exp::kScale : Exp::kScale * std::exp(shift);
+      const A factor = static_cast<A>(gradient.factor * scale_of_block);
       // The factor is finite only if all logits of the row are: then no gradient is NaN.
       if (kByTurns<T> && !Spread::kExists && std::fabs(factor) < std::numeric_limits<A>::max()) {
         scale_saved<false>(out, saved, spread, begin, end, factor, scale);
@@ -320,6 +332,7 @@ void row_gradient_of_saved(const Params& p, int64_t row, const RowScratch& scrat
       }
     }
   });
+  write_target(batch, i, 0, p.vocab_size, out);
 }
 
 template <typename T>
@@ -335,14 +348,4 @@ void segment_scale(const Params& p, int64_t row, int64_t begin, int64_t end, dou
       },
       [&](int64_t j, int n)
           __attribute__((always_inline)) { return load_first(out + j, n) * scale; });
-}
-
-template <typename T>
-Transformed plain_logit(const Params& p, int64_t row, int64_t index) {
-  return {load_one(logits_row<T>(p, row) + index), 1};
-}
-
-template <typename T>
-void set_gradient(const Params& p, int64_t row, int64_t index, double value) {
-  store_one(gradient_row<T>(p, row) + index, static_cast<Acc<T>>(value));
 }

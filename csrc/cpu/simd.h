@@ -30,6 +30,7 @@ using F32 = Vec<float>;
 using F64 = Vec<double>;
 using U32 = Vec<uint32_t>;
 using U64 = Vec<uint64_t>;
+using I64 = Vec<int64_t>;
 using U16 = VectorOf<uint16_t, kLanes<float>>::type;  // as many as F32 has lanes
 
 template <typename V>
@@ -335,6 +336,16 @@ XENT_INLINE void store_narrow(A* to, F64 value, int n) {
   const auto narrow = __builtin_convertvector(value, typename VectorOf<A, kLanes<double>>::type);
   if (n >= kLanes<double>) return store_bits(to, narrow);
   for (int i = 0; i < n; ++i) to[i] = narrow[i];
+}
+
+// get(0), get(1) and so on, one in each lane.
+template <typename Get, int... i>
+XENT_INLINE F64 lanes_of(const Get& get, std::integer_sequence<int, i...>) {
+  return F64{get(i)...};
+}
+template <typename Get>
+XENT_INLINE F64 lanes_of(const Get& get) {
+  return lanes_of(get, std::make_integer_sequence<int, kLanes<double>>{});
 }
 
 // The vector with another value in one lane; of lane -1, as it is.

@@ -45,33 +45,19 @@ XENT_INLINE void with_options(const Params& p, const Body& body) {
   body.template operator()<true, false>();
 }
 
-// Turns the cross-entropies of a tile into its losses, in double: apply_options for vectors.
+// Turns the cross-entropies of a tile into its losses.
 template <typename T>
 void finish_tile(const Params& p, const TileLabels<T>& labels, int64_t begin) {
   using A = Acc<T>;
   const Smoothing<double> smoothing = smoothing_of(p);
   for (int lane = 0; lane < labels.n_rows; lane += kLanes<double>) {
-    const int n = labels.n_rows - lane;
-    const auto is_left_out = load_wide(labels.kept + lane, n) == 0;
-    const auto read = [&](const void* from) __attribute__((always_inline)) {
-      return load_wide(static_cast<const A*>(from) + begin + lane, n);
-    };
-    const auto write = [&](void* to, F64 value) __attribute__((always_inline)) {
-      store_narrow(static_cast<A*>(to) + begin + lane, is_left_out ? F64{} : value, n);
-    };
-    F64 loss = read(p.row_loss), token_weight = 1 - F64{};
-    if (p.focal_gamma != 0) {
-      const F64 on_target = smoothing.keep * load_wide(labels.target_weight + lane, n);
-      const F64 mass = has_indices(p)
-                           ? label_mass(on_target, smoothing.uniform, p.weight_sum - F64{})
-                           : read(p.label_mass);
-      const FocalLoss<F64> focal = focal_loss<LaneMath>(loss, mass, p.focal_gamma);
-      loss = focal.loss;
-      write(p.loss_slope, focal.slope);
-    }
-    if (p.token_weight != nullptr) token_weight = read(p.token_weight);
-    const F64 lse = read(p.row_max) + read(p.log_sum);
-    write(p.row_loss, loss_of_row(loss, token_weight, p.lse_square_scale, lse));
+    const RowLanes<A> rows = labels.rows(p, begin, lane);
+    const F64 on_target = smoothing.keep * load_wide(labels.target_weight + lane, rows.n);
+    const F64 mass = has_indices(p)
+                         ? label_mass(on_target, smoothing.uniform, p.weight_sum - F64{})
+                         : rows.read(p.label_mass);
+    const F64 lse = rows.read(p.row_max) + rows.read(p.log_sum);
+    rows.write(p.row_loss, losses_of(rows, rows.read(p.row_loss), mass, lse));
   }
 }
 

@@ -47,6 +47,11 @@ struct TileLabels {
   }
   XENT_INLINE Vec<Bits> kept_lanes(int lane) const { return load_bits<Vec<Bits>>(kept + lane); }
   XENT_INLINE Vec<A> on_target(int lane) const { return share * load(target_weight + lane); }
+  XENT_INLINE RowLanes<A> rows(const Params& p, int64_t begin, int lane) const {
+    using Narrow = typename VectorOf<Bits, kLanes<double>>::type;
+    const auto is_kept = load_bits<Narrow>(kept + lane) != 0;
+    return {p, begin + lane, n_rows - lane, __builtin_convertvector(is_kept, I64)};
+  }
 
  private:
   // Keeps the rows whose index is not negative and whose token weight is not 0.
@@ -133,7 +138,7 @@ struct TileGradient {
     if (p.label_mass != nullptr) {
       __builtin_memcpy(mass, static_cast<const A*>(p.label_mass) + begin, bytes);
     }
-    set_upstream(p, begin, n);
+    set_upstream(p, labels, begin);
     for (int lane = 0; lane < n; lane += kLanes<A>) {
       const auto kept = labels.kept_lanes(lane);
       const Vec<A> g = kept == 0 ? Vec<A>{} : load(upstream + lane);
@@ -169,18 +174,15 @@ struct TileGradient {
   }
 
  private:
-  void set_upstream(const Params& p, int64_t begin, int n) {
-    const A* grad_loss = static_cast<const A*>(p.grad_loss) + begin * p.grad_loss_stride;
-    for (int i = 0; i < n && !has_options; ++i) {
-      upstream[i] = grad_loss[i * p.grad_loss_stride] * static_cast<A>(p.grad_scale);
-    }
-    if (!has_options) return;
-    for (int i = 0; i < kTileRows; ++i) softmax[i] = shifted[i] = 0;
-    for (int i = 0; i < n; ++i) {
-      const auto row = upstream_of(p, begin + i, saved_results<double>(p, begin + i));
-      upstream[i] = static_cast<A>(row.g);
-      softmax[i] = static_cast<A>(row.softmax);
-      shifted[i] = static_cast<A>(row.shifted);
+  void set_upstream(const Params& p, const TileLabels<T>& labels, int64_t begin) {
+    for (int lane = 0; lane < labels.n_rows; lane += kLanes<double>) {
+      const RowLanes<A> rows = labels.rows(p, begin, lane);
+      const F64 row_max = load_wide(max + lane, kLanes<double>);
+      const auto row = upstream_of(rows, row_max, load_wide(log_sum + lane, kLanes<double>));
+      store_narrow(upstream + lane, row.g, kLanes<double>);
+      if (!has_options) continue;
+      store_narrow(softmax + lane, row.softmax, kLanes<double>);
+      store_narrow(shifted + lane, row.shifted, kLanes<double>);
     }
   }
 };
