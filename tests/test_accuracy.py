@@ -80,6 +80,22 @@ def test_gradient_of_large_vocabulary(shape, mode, dtype):
 
 @by_dtype
 @by_mode
+def test_gradient_of_a_target_far_above_all_others_in_the_first_block(mode, dtype):
+    """Exponentials of later blocks are relative to a maximum that the target has raised."""
+    if not has_mode(mode, dtype):
+        pytest.skip("float16 has no fused mode")
+    logits = torch.zeros(3, 5000, dtype=dtype)
+    logits[:, 7] = 2000
+    target = torch.tensor([7, 7, 4000])
+    loss, gradient = loss_and_gradient(logits, target, mode=mode, reduction="sum")
+    expected = torch.zeros(3, 5000, dtype=dtype)
+    expected[2, 7], expected[2, 4000] = 1, -1
+    assert loss == 2000
+    assert (gradient - expected).abs().max() <= 1e-6
+
+
+@by_dtype
+@by_mode
 @pytest.mark.parametrize("n_classes", [2, 10, 200, 32000])
 @pytest.mark.parametrize("p", [0.9, 0.99, 0.999, 0.9999])
 def test_gradient_at_a_confident_target(p, n_classes, mode, dtype):

@@ -21,17 +21,35 @@ XENT_INLINE F32 exp_nonpositive(F32 x) {
   return p * (F32)((U32)shifted << 23);
 }
 
+// The sum of Coefficients::at(i) * x^(i - first) for count i from `first` on, count <= 16. powers
+// are x, x^2, x^4 and x^8. It adds up halves (Estrin's scheme): one row waits for its factors, and
+// each step of Horner's scheme would wait for the one before.
+template <typename Coefficients, int count, int first = 0>
+XENT_INLINE F64 polynomial(const F64 (&powers)[4]) {
+  if constexpr (count == 1) {
+    constexpr double kCoefficient = Coefficients::at(first);
+    return kCoefficient - F64{};
+  } else {
+    constexpr int kLog2 = std::bit_width(count - 1u) - 1, kHalf = 1 << kLog2;
+    return polynomial<Coefficients, count - kHalf, first + kHalf>(powers) * powers[kLog2] +
+           polynomial<Coefficients, kHalf, first>(powers);
+  }
+}
+template <typename Coefficients, int count>
+XENT_INLINE F64 polynomial(F64 x) {
+  const F64 x2 = x * x, x4 = x2 * x2;
+  return polynomial<Coefficients, count>({x, x2, x4, x4 * x4});
+}
+
 constexpr double factorial(int n) { return n < 2 ? 1 : n * factorial(n - 1); }
 
-// The Taylor series of (e^x - 1) / x up to x^n, from the term 1 / k! on.
-template <int n, int k = 1>
+// The Taylor series of (e^x - 1) / x up to x^n.
+struct Expm1Series {
+  static constexpr double at(int i) { return 1 / factorial(i + 1); }
+};
+template <int n>
 XENT_INLINE F64 expm1_over_x(F64 x) {
-  constexpr double kFactor = 1 / factorial(k);
-  if constexpr (k > n) {
-    return kFactor - F64{};
-  } else {
-    return expm1_over_x<n, k + 1>(x) * x + kFactor;
-  }
+  return polynomial<Expm1Series, n + 1>(x);
 }
 
 // The same with log 2 in two parts, and the Taylor series of e^r up to r^13, |r| <= log(2) / 2.
@@ -176,6 +194,11 @@ XENT_INLINE F32 log_positive(F32 x) {
   return x == 0 ? -__builtin_inff() - F32{} : log + (x - x);
 }
 
+// 2 (atanh(t) - t) / t^3 as a series of t^2.
+struct AtanhSeries {
+  static constexpr double at(int i) { return 2.0 / (2 * i + 3); }
+};
+
 // The same for all normal x > 0, with more terms and log 2 in two parts; NaN for x < 0.
 XENT_INLINE F64 log_positive(F64 x) {
   constexpr uint64_t kOne = 0x3ff0000000000000, kSqrtHalf = 0x3fe6a09e667f3bcd;
@@ -183,9 +206,7 @@ XENT_INLINE F64 log_positive(F64 x) {
   const F64 n = (F64)(exponent | 0x4330000000000000) - (0x1p52 + 1023);
   const F64 m = (F64)((U64)x - ((exponent << 52) - kOne));
   const F64 t = (m - 1) / (m + 1), t2 = t * t;
-  F64 p = 2.0 / 21 - F64{};
-#pragma GCC unroll 16
-  for (int k = 19; k > 1; k -= 2) p = p * t2 + 2.0 / k;
+  const F64 p = polynomial<AtanhSeries, 10>(t2);
   // 2 t is m - 1 - t (m - 1), whose first part is exact.
   const F64 log_m = (m - 1) - t * ((m - 1) - p * t2);
   const F64 log = n * 6.93147180369123816490e-01 + (log_m + n * 1.90821492927058770002e-10);

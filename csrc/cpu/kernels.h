@@ -45,12 +45,13 @@ constexpr int kBatchRows = 16;
 struct RowBatch {
   int64_t begin;
   int n;
+  bool is_general;             // as in Params
   int64_t kept[kBatchRows];    // -1, or 0 for rows that are left out
   int64_t target[kBatchRows];  // -1 for probabilities and for rows that are left out
   double target_weight[kBatchRows], target_logit[kBatchRows], target_slope[kBatchRows];
 
   SegmentStats stats[kBatchRows];  // of all classes but class_apart
-  double max[kBatchRows];
+  double max[kBatchRows], log_sum[kBatchRows];
 
   double origin[kBatchRows], factor[kBatchRows], shifted_factor[kBatchRows], spread[kBatchRows];
   double log2_factor[kBatchRows];  // of |factor|; only where RoundedExp needs it

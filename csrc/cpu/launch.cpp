@@ -11,7 +11,7 @@ namespace fused_xent::cpu {
 namespace {
 
 constexpr int64_t kTaskElements = 32768;  // logits of a task
-constexpr int64_t kSavedClasses = 4096;   // exponentials of a batch in forward_backward
+constexpr int64_t kSavedBytes = 24576;    // of a batch in forward_backward
 constexpr int64_t kFewRows = 16;          // below: several threads on a row, in forward_backward
 constexpr int64_t kMaxTileVocab = 128;    // up to here a row has too few vectors for row kernels
 
@@ -31,10 +31,11 @@ void run_batches(const Params& p, const Threads& threads, int64_t most, const Bo
   });
 }
 
-// The rows of a batch of forward_backward: the second loop over their classes finds what the first
-// has saved in the first-level cache.
+// The rows of a batch of forward_backward: the second loop over their classes finds logits and
+// exponentials in the first-level cache.
 int64_t saved_rows(const Params& p) {
-  return std::clamp<int64_t>(kSavedClasses / p.vocab_size, 1, kBatchRows);
+  const int64_t size = element_size(p.dtype), bytes = size == 2 ? 2 + 4 : size;
+  return std::clamp<int64_t>(kSavedBytes / (bytes * p.vocab_size), 1, kBatchRows);
 }
 
 // ---- few rows: each one's segments in several threads ----------------------------------------

@@ -5,13 +5,18 @@ template <typename T>
 void read_targets(const Params& p, RowBatch& batch) {
   using A = Acc<T>;
   const Transform<A> transform(p);
-  for (int i = 0; i < batch.n; ++i) {
+  // Lanes without a row that is kept compute with zeros.
+  for (int i = 0; i < batch.n || i % kLanes<double> != 0; ++i) {
     const int64_t row = batch.begin + i;
-    const bool is_kept = !is_left_out(p, row);
+    const bool is_kept = i < batch.n && !is_left_out(p, row);
+    if (!is_kept) batch.stats[i] = {};
     batch.kept[i] = is_kept ? -1 : 0;
     batch.target[i] = is_kept && has_indices(p) ? target_index(p, row) : -1;
     const int64_t y = batch.target[i];
-    if (y < 0) continue;
+    if (y < 0) {
+      batch.target_weight[i] = batch.target_logit[i] = batch.target_slope[i] = 0;
+      continue;
+    }
     const T* logit = logits_row<T>(p, row) + y;
     batch.target_weight[i] = class_weight(p, y);
     batch.target_logit[i] = load_one(logit);
@@ -56,14 +61,12 @@ void finish_batch(const Params& p, RowBatch& batch) {
   for (int lane = 0; lane < batch.n; lane += kLanes<double>) {
     const RowLanes<A> rows = lanes_of_batch<A>(p, batch, lane);
     const SegmentStats* stats = batch.stats + lane;
-    const auto sums = [=](auto member)
-                          __attribute__((always_inline)) {
-                            return lanes_of([=](int i) { return stats[i].sums.*member; });
-                          };
+    const auto sums = [=](auto member) __attribute__((always_inline)) {
+      return lanes_of([=](int i) { return stats[i].sums.*member; });
+    };
     const F64 target = load(batch.target_logit + lane);
     F64 max = lanes_of([=](int i) { return stats[i].max; });
     if (is_apart) max = vmax(target, max);
-    store(batch.max + lane, max);
     const F64 shift = sums(&FullStats<double>::max) - max, scale = exp_nonpositive(shift);
     const F64 others = sums(&FullStats<double>::sum), d = target - max;
     F64 sum = others * scale, lost{}, mass{}, dot{}, e{};
@@ -90,6 +93,8 @@ void finish_batch(const Params& p, RowBatch& batch) {
     rows.write(p.row_loss, loss);
     rows.write(p.row_max, max);
     rows.write(p.log_sum, log_sum);
+    store(batch.max + lane, max);
+    store(batch.log_sum + lane, rounded_to<A>(log_sum));
     rows.write(p.label_mass, mass);
     if (p.entropy == nullptr) continue;
     const F64 of_others = scale * (sums(&FullStats<double>::moment) + shift * others);
@@ -107,11 +112,12 @@ template <typename T>
 void start_gradients(const Params& p, RowBatch& batch, bool saved) {
   using A = Acc<T>;
   const Smoothing<double> smoothing = smoothing_of(p);
-  const bool is_fused = std::is_same_v<RowExp<A, NoSpread>, FusedExp> && !has_spread(p) &&
-                        !is_general(p);
+  const bool is_fused =
+      std::is_same_v<RowExp<A, NoSpread>, FusedExp> && !has_spread(p) && !is_general(p);
   for (int lane = 0; lane < batch.n; lane += kLanes<double>) {
     const RowLanes<A> rows = lanes_of_batch<A>(p, batch, lane);
-    const F64 max = rows.read(p.row_max), log_sum = rows.read(p.log_sum);
+    const F64 max = saved ? load(batch.max + lane) : rows.read(p.row_max);
+    const F64 log_sum = saved ? load(batch.log_sum + lane) : rows.read(p.log_sum);
     const F64 mass = has_indices(p) ? p.weight_sum - F64{} : rows.read(p.label_mass);
     const LabelLanes labels = labels_of_batch(p, batch, lane, smoothing, mass);
     const Upstream<F64> upstream = upstream_of(rows, max, log_sum);

@@ -177,7 +177,7 @@ XENT_INLINE SegmentStats sweep(const T* x, const Spread& spread, int64_t begin, 
 // maximum is computed first.
 template <typename A, typename Spread>
 SegmentStats sweep_in_place(A* x, const Spread& spread, int64_t end, int64_t apart,
-                                double* origins) {
+                            double* origins) {
   RowStats<double> stats{std::numeric_limits<A>::lowest(), 0, 0, 0};
   for (int64_t j = 0; j < end; j += kBlock) {
     const int64_t block_end = j + kBlock < end ? j + kBlock : end;

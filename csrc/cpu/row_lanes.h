@@ -22,7 +22,9 @@ struct RowLanes {
   XENT_INLINE F64 grad_loss() const {
     const A* from = static_cast<const A*>(p.grad_loss) + first * p.grad_loss_stride;
     if (p.grad_loss_stride == 0) return *from * p.grad_scale - F64{};
-    const auto get = [=, this](int i) { return double{from[(i < n ? i : 0) * p.grad_loss_stride]}; };
+    const auto get = [=, this](int i) {
+      return double{from[(i < n ? i : 0) * p.grad_loss_stride]};
+    };
     return lanes_of(get) * p.grad_scale;
   }
 };

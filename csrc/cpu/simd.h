@@ -270,6 +270,14 @@ XENT_INLINE void store_pair(T* to, Pair<Acc<T>> pair) {
   }
 }
 
+// 0, 1 and so on, integers of the same size as A.
+template <typename A>
+XENT_INLINE auto lane_numbers() {
+  Vec<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>> lanes{};
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = i;
+  return lanes;
+}
+
 // Loads and stores of the first n lanes. The others are `fill`; their memory is not accessed.
 #if XENT_VECTOR_BYTES == 64
 XENT_INLINE F32 load_first(const float* from, int n, float fill = 0) {
@@ -302,12 +310,11 @@ XENT_INLINE void store_first(T* to, F32 value, int n) {
 #else
 template <typename T>
 XENT_INLINE Vec<Acc<T>> load_first(const T* from, int n, Acc<T> fill = 0) {
-  if (n == kLanes<Acc<T>>) return load(from);
-  T lanes[kLanes<Acc<T>>] = {};
+  using A = Acc<T>;
+  if (n == kLanes<A>) return load(from);
+  T lanes[kLanes<A>] = {};
   for (int i = 0; i < n; ++i) lanes[i] = from[i];
-  Vec<Acc<T>> value = load(lanes);
-  for (int i = 0; i < kLanes<Acc<T>>; ++i) value[i] = i < n ? value[i] : fill;
-  return value;
+  return lane_numbers<A>() < n ? load(lanes) : fill - Vec<A>{};
 }
 
 template <typename T>
@@ -318,8 +325,32 @@ XENT_INLINE void store_first(T* to, Vec<Acc<T>> value, int n) {
   for (int i = 0; i < n; ++i) to[i] = lanes[i];
 }
 #endif
+#if XENT_VECTOR_BYTES == 32
+XENT_INLINE F32 load_first(const float* from, int n, float fill = 0) {
+  const auto lanes = lane_numbers<float>() < n;
+  return lanes ? (F32)_mm256_maskload_ps(from, (__m256i)lanes) : fill - F32{};
+}
+XENT_INLINE void store_first(float* to, F32 value, int n) {
+  _mm256_maskstore_ps(to, (__m256i)(lane_numbers<float>() < n), (__m256)value);
+}
+#endif
 
 // As many numbers as F64 has lanes, from A and to A, of which only the first n are accessed.
+#if XENT_VECTOR_BYTES == 64
+XENT_INLINE __mmask8 first_of_wide(int n) { return n < 8 ? (1u << n) - 1 : 0xff; }
+XENT_INLINE F64 load_wide(const float* from, int n) {
+  return (F64)_mm512_cvtps_pd(_mm256_maskz_loadu_ps(first_of_wide(n), from));
+}
+XENT_INLINE F64 load_wide(const double* from, int n) {
+  return (F64)_mm512_maskz_loadu_pd(first_of_wide(n), from);
+}
+XENT_INLINE void store_narrow(float* to, F64 value, int n) {
+  _mm256_mask_storeu_ps(to, first_of_wide(n), _mm512_cvtpd_ps((__m512d)value));
+}
+XENT_INLINE void store_narrow(double* to, F64 value, int n) {
+  _mm512_mask_storeu_pd(to, first_of_wide(n), (__m512d)value);
+}
+#else
 template <typename A>
 XENT_INLINE F64 load_wide(const A* from, int n) {
   using Narrow = typename VectorOf<A, kLanes<double>>::type;
@@ -337,6 +368,14 @@ XENT_INLINE void store_narrow(A* to, F64 value, int n) {
   if (n >= kLanes<double>) return store_bits(to, narrow);
   for (int i = 0; i < n; ++i) to[i] = narrow[i];
 }
+#endif
+
+// Rounded to A and back.
+template <typename A>
+XENT_INLINE F64 rounded_to(F64 value) {
+  using Narrow = typename VectorOf<A, kLanes<double>>::type;
+  return __builtin_convertvector(__builtin_convertvector(value, Narrow), F64);
+}
 
 // get(0), get(1) and so on, one in each lane.
 template <typename Get, int... i>
@@ -351,10 +390,7 @@ XENT_INLINE F64 lanes_of(const Get& get) {
 // The vector with another value in one lane; of lane -1, as it is.
 template <typename A>
 XENT_INLINE Vec<A> with_lane(Vec<A> vector, int lane, A value) {
-  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-  Vec<Index> lanes{};
-  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = i;
-  return lanes == static_cast<Index>(lane) ? Vec<A>{} + value : vector;
+  return lane_numbers<A>() == lane ? value - Vec<A>{} : vector;
 }
 
 XENT_INLINE float load_one(const float* from) { return *from; }
