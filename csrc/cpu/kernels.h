@@ -52,6 +52,7 @@ struct RowBatch {
 
   SegmentStats stats[kBatchRows];  // of all classes but class_apart
   double max[kBatchRows], log_sum[kBatchRows];
+  double one_over_sum[kBatchRows];  // by which the saved exponentials are probabilities
 
   double origin[kBatchRows], factor[kBatchRows], shifted_factor[kBatchRows], spread[kBatchRows];
   double log2_factor[kBatchRows];  // of |factor|; only where RoundedExp needs it

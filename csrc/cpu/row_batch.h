@@ -95,6 +95,7 @@ void finish_batch(const Params& p, RowBatch& batch) {
     rows.write(p.log_sum, log_sum);
     store(batch.max + lane, max);
     store(batch.log_sum + lane, rounded_to<A>(log_sum));
+    store(batch.one_over_sum + lane, scale / sum);
     rows.write(p.label_mass, mass);
     if (p.entropy == nullptr) continue;
     const F64 of_others = scale * (sums(&FullStats<double>::moment) + shift * others);
@@ -122,9 +123,13 @@ void start_gradients(const Params& p, RowBatch& batch, bool saved) {
     const LabelLanes labels = labels_of_batch(p, batch, lane, smoothing, mass);
     const Upstream<F64> upstream = upstream_of(rows, max, log_sum);
 
-    F64 origin = is_fused ? FusedExp::origin_of(max) : max;
-    if (saved) origin = lanes_of([&](int i) { return batch.stats[lane + i].sums.max; });
-    const F64 one_over_sum = exp_nonpositive((origin - max) - log_sum);
+    F64 origin = is_fused ? FusedExp::origin_of(max) : max, one_over_sum;
+    if (saved) {
+      origin = lanes_of([&](int i) { return batch.stats[lane + i].sums.max; });
+      one_over_sum = load(batch.one_over_sum + lane);
+    } else {
+      one_over_sum = exp_nonpositive((origin - max) - log_sum);
+    }
     const F64 factor = (upstream.g * labels.mass + upstream.softmax) * one_over_sum;
     store(batch.max + lane, max);
     store(batch.origin + lane, origin);
