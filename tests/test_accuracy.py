@@ -83,6 +83,15 @@ def test_gradient_of_large_vocabulary(shape, mode, dtype):
         assert_gradient(gradient, exact, dtype, roundings(mode))
 
 
+@pytest.mark.parametrize("n_classes", [7, 300])
+def test_differences_whose_rounding_errors_are_large(n_classes):
+    logits = torch.randn(300, n_classes) * 1e30
+    target = torch.randint(n_classes, (300,))
+    loss = fused_xent.cross_entropy(logits, target, reduction="none")
+    exact = F.cross_entropy(logits.double(), target, reduction="none")
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+
+
 @by_dtype
 @by_mode
 def test_gradient_of_a_target_far_above_all_others_in_the_first_block(mode, dtype):

@@ -71,7 +71,8 @@ XENT_INLINE F32 exp_of_difference(F32 a, F32 b) {
   const F32 x = vmax(-88.03f - F32{}, a);
   const F32 shifted = x * 1.44269504f + kShifter, n = shifted - kShifter;
   const F32 r = (x - n * 6.93145752e-1f) - n * 1.42860677e-6f;
-  return exp_nonpositive(lost - lost == 0 ? r + lost : r) * (F32)((U32)shifted << 23);
+  // Far below, lost may be large, or NaN: the result is 0 anyway.
+  return exp_nonpositive(a > -88.03f ? r + lost : r) * (F32)((U32)shifted << 23);
 }
 XENT_INLINE F64 exp_of_difference(F64 a, F64 b) { return exp_nonpositive(a - b); }
 
