@@ -1,7 +1,7 @@
 // What Params hold of one row, and the formulas of xent_math.h applied to it, for host and device.
 //
-// Acc is the accumulation type. The CUDA kernels are compiled for each; the CPU's code around its
-// kernels is compiled once, and computes in double.
+// Acc is the accumulation type, for which the CUDA kernels are compiled. The CPU has its own code
+// to finish rows, cpu/row_lanes.h and cpu/row_batch.h, which computes in double.
 #pragma once
 
 #include "xent_math.h"

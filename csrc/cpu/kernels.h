@@ -21,11 +21,6 @@ constexpr int64_t kBlock = 2048;
 // row kernels need log2(e) * max to have a fraction.
 constexpr double kMaxOrigin = 0x1p24;
 
-// A transformed logit z and its slope, the derivative by the input logit x.
-struct Transformed {
-  double logit, slope;
-};
-
 // Memory of one row between its forward and its backward, where both run at once.
 struct RowScratch {
   float* exponentials;  // one a class; for 16-bit logits alone: others have room in their place
