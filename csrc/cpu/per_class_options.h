@@ -74,11 +74,12 @@ SegmentStats general_stats(const Params& p, int64_t row, int64_t begin, int64_t 
     for (int64_t j = begin; j < end; j += kBlock) {
       const int count = static_cast<int>(end - j < kBlock ? end - j : kBlock);
       transform_block(x + j, count, transform, z.values);
+      if (j <= apart && apart < j + count) z.values[apart - j] = static_cast<A>(-kInfinity);
       const A max = block_max(z.values, 0, count, -kInfinity);
       const Exp exp(max > kLowest ? max : kLowest);
       const SpreadFrom<std::decay_t<decltype(spread)>> of_block{spread, j};
       const RowStats<double> block =
-          block_stats(z.values, exp, of_block, 0, count, apart - j, exponentials.values);
+          block_stats(z.values, exp, of_block, 0, count, -1, exponentials.values);
       const double moment =
           Exp::kScale * block_moment(z.values, exponentials.values, count, exp.max);
       raise_top(all, z.values, j, count, max, block.sum);

@@ -144,7 +144,8 @@ XENT_INLINE SegmentStats as_full(const RowStats<double>& sums, double max) {
 }
 
 // Reads the row once. Each block is summed relative to a guess of its maximum, and again if the
-// guess was far too low. No guess is below those before it. saved: see block_stats; origins: the
+// guess was far too low. No guess is below those before it, and none is of class `apart`: far below
+// it, the exponentials of the others would lose their digits. saved: see block_stats; origins: the
 // origin of each block's exponentials. Both may be null.
 template <typename T, typename Spread>
 XENT_INLINE SegmentStats sweep(const T* x, const Spread& spread, int64_t begin, int64_t end,
@@ -155,8 +156,10 @@ XENT_INLINE SegmentStats sweep(const T* x, const Spread& spread, int64_t begin, 
   double max = -kMaxOrigin, guess = max;
   for (int64_t j = begin; j < end; j += kBlock) {
     const int64_t block_end = j + kBlock < end ? j + kBlock : end;
-    const int64_t sample_end = j + kSample < block_end ? j + kSample : block_end;
-    guess = block_max(x, j, sample_end, guess > max ? guess : max);
+    const bool is_apart = !Spread::kExists && j <= apart && apart < j + kSample;
+    const int64_t sample = is_apart ? j + kSample : j;
+    const int64_t sample_end = sample + kSample < block_end ? sample + kSample : block_end;
+    guess = block_max(x, sample, sample_end, guess > max ? guess : max);
     while (true) {
       const RowExp<Acc<T>, Spread> exp(guess);
       const RowStats<double> block = block_stats(x, exp, spread, j, block_end, apart, saved);
@@ -174,15 +177,16 @@ XENT_INLINE SegmentStats sweep(const T* x, const Spread& spread, int64_t begin, 
 }
 
 // The same, with exponentials that overwrite the logits: a block cannot be summed again, so its
-// maximum is computed first.
+// maximum is computed first. Class `apart` has been read already.
 template <typename A, typename Spread>
 SegmentStats sweep_in_place(A* x, const Spread& spread, int64_t end, int64_t apart,
                             double* origins) {
   RowStats<double> stats{std::numeric_limits<A>::lowest(), 0, 0, 0};
+  if (apart >= 0) x[apart] = -std::numeric_limits<A>::infinity();
   for (int64_t j = 0; j < end; j += kBlock) {
     const int64_t block_end = j + kBlock < end ? j + kBlock : end;
     const SubtractingExp<A> exp(block_max(x, j, block_end, stats.max));
-    add_block(stats, block_stats(x, exp, spread, j, block_end, apart, x), exp.origin());
+    add_block(stats, block_stats(x, exp, spread, j, block_end, -1, x), exp.origin());
     origins[j / kBlock] = exp.origin();
   }
   return as_full(stats, stats.max);

@@ -252,6 +252,21 @@ TARGET_APART = {
         "lost - lost == 0 ? r + lost : r",
         (f"{ACCURACY}test_differences_whose_rounding_errors_are_large",),
     ),
+    "a guess of the maximum is the target": Fault(
+        "csrc/cpu/row_kernels.h", "is_apart ? j + kSample : j", "j", NEAR_1
+    ),
+    "exponentials that overwrite the logits are relative to the target": Fault(
+        "csrc/cpu/row_kernels.h",
+        "  if (apart >= 0) x[apart] = -std::numeric_limits<A>::infinity();\n",
+        "",
+        NEAR_1,
+    ),
+    "transformed logits are relative to the target": Fault(
+        "csrc/cpu/per_class_options.h",
+        "if (j <= apart && apart < j + count) z.values",
+        "if (false) z.values",
+        NEAR_1,
+    ),
     "a block's exponentials are relative to less than those before it": Fault(
         "csrc/cpu/row_kernels.h",
         "guess > max ? guess : max",
