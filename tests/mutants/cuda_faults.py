@@ -141,7 +141,7 @@ SWEEPS = {
         "false",
     ),
     "the first rows alone leave their targets out": fault(
-        "columns.cu",
+        "column_rows.cuh",
         "columns",
         "has |= static_cast<unsigned>(target[r] ^ j)",
         "has = !r && static_cast<unsigned>(target[r] ^ j)",
@@ -775,7 +775,7 @@ GENERAL = {
 
 COLUMNS = {
     "a class too many is in a row's gradient": fault(
-        "columns.cu",
+        "column_rows.cuh",
         "columns",
         "body(j, vocab_size - j);",
         "body(j, kGroup);",
@@ -811,7 +811,7 @@ COLUMNS = {
         "for (int i = 1; i < n_workers - 1; ++i) merge_stats",
     ),
     "each row of a vector has the labels of its first": fault(
-        "columns.cu",
+        "column_rows.cuh",
         "columns",
         "if (R == 1 || kIsUniform<S> || is_shared) {",
         "if (R == 1 || j >= 0) {",
@@ -820,7 +820,7 @@ COLUMNS = {
         "columns.cu", "columns", "x[r] = rows.is_kept[r] ? value : A(0);", "x[r] = value;"
     ),
     "the targets of other workers are written": fault(
-        "columns.cu",
+        "column_rows.cuh",
         "columns",
         "return j >= 0 && (j / kGroup & (n_workers - 1)) == worker;",
         "return j >= 0 && (j & (n_workers - 1)) == worker;",
@@ -847,13 +847,13 @@ COLUMNS = {
         "",
     ),
     "single elements after the vectors of staged rows are not read": fault(
-        "columns.cu",
+        "staged.cuh",
         "columns",
         "    if (last < n) *at(0, last) = global[last];\n",
         "",
     ),
     "single elements after the vectors of staged rows are not written": fault(
-        "columns.cu",
+        "staged.cuh",
         "columns",
         "    if (last < n) global[last] = *at(0, last);\n",
         "",
