@@ -433,6 +433,35 @@ def test_target_of_a_softcap_that_all_reach(dtype, n_classes):
         assert (gradient.gather(1, target.unsqueeze(1)) < 0).all()
 
 
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(6, 20), (6, 700), (2, 20000), (2, 20, 3), (0, 7), (2, 0)], ids=str
+)
+def test_total_weight_is_written(operators, shape, statistics, force):
+    """Of a mean or sum it is that of the CPU; of other losses 0, where there are any."""
+    if shape[1] > 1000:
+        force("forward", "split", threads=64, parts=3)
+    name = "forward_with_statistics" if statistics else "forward"
+    logits = make_logits(shape, torch.float32)
+    rows = shape[:1] + shape[2:]
+    target = torch.randint(max(shape[1], 1), rows)
+    if shape[1] == 0:
+        target = torch.rand(shape)
+    elif target.numel() > 1:
+        target.view(-1)[0] = -100
+    weight, tokens = torch.rand(shape[1]), torch.rand(rows)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        for reduction in (0, 1, 2):
+            arguments = (logits, target, weight, tokens, None, 1, reduction)
+            found = getattr(torch.ops.fused_xent_emulated, name)(*arguments)[1]
+            expected = getattr(torch.ops.fused_xent, name)(*arguments)[1]
+            is_unread = reduction == 0 and logits.numel() > 0
+            torch.testing.assert_close(found, torch.zeros_like(found) if is_unread else expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_total_weight_beyond_float32():
     logits, weight = make_logits((100, 20), torch.float32), torch.full((20,), 1e37)
     check(logits, torch.arange(100) % 20, "mean", weight=weight)

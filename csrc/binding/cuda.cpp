@@ -71,17 +71,19 @@ struct Call {
   Tensor new_gradient() const { return empty_gradient(problem.logits, problem.dim, true); }
 
   Tensor loss(const Rows& rows, ScalarType loss_dtype) {
-    return std::get<0>(forward(rows, loss_dtype));
+    run_forward();
+    return reduce(rows.loss, nullptr, loss_dtype);
   }
 
+  // The kernel that adds up the losses writes the total weight. Of losses that are not added it is
+  // 0: another value would take a launch, and only backward of a mean reads it.
   std::tuple<Tensor, Tensor> forward(const Rows& rows, ScalarType loss_dtype) {
-    if (!is_empty()) {
-      const Plan plan = plan_for("forward", cuda::plan_forward, params);
-      const Tensor workspace =
-          problem.empty({cuda::workspace_bytes(params, plan)}, ScalarType::Byte);
-      check_cuda(cuda::forward(params, plan, workspace.mutable_data_ptr(), stream), "forward");
-    }
     const Tensor total_weight = problem.scalar(ScalarType::Double);
+    const bool is_none = problem.reduction == kNone;
+    const bool has_kernel = !is_empty() && params.n_rows > 0;
+    if (is_none && has_kernel) params.unread_total_weight = data_of(total_weight);
+    run_forward();
+    if (is_none && !has_kernel) sum_rows(&total_weight, nullptr);
     return {reduce(rows.loss, &total_weight, loss_dtype), total_weight};
   }
 
@@ -122,6 +124,13 @@ struct Call {
   double* scratch_data() const { return data_of(scratch); }
   double* sums_workspace() const { return scratch_data() + 1; }
 
+  void run_forward() const {
+    if (is_empty()) return;
+    const Plan plan = plan_for("forward", cuda::plan_forward, params);
+    const Tensor workspace = problem.empty({cuda::workspace_bytes(params, plan)}, ScalarType::Byte);
+    check_cuda(cuda::forward(params, plan, workspace.mutable_data_ptr(), stream), "forward");
+  }
+
   // The reduced loss and the total weight, where they are wanted.
   void sum_rows(const Tensor* total_weight, const Tensor* loss) const {
     const cuda::Sums sums{total_weight == nullptr ? nullptr : data_of(*total_weight),
@@ -131,11 +140,11 @@ struct Call {
     check_cuda(cuda::sum_rows(params, sums, sums_workspace(), stream), "sum over rows");
   }
 
-  // The reduced loss. Writes the total weight of a mean.
+  // The reduced loss. Writes the total weight, if not null, of losses that are added.
   Tensor reduce(const Tensor& row_loss, const Tensor* total_weight, ScalarType loss_dtype) const {
     if (problem.reduction == kNone) return torch::stable::to(row_loss, loss_dtype);
     const Tensor loss = problem.scalar(loss_dtype);
-    sum_rows(problem.reduction == kMean ? total_weight : nullptr, &loss);
+    sum_rows(total_weight, &loss);
     return loss;
   }
 };

@@ -152,6 +152,18 @@ __device__ __forceinline__ RowResults<A> results_of_row(const Arguments& a, int6
   return results;
 }
 
+// As write_results of ../xent_rows.h, which all forward kernels call once for each row.
+template <typename A>
+__device__ __forceinline__ void write_results(const Arguments& a, int64_t row,
+                                              const RowResults<A>& results, int64_t argmax) {
+  if (a.unread_total_weight != nullptr && row == 0) *a.unread_total_weight = 0;
+  write_results(static_cast<const Params&>(a), row, results, argmax);
+}
+template <typename A>
+__device__ __forceinline__ void write_unread_row(const Arguments& a, int64_t row, A value) {
+  write_results<A>(a, row, {value, value, value, value, value, value}, -1);
+}
+
 // What every row's upstream gradient is multiplied by. Kernels call this once, at their beginning:
 // the division is a function call, around which the registers of a row would have to be saved.
 template <typename A>

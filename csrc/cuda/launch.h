@@ -47,6 +47,8 @@ struct Arguments : Params {
   // Loss and gradient of `mean` are divided by it; null: the loss by the sum of the rows' weights,
   // the gradient by 1.
   const double* total_weight;
+  // Forward sets it to 0, if not null and if there are rows: the total weight that nobody reads.
+  double* unread_total_weight;
   // grad_loss may be null: 1.
 
   // Set by the launchers: a division of float64 takes a thread longer than its part of a row.

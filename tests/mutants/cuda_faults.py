@@ -1100,6 +1100,24 @@ BINDING = {
         "    if (problem.reduction == kNone) sum_rows(total_weight, nullptr);\n"
         "    if (problem.reduction == kNone) return torch",
     ),
+    "the total weight of a sum is not written": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_total_weight_is_written",
+        "    sum_rows(total_weight, &loss);\n",
+        "    sum_rows(problem.reduction == kMean ? total_weight : nullptr, &loss);\n",
+    ),
+    "the total weight of losses that are not added is not written": emulated(
+        "cuda/labels.cuh",
+        "test_cuda.py::test_total_weight_is_written",
+        "if (a.unread_total_weight != nullptr && row == 0) *",
+        "if (a.unread_total_weight != nullptr && row < 0) *",
+    ),
+    "the total weight of no losses is not written": emulated(
+        "binding/cuda.cpp",
+        "test_cuda.py::test_total_weight_is_written",
+        "    if (is_none && !has_kernel) sum_rows(&total_weight, nullptr);\n",
+        "",
+    ),
     "fused mode copies a normalizer": emulated(
         "binding/cuda.cpp",
         "test_cuda.py::test_sums_are_launched_where_there_is_something_to_add",
