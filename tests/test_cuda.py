@@ -386,6 +386,88 @@ def test_transformed_and_uniformly_smoothed_rows(transform, plan, dtype, label_s
         torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute)
 
 
+IGNORED = {torch.int64: -100, torch.int32: -1, torch.uint8: 255}  # by the target's dtype
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("team", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_short_rows(dtype, team, label_smoothing, force):
+    """Teams of every size have one row (of several blocks) or several, of any alignment."""
+    for i, n_classes in enumerate((2, 9, 65, 250, 1000, 1024)):
+        kind = list(IGNORED)[i % (3 if n_classes < 255 else 2)]
+        wide = make_logits((37, n_classes + 8), dtype)
+        for groups, offset in ((0, i), (1, 0), (1, 3)):
+            for operation in ("forward", "backward", "forward_backward"):
+                force(operation, "warp", threads=64, team=team, groups=groups)
+            target = torch.randint(n_classes, (37,)).to(kind)
+            target[0], target[1], target[2] = 0, n_classes - 1, n_classes // 2
+            target[3::5] = IGNORED[kind]
+            options = {"ignore_index": IGNORED[kind], "label_smoothing": label_smoothing}
+            logits = wide[:, offset : offset + n_classes]
+            check(logits, target, ("none", "mean")[groups], **options)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_short_rows_are_like_others(dtype, label_smoothing, force):
+    """Of any values and targets, with row options or without; a block of 32 threads has one row."""
+    logits = make_logits((2, 20, 333), dtype)
+    target = torch.randint(333, (2, 20))
+    rows, targets = logits.view(40, 333), target.view(40)
+    rows[1, 7], rows[2, 7] = torch.nan, torch.inf
+    rows[3, targets[3]] = torch.inf
+    rows[4], rows[5, 1:] = -torch.inf, -torch.inf
+    rows[6, targets[6]] = -torch.inf
+    rows[8, targets[8]] = 90
+    targets[5], targets[9::7], targets[10] = 0, -100, 333
+    weight, tokens = torch.rand(333) + 0.5, torch.rand(20, 2)
+    tokens[0, 0] = 0
+    for options in (
+        {},
+        {"token_weight": torch.ones(20, 2)},
+        {"token_weight": tokens, "lse_square_scale": 1e-3, "focal_gamma": 1.5},
+        {} if label_smoothing else {"weight": weight},
+    ):
+        options = {"dim": -1, "label_smoothing": label_smoothing, **options}
+        found = []
+        for plan in (("warp", 8), ("warp", 2), ("block", 0)):
+            for operation in ("forward", "backward"):
+                force(operation, plan[0], threads=32, team=plan[1], groups=2)
+            leaf = logits.transpose(0, 1).detach().requires_grad_()
+            loss = fused_xent.cross_entropy(leaf, target.mT, reduction="none", **options)
+            (gradient,) = torch.autograd.grad(loss.float().sum(), leaf)
+            found.append((loss.double(), gradient.double()))
+        assert 3 <= found[2][0].isnan().sum() <= 8
+        tolerance = 2 * torch.finfo(dtype).eps
+        for loss, gradient in found[:2]:
+            same = {"rtol": 1e-6 + tolerance, "atol": 1e-7, "equal_nan": True}
+            torch.testing.assert_close(loss, found[2][0], **same)
+            torch.testing.assert_close(gradient, found[2][1], **same | {"rtol": 1e-5 + tolerance})
+
+
+def test_short_rows_have_their_kernels(emulated, force):
+    """Without labels to read, softcap, float64 and statistics."""
+    logits, target = make_logits((70, 300), torch.bfloat16), torch.arange(70)
+    cuda_builds.launches(emulated)
+    loss_and_gradient(logits, target)
+    loss_and_gradient(logits, target, label_smoothing=0.1)
+    names = [launch.kernel for launch in cuda_builds.launches(emulated)]
+    assert names.count("forward_lane_rows") == names.count("backward_lane_rows") == 2
+    for options in ({"softcap": 5.0}, {"weight": torch.ones(300), "label_smoothing": 0.1}):
+        loss_and_gradient(logits, target, **options)
+    loss_and_gradient(logits.double(), target)
+    names = [launch.kernel for launch in cuda_builds.launches(emulated)]
+    assert names.count("forward_rows") == names.count("backward_rows") == 3
+    blocks = {}
+    for groups in (0, 1, 3):
+        force("forward", "warp", threads=64, team=8, groups=groups)
+        loss_and_gradient(logits, target)
+        launches = {launch.kernel: launch.blocks for launch in cuda_builds.launches(emulated)}
+        blocks[groups] = launches["forward_lane_rows"]
+    assert blocks == {0: 9, 1: 2, 3: 3}  # of 8 rows, of 8 for each of 8 teams, of 3 for each
+
+
 @pytest.mark.parametrize("softcap", [200.0, 1e6])
 def test_softcap_far_above_the_logits(softcap):
     """An error of a rounding of the softcap would be an error of the logits."""

@@ -66,6 +66,22 @@ def test_team_of_a_warp(plan, row_bytes, team):
     assert plan("forward", 8192, 2000)["team"] == 8
 
 
+def test_teams_of_a_warp_have_several_rows(plan):
+    """As many as leave waves of blocks that are three quarters full."""
+    for operation in ("forward", "backward"):
+        for n_rows, device, rows_of_team in (
+            *((8192, "sm_90", 0), (65_536, "sm_90", 4), (10**6, "sm_90", 8)),
+            *((65_536, "sm_80", 2), (65_536, "sm_100", 4)),
+        ):
+            chosen = plan(operation, n_rows, 2000, device)
+            assert chosen["team"] == 8
+            blocks = -(-n_rows // (16 * rows_of_team)) if rows_of_team else 0  # 16 teams each
+            assert chosen["max_groups"] == blocks, (n_rows, device)
+        for kind in ("general", "spread", "capped"):
+            assert plan(operation, 10**6, 2000, **{kind: True})["max_groups"] == 0
+        assert plan(operation, 10**6, 2000, element_size=8)["max_groups"] == 0
+
+
 def test_few_rows_are_split_in_forward(plan):
     v = 256_512  # bytes of 128256 classes
     assert plan("forward", 660, v)["regime"] == BLOCK  # five blocks a multiprocessor

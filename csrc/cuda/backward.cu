@@ -1,9 +1,11 @@
 // Backward by rows. It reads the logits (and the probabilities) once and writes the gradient once,
 // which may take the logits' place. It is purely elementwise, so each part of a long row has a
-// block of its own. scale_gradient is the same with another formula.
+// block of its own. Short rows have a kernel in which each lane computes the factors of a row of
+// its own. scale_gradient is the same with another formula.
 #include "dispatch.cuh"
 #include "regimes.h"
 #include "sweep.cuh"
+#include "warp_rows.cuh"
 
 namespace fused_xent::cuda {
 namespace {
@@ -66,6 +68,50 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : kMinBlocks<
   }
 }
 
+// The same for a part of a warp: see warp_rows.cuh.
+template <typename T, typename S>
+__global__ void __launch_bounds__(kMaxThreads, 4)
+    backward_lane_rows(const __grid_constant__ Arguments a, int team_size, int n_passes) {
+  using A = Acc<T>;
+  constexpr bool kHasSpread = Spread<T, S>::kExists;
+  const A scale = upstream_scale<A>(a);
+  const Transform<A>& transform = transform_of<A>(a);
+  const WarpTeam team(team_size, n_passes);
+  const LaneRow<T> mine(a, team);
+  T* my_out = row_of<T>(a.grad_logits, a.grad_layout, mine.first_or_own());
+  const bool is_mine_read = mine.target.is_read();
+  A x = 0;
+  RowBackward<A> my_gradient{{0, unread_value<A>(mine.target), 0}, 0};
+  if (is_mine_read) {
+    x = to_acc(mine.logits[mine.target.index]);
+    my_gradient =
+        backward_of_row(a, scale, mine.index, mine.target.index, saved_results<A>(a, mine.index),
+                        true, transformed(transform, x, false));
+  }
+  const Spread<T, S> spread(a, 0);  // the same for all rows
+  const int vocab_size = static_cast<int>(a.vocab_size);
+  __syncwarp();  // the lanes have read their targets' logits, which may be overwritten
+  for (int pass = 0; pass < n_passes; ++pass) {
+    const int state = team.in_pass(pass, mine.exists() + is_mine_read);  // 2: read, 0: no row
+    const T* logits = team.in_pass(pass, mine.logits);
+    T* out = team.in_pass(pass, my_out);
+    const RowGradient<A> gradient{team.in_pass(pass, my_gradient.max),
+                                  team.in_pass(pass, my_gradient.factor),
+                                  kHasSpread ? team.in_pass(pass, my_gradient.spread) : A(0)};
+    if (state == 2) {
+      const RowView<const T> view = view_for<T>(logits, out, vocab_size);
+      write_share(out, view, ShareFor<S>(team, view.n_vectors),
+                  [&] { return GradientOf<T, S>(gradient, spread, transform); });
+    } else if (state == 1) {
+      fill_row(out, vocab_size, gradient.factor, team);
+    }
+  }
+  __syncwarp();  // the teams have written the classes of all rows, the target's with the others
+  if (is_mine_read) {
+    my_out[mine.target.index] = from_acc<T>(my_gradient.at_target * slope_at(transform, x, false));
+  }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, kScaleThreadsPerSm / kMaxThreads)
     scale_rows(const __grid_constant__ Arguments a, int team_size) {
@@ -86,7 +132,11 @@ __global__ void __launch_bounds__(kMaxThreads, kScaleThreadsPerSm / kMaxThreads)
 }  // namespace
 
 cudaError_t backward_by_rows(const Arguments& a, const Plan& plan, cudaStream_t stream) {
+  const bool by_lanes = has_lane_rows(plan, shape_of(a));
   return with_row_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
+    if constexpr (kHasLaneRows<T, S>) {
+      if (by_lanes) return launch_in_passes(backward_lane_rows<T, S>, a, plan, stream);
+    }
     backward_rows<T, S><<<grid_for(a, plan, plan.team), plan.threads, 0, stream>>>(a, plan.team);
     return cudaGetLastError();
   });

@@ -2,11 +2,13 @@
 //
 // A team of threads sweeps a row. Each thread has a maximum and a sum of its own, and four 16-byte
 // reads in flight; then the team merges its stats. Where rows are too few to fill the card, several
-// blocks share one and write their stats to a workspace, which a second kernel merges.
+// blocks share one and write their stats to a workspace, which a second kernel merges. Short rows
+// have a kernel in which each lane finishes a row of its own.
 #include "dispatch.cuh"
 #include "merge_parts.cuh"
 #include "regimes.h"
 #include "sweep.cuh"
+#include "warp_rows.cuh"
 
 namespace fused_xent::cuda {
 namespace {
@@ -56,11 +58,68 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : kMin
   }
 }
 
+// The same for a part of a warp: see warp_rows.cuh.
+template <typename T, typename S>
+__global__ void __launch_bounds__(kMaxThreads, 4)
+    forward_lane_rows(const __grid_constant__ Arguments a, int team_size, int n_passes) {
+  using A = Acc<T>;
+  constexpr bool kHasSpread = Spread<T, S>::kExists;
+  const Transform<A>& transform = transform_of<A>(a);
+  const WarpTeam team(team_size, n_passes);
+  const LaneRow<T> mine(a, team);
+  const bool is_read = mine.target.is_read();
+  const A x = is_read ? to_acc(mine.logits[mine.target.index]) : A(0);
+  const Spread<T, S> spread(a, 0);  // the same for all rows
+  RowStats<A> stats = empty_stats<A>();
+  int target = -1;
+  RowView<const T> view(mine.logits, 0);
+  ShareFor<S> share(team, 0);
+  uint4 bits[kUnroll<S>];
+  const auto read = [&](int v) {
+    if (v >= share.end) return;
+    share.template read<T>(
+        bits, v, [&](int, int w) { return load_vector(view.data + view.vector_class(w)); });
+  };
+  const auto turn_to = [&](int pass) {
+    target = team.in_pass(pass, mine.target.index);  // -1: the row has no classes to read
+    view = RowView<const T>(team.in_pass(pass, mine.logits),
+                            target < 0 ? 0 : static_cast<int>(a.vocab_size));
+    share = ShareFor<S>(team, view.n_vectors);
+    read(share.first);
+  };
+  turn_to(0);
+  for (int pass = 0; pass < n_passes; ++pass) {
+    const ClassPlace<T, kUnroll<S>> place(view, target);
+    const int group = kHasSpread ? -1 : place.group(team);
+    StatsFor<T, S> swept(transform);
+    sweep_edges(swept, view, spread, kHasSpread ? -1 : target, share.edge_rank, share.edge_step);
+    for (int v = share.first; v < share.end; v += share.step) {
+      if (v == group) leave_out<T>(bits, place.element(team));
+      add_vectors<T, S>(swept, bits, view, spread, share, v);
+      read(v + share.step);
+    }
+    if (pass + 1 < n_passes) turn_to(pass + 1);  // memory is busy while the lanes are merged
+    const RowStats<A> merged = merge_lanes<kHasSpread>(swept.result(), team.size(), ~0u);
+    if (team.rank() == pass) stats = merged;
+  }
+  if (is_read) {
+    const A target_logit = transformed(transform, x, false);
+    write_results(a, mine.index,
+                  results_of_row(a, mine.index, mine.target.index, target_logit, stats), -1);
+  } else if (mine.exists()) {
+    write_unread_row(a, mine.index, unread_value<A>(mine.target));
+  }
+}
+
 }  // namespace
 
 cudaError_t forward_by_rows(const Arguments& a, const Plan& plan, void* workspace,
                             cudaStream_t stream) {
+  const bool by_lanes = has_lane_rows(plan, shape_of(a));
   const cudaError_t error = with_row_types(a, [&]<typename T, typename S>(Type<T>, Type<S>) {
+    if constexpr (kHasLaneRows<T, S>) {
+      if (by_lanes) return launch_in_passes(forward_lane_rows<T, S>, a, plan, stream);
+    }
     forward_rows<T, S><<<grid_for(a, plan, plan.team), plan.threads, 0, stream>>>(
         a, plan.team, static_cast<RowStats<Acc<T>>*>(workspace));
     return cudaGetLastError();

@@ -19,6 +19,7 @@ constexpr int kVectorsInFlight = 4;               // vectors that a thread reads
 constexpr int64_t kThreadsInFlight = 480;         // of a multiprocessor: they read 30 KiB at once
 constexpr int64_t kRowVectors = 4;                // a row costs a thread as much as so many
 constexpr int64_t kMostWaves = 4;                 // of blocks; the last of more matters little
+constexpr int64_t kLaneRowThreads = 1024;         // of a multiprocessor, by the launch bounds
 constexpr int64_t kStaticSharedBytes = 2 * kKiB;  // at least what a kernel declares
 
 int64_t round_up(int64_t vectors) { return ceil_div(vectors, kVectorsInFlight) * kVectorsInFlight; }
@@ -70,6 +71,20 @@ Plan plan_rows(const Shape& shape, const Device& device) {
   const int half = std::max(wanted / 2, 2);
   const bool is_enough = shape.n_rows >= ceil_div(kThreadsInFlight * device.sm_count, half);
   return {Regime::warp, 128, is_enough ? half : wanted};
+}
+
+// Gives each team of a warp several rows, see warp_rows.cuh: as many as leave waves of blocks that
+// are three quarters full.
+void give_rows_to_lanes(Plan& plan, const Shape& shape, const Device& device) {
+  if (!has_lane_rows(plan, shape)) return;
+  const int64_t teams = plan.threads / plan.team;
+  const int64_t slots = device.sm_count * kLaneRowThreads / plan.threads;
+  for (int n_rows = plan.team; n_rows > 1; n_rows /= 2) {
+    const int64_t blocks = ceil_div(shape.n_rows, teams * n_rows);
+    if (4 * blocks < 3 * slots * ceil_div(blocks, slots)) continue;
+    plan.max_groups = static_cast<int>(blocks);
+    return;
+  }
 }
 
 // Splits rows that have a block each into `least` parts or more: as many as make whole waves of
@@ -133,6 +148,7 @@ const char* name_of(Regime regime) {
 Plan plan_forward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape, device);
+  give_rows_to_lanes(plan, shape, device);
   split(plan, shape, 1, slots(plan, shape, device, 5));
   return plan;
 }
@@ -140,6 +156,7 @@ Plan plan_forward(const Shape& shape, const Device& device) {
 Plan plan_backward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape, device);
+  give_rows_to_lanes(plan, shape, device);
   const int64_t for_length = ceil_div(shape.row_bytes(), kPartBytes);
   split(plan, shape, for_length, slots(plan, shape, device, 4));
   return plan;
@@ -181,6 +198,11 @@ Plan plan_forward_backward(const Shape& shape, const Device& device) {
   return plan;
 }
 
+bool has_lane_rows(const Plan& plan, const Shape& shape) {
+  return plan.regime == Regime::warp && shape.element_size < 8 && !shape.general && !shape.spread &&
+         !shape.capped;
+}
+
 bool is_staged(const Plan& plan, const Shape& shape) {
   return plan.regime == Regime::columns && plan.row_vector == 1 && shape.packed && !shape.spread &&
          !shape.is_general(plan.regime) && shape.row_bytes() <= kMostStagedBytes;
@@ -192,7 +214,7 @@ int64_t shared_bytes(const Plan& plan, const Shape& shape) {
   const int64_t acc = shape.element_size == 8 ? 8 : 4;
   const int64_t stats = 4 * acc * plan.threads * plan.row_vector;
   const int64_t rows = is_staged(plan, shape) ? plan.threads / plan.workers * shape.row_bytes() : 0;
-  return stats + rows + rows / 128 * acc;  // those eight or four bytes are the skew of columns.cu
+  return stats + rows + rows / 128 * acc;  // those eight or four bytes are the skew of staged.cuh
 }
 
 const char* why_not(const Plan& plan, const Shape& shape, const Device& device) {

@@ -59,13 +59,17 @@ struct Plan {
   int held = 0;        // forward_backward: 16-byte vectors that a thread holds in shared memory
   int workers = 1;     // columns: threads for each row
   int row_vector = 1;  // columns: adjacent rows of a thread
-  int max_groups = 0;  // at most so many blocks or clusters, which loop over rows; 0: no limit
+  // At most so many blocks or clusters, which loop over rows; 0: no limit. See has_lane_rows.
+  int max_groups = 0;
 };
 
 Plan plan_forward(const Shape& shape, const Device& device);
 Plan plan_backward(const Shape& shape, const Device& device);
 Plan plan_forward_backward(const Shape& shape, const Device& device);
 
+// Warp: forward and backward finish a row in each lane, see warp_rows.cuh. A lane has one row at
+// most, so max_groups counts only as far as that needs no more blocks.
+bool has_lane_rows(const Plan& plan, const Shape& shape);
 // Columns: blocks copy their rows to shared memory, each of at most kMostStagedBytes.
 constexpr int kMostStagedBytes = 128;
 bool is_staged(const Plan& plan, const Shape& shape);

@@ -27,11 +27,13 @@ struct Place {
 // row.
 template <int kCount>
 struct Share {
-  int first, end;   // the thread's first vector; the part's end
-  int lanes, step;  // from one vector of a group to the next; from one group to the next
+  int first, end;  // the thread's first vector; the part's end
+  int lane, lanes;
+  int step;  // from one group to the next; from one vector of a group to the next are `lanes`
   int edge_rank, edge_step;
 
-  __device__ Share(const Team& team, int n_vectors) {
+  template <typename AnyTeam>
+  __device__ Share(const AnyTeam& team, int n_vectors) {
     const int part = team.part(), parts = team.parts();
     int begin = 0;
     end = n_vectors;
@@ -40,7 +42,7 @@ struct Share {
       begin = min(part * per_part, n_vectors);
       end = min(begin + per_part, n_vectors);
     }
-    const int lane = team.lane();
+    lane = team.lane();
     lanes = team.lanes();
     first = begin + (team.rank() - lane) * kCount + lane;
     step = team.size() * kCount;
@@ -48,7 +50,8 @@ struct Share {
     edge_step = team.size() * parts;
   }
 
-  __device__ __forceinline__ bool is_whole(int v) const { return v + (kCount - 1) * lanes < end; }
+  // True if the groups of all lanes are: so the lanes of a warp take the same branch.
+  __device__ __forceinline__ bool is_whole(int v) const { return v - lane + kCount * lanes <= end; }
 
   // Where class j is; nowhere for -1.
   template <typename T>
@@ -246,19 +249,18 @@ __device__ __forceinline__ void add_element(StatsFor<T, S>& stats, Acc<T> x, Acc
 template <typename T, int kCount>
 __device__ __forceinline__ void leave_out(uint4 (&bits)[kCount], int element) {
   const uint4 nothing = all_minus_infinity<T>();
+  const uint32_t values[] = {nothing.x, nothing.y, nothing.z, nothing.w};
+  constexpr int kSize = static_cast<int>(sizeof(T));
+  const uint32_t of_half = (element & 1) != 0 ? 0x5410 : 0x3254;  // which bytes of a word stay
+  uint32_t which = (kSize == 8 ? 3u : 1u) << (element * kSize / 4);
+  asm("" : "+r"(which));  // several bits become predicates at once; else one comparison for each
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
     uint32_t* words[] = {&bits[u].x, &bits[u].y, &bits[u].z, &bits[u].w};
-    const uint32_t values[] = {nothing.x, nothing.y, nothing.z, nothing.w};
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const int first = (4 * u + w) * 4 / static_cast<int>(sizeof(T));
-      if constexpr (sizeof(T) == 2) {
-        const uint32_t mask = 0xffffu << (16 * (element & 1));
-        if ((element & ~1) == first) *words[w] = (*words[w] & ~mask) | (values[w] & mask);
-      } else if (element == first) {
-        *words[w] = values[w];
-      }
+      if ((which & 1u << (4 * u + w)) == 0) continue;
+      *words[w] = kSize == 2 ? __byte_perm(*words[w], values[w], of_half) : values[w];
     }
   }
 }
@@ -430,8 +432,9 @@ __device__ __forceinline__ RowView<const T> view_for(const T* logits, const T* o
 }
 
 // Writes one value to a whole gradient row, without reading the logits.
-template <typename T>
-__device__ __forceinline__ void fill_row(T* out, int vocab_size, Acc<T> value, const Team& team) {
+template <typename T, typename AnyTeam>
+__device__ __forceinline__ void fill_row(T* out, int vocab_size, Acc<T> value,
+                                         const AnyTeam& team) {
   const RowView<T> view(out, vocab_size);
   const Share<1> share(team, view.n_vectors);
   Acc<T> values[kVector<T>];

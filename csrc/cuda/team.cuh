@@ -24,11 +24,15 @@ __device__ __forceinline__ RowStats<Acc> empty_stats() {
 template <bool kHasSpread, typename Acc>
 __device__ __forceinline__ RowStats<Acc> merge_lanes(RowStats<Acc> stats, int size, unsigned mask) {
   Acc max = stats.max;
-  for (int lane = size / 2; lane > 0; lane /= 2) {
+#pragma unroll
+  for (int lane = 1; lane < kWarp; lane *= 2) {
+    if (lane == size) break;
     max = fmax(max, __shfl_xor_sync(mask, max, lane));
   }
   shift_stats(stats, max);
-  for (int lane = size / 2; lane > 0; lane /= 2) {
+#pragma unroll
+  for (int lane = 1; lane < kWarp; lane *= 2) {
+    if (lane == size) break;
     stats.sum += __shfl_xor_sync(mask, stats.sum, lane);
     if constexpr (kHasSpread) {
       stats.mass += __shfl_xor_sync(mask, stats.mass, lane);

@@ -35,14 +35,14 @@ TEAMS = {
     "lanes are merged in too few steps": fault(
         "team.cuh",
         "forward",
-        "  shift_stats(stats, max);\n  for (int lane = size / 2; lane > 0; lane /= 2) {",
-        "  shift_stats(stats, max);\n  for (int lane = size / 2; lane > 1; lane /= 2) {",
+        "  shift_stats(stats, max);\n#pragma unroll\n  for (int lane = 1; lane < kWarp; lane *= 2) {",
+        "  shift_stats(stats, max);\n  for (int lane = 2; lane < kWarp; lane *= 2) {",
     ),
     "the maximum of lanes is that of half of them": fault(
         "team.cuh",
         "forward",
-        "  Acc max = stats.max;\n  for (int lane = size / 2; lane > 0; lane /= 2) {",
-        "  Acc max = stats.max;\n  for (int lane = size / 4; lane > 0; lane /= 2) {",
+        "  Acc max = stats.max;\n#pragma unroll\n  for (int lane = 1; lane < kWarp; lane *= 2) {",
+        "  Acc max = stats.max;\n  for (int lane = 2; lane < kWarp; lane *= 2) {",
     ),
     "labels of other lanes are left out": fault(
         "team.cuh", "forward", "      stats.dot += __shfl_xor_sync(mask, stats.dot, lane);\n", ""
@@ -107,8 +107,8 @@ SWEEPS = {
     "both numbers of a word are left out with the target": fault(
         "sweep.cuh",
         "forward",
-        "const uint32_t mask = 0xffffu << (16 * (element & 1));",
-        "const uint32_t mask = ~0u;",
+        "(element & 1) != 0 ? 0x5410 : 0x3254;",
+        "0x7654;",
     ),
     "the target is twice in the sum of a row's edges": fault(
         "sweep.cuh", "forward", "    if (j == apart) continue;\n", ""
@@ -622,6 +622,99 @@ ROWS = {
         "  if (gridDim.x > 1) cooperative_groups::this_cluster().sync();\n",
         "",
         unseen="the emulator starts all blocks of a cluster before one of them runs",
+    ),
+}
+
+LANE_ROWS = {
+    "a lane has the stats of its team's last row": fault(
+        "forward.cu",
+        "forward",
+        "    if (team.rank() == pass) stats = merged;\n",
+        "    stats = merged;\n",
+    ),
+    "the target is twice in the sum of a short row": fault(
+        "forward.cu",
+        "forward",
+        "      if (v == group) leave_out<T>(bits, place.element(team));\n",
+        "",
+    ),
+    "a short row begins with the vectors of the row before it": fault(
+        "forward.cu", "forward", "    read(share.first);\n  };\n", "  };\n"
+    ),
+    "a short row that is not read has no loss": fault(
+        "forward.cu", "forward", "  } else if (mine.exists()) {\n", "  } else if (false) {\n"
+    ),
+    "lanes beyond the passes have rows": fault(
+        "warp_rows.cuh", "forward", "lane() < n_passes_ && row < n_rows", "row < n_rows"
+    ),
+    "the rows of a team are those of the team before it": fault(
+        "warp_rows.cuh", "forward", "int64_t{team} * n_passes_ + lane();", "team + lane();"
+    ),
+    "a pass has the row of the first lane": fault(
+        "warp_rows.cuh",
+        "backward",
+        "return __shfl_sync(~0u, x, pass, size_);",
+        "return __shfl_sync(~0u, x, 0, size_);",
+    ),
+    "the target of a short row is in the group of another thread": fault(
+        "warp_rows.cuh",
+        "forward",
+        "vector & ~((kCount - 1) * team.size());",
+        "vector & ~(kCount - 1);",
+    ),
+    "the target of a short row is in the first vector of its group": fault(
+        "warp_rows.cuh",
+        "forward",
+        "return u * kVector<T> + (after & (kVector<T> - 1));",
+        "return after & (kVector<T> - 1);",
+    ),
+    "the target of a short row is counted from its first class": fault(
+        "warp_rows.cuh", "forward", ": after(j - view.head), vector", ": after(j), vector"
+    ),
+    "teams have more rows than lanes": emulated(
+        "cuda/warp_rows.cuh",
+        "test_cuda.py::test_short_rows",
+        "static_cast<int>(std::min<int64_t>(ceil_div(a.n_rows, most), plan.team));",
+        "static_cast<int>(ceil_div(a.n_rows, most));",
+    ),
+    "a group is whole though a vector is missing": fault(
+        "sweep.cuh", "backward", "kCount * lanes <= end;", "kCount * lanes <= end + 1;"
+    ),
+    "a short row's target has the gradient of other classes": fault(
+        "backward.cu", "backward", "  if (is_mine_read) {\n    my_out", "  if (false) {\n    my_out"
+    ),
+    "a short row that is not read has no gradient": fault(
+        "backward.cu", "backward", "    } else if (state == 1) {\n", "    } else if (false) {\n"
+    ),
+    "targets' logits of short rows are overwritten before they are read": Fault(
+        "csrc/cuda/backward.cu",
+        "  __syncwarp();  // the lanes have read",
+        "  // the lanes have read",
+        ("tests/test_cuda_native.py::test_races",),
+    ),
+    "targets' gradients of short rows are overwritten": Fault(
+        "csrc/cuda/backward.cu",
+        "  __syncwarp();  // the teams have written",
+        "  // the teams have written",
+        ("tests/test_cuda_native.py::test_races",),
+    ),
+    "many short rows have a team each": emulated(
+        "cuda/plan.cpp",
+        "test_cuda_plans.py::test_teams_of_a_warp_have_several_rows",
+        "    plan.max_groups = static_cast<int>(blocks);\n",
+        "",
+    ),
+    "the last wave of blocks of short rows is nearly empty": emulated(
+        "cuda/plan.cpp",
+        "test_cuda_plans.py::test_teams_of_a_warp_have_several_rows",
+        "if (4 * blocks < 3 * slots",
+        "if (4 * blocks < slots",
+    ),
+    "softcapped short rows are planned for kernels that they lack": emulated(
+        "cuda/plan.cpp",
+        "test_cuda_plans.py::test_teams_of_a_warp_have_several_rows",
+        " &&\n         !shape.capped;",
+        ";",
     ),
 }
 
@@ -1251,6 +1344,7 @@ FAULTS = {
     **TRANSFORMS,
     **LABELS,
     **ROWS,
+    **LANE_ROWS,
     **GENERAL,
     **COLUMNS,
     **LAUNCHERS,

@@ -49,12 +49,13 @@ inline std::vector<Plans> all_plans(bool small, const cuda::Device& device, int 
       {by_columns(64, 1, vector), by_columns(64, 2, 1), by_columns(64, 2, vector)},
       // One group of threads computes all rows in sequence.
       {by_rows(64, 64, 1, 0, 1), by_rows(64, 64, 1, 0, 1), by_rows(64, 64, 1, 0, 1)},
-      {by_rows(64, 8, 1, 0, 1), by_rows(64, 8, 1, 0, 1), by_rows(64, 8, 1, 0, 1)},
+      {by_rows(64, 32, 1, 0, 1), by_rows(32, 16, 1, 0, 1), by_rows(64, 8, 1, 0, 1)},
   };
   if (small) return plans;
   plans.push_back({by_rows(256, 256), by_rows(256, 256), by_rows(512, 512, 1, 4, 1)});
   plans.push_back({by_rows(128, 32), by_rows(128, 16), by_rows(64, 2, 1, 0, 1)});
   plans.push_back({by_rows(256, 256, 5), by_rows(256, 256, 2), by_rows(128, 32, 1, 8, 1)});
+  plans.push_back({by_rows(64, 8, 1, 0, 1), by_rows(64, 32, 1, 0, 1), by_rows(128, 16)});
   plans.push_back({by_rows(32, 32), by_rows(32, 1), by_rows(32, 32, cluster ? 2 : 1, 4, 2)});
   plans.push_back({by_rows(128, 128, 3), by_rows(128, 4), by_rows(64, 64, cluster ? 8 : 1, 8, 2)});
   plans.push_back({by_columns(256, 8, 1), by_columns(256, 4, vector), by_columns(128, 1, 1)});
