@@ -148,7 +148,10 @@ def test_no_instruction_touches_local_memory(kernels):
 
 @pytest.mark.parametrize(
     ("name", "n_loops"),
-    [("forward_rows", 1), ("backward_rows", 1), ("forward_backward_rows", 3), ("columns", 2)],
+    [
+        *(("forward_rows", 1), ("forward_lane_rows", 1), ("backward_rows", 1)),
+        *(("backward_lane_rows", 1), ("forward_backward_rows", 3), ("columns", 2)),
+    ],
 )
 def test_inner_loops_access_16_bytes(kernels, name, n_loops):
     """Logits, probabilities and gradients move 16 bytes at a time, class weights one by one.
@@ -269,7 +272,9 @@ def test_only_last_reads_need_not_stay_in_the_cache(kernels):
     assert checked >= 20
 
 
-@pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
+@pytest.mark.parametrize(
+    "name", ["forward_rows", "forward_lane_rows", "backward_rows", "backward_lane_rows"]
+)
 def test_one_exponential_per_element(kernels, name):
     """At most one more per group, for a new maximum; backward has a loop for the remainder."""
     checked = set()
@@ -277,7 +282,7 @@ def test_one_exponential_per_element(kernels, name):
         if kernel.name == name and kernel.types[1:] == ("void",) and kernel.types[0] != "double":
             n = 16 if kernel.types[0] == "float" else 32
             (loop,) = (loop for loop in inner_loops(kernel.code) if count(loop, "MUFU.EX2") >= 8)
-            more = 1 if name == "forward_rows" else n - 1
+            more = 1 if name.startswith("forward") else n - 1
             assert n <= count(loop, "MUFU.EX2") <= n + more, kernel[:3]
             checked.add(kernel.types[0])
     assert len(checked) == 3
@@ -289,10 +294,27 @@ COSTS = {
     ("forward_rows", "void"): ((6.4, 1.0), (8.1, 1.0625)),
     ("forward_rows", "Uniform"): ((8.0, 1.0), (9.7, 1.0)),
     ("forward_rows", "UniformCapped"): ((17.2, 2.25), (18.8, 2.25)),
+    ("forward_lane_rows", "void"): ((5.8, 1.0), (6.8, 1.0625)),
+    ("forward_lane_rows", "Uniform"): ((7.4, 1.0), (8.5, 1.0)),
+    ("backward_lane_rows", "void"): ((5.4, 1.0), (5.7, 1.0)),
+    ("backward_lane_rows", "Uniform"): ((5.4, 1.0), (5.7, 1.0)),
     ("backward_rows", "void"): ((5.7, 1.0), (7.2, 1.0)),
     ("backward_rows", "Uniform"): ((5.7, 1.0), (7.2, 1.0)),
     ("backward_rows", "UniformCapped"): ((16.8, 2.25), (17.0, 2.25)),
 }
+
+
+def test_lanes_of_short_rows_are_merged_without_loops(kernels):
+    """Each step is one shuffle of the maximum and one of each sum, of 5 for the largest team."""
+    checked = 0
+    for kernel in kernels:
+        if kernel.name != "forward_lane_rows":
+            continue
+        n_sums = 1 if kernel.types[1] == "void" else 3
+        assert len(re.findall(r"SHFL\.BFLY", kernel.code)) == 5 * (1 + n_sums), kernel[:3]
+        assert not re.search(r"WARPSYNC|BAR\.SYNC", kernel.code), kernel[:3]
+        checked += 1
+    assert checked >= 6
 
 
 @pytest.mark.parametrize(("name", "labels"), COSTS)

@@ -206,8 +206,8 @@ SWEEPS = {
     "the gradient's last vectors are left out": fault(
         "sweep.cuh",
         "backward",
-        "if (v + u * lanes < end) body(u, v + u * lanes);",
-        "if (v + u * lanes < end - (u > 0)) body(u, v + u * lanes);",
+        "if (u == 0 || v + u * lanes < end) body",
+        "if (u == 0 || v + u * lanes < end - 1) body",
     ),
 }
 
