@@ -88,12 +88,13 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
         backward_of_row(a, scale, mine.index, mine.target.index, saved_results<A>(a, mine.index),
                         true, transformed(transform, x, false));
   }
-  const Spread<T, S> spread(a, 0);  // the same for all rows
+  const Spread<T, S> spread(a, 0);                     // the same for all rows
+  const auto* base = static_cast<const T*>(a.logits);  // so the rows are known to be global memory
   const int vocab_size = static_cast<int>(a.vocab_size);
   __syncwarp();  // the lanes have read their targets' logits, which may be overwritten
   for (int pass = 0; pass < n_passes; ++pass) {
     const int state = team.in_pass(pass, mine.exists() + is_mine_read);  // 2: read, 0: no row
-    const T* logits = team.in_pass(pass, mine.logits);
+    const T* logits = base + team.in_pass(pass, mine.logits - base);
     T* out = team.in_pass(pass, my_out);
     const RowGradient<A> gradient{team.in_pass(pass, my_gradient.max),
                                   team.in_pass(pass, my_gradient.factor),

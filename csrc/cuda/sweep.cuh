@@ -83,7 +83,7 @@ struct Share {
       }
     }
   }
-  // Calls body(u, w) for each of them. Both branches begin with one call, whose code they share.
+  // Calls body(u, w) for each of them.
   template <typename Body>
   __device__ __forceinline__ void for_vectors(int v, const Body& body) const {
     if (is_whole(v)) {
@@ -92,7 +92,7 @@ struct Share {
     } else {
 #pragma unroll
       for (int u = 0; u < kCount; ++u) {
-        if (u == 0 || v + u * lanes < end) body(u, v + u * lanes);
+        if (v + u * lanes < end) body(u, v + u * lanes);
       }
     }
   }
