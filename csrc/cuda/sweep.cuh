@@ -50,8 +50,11 @@ struct Share {
     edge_step = team.size() * parts;
   }
 
-  // True if the groups of all lanes are: so the lanes of a warp take the same branch.
-  __device__ __forceinline__ bool is_whole(int v) const { return v - lane + kCount * lanes <= end; }
+  // Of groups of four, true if those of all lanes are: so the lanes of a warp take the same branch.
+  __device__ __forceinline__ bool is_whole(int v) const {
+    if constexpr (kCount < 4) return v + (kCount - 1) * lanes < end;
+    return v - lane + kCount * lanes <= end;
+  }
 
   // Where class j is; nowhere for -1.
   template <typename T>
