@@ -11,7 +11,7 @@ import cuda_builds
 import pytest
 import torch
 from cases import DTYPES, LABELS, SHAPES, VOCABULARIES, Labels, class_dim, make_logits, make_target
-from compare import NEAR_1_OPTIONS, assert_gradient, assert_loss, check_near_1, truth
+from compare import NEAR_1_OPTIONS, assert_gradient, assert_loss, check_near_1, smallest, truth
 from modes import MODES, has_mode, loss_and_gradient, roundings
 from problems import check_problem, make_problem
 from test_kernels import check, make_options
@@ -466,6 +466,65 @@ def test_short_rows_have_their_kernels(emulated, force):
         launches = {launch.kernel: launch.blocks for launch in cuda_builds.launches(emulated)}
         blocks[groups] = launches["forward_lane_rows"]
     assert blocks == {0: 9, 1: 2, 3: 3}  # of 8 rows, of 8 for each of 8 teams, of 3 for each
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_small_softcapped_logits(dtype):
+    """The tanh of logits up to two thirds of the softcap is a polynomial."""
+    logits = torch.linspace(-20, 20, 4096).repeat(3, 1)
+    logits[1:] *= torch.tensor([[0.25], [1.5]])  # all are small, and most are not
+    logits, target = logits.to(dtype), torch.tensor([0, 2000, 4095])
+    leaf = logits.double().requires_grad_()
+    exact = reference.cross_entropy(leaf, target, reduction="none", softcap=30.0)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), leaf)
+    for mode in MODES:
+        if not has_mode(mode, dtype):
+            continue
+        loss, gradient = loss_and_gradient(
+            logits, target, mode=mode, reduction="none", softcap=30.0
+        )
+        assert (loss.double() - exact).abs().max() <= 1e-5  # three roundings of the softcap
+        relative = roundings(mode) * (torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0)
+        torch.testing.assert_close(
+            gradient.double(), exact_gradient, rtol=relative + 1.5e-5, atol=smallest(dtype)
+        )
+
+
+@pytest.mark.parametrize("large", [20.25, -45.0, 1e38, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_one_large_logit_among_small_softcapped_ones(dtype, large):
+    """No logit of a vector is taken for a small one, wherever it is."""
+    logits, target = torch.randn(128, 192).to(dtype), torch.full((128,), 190)
+    logits.diagonal().fill_(min(large, torch.finfo(dtype).max) if large < torch.inf else large)
+    options = {"reduction": "none", "softcap": 30.0}
+    leaf = logits.double().requires_grad_()
+    exact = reference.cross_entropy(leaf, target, **options)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), leaf)
+    for mode in MODES:
+        if not has_mode(mode, dtype):
+            continue
+        loss, gradient = loss_and_gradient(logits, target, mode=mode, **options)
+        torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=1e-5)
+        relative = roundings(mode) * (torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0)
+        torch.testing.assert_close(
+            gradient.double(), exact_gradient, rtol=relative + 3e-5, atol=1e-9 + smallest(dtype)
+        )
+
+
+@pytest.mark.parametrize("softcap", [1e-4, 20.0])
+@pytest.mark.parametrize("size", [1e-25, 1e-5, 1e5, 1e25])
+def test_softcapped_logits_of_any_size(softcap, size):
+    """Terms of a polynomial would leave float32's range."""
+    logits, target = torch.randn(5, 600) * size, torch.arange(5)
+    options = {"reduction": "none", "softcap": softcap, "logit_scale": 1 / size}
+    leaf = logits.double().requires_grad_()
+    exact = reference.cross_entropy(leaf, target, **options)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), leaf)
+    for mode in MODES:
+        loss, gradient = loss_and_gradient(logits, target, mode=mode, **options)
+        assert (loss.double() - exact).abs().max() <= 1e-5
+        largest = exact_gradient.abs().max()
+        assert ((gradient.double() - exact_gradient).abs() <= 1e-5 * largest).all()
 
 
 @pytest.mark.parametrize("softcap", [200.0, 1e6])

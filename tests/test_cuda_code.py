@@ -81,56 +81,65 @@ def instructions_of(code: str) -> list[Instruction]:
     return found
 
 
-def innermost_loops(code: str) -> list[list[Instruction]]:
+def loops_of(code: str) -> list[list[Instruction]]:
+    """Return all loops, short ones first."""
     instructions = instructions_of(code)
-    loops = [
+    bounds = {
         (i.target, i.address) for i in instructions if i.target is not None and i.target < i.address
-    ]
-    innermost = [
-        (begin, end)
-        for begin, end in loops
-        if not any((begin, end) != (b, e) and begin <= b and e <= end for b, e in loops)
-    ]
-    return [[i for i in instructions if begin <= i.address <= end] for begin, end in innermost]
+    }
+    loops = [[i for i in instructions if begin <= i.address <= end] for begin, end in bounds]
+    return sorted(loops, key=len)
 
 
-def operations_of(loop: list[Instruction]) -> Counter:
+def has(outer: list[Instruction], inner: list[Instruction]) -> bool:
+    """Return True if one loop has another one inside."""
+    begin, end = inner[0].address, inner[-1].address
+    return outer != inner and outer[0].address <= begin and end <= outer[-1].address
+
+
+def innermost(loops: list[list[Instruction]]) -> list[list[Instruction]]:
+    return [loop for loop in loops if not any(has(loop, other) for other in loops)]
+
+
+def counts(loop: list[Instruction]) -> Counter:
     return Counter(i.text.split()[0] for i in loop)
 
 
 def inner_loops(code: str) -> list[Counter]:
     """Count the operations of each innermost loop."""
-    return [operations_of(loop) for loop in innermost_loops(code)]
+    return [counts(loop) for loop in innermost(loops_of(code))]
 
 
 def group_loops(code: str) -> list[list[Instruction]]:
-    """Return the loops over groups of vectors; a loop over rows has shuffles."""
-    return [
-        loop
-        for loop in innermost_loops(code)
-        if sum(i.text.startswith("MUFU.EX2") for i in loop) >= 8
-        and not any(i.text.startswith("SHFL") for i in loop)
-    ]
+    """Return the loops that read a group of vectors and compute exponentials, maybe in a loop."""
+    loops = loops_of(code)
+    found = []
+    for inner in innermost(loops):
+        if count(counts(inner), "MUFU.EX2") < 8:
+            continue
+        around = (loop for loop in loops if loop == inner or has(loop, inner))
+        found += [next(x for x in around if count(counts(x), r"LD[GS].*\.128"))]
+    return innermost(found)
 
 
-def shortest_pass(loop: list[Instruction], n_exponentials: int) -> tuple[int, int] | None:
-    """Return the fewest instructions of a pass with so many MUFU.EX2, and their MUFU operations."""
-    passes: dict[int, dict[int, tuple[int, int]]] = {}  # from an address: by exponentials
+def shortest_pass(loop: list[Instruction], n_exponentials: int, n_others: int) -> int | None:
+    """Return the fewest instructions of a pass with so many MUFU.EX2 and other MUFU operations."""
+    passes: dict[int, dict[tuple[int, int], int]] = {}  # from an address: by these numbers
     for i, instruction in reversed(list(enumerate(loop))):
         following = []
         if instruction.target == loop[0].address:
-            following.append({0: (0, 0)})
+            following.append({(0, 0): 0})
         elif instruction.target is not None:
             following.append(passes.get(instruction.target, {}))
         if (instruction.target is None or instruction.predicated) and i + 1 < len(loop):
             following.append(passes[loop[i + 1].address])
         exponential = instruction.text.startswith("MUFU.EX2")
-        special = instruction.text.startswith("MUFU")
+        other = instruction.text.startswith("MUFU") and not exponential
         best = passes[instruction.address] = {}
-        for n, (length, n_special) in (item for options in following for item in options.items()):
-            candidate = (length + 1, n_special + special)
-            best[n + exponential] = min(candidate, best.get(n + exponential, candidate))
-    return passes[loop[0].address].get(n_exponentials)
+        for (n, m), length in (item for options in following for item in options.items()):
+            numbers = n + exponential, m + other
+            best[numbers] = min(length + 1, best.get(numbers, length + 1))
+    return passes[loop[0].address].get((n_exponentials, n_others))
 
 
 def count(loop: Counter, pattern: str) -> int:
@@ -162,10 +171,7 @@ def test_no_instruction_touches_local_memory(kernels):
 
 @pytest.mark.parametrize(
     ("name", "n_loops"),
-    [
-        *(("forward_rows", 1), ("forward_lane_rows", 1), ("backward_rows", 1)),
-        *(("backward_lane_rows", 1), ("forward_backward_rows", 3), ("columns", 2)),
-    ],
+    [("forward_rows", 1), ("backward_rows", 1), ("forward_backward_rows", 3), ("columns", 2)],
 )
 def test_inner_loops_access_16_bytes(kernels, name, n_loops):
     """Logits, probabilities and gradients move 16 bytes at a time, class weights one by one.
@@ -177,7 +183,7 @@ def test_inner_loops_access_16_bytes(kernels, name, n_loops):
     for kernel in kernels:
         if kernel.name != name or kernel.types[0] == "double" or kernel.types[2:3] == ("1",):
             continue
-        loops = [operations_of(loop) for loop in group_loops(kernel.code)]
+        loops = [counts(loop) for loop in group_loops(kernel.code)]
         assert len(loops) == n_loops, kernel[:3]
         for loop in loops:
             at_once = 4 if kernel.types[1] == "void" else 2
@@ -202,10 +208,9 @@ def test_inner_loops_of_general_kernels_access_16_bytes(kernels):
         for loop in loops:
             assert count(loop, "MUFU.EX2") >= 8, (kernel[:3], loop)
             assert count(loop, "STG") == count(loop, r"STG.*\.128"), (kernel[:3], loop)
-            # Class weights, and labels that are not aligned, are read one by one.
-            elements = 4 if kernel.types[0] == "float" else 8
+            weights = 4 if kernel.types[0] == "float" else 8  # and labels that are not aligned
             singles = count(loop, "LDG") - count(loop, r"LDG.*\.128")
-            assert singles == 2 * elements, (kernel[:3], loop)
+            assert singles in (0, weights, 2 * weights), (kernel[:3], loop)
         checked += 1
     assert checked >= 8
 
@@ -286,17 +291,15 @@ def test_only_last_reads_need_not_stay_in_the_cache(kernels):
     assert checked >= 20
 
 
-@pytest.mark.parametrize(
-    "name", ["forward_rows", "forward_lane_rows", "backward_rows", "backward_lane_rows"]
-)
+@pytest.mark.parametrize("name", ["forward_rows", "backward_rows"])
 def test_one_exponential_per_element(kernels, name):
-    """At most one more per group, for a new maximum; backward has more for the remainder."""
+    """At most one more per group, for a new maximum; backward has a loop for the remainder."""
     checked = set()
     for kernel in kernels:
         if kernel.name == name and kernel.types[1:] == ("void",) and kernel.types[0] != "double":
             n = 16 if kernel.types[0] == "float" else 32
-            (loop,) = map(operations_of, group_loops(kernel.code))
-            more = 1 if name.startswith("forward") else n
+            (loop,) = (loop for loop in inner_loops(kernel.code) if count(loop, "MUFU.EX2") >= 8)
+            more = 1 if name == "forward_rows" else n - 1
             assert n <= count(loop, "MUFU.EX2") <= n + more, kernel[:3]
             checked.add(kernel.types[0])
     assert len(checked) == 3
@@ -305,49 +308,52 @@ def test_one_exponential_per_element(kernels, name):
 # By kernel and what stands for labels: instructions and MUFU operations an element of a whole group
 # without a new maximum, in bfloat16 and float32. bench/NOTES.md says what follows.
 COSTS = {
-    ("forward_rows", "void"): ((6.4, 1.0), (8.1, 1.0625)),
-    ("forward_rows", "Uniform"): ((8.0, 1.0), (9.7, 1.0)),
-    ("forward_rows", "UniformCapped"): ((17.2, 2.25), (18.8, 2.25)),
-    ("forward_lane_rows", "void"): ((5.8, 1.0), (6.8, 1.0625)),
-    ("forward_lane_rows", "Uniform"): ((7.4, 1.0), (8.5, 1.0)),
-    ("backward_lane_rows", "void"): ((5.4, 1.0), (5.7, 1.0)),
-    ("backward_lane_rows", "Uniform"): ((5.4, 1.0), (5.7, 1.0)),
+    ("forward_rows", "void"): ((6.0, 1.0), (8.1, 1.0625)),
+    ("forward_rows", "Uniform"): ((7.6, 1.0), (9.7, 1.0)),
+    ("forward_rows", "UniformCapped"): ((13.4, 1.0), (15.5, 1.0)),
     ("backward_rows", "void"): ((5.7, 1.0), (7.2, 1.0)),
     ("backward_rows", "Uniform"): ((5.7, 1.0), (7.2, 1.0)),
-    ("backward_rows", "UniformCapped"): ((16.8, 2.25), (17.0, 2.25)),
+    ("backward_rows", "UniformCapped"): ((14.6, 1.0), (14.8, 1.0)),
 }
 
 
-def test_lanes_of_short_rows_are_merged_without_loops(kernels):
-    """Each step is one shuffle of the maximum and one of each sum, of 5 for the largest team."""
-    checked = 0
-    for kernel in kernels:
-        if kernel.name != "forward_lane_rows":
-            continue
-        n_sums = 1 if kernel.types[1] == "void" else 3
-        assert len(re.findall(r"SHFL\.BFLY", kernel.code)) == 5 * (1 + n_sums), kernel[:3]
-        assert not re.search(r"WARPSYNC|BAR\.SYNC", kernel.code), kernel[:3]
-        checked += 1
-    assert checked >= 6
+def group_loop_of(kernel: Kernel) -> tuple[list[Instruction], int]:
+    """Return the loop of forward or backward over groups, and the elements of a group."""
+    (loop,) = group_loops(kernel.code)
+    return loop, 16 if kernel.types[0] == "float" else 32
+
+
+def of_types(kernels, name: str, labels: str) -> list[Kernel]:
+    return [
+        k
+        for k in kernels
+        if k[:2] == ("sm_90", name)
+        and k.types[0] != "double"
+        and k.types[1].split("::")[-1] == labels
+    ]
 
 
 @pytest.mark.parametrize(("name", "labels"), COSTS)
 def test_cost_of_an_element(kernels, name, labels):
     """Softcap, logit scale and uniform label smoothing keep memory the bottleneck."""
-    checked = set()
-    for kernel in kernels:
-        if kernel[:2] != ("sm_90", name):
-            continue
-        dtype, of = kernel.types[0], kernel.types[1].split("::")[-1]
-        if of != labels or dtype == "double":
-            continue
-        (loop,) = group_loops(kernel.code)
-        is_float = dtype == "float"
-        n_elements = (2 if labels == "UniformCapped" else 4) * (4 if is_float else 8)
-        n_exponentials = n_elements * (2 if labels == "UniformCapped" else 1)
-        found = shortest_pass(loop, n_exponentials) or shortest_pass(loop, n_exponentials + 1)
-        limit = COSTS[name, labels][is_float]
-        assert found[0] / n_elements <= limit[0], (kernel[:3], found)
-        assert found[1] / n_elements <= limit[1], (kernel[:3], found)
-        checked.add(dtype)
-    assert len(checked) == 3
+    found = of_types(kernels, name, labels)
+    assert len(found) == 3
+    for kernel in found:
+        loop, n = group_loop_of(kernel)
+        limit = COSTS[name, labels][kernel.types[0] == "float"]
+        passes = {m: shortest_pass(loop, m, 0) for m in (n, n + 1)}  # one for a new maximum
+        special, length = next(item for item in passes.items() if item[1] is not None)
+        assert length / n <= limit[0], (kernel[:3], passes)
+        assert special / n <= limit[1], (kernel[:3], passes)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("forward_rows", 18.5), ("backward_rows", 19.7)])
+def test_cost_of_a_large_softcapped_logit(kernels, name, limit):
+    """Where the tanh takes an exponential: four vectors, one after the other."""
+    found = [k for k in of_types(kernels, name, "UniformCapped") if k.types[0] != "float"]
+    assert len(found) == 2
+    for kernel in found:
+        loop, n = group_loop_of(kernel)
+        (inner,) = (x for x in loops_of(kernel.code) if has(loop, x))
+        once = shortest_pass(loop, 16, 2)  # with one vector
+        assert (once + 3 * len(inner)) / n <= limit, (kernel[:3], once, len(inner))

@@ -20,7 +20,9 @@ constexpr int kMaxThreads = sizeof(T) == 8 ? 256 : 512;
 
 // Groups that a thread holds in registers: see vectors_in_registers in plan.cpp.
 template <typename T, typename S>
-constexpr int kInRegisters = sizeof(T) == 8 || kReadsLabels<S> ? 0 : 2;
+constexpr int kInRegisters = sizeof(T) == 8 || kReadsLabels<S> ? 0
+                             : kIsCapped<S>                    ? 1
+                                                               : 2;
 
 __device__ __forceinline__ void copy_vector_async(uint4* to, const void* from) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));

@@ -22,12 +22,21 @@ constexpr int64_t kMaxRows = INT32_MAX, kMaxClasses = int64_t{1} << 30;
 constexpr int kLeastCapability = 80;  // of a device, as in Device
 constexpr double kMaxFastSoftcap = 64;
 
+// tanh(u) / u by powers of u^2 for |u| <= kTanhSeriesEnd, with a relative error of at most 2e-7:
+// the least that five terms can have.
+constexpr int kTanhTerms = 5;
+constexpr double kTanhSeriesEnd = 2.0 / 3;
+constexpr double kTanhSeries[kTanhTerms] = {0.9999998062, -0.3333113293, 0.1329282665,
+                                            -0.0513016452, 0.0143409764};
+
 // The constants of transformed logits, and of their exponentials as powers of 2: with a softcap, of
 // the tanh's exponential and of the capped logit, otherwise of exp(z).
 template <typename A>
 struct Transform {
   A scale, softcap, inner;  // inner: of the tanh's argument
   A exponent, cap;
+  // Of logits up to most_by_series: the polynomials of half the tanh, and of the capped logit.
+  A most_by_series, half_tanh[kTanhTerms], capped[kTanhTerms];
 
   Transform() = default;
   explicit Transform(const Params& p) {
@@ -38,6 +47,15 @@ struct Transform {
     inner = static_cast<A>(inner_or_0);
     exponent = static_cast<A>(kLog2E * (p.softcap == 0 ? p.logit_scale : -2 * inner_or_0));
     cap = static_cast<A>(kLog2E * p.softcap);
+    // Beyond these limits its terms may leave a float's range.
+    const bool has_series = 0x1p-13 < inner_or_0 && inner_or_0 < 0x1p13;
+    most_by_series = static_cast<A>(has_series ? kTanhSeriesEnd / inner_or_0 : 0);
+    double power = has_series ? inner_or_0 : 0;
+    for (int k = 0; k < kTanhTerms; ++k) {
+      half_tanh[k] = static_cast<A>(power * kTanhSeries[k] / 2);
+      capped[k] = static_cast<A>(power * kTanhSeries[k] * p.softcap * kLog2E);
+      power *= inner_or_0 * inner_or_0;
+    }
   }
 };
 

@@ -162,6 +162,56 @@ __device__ __forceinline__ uint4 max_of(uint4 a, uint4 b) {
   }
 }
 
+// Combines all words of some vectors.
+template <typename Word, int N, typename Combine>
+__device__ __forceinline__ Word reduce(const uint4 (&bits)[N], const Combine& combine) {
+  constexpr int kWords = static_cast<int>(16 / sizeof(Word));
+  Word words[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    words[w] = reinterpret_cast<const Word(&)[kWords]>(bits[0])[w];
+#pragma unroll
+    for (int u = 1; u < N; ++u) {
+      words[w] = combine(words[w], reinterpret_cast<const Word(&)[kWords]>(bits[u])[w]);
+    }
+  }
+#pragma unroll
+  for (int half = kWords / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int w = 0; w < half; ++w) words[w] = combine(words[w], words[w + half]);
+  }
+  return words[0];
+}
+
+// The greatest element of some vectors. NaN is ignored.
+template <typename T, int N>
+__device__ __forceinline__ Acc<T> greatest(const uint4 (&bits)[N]) {
+  if constexpr (sizeof(T) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    const Pair top = reduce<Pair>(bits, [](Pair a, Pair b) { return __hmax2(a, b); });
+    return fmax(to_acc(top.x), to_acc(top.y));
+  } else {
+    return reduce<T>(bits, [](T a, T b) { return fmax(a, b); });
+  }
+}
+
+// True if no absolute value of an element exceeds the limit, rounded to T; NaN may count as one
+// that does. Those of bfloat16 are compared as float16, which has the same order and needs no
+// instruction for the absolute value. What is NaN as float16 is far beyond any limit.
+template <typename T, int N>
+__device__ __forceinline__ bool are_within(float limit, const uint4 (&bits)[N]) {
+  if constexpr (sizeof(T) == 2) {
+    const auto max = [](__half2 a, __half2 b) { return __hmax2_nan(__habs2(a), __habs2(b)); };
+    const __half2 pair = reduce<__half2>(bits, max);
+    const auto top = reinterpret_cast<const uint32_t&>(pair);
+    const T rounded = from_acc<T>(limit);
+    const uint32_t beyond = (uint32_t{reinterpret_cast<const uint16_t&>(rounded)} + 1) << 16;
+    return top < beyond && top << 16 < beyond;
+  } else {
+    return reduce<T>(bits, [](T a, T b) { return fmax(fabs(a), fabs(b)); }) <= limit;
+  }
+}
+
 // A row's classes in memory: whole aligned vectors, and edges, the elements before and after them.
 template <typename T>
 struct RowView {

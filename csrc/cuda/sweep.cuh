@@ -10,9 +10,9 @@
 namespace fused_xent::cuda {
 
 // A group: the vectors that a thread reads before it uses the first. Labels may be read beside the
-// logits, and a softcap needs registers.
+// logits.
 template <typename S>
-constexpr int kUnroll = kReadsLabels<S> || kIsCapped<S> ? 2 : 4;
+constexpr int kUnroll = kReadsLabels<S> ? 2 : 4;
 
 // Where a thread has a class: as an element of the group that begins with a vector, or in no group,
 // as an edge.
@@ -100,6 +100,34 @@ struct Share {
     }
   }
 };
+
+// Calls body(of, bits[u], w) for the vectors of the group that begins with vector v, of which the
+// u-th is the row's w-th. `of` knows exponentials. If it has faster ones for small logits, those of
+// any logits are rare: their loop is not unrolled, to be short. Minus infinity, which stands for
+// the vectors beyond the share's end, is never small.
+template <typename T, typename Of, int kCount, typename Body>
+__device__ __forceinline__ void for_vectors(const Of& of, const uint4 (&bits)[kCount],
+                                            const Share<kCount>& share, int v, const Body& body) {
+  if constexpr (requires { of.small(); }) {
+    if (are_within<T>(of.most_of_small(), bits)) {
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) body(of.small(), bits[u], v + u * share.lanes);
+      return;
+    }
+    uint4 left[kCount];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) left[u] = bits[u];
+    const int end = min(v + kCount * share.lanes, share.end);
+#pragma unroll 1
+    for (int w = v; w < end; w += share.lanes) {
+      body(of, left[0], w);
+#pragma unroll
+      for (int u = 1; u < kCount; ++u) left[u - 1] = left[u];
+    }
+  } else {
+    share.for_vectors(v, [&](int u, int w) { body(of, bits[u], w); });
+  }
+}
 
 // ---- forward ---------------------------------------------------------------------------------
 
@@ -210,8 +238,8 @@ struct GroupSums {
 };
 
 // The sums over N logits and their labels. t: only of labels that are read.
-template <typename T, typename S, int N>
-__device__ __forceinline__ GroupSums<Acc<T>> sums_of(const ExpOf<T, S>& exponential, Acc<T> (&x)[N],
+template <typename T, typename S, typename Exp, int N>
+__device__ __forceinline__ GroupSums<Acc<T>> sums_of(const Exp& exponential, Acc<T> (&x)[N],
                                                      const Acc<T> (&t)[N]) {
   using A = Acc<T>;
   GroupSums<A> sums;
@@ -286,28 +314,22 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
                                             const Spread<T, S>& spread, const ShareFor<S>& share,
                                             int v) {
   using A = Acc<T>;
-  uint4 top = bits[0];
-#pragma unroll
-  for (int u = 1; u < kUnroll<S>; ++u) top = max_of<T>(top, bits[u]);
-  A x[kVector<T>], t[kVector<T>];
-  unpack<T>(top, x);
-  A max = stats.top;
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) max = fmax(max, x[i]);
-  stats.raise_max(max);
-  const ExpOf<T, S> exponential = stats.exponential();
+  stats.raise_max(fmax(stats.top, greatest<T>(bits)));
   GroupSums<A> sums;
-  const auto add = [&](int u) {
-    unpack<T>(bits[u], x);
-    if constexpr (kReadsLabels<S>) spread.vector(view.vector_class(v + u * share.lanes), t);
+  const auto add = [&](const auto& exponential, uint4 vector, int w) {
+    A x[kVector<T>], t[kVector<T>];
+    unpack<T>(vector, x);
+    if constexpr (kReadsLabels<S>) spread.vector(view.vector_class(w), t);
     sums += sums_of<T, S>(exponential, x, t);
   };
+  const ExpOf<T, S> exponential = stats.exponential();
   if constexpr (kIsUniform<S>) {
-    share.for_vectors(v, [&](int u, int) { add(u); });
+    for_vectors<T>(exponential, bits, share, v, add);
   } else {
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
-      if (!kReadsLabels<S> || v + u * share.lanes < share.end) add(u);
+      const int w = v + u * share.lanes;
+      if (!kReadsLabels<S> || w < share.end) add(exponential, bits[u], w);
     }
   }
   add_sums<T, S>(stats, sums);
@@ -330,12 +352,12 @@ __device__ __forceinline__ void sweep_edges(StatsFor<T, S>& stats, const RowView
 // ---- backward --------------------------------------------------------------------------------
 
 // What backward writes: the gradient of the logits.
-template <typename T, typename S>
+template <typename T, typename S, typename Exp = ExpOf<T, S>>
 struct GradientOf {
   using A = Acc<T>;
   static constexpr int kCount = kUnroll<S>;
   const Spread<T, S>& spread;
-  const ExpOf<T, S> exponential;
+  const Exp exponential;
   const A factor, spread_factor;
 
   // The slope dz/dx, or the part of it that all classes have in common.
@@ -345,6 +367,18 @@ struct GradientOf {
         exponential(transform, row.max),
         factor(row.factor * exponential.to_exact() * (transform.scale * (kIsCapped<S> ? 4 : 1))),
         spread_factor(row.spread * (transform.scale * (kIsCapped<S> ? 4 : 1))) {}
+  __device__ GradientOf(const GradientOf<T, S>& other, const Exp& exponential)
+      : spread(other.spread),
+        exponential(exponential),
+        factor(other.factor),
+        spread_factor(other.spread_factor) {}
+
+  __device__ __forceinline__ auto small() const
+    requires kIsCapped<S>
+  {
+    return GradientOf<T, S, SmallCappedExp>(*this, exponential.small());
+  }
+  __device__ __forceinline__ A most_of_small() const { return exponential.most_of_small(); }
 
   // Turns logits into their gradients; t: their labels.
   template <int N>
@@ -408,9 +442,9 @@ __device__ __forceinline__ void write_vectors(T* out, const RowView<const T>& vi
                                               const Values& values,
                                               const Share<Values::kCount>& share, int v,
                                               const uint4 (&bits)[Values::kCount]) {
-  share.for_vectors(v, [&](int u, int w) {
+  for_vectors<T>(values, bits, share, v, [&](const auto& values, uint4 vector, int w) {
     const int j = view.vector_class(w);
-    store_vector_cached(out + j, values.vector(bits[u], j));
+    store_vector_cached(out + j, values.vector(vector, j));
   });
 }
 

@@ -150,6 +150,7 @@ __device__ __forceinline__ void invert(float (&x)[N]) {
 
 // Of softcapped logits. y is z * log2(e), with an error of some roundings of the softcap, about one
 // on average and at most 12: tanh |u| = 2 / (1 + exp(-2 |u|)) - 1.
+struct SmallCappedExp;
 struct CappedExp {
   using Real = float;
   using By = const Transform<float>&;
@@ -191,7 +192,41 @@ struct CappedExp {
   __device__ __forceinline__ float to(const CappedExp& other) const {
     return exp2_approximate(top - other.top);
   }
+  // The faster one for logits whose absolute value is at most most_of_small().
+  __device__ __forceinline__ SmallCappedExp small() const;
+  __device__ __forceinline__ float most_of_small() const { return by.most_by_series; }
 };
+
+// The same for logits of at most by.most_by_series, where the tanh is an odd polynomial: no MUFU
+// operation but that of power.
+struct SmallCappedExp : CappedExp {
+  __device__ __forceinline__ explicit SmallCappedExp(const CappedExp& other) : CappedExp(other) {}
+  template <int N>
+  __device__ __forceinline__ void linear(float (&x)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = odd(by.capped, x[i]);
+  }
+  template <int N>
+  __device__ __forceinline__ void linear(float (&x)[N], float (&slopes)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float half = odd(by.half_tanh, x[i]);
+      x[i] = half * (2 * by.cap);
+      slopes[i] = fmaf(-half, half, 0.25f);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ float odd(const float (&terms)[kTanhTerms], float x) {
+    const float square = x * x;
+    float sum = terms[kTanhTerms - 1];
+#pragma unroll
+    for (int k = kTanhTerms - 2; k >= 0; --k) sum = fmaf(sum, square, terms[k]);
+    return x * sum;
+  }
+};
+
+__device__ __forceinline__ SmallCappedExp CappedExp::small() const { return SmallCappedExp(*this); }
 
 // S: see Spread.
 template <typename T, typename S>

@@ -176,8 +176,8 @@ SWEEPS = {
     "labels beyond a row's end are read": fault(
         "sweep.cuh",
         "forward",
-        "      if (!kReadsLabels<S> || v + u * share.lanes < share.end) add(u);\n",
-        "      add(u);\n",
+        "      if (!kReadsLabels<S> || w < share.end) add(exponential, bits[u], w);\n",
+        "      add(exponential, bits[u], w);\n",
     ),
     "labels are no part of the gradient of single elements": fault(
         "sweep.cuh",
@@ -276,6 +276,48 @@ TRANSFORMS = {
     "a capped logit's slope is that of its exponential": fault(
         "transform.cuh", "backward", "slopes[i] *= r[i] * r[i];", "slopes[i] *= r[i];"
     ),
+    "large negative logits are taken for small ones": emulated(
+        "cuda/memory.cuh",
+        "test_cuda.py::test_one_large_logit_among_small_softcapped_ones",
+        "__hmax2_nan(__habs2(a), __habs2(b))",
+        "__hmax2_nan(a, b)",
+    ),
+    "large bfloat16 logits that are no float16 numbers are taken for small ones": emulated(
+        "cuda/memory.cuh",
+        "test_cuda.py::test_one_large_logit_among_small_softcapped_ones",
+        "__hmax2_nan(",
+        "__hmax2(",
+    ),
+    "the first logit of a pair is taken for a small one": emulated(
+        "cuda/memory.cuh",
+        "test_cuda.py::test_one_large_logit_among_small_softcapped_ones",
+        "return top < beyond && top << 16 < beyond;",
+        "return top < beyond;",
+    ),
+    "the polynomial of the tanh is used beyond its range": emulated(
+        "cuda/launch.h",
+        "test_cuda.py::test_small_softcapped_logits",
+        "kTanhSeriesEnd = 2.0 / 3;",
+        "kTanhSeriesEnd = 0.9;",
+    ),
+    "terms of the tanh's polynomial leave float32's range": emulated(
+        "cuda/launch.h",
+        "test_cuda.py::test_softcapped_logits_of_any_size",
+        "0x1p-13 < inner_or_0 && inner_or_0 < 0x1p13;",
+        "true;",
+    ),
+    "a small logit's slope is that of half its tanh": emulated(
+        "cuda/transform.cuh",
+        "test_cuda.py::test_small_softcapped_logits",
+        "slopes[i] = fmaf(-half, half, 0.25f);",
+        "slopes[i] = 0.25f * fmaf(-half, half, 1.0f);",
+    ),
+    "the first of the vectors with a large logit stands for all": emulated(
+        "cuda/sweep.cuh",
+        "test_cuda.py::test_one_large_logit_among_small_softcapped_ones",
+        "      for (int u = 1; u < kCount; ++u) left[u - 1] = left[u];\n",
+        "      for (int u = 1; u < 1; ++u) left[u - 1] = left[u];\n",
+    ),
     "the sum of capped logits is in powers of 2": fault(
         "transform.cuh",
         "forward",
@@ -303,8 +345,8 @@ TRANSFORMS = {
     "vectors beyond a row's end are in the sum of all logits": fault(
         "sweep.cuh",
         "forward",
-        "share.for_vectors(v, [&](int u, int) { add(u); });",
-        "for (int u = 0; u < kUnroll<S>; ++u) add(u);",
+        "share.for_vectors(v, [&](int u, int w) { body(of, bits[u], w); });",
+        "for (int u = 0; u < kCount; ++u) body(of, bits[u], v + u * share.lanes);",
     ),
     "what stands for the target of a capped row is in its sum": emulated(
         "cuda/sweep.cuh",
