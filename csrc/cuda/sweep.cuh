@@ -250,16 +250,14 @@ __device__ __forceinline__ GroupSums<Acc<T>> sums_of(const Exp& exponential, Acc
       if (t[i] != 0) sums.dot += t[i] * (x[i] * exponential.by.scale - exponential.max);
     }
   }
-  exponential.linear(x);
+  const A sum = exponential.template exponents<kIsUniform<S>>(x);
   if constexpr (kIsUniform<S>) {
     sums.mass = N;
-    sums.dot = x[0] * exponential.kShrink;
-#pragma unroll
-    for (int i = 1; i < N; ++i) sums.dot += x[i] * exponential.kShrink;
+    sums.dot = sum;
   }
-  sums.exponentials = exponential.power(x[0]);
 #pragma unroll
-  for (int i = 1; i < N; ++i) sums.exponentials += exponential.power(x[i]);
+  for (int i = 0; i < N; ++i) x[i] = exponential.power(x[i]);
+  sums.exponentials = sum_of(x);
   return sums;
 }
 
@@ -302,7 +300,7 @@ template <typename T, typename S>
 __device__ __forceinline__ void forget_left_out(StatsFor<T, S>& stats) {
   if constexpr (kIsCapped<S>) {
     float x[] = {-kInfinity<float>};
-    stats.exponential().linear(x);
+    stats.exponential().exponents(x);
     stats.sum -= stats.exponential().power(x[0]);
   }
 }
@@ -365,8 +363,8 @@ struct GradientOf {
                         const Transform<A>& transform)
       : spread(spread),
         exponential(transform, row.max),
-        factor(row.factor * exponential.to_exact() * (transform.scale * (kIsCapped<S> ? 4 : 1))),
-        spread_factor(row.spread * (transform.scale * (kIsCapped<S> ? 4 : 1))) {}
+        factor(row.factor * exponential.to_exact() * (transform.scale * (kIsCapped<S> ? -4 : 1))),
+        spread_factor(row.spread * (transform.scale * (kIsCapped<S> ? -4 : 1))) {}
   __device__ GradientOf(const GradientOf<T, S>& other, const Exp& exponential)
       : spread(other.spread),
         exponential(exponential),
@@ -389,18 +387,23 @@ struct GradientOf {
       for (int i = 0; i < N; i += kAtOnce) {
         auto& some = reinterpret_cast<A(&)[kAtOnce]>(x[i]);
         A slopes[kAtOnce];
-        exponential.linear(some, slopes);
+        exponential.exponents(some, slopes);
 #pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          some[k] = (exponential.power(some[k]) * factor - spread_factor) * slopes[k];
-        }
+        for (int k = 0; k < kAtOnce; ++k) some[k] = exponential.power(some[k]);
+        set_fma(some, some, factor, -spread_factor);
+        set_product(some, some, slopes);
       }
     } else {
-      exponential.linear(x);
+      exponential.exponents(x);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        x[i] = exponential.power(x[i]) * factor;
-        if constexpr (Spread<T, S>::kExists) x[i] -= t[i] * spread_factor;
+      for (int i = 0; i < N; ++i) x[i] = exponential.power(x[i]);
+      if constexpr (kReadsLabels<S>) {
+        set_product(x, x, factor);
+        set_fma(x, t, -spread_factor, x);
+      } else if constexpr (kIsUniform<S>) {
+        set_fma(x, x, factor, -spread_factor);
+      } else {
+        set_product(x, x, factor);
       }
     }
   }

@@ -5,6 +5,7 @@
 #include "../xent_math.h"
 #include "launch.h"
 #include "memory.cuh"
+#include "packed.cuh"
 
 namespace fused_xent::cuda {
 
@@ -59,10 +60,10 @@ __device__ __forceinline__ A slope_at(const Transform<A>& t, A x) {
 }
 
 // The exponentials exp(z - max) of a row in a sweep, times a factor that is the same for all z.
-// They are computed in two steps, because the sum of all logits needs what is between them:
+// Where z is unit() * y + a constant,
 //
-//   linear(x)   turns logits x into y, so that z is unit() * y + a constant
-//   power(y)    the exponential
+//   exponents(x)      turns logits x into exponents, and returns the sum of their y if it is wanted
+//   power(exponent)   the exponential of one of them
 //
 // A sum of powers must be multiplied by to_exact() to be exact, and by to(other) to be relative to
 // another maximum. max_of(x) is the z of the greatest x. kIsRelative: y is z - max.
@@ -81,16 +82,22 @@ struct ExactShiftedExp {
 
   __device__ __forceinline__ ExactShiftedExp(By by, A max) : by(by), max(max) {}
   static __device__ __forceinline__ A max_of(By by, A x) { return x * by.scale; }
-  template <int N>
-  __device__ __forceinline__ void linear(A (&x)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = x[i] * by.scale - max;
+  template <bool kWantsSum = false, int N>
+  __device__ __forceinline__ A exponents(A (&x)[N]) const {
+    set_fma(x, x, A(by.scale), -max);
+    A sum = 0;
+    if constexpr (kWantsSum) sum = sum_of(x);
+    if constexpr (sizeof(A) == 4) set_product(x, x, A(kLog2E));
+    return sum;
   }
-  __device__ __forceinline__ A power(A y) const { return exp_nonpositive(y); }
+  __device__ __forceinline__ A power(A exponent) const {
+    if constexpr (sizeof(A) == 4) return exp2_approximate(exponent);
+    return exp(exponent);
+  }
   __device__ __forceinline__ A unit() const { return 1; }
   __device__ __forceinline__ A to_exact() const { return 1; }
   __device__ __forceinline__ A to(const ExactShiftedExp& other) const {
-    return power(max - other.max);
+    return exp_nonpositive(max - other.max);
   }
 };
 
@@ -110,10 +117,19 @@ struct ShiftedExp16 {
     offset = -__fmul_rn(max, per_logit());  // never fused with what is added to it
   }
   static __device__ __forceinline__ float max_of(By by, float x) { return x * by.scale; }
-  template <int N>
-  __device__ __forceinline__ void linear(float (&)[N]) const {}
-  __device__ __forceinline__ float power(float y) const {
-    return exp2_approximate(fmaf(y, exponent, offset));
+  template <bool kWantsSum = false, int N>
+  __device__ __forceinline__ float exponents(float (&x)[N]) const {
+    float sum = 0;
+    if constexpr (kWantsSum) {
+      float shrunk[N];
+      set_product(shrunk, x, float(kShrink));
+      sum = sum_of(shrunk);
+    }
+    set_fma(x, x, exponent, offset);
+    return sum;
+  }
+  __device__ __forceinline__ float power(float exponent) const {
+    return exp2_approximate(exponent);
   }
   __device__ __forceinline__ float unit() const { return by.scale; }
   __device__ __forceinline__ float to_exact() const {
@@ -162,12 +178,12 @@ struct CappedExp {
   __device__ __forceinline__ CappedExp(By by, float max) : by(by), top(max * kLog2E) {}
   static __device__ __forceinline__ float max_of(By by, float x) {
     float y[] = {x};
-    CappedExp(by, 0).linear(y);
+    CappedExp(by, 0).exponents(y);
     return y[0] * (1 / kLog2E);
   }
-  // slopes: dz/dx / (4 * scale).
-  template <int N>
-  __device__ __forceinline__ void linear(float (&x)[N], float (&slopes)[N]) const {
+  // slopes: dz/dx / (-4 * scale).
+  template <bool kWantsSum = false, int N>
+  __device__ __forceinline__ float exponents(float (&x)[N], float (&slopes)[N]) const {
     float r[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -175,18 +191,24 @@ struct CappedExp {
       r[i] = 1 + slopes[i];
     }
     invert(r);
+    float sum = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       x[i] = copysignf(fmaf(r[i], 2 * by.cap, -by.cap), x[i]);
-      slopes[i] *= r[i] * r[i];
+      if constexpr (kWantsSum) sum += x[i];
+      x[i] -= top;
+      slopes[i] *= -r[i] * r[i];
     }
+    return sum;
   }
-  template <int N>
-  __device__ __forceinline__ void linear(float (&x)[N]) const {
+  template <bool kWantsSum = false, int N>
+  __device__ __forceinline__ float exponents(float (&x)[N]) const {
     float slopes[N];
-    linear(x, slopes);
+    return exponents<kWantsSum>(x, slopes);
   }
-  __device__ __forceinline__ float power(float y) const { return exp2_approximate(y - top); }
+  __device__ __forceinline__ float power(float exponent) const {
+    return exp2_approximate(exponent);
+  }
   __device__ __forceinline__ float unit() const { return 1 / kLog2E; }
   __device__ __forceinline__ float to_exact() const { return 1; }
   __device__ __forceinline__ float to(const CappedExp& other) const {
@@ -201,28 +223,37 @@ struct CappedExp {
 // operation but that of power.
 struct SmallCappedExp : CappedExp {
   __device__ __forceinline__ explicit SmallCappedExp(const CappedExp& other) : CappedExp(other) {}
-  template <int N>
-  __device__ __forceinline__ void linear(float (&x)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = odd(by.capped, x[i]);
+  template <bool kWantsSum = false, int N>
+  __device__ __forceinline__ float exponents(float (&x)[N]) const {
+    float factors[N], sum = 0;
+    even(by.capped, x, factors);
+    if constexpr (kWantsSum) {
+      float y[N];
+      set_product(y, x, factors);
+      sum = sum_of(y);
+    }
+    set_fma(x, x, factors, -top);
+    return sum;
   }
   template <int N>
-  __device__ __forceinline__ void linear(float (&x)[N], float (&slopes)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float half = odd(by.half_tanh, x[i]);
-      x[i] = half * (2 * by.cap);
-      slopes[i] = fmaf(-half, half, 0.25f);
-    }
+  __device__ __forceinline__ void exponents(float (&x)[N], float (&slopes)[N]) const {
+    float half_tanh[N];
+    even(by.half_tanh, x, half_tanh);
+    set_product(half_tanh, x, half_tanh);
+    set_fma(x, half_tanh, 2 * by.cap, -top);
+    set_fma(slopes, half_tanh, half_tanh, -0.25f);
   }
 
  private:
-  static __device__ __forceinline__ float odd(const float (&terms)[kTanhTerms], float x) {
-    const float square = x * x;
-    float sum = terms[kTanhTerms - 1];
+  // The polynomial of x^2.
+  template <int N>
+  static __device__ __forceinline__ void even(const float (&terms)[kTanhTerms], const float (&x)[N],
+                                              float (&sums)[N]) {
+    float squares[N];
+    set_product(squares, x, x);
+    set_fma(sums, squares, terms[kTanhTerms - 1], terms[kTanhTerms - 2]);
 #pragma unroll
-    for (int k = kTanhTerms - 2; k >= 0; --k) sum = fmaf(sum, square, terms[k]);
-    return x * sum;
+    for (int k = kTanhTerms - 3; k >= 0; --k) set_fma(sums, sums, squares, terms[k]);
   }
 };
 

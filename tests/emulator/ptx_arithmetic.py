@@ -33,6 +33,27 @@ def half_arithmetic(i):
     return i.write(one(0) if half == i.type else f"(uint32_t){one(16)} << 16 | {one(0)}")
 
 
+PACKED_OPERATIONS = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "fma": "__builtin_fmaf({0}, {1}, {2})",
+}
+
+
+def packed_arithmetic(i):
+    """Two numbers of fp32 in a register of 64 bits, from sm_100 on."""
+    if i.has("sat", "ftz", *DIRECTED_ROUNDING):
+        return None
+    inputs = [i.read(n, "b64") for n in range(1, len(i.arguments))]
+
+    def one(function):
+        numbers = (f"{function}({value})" for value in inputs)
+        return PACKED_OPERATIONS[i.name].format(*numbers)
+
+    return i.write(f"pair_of({one('low_of')}, {one('high_of')})", "b64")
+
+
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", **LOGIC}
 
 
@@ -40,7 +61,9 @@ OPERATORS = {"add": "+", "sub": "-", "mul": "*", **LOGIC}
 def arithmetic(i):
     if i.type.removesuffix("x2") in HALF_TYPES:
         return half_arithmetic(i)
-    if i.has("cc", "f32x2"):
+    if i.type == "f32x2":
+        return packed_arithmetic(i)
+    if i.has("cc"):
         return None
     if i.name == "mul" and i.has("wide"):
         return wide(i, "")
@@ -89,7 +112,9 @@ def high(i, addend):
 def multiply_add(i):
     if i.type.removesuffix("x2") in HALF_TYPES:
         return half_arithmetic(i)
-    if i.has("cc", "f32x2"):
+    if i.type == "f32x2":
+        return packed_arithmetic(i)
+    if i.has("cc"):
         return None
     if i.type in FLOATS:
         return float_operation(i, f"{builtin(i, 'fma')}({{0}}, {{1}}, {{2}})")

@@ -274,7 +274,7 @@ TRANSFORMS = {
         "x[i] = fmaf(r[i], 2 * by.cap, -by.cap);",
     ),
     "a capped logit's slope is that of its exponential": fault(
-        "transform.cuh", "backward", "slopes[i] *= r[i] * r[i];", "slopes[i] *= r[i];"
+        "transform.cuh", "backward", "slopes[i] *= -r[i] * r[i];", "slopes[i] *= -r[i];"
     ),
     "large negative logits are taken for small ones": emulated(
         "cuda/memory.cuh",
@@ -309,14 +309,23 @@ TRANSFORMS = {
     "a small logit's slope is that of half its tanh": emulated(
         "cuda/transform.cuh",
         "test_cuda.py::test_small_softcapped_logits",
-        "slopes[i] = fmaf(-half, half, 0.25f);",
-        "slopes[i] = 0.25f * fmaf(-half, half, 1.0f);",
+        "set_fma(slopes, half_tanh, half_tanh, -0.25f);",
+        "set_product(slopes, half_tanh, half_tanh);\n    set_fma(slopes, slopes, 0.25f, -0.25f);",
     ),
     "the first of the vectors with a large logit stands for all": emulated(
         "cuda/sweep.cuh",
         "test_cuda.py::test_one_large_logit_among_small_softcapped_ones",
         "      for (int u = 1; u < kCount; ++u) left[u - 1] = left[u];\n",
         "      for (int u = 1; u < 1; ++u) left[u - 1] = left[u];\n",
+    ),
+    "the second sum of a vector is left out": fault(
+        "packed.cuh", "forward", "return even + odd;", "return 2 * even;"
+    ),
+    "the second numbers of pairs are products alone": emulated(
+        "cuda/packed.cuh",
+        "test_cuda.py::test_small_softcapped_logits",
+        "__ffma2_rn(pair_at(a, i), pair_at(b, i), pair_at(c, i));",
+        "__ffma2_rn(pair_at(a, i), pair_at(b, i), make_float2(at(c, i), 0));",
     ),
     "the sum of capped logits is in powers of 2": fault(
         "transform.cuh",
@@ -357,14 +366,14 @@ TRANSFORMS = {
     "a gradient forgets the logit scale": fault(
         "sweep.cuh",
         "backward",
-        "exponential.to_exact() * (transform.scale * (kIsCapped<S> ? 4 : 1))",
-        "exponential.to_exact() * (kIsCapped<S> ? 4 : 1)",
+        "exponential.to_exact() * (transform.scale * (kIsCapped<S> ? -4 : 1))",
+        "exponential.to_exact() * (kIsCapped<S> ? -4 : 1)",
     ),
     "the labels' gradient forgets the logit scale": fault(
         "sweep.cuh",
         "backward",
-        "spread_factor(row.spread * (transform.scale * (kIsCapped<S> ? 4 : 1)))",
-        "spread_factor(row.spread * (kIsCapped<S> ? 4 : 1))",
+        "spread_factor(row.spread * (transform.scale * (kIsCapped<S> ? -4 : 1)))",
+        "spread_factor(row.spread * (kIsCapped<S> ? -4 : 1))",
     ),
     "a target's logit is not transformed": fault(
         "forward.cu", "forward", "transformed(transform, x, kIsCapped<S>)", "x"
