@@ -1,4 +1,5 @@
-// Arithmetic on arrays. From sm_100 on, one instruction computes two numbers of float.
+// Arithmetic on arrays. On sm_100, one instruction computes two numbers of float; for sm_120, ptxas
+// makes two of it.
 #pragma once
 
 #include <cuda_runtime.h>
