@@ -166,6 +166,14 @@ def test_unknown_instruction_names_its_line():
         translate("frobnicate.b32 %r1, 1;")
 
 
+@pytest.mark.parametrize("instruction", ["add.rz.f32x2", "mul.rn.ftz.f32x2"])
+def test_pairs_of_floats_are_rounded_to_nearest(instruction):
+    pairs = "".join(translate(".reg .b64 %p<2>;\nadd.rn.f32x2 %p1, %p1, %p1;"))
+    assert "pair_of(low_of(_p1) + low_of(_p1), high_of(_p1) + high_of(_p1))" in pairs
+    with pytest.raises(PtxError, match=f"unsupported instruction: {instruction}"):
+        translate(f".reg .b64 %p<2>;\n{instruction} %p1, %p1, %p1;")
+
+
 def test_clusters_in_y_are_not_supported():
     translate(directives=".reqnctapercluster 2, 1, 1")
     with pytest.raises(PtxError, match="PTX line 2: clusters in y or z are not supported"):
