@@ -490,13 +490,13 @@ def test_small_softcapped_logits(dtype):
         )
 
 
-@pytest.mark.parametrize("large", [20.25, -45.0, 1e38, torch.inf, -torch.inf])
+@pytest.mark.parametrize("large", [2.25, -4.5, 1e38, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_one_large_logit_among_small_softcapped_ones(dtype, large):
     """No logit of a vector is taken for a small one, wherever it is."""
-    logits, target = torch.randn(128, 192).to(dtype), torch.full((128,), 190)
+    logits, target = torch.randn(128, 192).clamp(-1.9, 1.9).to(dtype), torch.full((128,), 190)
     logits.diagonal().fill_(min(large, torch.finfo(dtype).max) if large < torch.inf else large)
-    options = {"reduction": "none", "softcap": 30.0}
+    options = {"reduction": "none", "softcap": 3.0}  # the least logit counts
     leaf = logits.double().requires_grad_()
     exact = reference.cross_entropy(leaf, target, **options)
     (exact_gradient,) = torch.autograd.grad(exact.sum(), leaf)
@@ -504,7 +504,7 @@ def test_one_large_logit_among_small_softcapped_ones(dtype, large):
         if not has_mode(mode, dtype):
             continue
         loss, gradient = loss_and_gradient(logits, target, mode=mode, **options)
-        torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=1e-5)
+        torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=2e-6)
         relative = roundings(mode) * (torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0)
         torch.testing.assert_close(
             gradient.double(), exact_gradient, rtol=relative + 3e-5, atol=1e-9 + smallest(dtype)
