@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(kMaxThreads, (R == 1 ? kMinBlocks<T, S> - kSta
   auto* stats = reinterpret_cast<RowStats<A>*>(memory);
   auto* gradients = reinterpret_cast<RowBackward<A>*>(memory);
   const Staged<T> staged(memory, static_cast<int>(a.vocab_size));
+  write_unread_total_weight(a);
   const A scale = has_backward ? upstream_scale<A>(a) : A(0);
   const int lanes = static_cast<int>(blockDim.x) / n_workers, n_slots = lanes * R;
   const int lane = static_cast<int>(threadIdx.x) % lanes;

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : kMin
   using A = Acc<T>;
   constexpr bool kHasSpread = Spread<T, S>::kExists;
   __shared__ Exchange<A> exchange;
+  write_unread_total_weight(a);
   const Transform<A>& transform = transform_of<A>(a);
   Team team(team_size);
   for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
@@ -64,6 +65,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     forward_lane_rows(const __grid_constant__ Arguments a, int team_size, int n_passes) {
   using A = Acc<T>;
   constexpr bool kHasSpread = Spread<T, S>::kExists;
+  write_unread_total_weight(a);
   const Transform<A>& transform = transform_of<A>(a);
   const WarpTeam team(team_size, n_passes);
   const LaneRow<T> mine(a, team);

@@ -152,16 +152,10 @@ __device__ __forceinline__ RowResults<A> results_of_row(const Arguments& a, int6
   return results;
 }
 
-// As write_results of ../xent_rows.h, which all forward kernels call once for each row.
-template <typename A>
-__device__ __forceinline__ void write_results(const Arguments& a, int64_t row,
-                                              const RowResults<A>& results, int64_t argmax) {
-  if (a.unread_total_weight != nullptr && row == 0) *a.unread_total_weight = 0;
-  write_results(static_cast<const Params&>(a), row, results, argmax);
-}
-template <typename A>
-__device__ __forceinline__ void write_unread_row(const Arguments& a, int64_t row, A value) {
-  write_results<A>(a, row, {value, value, value, value, value, value}, -1);
+// At the begin of every kernel of forward: one thread writes it.
+__device__ __forceinline__ void write_unread_total_weight(const Arguments& a) {
+  const bool is_first = (threadIdx.x | blockIdx.x | blockIdx.y) == 0;
+  if (is_first && a.unread_total_weight != nullptr) *a.unread_total_weight = 0;
 }
 
 // What every row's upstream gradient is multiplied by. Kernels call this once, at their beginning:

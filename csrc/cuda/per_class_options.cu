@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : 2))
   using A = Acc<T>;
   __shared__ FullStats<A> shared[kMaxThreads];
   const A scale = has_backward ? upstream_scale<A>(a) : A(0);
+  write_unread_total_weight(a);
   const Team team(team_size);
   for (int64_t row = team.index(); row < a.n_rows; row += team.count()) {
     T* out = has_backward ? row_of<T>(a.grad_logits, a.grad_layout, row) : nullptr;
