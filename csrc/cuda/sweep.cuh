@@ -27,9 +27,9 @@ struct Place {
 // row.
 template <int kCount>
 struct Share {
-  int first, end;  // the thread's first vector; the part's end
-  int lane, lanes;
-  int step;  // from one group to the next; from one vector of a group to the next are `lanes`
+  int first, end;   // the thread's first vector; the part's end
+  int whole_end;    // the end of the vectors with which a whole group begins
+  int lanes, step;  // from one vector of a group to the next; from one group to the next
   int edge_rank, edge_step;
 
   template <typename AnyTeam>
@@ -42,19 +42,17 @@ struct Share {
       begin = min(part * per_part, n_vectors);
       end = min(begin + per_part, n_vectors);
     }
-    lane = team.lane();
+    const int lane = team.lane();
     lanes = team.lanes();
     first = begin + (team.rank() - lane) * kCount + lane;
     step = team.size() * kCount;
+    // Of groups of four those of all lanes are whole: so the lanes of a warp take the same branch.
+    whole_end = kCount < 4 ? end - (kCount - 1) * lanes : end + lane + 1 - kCount * lanes;
     edge_rank = team.rank() + part * team.size();
     edge_step = team.size() * parts;
   }
 
-  // Of groups of four, true if those of all lanes are: so the lanes of a warp take the same branch.
-  __device__ __forceinline__ bool is_whole(int v) const {
-    if constexpr (kCount < 4) return v + (kCount - 1) * lanes < end;
-    return v - lane + kCount * lanes <= end;
-  }
+  __device__ __forceinline__ bool is_whole(int v) const { return v < whole_end; }
 
   // Where class j is; nowhere for -1.
   template <typename T>

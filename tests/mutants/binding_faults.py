@@ -132,7 +132,7 @@ CALL_FAULTS = {
         CPU, "logits.numel() * logits.element_size()", "logits.numel()", HUGE_PAGES
     ),
     "the memory of the gradient is not kept": Fault(
-        CPU, "if (bytes >= kLeastKept && keeps_gradients()) return", "if (false) return", KEPT
+        CPU, "if (bytes >= kLeastKept && keeps_gradients()) {", "if (false) {", KEPT
     ),
     "the memory of small gradients is kept": Fault(
         CPU,
@@ -274,8 +274,8 @@ MEMORY_FAULTS = {
     ),
     "the gradient is contiguous whatever the logits are": Fault(
         CPU,
-        "return on_kept_memory(gradient);",
-        "return on_kept_memory(torch::stable::new_empty(gradient, gradient.sizes()));",
+        "empty_gradient(without_memory(logits), problem.dim, false)",
+        "torch::stable::new_empty(without_memory(logits), logits.sizes())",
         (f"{MEMORY_TESTS}test_layouts",),
     ),
 }

@@ -732,7 +732,7 @@ LANE_ROWS = {
         "static_cast<int>(ceil_div(a.n_rows, most));",
     ),
     "a group is whole though a vector is missing": fault(
-        "sweep.cuh", "backward", "kCount * lanes <= end;", "kCount * lanes <= end + 1;"
+        "sweep.cuh", "backward", "end + lane + 1 - kCount", "end + lane + 2 - kCount"
     ),
     "a short row's target has the gradient of other classes": fault(
         "backward.cu", "backward", "  if (is_mine_read) {\n    my_out", "  if (false) {\n    my_out"
