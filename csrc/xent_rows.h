@@ -38,15 +38,8 @@ XENT_INLINE Acc acc_at([[maybe_unused]] const Params& p, const void* values, int
 
 // Null: the value is not wanted.
 template <typename Acc>
-XENT_INLINE void set_acc([[maybe_unused]] const Params& p, void* values, int64_t i, Acc value) {
-  if (values == nullptr) return;
-#if !defined(__CUDA_ARCH__)
-  if (p.dtype != DType::float64) {
-    static_cast<float*>(values)[i] = static_cast<float>(value);
-    return;
-  }
-#endif
-  static_cast<Acc*>(values)[i] = value;
+XENT_INLINE void set_acc(void* values, int64_t i, Acc value) {
+  if (values != nullptr) static_cast<Acc*>(values)[i] = value;
 }
 
 template <typename Acc = double>
@@ -96,12 +89,12 @@ struct RowResults {
 template <typename Acc>
 XENT_INLINE void write_results(const Params& p, int64_t row, const RowResults<Acc>& results,
                                int64_t argmax) {
-  set_acc(p, p.row_loss, row, results.loss);
-  set_acc(p, p.row_max, row, results.max);
-  set_acc(p, p.log_sum, row, results.log_sum);
-  set_acc(p, p.label_mass, row, results.mass);
-  set_acc(p, p.loss_slope, row, results.slope);
-  set_acc(p, p.entropy, row, results.entropy);
+  set_acc(p.row_loss, row, results.loss);
+  set_acc(p.row_max, row, results.max);
+  set_acc(p.log_sum, row, results.log_sum);
+  set_acc(p.label_mass, row, results.mass);
+  set_acc(p.loss_slope, row, results.slope);
+  set_acc(p.entropy, row, results.entropy);
   if (p.argmax != nullptr) p.argmax[row] = argmax;
 }
 

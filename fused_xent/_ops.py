@@ -1,7 +1,7 @@
 """The native operators: loading their library, what each means, and their meta implementations.
 
 ``loss`` returns the loss; ``forward`` returns it and what ``backward`` needs: ``total_weight`` (a
-float64 scalar, the divisor of ``mean``; for ``none``, GPUs leave it 0) and ``state``, a few numbers
+float64 scalar, the divisor of ``mean``; for ``none``, GPUs write 0) and ``state``, a few numbers
 a row, stacked before the rows' dimensions: ``row_max``, ``log_sum`` (the logarithm of the sum of
 ``exp(logits - row_max)``, of the logits as the softmax sees them), for probabilities ``label_mass``
 (the sum of the row's smoothed and weighted probabilities), and for the focal loss ``loss_slope``

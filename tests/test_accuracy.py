@@ -92,13 +92,13 @@ def test_differences_whose_rounding_errors_are_large(n_classes):
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("n_classes", [1, 2, 40, 130, 300])
+@pytest.mark.parametrize("n_classes", [2, 5, 40, 130, 300])
 @pytest.mark.parametrize("mask", [-torch.inf, -3e38, -1e30, -1e10, -1e9])
 def test_masked_classes_before_small_logits(mask, n_classes):
     """At some maxima the exponential of the distance from the mask was infinite times 0."""
     maxima = torch.arange(-1000, 0, 0.02)
     logits = torch.full((len(maxima), n_classes), mask)
-    for i in range(min(n_classes, 3)):
+    for i in range(min(n_classes - 1, 3)):
         logits[:, -1 - i] = maxima - i
     target = torch.full((len(maxima),), n_classes - 1)
     loss = fused_xent.cross_entropy(logits, target, reduction="none")

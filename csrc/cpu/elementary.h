@@ -21,8 +21,8 @@ XENT_INLINE F32 exp_nonpositive(F32 x) {
   return p * (F32)((U32)shifted << 23);
 }
 
-// The sum of Coefficients::at(i) * x^(i - first) for count i from `first` on, count <= 16. powers
-// are x, x^2, x^4 and x^8. It adds up halves (Estrin's scheme): one row waits for its factors, and
+// The polynomial with coefficients at(first) to at(first + count - 1), count <= 16. powers are x,
+// x^2, x^4 and x^8. It adds up halves (Estrin's scheme): one row waits for its factors, and
 // each step of Horner's scheme would wait for the one before.
 template <typename Coefficients, int count, int first = 0>
 XENT_INLINE F64 polynomial(const F64 (&powers)[4]) {
@@ -129,7 +129,7 @@ struct FusedExp : Power {
   static constexpr double kUnit = 1 / double{kLog2e};
   float shift;
 
-  // m, or an origin: that of an origin is the same.
+  // FusedExp(origin()).origin() is the same number.
   XENT_INLINE explicit FusedExp(double m) : shift(-static_cast<float>(m * kLog2e)) {}
   XENT_INLINE double origin() const { return kUnit * -shift; }
   // The same for vectors of m.
@@ -200,7 +200,7 @@ struct AtanhSeries {
   static constexpr double at(int i) { return 2.0 / (2 * i + 3); }
 };
 
-// The same for all normal x > 0, with more terms and log 2 in two parts; NaN for x < 0.
+// log(x) in double, for all normal x > 0, with more terms and log 2 in two parts; NaN for x < 0.
 XENT_INLINE F64 log_positive(F64 x) {
   constexpr uint64_t kOne = 0x3ff0000000000000, kSqrtHalf = 0x3fe6a09e667f3bcd;
   const U64 exponent = ((U64)x + (kOne - kSqrtHalf)) >> 52;  // n + 1023

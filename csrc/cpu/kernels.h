@@ -27,8 +27,9 @@ struct RowScratch {
   double* origins;      // one a block: what its exponentials are relative to
 };
 
-// The statistics of classes of a row. The sums are relative to sums.max, which may be a little
-// below max, the maximum of these classes, or far above it.
+// The statistics of classes of a row. max is their maximum, or where the sums start if that is
+// greater: -kMaxOrigin, in place the lowest number. The sums are relative to sums.max, which is
+// close to max.
 struct SegmentStats {
   FullStats<double> sums;
   double max;
@@ -40,7 +41,7 @@ constexpr int kBatchRows = 16;
 struct RowBatch {
   int64_t begin;
   int n;
-  bool is_general;             // as in Params
+  bool is_general;             // is_general(p)
   int64_t kept[kBatchRows];    // -1, or 0 for rows that are left out
   int64_t target[kBatchRows];  // -1 for probabilities and for rows that are left out
   double target_weight[kBatchRows], target_logit[kBatchRows], target_slope[kBatchRows];
@@ -72,11 +73,12 @@ struct Kernels {
   // are saved over the logits, may have any maximum.
   SegmentStats (*row_stats_saving)(const Params&, int64_t row, const RowScratch&);
   void (*row_gradient_of_saved)(const Params&, const RowBatch&, int i, const RowScratch&);
-  // The rest of the work on a batch: reads the targets and their logits, before these may be
-  // overwritten; turns the statistics into results; turns results into what gradients are computed
-  // from. saved: the statistics are those of row_stats_saving.
+  // The rest of the work on a batch. Reads the targets and their logits, which may be overwritten
+  // later.
   void (*read_targets)(const Params&, RowBatch&);
+  // Turns the statistics into results.
   void (*finish_batch)(const Params&, RowBatch&);
+  // Computes what gradients are computed from. saved: the statistics are those of row_stats_saving.
   void (*start_gradients)(const Params&, RowBatch&, bool saved);
 
   // Tile kernels: adjacent rows in vector lanes. All classes of at most kTileRows rows

@@ -33,10 +33,11 @@ XENT_INLINE RowLanes<A> lanes_of_batch(const Params& p, const RowBatch& batch, i
   return {p, batch.begin + lane, batch.n - lane, load_bits<I64>(batch.kept + lane)};
 }
 
-// The labels of rows: on_target as in RowLabels, and their sum Q. mass is the sum of t_j.
+// The labels of rows: on_target as in RowLabels, and their sum Q.
 struct LabelLanes {
-  F64 on_target, mass;
+  F64 on_target, q;
 };
+// mass is the sum of t_j.
 XENT_INLINE LabelLanes labels_of_batch(const Params& p, const RowBatch& batch, int lane,
                                        const Smoothing<double>& smoothing, F64 mass) {
   if (!has_indices(p)) return {F64{}, mass};
@@ -89,7 +90,7 @@ void finish_batch(const Params& p, RowBatch& batch) {
     F64 loss = has_indices(p) ? index_loss(labels.on_target, smoothing.uniform, shifted_target,
                                            log_sum, mass, dot)
                               : probability_loss(log_sum, mass, dot);
-    if (has_row_options(p)) loss = losses_of(rows, loss, labels.mass, max + log_sum);
+    if (has_row_options(p)) loss = losses_of(rows, loss, labels.q, max + log_sum);
     rows.write(p.row_loss, loss);
     rows.write(p.row_max, max);
     rows.write(p.log_sum, log_sum);
@@ -130,7 +131,7 @@ void start_gradients(const Params& p, RowBatch& batch, bool saved) {
     } else {
       one_over_sum = exp_nonpositive((origin - max) - log_sum);
     }
-    const F64 factor = (upstream.g * labels.mass + upstream.softmax) * one_over_sum;
+    const F64 factor = (upstream.g * labels.q + upstream.softmax) * one_over_sum;
     store(batch.max + lane, max);
     store(batch.origin + lane, origin);
     store(batch.factor + lane, factor);

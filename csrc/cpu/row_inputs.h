@@ -26,7 +26,7 @@ XENT_INLINE bool is_left_out(const Params& p, int64_t row) {
   return (has_indices(p) && target_index(p, row) == p.ignore_index) || token_weight(p, row) == 0;
 }
 
-// The class that row kernels keep out of a row's sums, see add_class; -1: none.
+// The class that row kernels keep out of a row's sums, see finish_batch; -1: none.
 XENT_INLINE int64_t class_apart(const Params& p, int64_t row) {
   return has_spread(p) ? -1 : target_index(p, row);
 }

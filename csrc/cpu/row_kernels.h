@@ -71,7 +71,7 @@ struct RunSums {
 
 // The maximum of a block, and its sums relative to exp.origin(). The powers of exp are written to
 // saved, in load_pair's order, if it is not null; it may be x. Class `apart`, if it is in the block
-// and there is no spread, counts as a logit of -inf: see add_class.
+// and there is no spread, counts as a logit of -inf: see finish_batch.
 template <typename T, typename Exp, typename Spread>
 XENT_INLINE RowStats<double> block_stats(const T* x, const Exp& exp, const Spread& spread,
                                          int64_t begin, int64_t end, int64_t apart, Acc<T>* saved) {
@@ -328,7 +328,7 @@ void row_gradient_of_saved(const Params& p, const RowBatch& batch, int i,
       const double shift = scratch.origins[begin / kBlock] - gradient.max;
       const double scale_of_block = shift == 0 ? Exp::kScale : Exp::kScale * std::exp(shift);
       const A factor = static_cast<A>(gradient.factor * scale_of_block);
-      // The factor is finite only if all logits of the row are: then no gradient is NaN.
+      // The factor is finite only if no logit of the row is NaN or inf: then no gradient is NaN.
       if (kByTurns<T> && !Spread::kExists && std::fabs(factor) < std::numeric_limits<A>::max()) {
         scale_saved<false>(out, saved, spread, begin, end, factor, scale);
       } else {

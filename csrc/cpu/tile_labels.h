@@ -126,7 +126,7 @@ struct TileGradient {
   using A = Acc<T>;
   A max[kTileRows] = {}, log_sum[kTileRows] = {}, mass[kTileRows], upstream[kTileRows] = {};
   A factor[kTileRows], spread[kTileRows], shifted_factor[kTileRows];  // see FullGradient
-  A softmax[kTileRows], shifted[kTileRows];                           // see Upstream
+  A softmax[kTileRows] = {}, shifted[kTileRows] = {};                 // see Upstream
   const bool has_options;
 
   TileGradient(const Params& p, const TileLabels<T>& labels, int64_t begin, int n)

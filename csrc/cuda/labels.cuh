@@ -152,7 +152,7 @@ __device__ __forceinline__ RowResults<A> results_of_row(const Arguments& a, int6
   return results;
 }
 
-// At the begin of every kernel of forward: one thread writes it.
+// Every forward kernel calls this first; one thread writes.
 __device__ __forceinline__ void write_unread_total_weight(const Arguments& a) {
   const bool is_first = (threadIdx.x | blockIdx.x | blockIdx.y) == 0;
   if (is_first && a.unread_total_weight != nullptr) *a.unread_total_weight = 0;

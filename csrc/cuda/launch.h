@@ -65,7 +65,8 @@ struct Arguments : Params {
   // Loss and gradient of `mean` are divided by it; null: the loss by the sum of the rows' weights,
   // the gradient by 1.
   const double* total_weight;
-  // Forward sets it to 0, if not null and if there are rows: the total weight that nobody reads.
+  // Forward writes 0 here, if not null and if there are rows: the total_weight of losses that are
+  // not added up, which nobody reads.
   double* unread_total_weight;
   // grad_loss may be null: 1.
 

@@ -195,7 +195,7 @@ __device__ __forceinline__ Acc<T> greatest(const uint4 (&bits)[N]) {
   }
 }
 
-// True if no absolute value of an element exceeds the limit, rounded to T; NaN may count as one
+// True if no absolute value of an element exceeds the limit rounded to T; NaN may count as one
 // that does. Those of bfloat16 are compared as float16, which has the same order and needs no
 // instruction for the absolute value. What is NaN as float16 is far beyond any limit.
 template <typename T, int N>

@@ -199,8 +199,8 @@ Plan plan_forward_backward(const Shape& shape, const Device& device) {
 }
 
 bool has_lane_rows(const Plan& plan, const Shape& shape) {
-  return plan.regime == Regime::warp && shape.element_size < 8 && !shape.general && !shape.spread &&
-         !shape.capped;
+  return plan.regime == Regime::warp && plan.team <= 32 && shape.element_size < 8 &&
+         !shape.general && !shape.spread && !shape.capped;
 }
 
 bool is_staged(const Plan& plan, const Shape& shape) {

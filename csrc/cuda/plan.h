@@ -67,8 +67,8 @@ Plan plan_forward(const Shape& shape, const Device& device);
 Plan plan_backward(const Shape& shape, const Device& device);
 Plan plan_forward_backward(const Shape& shape, const Device& device);
 
-// Warp: forward and backward finish a row in each lane, see warp_rows.cuh. A lane has one row at
-// most, so max_groups counts only as far as that needs no more blocks.
+// Warp: forward and backward finish a row in each lane, see warp_rows.cuh. A lane finishes at most
+// one row: if max_groups blocks are too few for that, more are launched.
 bool has_lane_rows(const Plan& plan, const Shape& shape);
 // Columns: blocks copy their rows to shared memory, each of at most kMostStagedBytes.
 constexpr int kMostStagedBytes = 128;

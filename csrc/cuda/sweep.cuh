@@ -46,7 +46,8 @@ struct Share {
     lanes = team.lanes();
     first = begin + (team.rank() - lane) * kCount + lane;
     step = team.size() * kCount;
-    // Of groups of four those of all lanes are whole: so the lanes of a warp take the same branch.
+    // A group of four counts as whole only if it is whole for all lanes of the team, so that they
+    // take the same branch.
     whole_end = kCount < 4 ? end - (kCount - 1) * lanes : end + lane + 1 - kCount * lanes;
     edge_rank = team.rank() + part * team.size();
     edge_step = team.size() * parts;

@@ -68,7 +68,7 @@ struct LaneRow {
 };
 
 // Where a team has class j of a row: in the group of its thread that begins with vector group(), as
-// element(). An edge is in no group: the element is then none of the row's.
+// element(). For an edge, that element is beyond the row's vectors, where minus infinity stands.
 template <typename T, int kCount>
 struct ClassPlace {
   int after, vector;

@@ -390,8 +390,8 @@ ONE_ROW = {
     ),
     "the z-loss takes log_sum for the lse": Fault(
         "csrc/cpu/row_batch.h",
-        "labels.mass, max + log_sum);",
-        "labels.mass, log_sum);",
+        "labels.q, max + log_sum);",
+        "labels.q, log_sum);",
         (option("rows", "lse_square_scale", "index"),),
     ),
     "rows have no row options": Fault(

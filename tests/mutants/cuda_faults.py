@@ -767,8 +767,8 @@ LANE_ROWS = {
     "softcapped short rows are planned for kernels that they lack": emulated(
         "cuda/plan.cpp",
         "test_cuda_plans.py::test_teams_of_a_warp_have_several_rows",
-        " &&\n         !shape.capped;",
-        ";",
+        "&& !shape.spread && !shape.capped;",
+        "&& !shape.spread;",
     ),
 }
 
