@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : kMinBlocks<
 
 // The same for a part of a warp: see warp_rows.cuh.
 template <typename T, typename S>
-__global__ void __launch_bounds__(kMaxThreads, 4)
+__global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 4 ? 3 : 4))
     backward_lane_rows(const __grid_constant__ Arguments a, int team_size, int n_passes) {
   using A = Acc<T>;
   constexpr bool kHasSpread = Spread<T, S>::kExists;
