@@ -25,9 +25,10 @@ build: .venv/ready
 check: build
 	FUSED_XENT_TEST_BUILDS=build/emulator $(RUN) -m pytest --durations=5 $(CHECK)
 
-# Two processes or more share the test files: most tests keep one core busy.
+# Several processes share the test files, in alphabetical order: most tests keep one core busy, and
+# the files with few tests, which build, should not be the last ones.
 test: setup
-	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # Puts faults into copies of the code, one at a time, and reports those that no test finds. Takes
 # about an hour on two cores.
