@@ -211,7 +211,8 @@ def test_loss_and_target_gradient_as_p_approaches_1(shape, option, dtype):
     """The loss is the sum of the other classes' small exponentials, which 1 + sum would lose."""
     is_tile = (len(shape) > 2 or shape[1] <= 128) and option != "softcap"
     for mode in MODES:
-        check_near_1(shape, dtype, option, mode, goal=1e-6 if is_tile else 2e-6)
+        goal = 1e-6 if is_tile else 2e-6
+        check_near_1(shape, dtype, option, mode, goal, gaps=(8, 18, 30, 80))
 
 
 @by_dtype

@@ -308,8 +308,9 @@ def test_compare(before, factor, verdict, tmp_path, capsys):
     assert f"{factor - 1:+.0%}" in printed
 
 
-def test_table_of_a_comparison(tmp_path, capsys):
+def test_table_of_a_comparison(tmp_path, capsys, monkeypatch):
     """Milliseconds before and after, the change, the noise, and the verdict."""
+    monkeypatch.setenv("COLUMNS", "100")
     names = [str(tmp_path / name) for name in ("a.json", "b.json")]
     run_of(0.010, 0.010, 0.010, 0.010).write_json(Path(names[0]))
     run_of(0.018, 0.020, 0.020, 0.022).write_json(Path(names[1]))
