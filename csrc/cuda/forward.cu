@@ -16,8 +16,7 @@ namespace {
 constexpr int kMaxThreads = 256;
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(kMaxThreads,
-                                  (kMinBlocks<T, S> == 4 && !kIsUniform<S> ? 5 : kMinBlocks<T, S>))
+__global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : kMinBlocks<T, S>))
     forward_rows(const __grid_constant__ Arguments a, int team_size, RowStats<Acc<T>>* partials) {
   using A = Acc<T>;
   constexpr bool kHasSpread = Spread<T, S>::kExists;

@@ -19,7 +19,7 @@ constexpr int kVectorsInFlight = 4;               // vectors that a thread reads
 constexpr int64_t kThreadsInFlight = 480;         // of a multiprocessor: they read 30 KiB at once
 constexpr int64_t kRowVectors = 4;                // a row costs a thread as much as so many
 constexpr int64_t kMostWaves = 4;                 // of blocks; the last of more matters little
-constexpr int64_t kLaneRowThreads = 1024;         // of a multiprocessor, by the launch bounds
+constexpr int64_t kLaneRowThreads = 1024;         // of a multiprocessor, about, by registers
 constexpr int64_t kStaticSharedBytes = 2 * kKiB;  // at least what a kernel declares
 
 int64_t round_up(int64_t vectors) { return ceil_div(vectors, kVectorsInFlight) * kVectorsInFlight; }

@@ -49,6 +49,7 @@ struct Share {
     // A group of four counts as whole only if it is whole for all lanes of the team, so that they
     // take the same branch.
     whole_end = kCount < 4 ? end - (kCount - 1) * lanes : end + lane + 1 - kCount * lanes;
+    asm("" : "+r"(whole_end));  // keeps it in a register: else it is computed for each group
     edge_rank = team.rank() + part * team.size();
     edge_step = team.size() * parts;
   }
