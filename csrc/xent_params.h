@@ -69,6 +69,9 @@ struct Params : Options {
   const void* weight;        // acc (vocab_size,), or null
   double weight_sum;         // of all class weights; vocab_size without them. Only used on the CPU
   const void* token_weight;  // per row, or null: all 1. Rows of weight 0 are not read
+  // Of SparseLabels, null for all others:
+  const void* target_weight;  // per row, in place of the target's class weight
+  const void* extra_loss;     // per row, added to the cross-entropy
 
   // Per row, written by forward, read by backward.
   void* row_loss;
@@ -91,6 +94,40 @@ struct Params : Options {
   void* grad_logits;  // may be logits itself
   Layout grad_layout;
 };
+
+// Labels t_k on K classes y_k of each row, and none on the others. With q_k = keep * w_k * t_k as
+// in xent_math.h, and a the label with the greatest logit,
+//
+//     sum_k q_k * (lse - z_k) = (sum_k q_k) * (lse - z_a) + sum_k q_k * (z_a - z_k)
+//
+// So such a row is one with the target a, whose weight is sum_k w_k t_k, and with an extra loss
+// that needs no lse. read_labels computes these three numbers of each row; then the kernels for
+// class indices run; then write_label_gradients replaces the gradients at the labels, which are the
+// only ones that differ.
+struct SparseLabels {
+  int64_t n_labels;         // K, from 1 to kMaxLabels; 0: no sparse labels
+  const void* classes;      // by classes_layout, whose class stride is that of k
+  TargetKind classes_kind;  // int64 or int32
+  Layout classes_layout;
+  const void* labels;  // acc, by labels_layout; null: selected classes without labels
+  Layout labels_layout;
+  int64_t ignore_index;  // of labels that do not count
+
+  // Per row, written by read_labels: they belong into Params. target is -1 where a label is out of
+  // range; token_weight is written only for selected classes: 0 where none of them counts.
+  int32_t* target;
+  void* target_weight;
+  void* extra_loss;
+  void* token_weight;
+  void* logits;  // acc (n_rows, K): the input logits of the labels, for write_label_gradients
+
+  // Written by write_log_probs: acc, the log-probabilities of the classes; 0 of those that do not
+  // count.
+  void* log_probs;
+  Layout log_probs_layout;
+};
+
+constexpr int64_t kMaxLabels = 1024;  // K: the kernels have room for so many
 
 // True if the softmax sees transformed logits.
 XENT_INLINE bool has_transform(const Params& p) { return p.softcap != 0 || p.logit_scale != 1; }

@@ -70,12 +70,28 @@ struct RowLabels {
   Acc target_weight, on_target, spread;  // target_weight: t_target for a class index
 };
 
+// What the label on a row's target is multiplied by.
+template <typename Acc = double>
+XENT_INLINE Acc target_weight(const Params& p, int64_t row, int64_t target) {
+  return p.target_weight == nullptr ? class_weight<Acc>(p, target)
+                                    : acc_at<Acc>(p, p.target_weight, row);
+}
+
 // target: -1 for probabilities.
 template <typename Acc>
-XENT_INLINE RowLabels<Acc> labels_of(const Params& p, const Smoothing<Acc>& smoothing,
+XENT_INLINE RowLabels<Acc> labels_of(const Params& p, const Smoothing<Acc>& smoothing, int64_t row,
                                      int64_t target) {
-  const Acc weight = target < 0 ? Acc(0) : class_weight<Acc>(p, target);
+  const Acc weight = target < 0 ? Acc(0) : target_weight<Acc>(p, row, target);
   return {weight, smoothing.keep * weight, has_indices(p) ? smoothing.uniform : Acc(1)};
+}
+
+// ---- sparse labels ----------------------------------------------------------------------------
+
+// The class at an offset from the first of SparseLabels.
+XENT_INLINE int64_t class_of_label(const SparseLabels& sparse, int64_t offset) {
+  return sparse.classes_kind == TargetKind::int64
+             ? static_cast<const int64_t*>(sparse.classes)[offset]
+             : static_cast<const int32_t*>(sparse.classes)[offset];
 }
 
 // ---- forward ----------------------------------------------------------------------------------
@@ -106,13 +122,13 @@ XENT_INLINE void write_unread_row(const Params& p, int64_t row, Acc value) {
 
 // The results of which the loss is the cross-entropy alone: see apply_options.
 template <typename Acc>
-XENT_INLINE RowResults<Acc> plain_results(const Params& p, const RowLabels<Acc>& labels,
-                                          Acc target_logit, const RowStats<Acc>& stats,
-                                          Acc log_sum) {
-  const Acc loss = has_indices(p)
-                       ? index_loss(labels.on_target, labels.spread, target_logit - stats.max,
-                                    log_sum, stats.mass, stats.dot)
-                       : probability_loss(log_sum, stats.mass, stats.dot);
+XENT_INLINE RowResults<Acc> plain_results(const Params& p, int64_t row,
+                                          const RowLabels<Acc>& labels, Acc target_logit,
+                                          const RowStats<Acc>& stats, Acc log_sum) {
+  Acc loss = has_indices(p) ? index_loss(labels.on_target, labels.spread, target_logit - stats.max,
+                                         log_sum, stats.mass, stats.dot)
+                            : probability_loss(log_sum, stats.mass, stats.dot);
+  if (p.extra_loss != nullptr) loss += acc_at<Acc>(p, p.extra_loss, row);
   return {loss, stats.max, log_sum, stats.mass, 1, 0};
 }
 

@@ -45,6 +45,30 @@ struct Call {
     return gradient;
   }
 
+  // Throws where a label is on no class.
+  void read_labels(bool keep_logits) {
+    if (problem.sparse.n_labels == 0) return;
+    const cpu::BadLabel bad = cpu::find_bad_label(params, problem.sparse, threads);
+    if (bad.row >= 0) {
+      throw std::out_of_range(
+          "target_indices must be in [0, " + std::to_string(params.vocab_size) +
+          ") or equal to ignore_index (" + std::to_string(problem.sparse.ignore_index) + "), got " +
+          std::to_string(bad.its_class) + " at position " + problem.position(bad.row, bad.label));
+    }
+    problem.allocate_labels(params, keep_logits);
+    cpu::read_labels(params, problem.sparse, threads);
+  }
+
+  void write_label_gradients() const {
+    if (problem.sparse.n_labels == 0) return;
+    cpu::write_label_gradients(params, problem.sparse, threads);
+  }
+
+  void select() const {
+    cpu::forward(params, threads);
+    cpu::write_log_probs(params, problem.sparse, threads);
+  }
+
   Tensor loss(const Rows& rows, ScalarType loss_dtype) const {
     return loss_by(total_weight_of_rows(), rows, loss_dtype);
   }
@@ -76,6 +100,11 @@ struct Call {
  private:
   // The rows' weights. Throws where a target is no class, so that nothing has been written by then.
   double scan() const {
+    if (problem.sparse.n_labels > 0) {  // classes are in range, and rows weigh their token weights
+      Params rows = params;
+      rows.target_kind = TargetKind::probabilities;
+      return cpu::scan_rows(rows, threads).total_weight;
+    }
     const cpu::RowScan scan = cpu::scan_rows(params, threads);
     if (scan.bad_row < 0) return scan.total_weight;
     throw std::out_of_range("target must be in [0, " + std::to_string(params.vocab_size) +

@@ -70,6 +70,23 @@ struct Call {
 
   Tensor new_gradient() const { return empty_gradient(problem.logits, problem.dim, true); }
 
+  void read_labels(bool keep_logits) {
+    if (!is_sparse()) return;
+    problem.allocate_labels(params, keep_logits);
+    check_cuda(cuda::read_labels(params, problem.sparse, stream), "read_labels");
+  }
+
+  void write_label_gradients() const {
+    if (!is_sparse()) return;
+    check_cuda(cuda::write_label_gradients(params, problem.sparse, stream),
+               "write_label_gradients");
+  }
+
+  void select() const {
+    run_forward();
+    check_cuda(cuda::write_log_probs(params, problem.sparse, stream), "write_log_probs");
+  }
+
   Tensor loss(const Rows& rows, ScalarType loss_dtype) {
     run_forward();
     return reduce(rows.loss, nullptr, loss_dtype);
@@ -114,6 +131,7 @@ struct Call {
   }
 
  private:
+  bool is_sparse() const { return problem.sparse.n_labels > 0; }
   bool has_indices() const { return params.target_kind != TargetKind::probabilities; }
   // Labels on no classes have loss 0, and there is nothing to read.
   bool is_empty() const { return params.vocab_size == 0 && !has_indices(); }
@@ -137,7 +155,10 @@ struct Call {
                           loss == nullptr ? nullptr : loss->mutable_data_ptr(),
                           loss == nullptr ? DType::float32 : dtype_of("loss", loss->scalar_type()),
                           problem.reduction == kMean};
-    check_cuda(cuda::sum_rows(params, sums, sums_workspace(), stream), "sum over rows");
+    cuda::Arguments rows = params;
+    if (is_sparse())
+      rows.target_kind = TargetKind::probabilities;  // rows weigh their token weights
+    check_cuda(cuda::sum_rows(rows, sums, sums_workspace(), stream), "sum over rows");
   }
 
   // The reduced loss. Writes the total weight, if not null, of losses that are added.

@@ -8,6 +8,10 @@
 //   backward()                          fills params.grad_logits
 //   scale_gradient()                    multiplies params.grad_logits
 //   new_gradient()                      unwritten memory for a gradient: see empty_gradient
+//   read_labels(keep_logits), write_label_gradients()
+//                                       of sparse labels, before and after the above; nothing
+//                                       without any
+//   select()                            fills rows and the log-probabilities of selected classes
 #pragma once
 
 #include <tuple>
@@ -29,7 +33,7 @@ class Reader {
 
   Inputs inputs() {  // braces evaluate from left to right
     return {take<Tensor>(),         take<Tensor>(),  take<OptionalTensor>(), take<OptionalTensor>(),
-            take<OptionalTensor>(), take<int64_t>(), take<int64_t>()};
+            take<OptionalTensor>(), take<int64_t>(), take<int64_t>(),        {}};
   }
 
   Options options() {
@@ -54,9 +58,11 @@ template <typename Call>
 struct Operators {
   static void loss(StableIValue* stack, uint64_t, uint64_t) {
     Reader in(stack);
-    const Inputs inputs = in.inputs();
+    Inputs inputs = in.inputs();
     const auto loss_dtype = in.take<std::optional<ScalarType>>();
+    inputs.target_indices = in.take<OptionalTensor>();
     Call call(Problem(inputs, in.options()));
+    call.read_labels(false);
     const Rows rows(call.problem, call.params, false);
     return_to(stack, call.loss(rows, call.problem.loss_dtype(loss_dtype)));
   }
@@ -64,9 +70,11 @@ struct Operators {
   template <bool statistics>
   static void forward(StableIValue* stack, uint64_t, uint64_t) {
     Reader in(stack);
-    const Inputs inputs = in.inputs();
+    Inputs inputs = in.inputs();
     const auto loss_dtype = in.take<std::optional<ScalarType>>();
+    inputs.target_indices = in.take<OptionalTensor>();
     Call call(Problem(inputs, in.options()));
+    call.read_labels(false);
     const Rows rows(call.problem, call.params, statistics);
     auto [loss, total_weight] = call.forward(rows, call.problem.loss_dtype(loss_dtype));
     if constexpr (statistics) {
@@ -79,12 +87,15 @@ struct Operators {
   template <bool statistics>
   static void forward_backward_(StableIValue* stack, uint64_t, uint64_t) {
     Reader in(stack);
-    const Inputs inputs = in.inputs();
+    Inputs inputs = in.inputs();
     const auto loss_dtype = in.take<std::optional<ScalarType>>();
+    inputs.target_indices = in.take<OptionalTensor>();
     Call call(Problem(inputs, in.options()));
     set_grad_logits(call.params, "logits", inputs.logits, inputs.dim);
+    call.read_labels(true);
     const Rows rows(call.problem, call.params, statistics);
     const Tensor loss = call.forward_backward(rows, call.problem.loss_dtype(loss_dtype));
+    call.write_label_gradients();
     if constexpr (statistics) {
       return_to(stack, loss, rows.lse(), rows.entropy, rows.argmax);
     } else {
@@ -94,8 +105,9 @@ struct Operators {
 
   static void backward(StableIValue* stack, uint64_t, uint64_t) {
     Reader in(stack);
-    const Inputs inputs = in.inputs();
+    Inputs inputs = in.inputs();
     const Upstream upstream = upstream_of(in);
+    inputs.target_indices = in.take<OptionalTensor>();
     Call call(Problem(inputs, in.options()));
     const Tensor grad_logits = call.new_gradient();
     backward_into(grad_logits, call, upstream);
@@ -104,10 +116,34 @@ struct Operators {
 
   static void backward_(StableIValue* stack, uint64_t, uint64_t) {
     Reader in(stack);
-    const Inputs inputs = in.inputs();
+    Inputs inputs = in.inputs();
     const Upstream upstream = upstream_of(in);
+    inputs.target_indices = in.take<OptionalTensor>();
     Call call(Problem(inputs, in.options()));
     backward_into(inputs.logits, call, upstream);
+  }
+
+  static void selected_log_probs(StableIValue* stack, uint64_t, uint64_t) {
+    Reader in(stack);
+    const auto logits = in.take<Tensor>();
+    const auto classes = in.take<Tensor>();
+    const auto dim = in.take<int64_t>();
+    const auto with_entropy = in.take<bool>();
+    Options options;
+    options.ignore_index = in.take<int64_t>();
+    options.softcap = in.take<double>();
+    options.logit_scale = in.take<double>();
+    Call call(Problem(logits, classes, dim, options));
+    Problem& problem = call.problem;
+    const Tensor token_weight = problem.empty(problem.row_shape, problem.acc_dtype);
+    problem.sparse.token_weight = token_weight.mutable_data_ptr();
+    call.read_labels(false);
+    call.params.token_weight = token_weight.const_data_ptr();
+    const Rows rows(problem, call.params, with_entropy);
+    const Tensor log_probs = problem.new_log_probs();
+    call.select();
+    return_to(stack, log_probs, rows.state, token_weight,
+              with_entropy ? rows.entropy : problem.empty({0}, problem.acc_dtype));
   }
 
   static void scale_gradient_(const Tensor& grad_logits, const Tensor& grad_loss,
@@ -115,7 +151,7 @@ struct Operators {
                               int64_t ignore_index) {
     Options options;
     options.ignore_index = ignore_index;
-    const Inputs inputs{grad_logits, target, {}, token_weight, {}, dim, kSum};
+    const Inputs inputs{grad_logits, target, {}, token_weight, {}, dim, kSum, {}};
     scale(Call(Problem(inputs, options)), grad_logits, grad_loss, dim);
   }
 
@@ -135,6 +171,7 @@ struct Operators {
     m.impl("backward_", &backward_);
     m.impl("forward_backward_", &forward_backward_<false>);
     m.impl("forward_backward_with_statistics_", &forward_backward_<true>);
+    m.impl("selected_log_probs", &selected_log_probs);
     m.impl("scale_gradient_", TORCH_BOX(&scale_gradient_));
     m.impl("multiply_", TORCH_BOX(&multiply_));
   }
@@ -165,7 +202,10 @@ struct Operators {
     const auto entropy =
         problem.rows_of("entropy", grad_entropy ? upstream.entropy : std::nullopt, p.entropy);
     set_grad_logits(p, "grad_logits", grad_logits, problem.dim);
-    if (p.vocab_size > 0) call.backward();
+    if (p.vocab_size == 0) return;
+    call.read_labels(true);
+    call.backward();
+    call.write_label_gradients();
   }
 
   static void scale(Call call, const Tensor& gradient, const Tensor& factor, int64_t dim) {

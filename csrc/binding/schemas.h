@@ -19,14 +19,16 @@ void define_operators(Library& m) {
   ", " schema_type " " #name "=" #default_value
   const std::string options = ", *" FUSED_XENT_OPTIONS(FUSED_XENT_SCHEMA);
 #undef FUSED_XENT_SCHEMA
+  const std::string sparse = ", Tensor? target_indices=None";
   const std::string labels = " logits, Tensor target, Tensor? weight, Tensor? token_weight, ";
   const std::string of_loss =
-      labels + "Tensor? normalizer, int dim, int reduction, ScalarType? loss_dtype=None" + options;
+      labels + "Tensor? normalizer, int dim, int reduction, ScalarType? loss_dtype=None" + sparse +
+      options;
   const std::string of_backward = labels +
                                   "Tensor? total_weight, int dim, int reduction, Tensor state, "
                                   "Tensor? entropy, Tensor? grad_loss, Tensor? grad_lse, "
                                   "Tensor? grad_entropy" +
-                                  options;
+                                  sparse + options;
   const std::string statistics = ", Tensor lse, Tensor entropy, Tensor argmax)";
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
   // inplace_backward is read by the autograd formula alone.
@@ -40,6 +42,10 @@ void define_operators(Library& m) {
   define("forward_backward_(Tensor(a!)" + of_loss + ") -> Tensor loss");
   define("forward_backward_with_statistics_(Tensor(a!)" + of_loss + ") -> (Tensor loss" +
          statistics);
+  define(
+      "selected_log_probs(Tensor logits, Tensor target_indices, int dim, bool with_entropy, *, "
+      "int ignore_index=-100, float softcap=0.0, float logit_scale=1.0) -> (Tensor log_probs, "
+      "Tensor state, Tensor token_weight, Tensor entropy)");
   define(
       "scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss, Tensor target, "
       "Tensor? token_weight, int dim, int ignore_index) -> ()");

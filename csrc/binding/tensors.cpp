@@ -168,8 +168,23 @@ Problem::Problem(const Inputs& inputs, const Options& options)
       dim(inputs.dim),
       reduction(inputs.reduction) {
   static_cast<Options&>(params) = options;
+  target_indices = inputs.target_indices;
   set_logits();
-  set_target();
+  if (target_indices) {
+    set_sparse(options);
+    check_device("target", *target);
+    FUSED_XENT_CHECK(target_kind(target->scalar_type()) == TargetKind::probabilities &&
+                         has_shape(*target, target_indices->sizes()),
+                     "target must hold floating-point labels of target_indices' shape " +
+                         tuple_of(target_indices->sizes()) + ", got shape " +
+                         tuple_of(target->sizes()));
+    dtype_of("target", target->scalar_type());
+    if (target->scalar_type() != acc_dtype) target = torch::stable::to(*target, acc_dtype);
+    target = with_layout(*target, dim, sparse.labels_layout);
+    sparse.labels = target->const_data_ptr();
+  } else {
+    set_target();
+  }
   set_weights(inputs);
   FUSED_XENT_CHECK(reduction == kNone || reduction == kMean || reduction == kSum,
                    "reduction must be 0, 1 or 2, got " + std::to_string(reduction));
@@ -184,6 +199,13 @@ Problem::Problem(const Tensor& logits_, int64_t dim_) : logits(logits_), dim(dim
   set_logits();
   params.target_kind = TargetKind::probabilities;  // of which no row is left out, nor read
   params.target_layout = params.logits_layout;
+}
+
+Problem::Problem(const Tensor& logits_, const Tensor& classes, int64_t dim_, const Options& options)
+    : logits(logits_), target_indices(classes), dim(dim_), reduction(kNone) {
+  static_cast<Options&>(params) = options;
+  set_logits();
+  set_sparse(options);
 }
 
 void Problem::set_logits() {
@@ -238,6 +260,46 @@ void Problem::set_target() {
     target = with_layout(*target, dim, params.target_layout);
   }
   params.target = target->const_data_ptr();
+}
+
+// The kernels see class indices, which allocate_labels makes room for.
+void Problem::set_sparse(const Options& options) {
+  check_device("target_indices", *target_indices);
+  sparse.classes_kind = target_kind(target_indices->scalar_type());
+  FUSED_XENT_CHECK(
+      sparse.classes_kind == TargetKind::int64 || sparse.classes_kind == TargetKind::int32,
+      "target_indices must be int64 or int32");
+  std::vector<int64_t> shape = row_shape;
+  shape.insert(shape.begin() + dim, dim < target_indices->dim() ? target_indices->size(dim) : 0);
+  FUSED_XENT_CHECK(has_shape(*target_indices, shape) && 1 <= shape[dim] && shape[dim] <= kMaxLabels,
+                   "target_indices must have the logits' shape, with 1 to " +
+                       std::to_string(kMaxLabels) + " classes in dimension " + std::to_string(dim) +
+                       ", got shape " + tuple_of(target_indices->sizes()));
+  sparse.n_labels = shape[dim];
+  sparse.ignore_index = options.ignore_index;
+  target_indices = with_layout(*target_indices, dim, sparse.classes_layout);
+  sparse.classes = target_indices->const_data_ptr();
+  params.target_kind = TargetKind::int32;
+  params.ignore_index = INT64_MIN;  // no row is left out by its target
+}
+
+void Problem::allocate_labels(Params& p, bool keep_logits) {
+  const auto allocate = [&](int64_t count, ScalarType dtype) {
+    return of_labels_.emplace_back(empty({count}, dtype)).mutable_data_ptr();
+  };
+  p.target = sparse.target = static_cast<int32_t*>(allocate(p.n_rows, ScalarType::Int));
+  if (sparse.labels == nullptr) return;
+  p.target_weight = sparse.target_weight = allocate(p.n_rows, acc_dtype);
+  p.extra_loss = sparse.extra_loss = allocate(p.n_rows, acc_dtype);
+  if (keep_logits) sparse.logits = allocate(p.n_rows * sparse.n_labels, acc_dtype);
+}
+
+Tensor Problem::new_log_probs() {
+  const Tensor log_probs = empty(target_indices->sizes(), acc_dtype);
+  FUSED_XENT_CHECK(merge_rows(log_probs, dim, sparse.log_probs_layout),
+                   "target_indices must have at most 4 row dimensions that cannot be merged");
+  sparse.log_probs = log_probs.mutable_data_ptr();
+  return log_probs;
 }
 
 Tensor Problem::empty(Sizes sizes, ScalarType dtype) const {
@@ -340,9 +402,17 @@ Tensor Rows::lse() const {
                                  torch::stable::select(state, 0, 1), -1);
 }
 
-std::string Problem::position(int64_t row) const {
+std::vector<int64_t> Problem::index_of(int64_t row) const {
   std::vector<int64_t> index(row_shape.size());
   for (size_t d = row_shape.size(); d-- > 0; row /= row_shape[d]) index[d] = row % row_shape[d];
+  return index;
+}
+
+std::string Problem::position(int64_t row) const { return tuple_of(index_of(row)); }
+
+std::string Problem::position(int64_t row, int64_t label) const {
+  std::vector<int64_t> index = index_of(row);
+  index.insert(index.begin() + dim, label);
   return tuple_of(index);
 }
 

@@ -36,13 +36,15 @@ struct Inputs {
   OptionalTensor
       normalizer;  // the mean's divisor; without it, forward divides by the rows' weights
   int64_t dim, reduction;
+  OptionalTensor target_indices;  // the classes of sparse labels, which are `target`
 };
 
 // The inputs, checked against each other, and the Params made of them. Owns the tensors.
 struct Problem {
   Params params{};
+  SparseLabels sparse{};
   Tensor logits;
-  OptionalTensor target, weight, token_weight, normalizer;
+  OptionalTensor target, target_indices, weight, token_weight, normalizer;
   int64_t dim, reduction = kSum;
   std::vector<int64_t> row_shape;  // the logits' without dim: the shape of the unreduced loss
   ScalarType acc_dtype;
@@ -50,6 +52,8 @@ struct Problem {
   Problem(const Inputs& inputs, const Options& options);
   // Rows of logits that are only multiplied: none is left out.
   Problem(const Tensor& logits, int64_t dim);
+  // Rows of which some classes are selected.
+  Problem(const Tensor& logits, const Tensor& classes, int64_t dim, const Options& options);
 
   // Unwritten memory on the logits' device.
   Tensor empty(Sizes sizes, ScalarType dtype) const;
@@ -78,12 +82,22 @@ struct Problem {
   void point_to_state(Params& p, void* state) const;
   // "(3, 1)" for row 7 of a (4, 2) loss.
   std::string position(int64_t row) const;
+  // The same with the label's number in the place of the classes.
+  std::string position(int64_t row, int64_t label) const;
+  // Allocates what read_labels writes, and points p's pointers to it. keep_logits: for gradients.
+  void allocate_labels(Params& p, bool keep_logits);
+  // Memory for the log-probabilities of selected classes, to which `sparse` points.
+  Tensor new_log_probs();
 
  private:
   void set_logits();
   void set_weights(const Inputs& inputs);
   void set_target();
+  void set_sparse(const Options& options);
   void check_device(const char* name, const Tensor& tensor) const;
+  std::vector<int64_t> index_of(int64_t row) const;
+
+  std::vector<Tensor> of_labels_;
 };
 
 // Per-row tensors that forward writes, and p points to. Rows of no classes have loss 0.

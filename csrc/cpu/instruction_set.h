@@ -46,6 +46,7 @@ namespace {
 #include "tile_memory.h"
 #include "tile_labels.h"
 #include "tile_kernels.h"
+#include "label_kernels.h"
 // clang-format on
 
 template <typename T, typename Target>
@@ -61,7 +62,10 @@ Kernels kernels_of(const Params& p) {
           start_gradients<T>,
           tile_forward<T, Target>,
           tile_backward<T, Target>,
-          tile_scale<T>};
+          tile_scale<T>,
+          read_labels<T>,
+          write_label_gradients<T>,
+          write_log_probs<T>};
 }
 
 template <typename T>

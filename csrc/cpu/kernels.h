@@ -86,6 +86,11 @@ struct Kernels {
   void (*tile_forward)(const Params&, int64_t begin, int64_t end);
   void (*tile_backward)(const Params&, int64_t begin, int64_t end);
   void (*tile_scale)(const Params&, int64_t begin, int64_t end);
+
+  // Rows [begin, end) of sparse labels, whose classes are in range: see SparseLabels.
+  void (*read_labels)(const Params&, const SparseLabels&, int64_t begin, int64_t end);
+  void (*write_label_gradients)(const Params&, const SparseLabels&, int64_t begin, int64_t end);
+  void (*write_log_probs)(const Params&, const SparseLabels&, int64_t begin, int64_t end);
 };
 
 // The kernels for p's dtypes and options: one file for each instruction set.

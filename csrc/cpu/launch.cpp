@@ -11,6 +11,7 @@ namespace fused_xent::cpu {
 namespace {
 
 constexpr int64_t kTaskElements = 32768;  // logits of a task
+constexpr int64_t kTaskLabels = 4096;     // sparse labels of a task
 constexpr int64_t kSavedBytes = 24576;    // of a batch in forward_backward
 constexpr int64_t kFewRows = 16;          // below: several threads on a row, in forward_backward
 constexpr int64_t kMaxTileVocab = 128;    // up to here a row has too few vectors for row kernels
@@ -106,7 +107,30 @@ void run_tiles(const Params& p, const Layout& layout, const Threads& threads, co
   });
 }
 
+// ---- sparse labels ---------------------------------------------------------------------------
+
+using LabelKernel = void (*)(const Params&, const SparseLabels&, int64_t, int64_t);
+
+void run_label_kernel(LabelKernel kernel, const Params& p, const SparseLabels& sparse,
+                      const Threads& threads) {
+  const int64_t step = ceil_div(kTaskLabels, sparse.n_labels);
+  run_tasks(threads, ceil_div(p.n_rows, step),
+            [&](int64_t i) { kernel(p, sparse, i * step, std::min((i + 1) * step, p.n_rows)); });
+}
+
 }  // namespace
+
+void read_labels(const Params& p, const SparseLabels& sparse, const Threads& threads) {
+  run_label_kernel(kernels_in_use(p).read_labels, p, sparse, threads);
+}
+
+void write_label_gradients(const Params& p, const SparseLabels& sparse, const Threads& threads) {
+  run_label_kernel(kernels_in_use(p).write_label_gradients, p, sparse, threads);
+}
+
+void write_log_probs(const Params& p, const SparseLabels& sparse, const Threads& threads) {
+  run_label_kernel(kernels_in_use(p).write_log_probs, p, sparse, threads);
+}
 
 void forward(const Params& p, const Threads& threads) {
   if (p.n_rows == 0) return;

@@ -22,6 +22,18 @@ struct RowScan {
 };
 RowScan scan_rows(const Params& p, const Threads& threads);
 
+// The first label of sparse labels that is neither a class nor ignore_index; rows of token weight 0
+// are not checked.
+struct BadLabel {
+  int64_t row = -1, label = 0, its_class = 0;
+};
+BadLabel find_bad_label(const Params& p, const SparseLabels& sparse, const Threads& threads);
+
+// Before the functions below, after them, and after forward: see SparseLabels. Labels are in range.
+void read_labels(const Params& p, const SparseLabels& sparse, const Threads& threads);
+void write_label_gradients(const Params& p, const SparseLabels& sparse, const Threads& threads);
+void write_log_probs(const Params& p, const SparseLabels& sparse, const Threads& threads);
+
 // Writes the results of each row.
 void forward(const Params& p, const Threads& threads);
 // Reads these, except row_loss, and writes grad_logits.

@@ -18,7 +18,7 @@ void read_targets(const Params& p, RowBatch& batch) {
       continue;
     }
     const T* logit = logits_row<T>(p, row) + y;
-    batch.target_weight[i] = class_weight(p, y);
+    batch.target_weight[i] = target_weight(p, row, y);
     batch.target_logit[i] = load_one(logit);
     batch.target_slope[i] = 1;
     if (!has_transform(p)) continue;
@@ -90,6 +90,7 @@ void finish_batch(const Params& p, RowBatch& batch) {
     F64 loss = has_indices(p) ? index_loss(labels.on_target, smoothing.uniform, shifted_target,
                                            log_sum, mass, dot)
                               : probability_loss(log_sum, mass, dot);
+    if (p.extra_loss != nullptr) loss += rows.read(p.extra_loss);
     if (has_row_options(p)) loss = losses_of(rows, loss, labels.q, max + log_sum);
     rows.write(p.row_loss, loss);
     rows.write(p.row_max, max);

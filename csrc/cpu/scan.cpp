@@ -8,7 +8,8 @@
 namespace fused_xent::cpu {
 namespace {
 
-constexpr int64_t kBlockRows = 8192;  // rows a task; fixed, so that no sum depends on the threads
+constexpr int64_t kBlockRows = 8192;  // rows, or labels, a task; fixed, so that no sum depends on
+                                      // the threads
 
 template <typename Index>
 RowScan scan_indices(const Params& p, const Index* target, int64_t begin, int64_t end) {
@@ -59,7 +60,32 @@ double sum_of(const A* values, int64_t count) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+BadLabel bad_label_of(const Params& p, const SparseLabels& sparse, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (token_weight(p, row) == 0) continue;
+    int64_t at = row_offset(sparse.classes_layout, row);
+    for (int64_t k = 0; k < sparse.n_labels; ++k, at += sparse.classes_layout.class_stride) {
+      const int64_t y = class_of_label(sparse, at);
+      if ((0 <= y && y < p.vocab_size) || y == sparse.ignore_index) continue;
+      return {row, k, y};
+    }
+  }
+  return {};
+}
+
 }  // namespace
+
+BadLabel find_bad_label(const Params& p, const SparseLabels& sparse, const Threads& threads) {
+  const int64_t step = ceil_div(kBlockRows, sparse.n_labels);
+  std::vector<BadLabel> blocks(ceil_div(p.n_rows, step));
+  run_tasks(threads, blocks.size(), [&](int64_t i) {
+    blocks[i] = bad_label_of(p, sparse, i * step, std::min(p.n_rows, (i + 1) * step));
+  });
+  for (const BadLabel& bad : blocks) {
+    if (bad.row >= 0) return bad;
+  }
+  return {};
+}
 
 RowScan scan_rows(const Params& p, const Threads& threads) {
   std::vector<RowScan> blocks(ceil_div(p.n_rows, kBlockRows));

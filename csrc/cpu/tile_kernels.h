@@ -105,6 +105,10 @@ void forward_tile(const Params& p, int64_t begin, int64_t end) {
     if constexpr (std::is_void_v<Target>) {
       loss = index_loss(labels.on_target(lane), labels.spread,
                         load(labels.target_logit + lane) - s.max, log_sum, mass, dot);
+      if (p.extra_loss != nullptr) {
+        const int n_lanes = n - lane < kWidth ? n - lane : kWidth;
+        loss += load_first(static_cast<const A*>(p.extra_loss) + begin + lane, n_lanes);
+      }
     } else {
       loss = probability_loss(log_sum, mass, dot);
       store_rows<A>(p.label_mass, begin, lane, n, mass);

@@ -70,6 +70,7 @@ struct TileLabels {
   template <typename Index>
   void set_indices(const Params& p, const Index* target, int64_t begin) {
     const A* weight = static_cast<const A*>(p.weight);
+    const A* of_rows = static_cast<const A*>(p.target_weight);
     const Smoothing<double> smoothing = smoothing_of(p);
     share = static_cast<A>(smoothing.keep);
     spread = static_cast<A>(smoothing.uniform);
@@ -78,7 +79,9 @@ struct TileLabels {
       index[i] = y == p.ignore_index ? -1 : y;
     }
     set_kept(p, begin);
-    for (int i = 0; i < n_rows; ++i) target_weight[i] = 1;
+    for (int i = 0; i < n_rows; ++i)
+      target_weight[i] = of_rows == nullptr ? A(1) : of_rows[begin + i];
+    if (of_rows != nullptr) return;
     for (int i = 0; i < n_rows && weight != nullptr; ++i) {
       if (index[i] >= 0) target_weight[i] = weight[index[i]];
     }

@@ -56,8 +56,8 @@ __device__ __forceinline__ Smoothing<A> smoothing_of(const Arguments& a) {
 }
 
 template <typename A>
-__device__ __forceinline__ RowLabels<A> labels_of_row(const Arguments& a, int target) {
-  return labels_of(a, smoothing_of<A>(a), target);
+__device__ __forceinline__ RowLabels<A> labels_of_row(const Arguments& a, int64_t row, int target) {
+  return labels_of(a, smoothing_of<A>(a), row, target);
 }
 
 // The labels t_j of ../xent_math.h. S is the type of what is read: of the probabilities, or the
@@ -146,8 +146,8 @@ __device__ __forceinline__ RowResults<A> results_of_row(const Arguments& a, int6
                                                         A target_logit, Stats& stats) {
   const int apart = class_apart(a, target);
   const A log_sum = apart < 0 ? log_sum_of(stats) : add_class(stats, target_logit, apart);
-  const RowLabels<A> labels = labels_of_row<A>(a, target);
-  RowResults<A> results = plain_results<A>(a, labels, target_logit, stats, log_sum);
+  const RowLabels<A> labels = labels_of_row<A>(a, row, target);
+  RowResults<A> results = plain_results<A>(a, row, labels, target_logit, stats, log_sum);
   apply_options(a, row, labels, stats.mass, results);
   return results;
 }
@@ -197,7 +197,7 @@ __device__ __forceinline__ RowBackward<A> backward_of_row(const Arguments& a, A 
                                                           int target, const RowResults<A>& results,
                                                           bool wants_target, A target_logit) {
   const Upstream<A> upstream = upstream_of(a, row, grad_loss_of(a, scale, row), results);
-  const RowLabels<A> labels = labels_of_row<A>(a, target);
+  const RowLabels<A> labels = labels_of_row<A>(a, row, target);
   const A mass = mass_of(a, results.mass);
   const A at_target =
       wants_target ? gradient_at_target(upstream, labels, mass, results, target_logit) : A(0);

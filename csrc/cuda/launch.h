@@ -90,6 +90,13 @@ cudaError_t backward(const Arguments& a, const Plan& plan, cudaStream_t stream);
 cudaError_t forward_backward(const Arguments& a, const Plan& plan, cudaStream_t stream);
 cudaError_t scale_gradient(const Arguments& a, const Plan& plan, cudaStream_t stream);
 
+// Before and after these four, and after forward: see SparseLabels. A label that is no class and
+// not ignore_index gives its row the target -1.
+cudaError_t read_labels(const Params& p, const SparseLabels& sparse, cudaStream_t stream);
+cudaError_t write_label_gradients(const Arguments& a, const SparseLabels& sparse,
+                                  cudaStream_t stream);
+cudaError_t write_log_probs(const Arguments& a, const SparseLabels& sparse, cudaStream_t stream);
+
 // Sums over rows that are neither ignored nor out of range; null: not wanted. Only what they need
 // is read: no targets where the total weight is known or not wanted.
 struct Sums {

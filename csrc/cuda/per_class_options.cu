@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : 2))
     }
     Upstream<A> upstream = upstream_of(a, row, grad_loss_of(a, scale, row), results);
     add_entropy_gradient(upstream, a, row, results);
-    const RowLabels<A> labels = labels_of_row<A>(a, target.index);
+    const RowLabels<A> labels = labels_of_row<A>(a, row, target.index);
     const A mass = mass_of(a, results.mass);
     view.write(out, a.grad_layout.class_stride,
                {gradient_of_row(upstream, labels, mass, results), view.transform});

@@ -1,0 +1,185 @@
+// Sparse labels, one row after another: see SparseLabels. Included like simd.h.
+
+// Calls body(k, n) for up to kLanes<A> labels at a time.
+template <typename A, typename Body>
+XENT_INLINE void for_label_lanes(int64_t n_labels, const Body& body) {
+  for (int64_t k = 0; k < n_labels; k += kLanes<A>) {
+    body(k, static_cast<int>(n_labels - k < kLanes<A> ? n_labels - k : kLanes<A>));
+  }
+}
+
+// The classes of a row's labels; -1 for those that do not count.
+XENT_INLINE void read_classes(const SparseLabels& sparse, int64_t row, int64_t* classes) {
+  int64_t at = row_offset(sparse.classes_layout, row);
+  for (int64_t k = 0; k < sparse.n_labels; ++k, at += sparse.classes_layout.class_stride) {
+    const int64_t y = class_of_label(sparse, at);
+    classes[k] = y == sparse.ignore_index ? -1 : y;
+  }
+}
+
+// The labels times their class weights; 0 for those that do not count.
+template <typename A>
+XENT_INLINE void read_weights(const Params& p, const SparseLabels& sparse, int64_t row,
+                              const int64_t* classes, A* weights) {
+  const A* label = static_cast<const A*>(sparse.labels) + row_offset(sparse.labels_layout, row);
+  for (int64_t k = 0; k < sparse.n_labels; ++k, label += sparse.labels_layout.class_stride) {
+    const int64_t y = classes[k];
+    weights[k] = y < 0 ? A(0) : *label * static_cast<A>(class_weight(p, y));
+  }
+}
+
+template <typename T>
+XENT_INLINE void read_logits(const Params& p, const SparseLabels& sparse, int64_t row,
+                             const int64_t* classes, Acc<T>* logits) {
+  const T* x = logits_row<T>(p, row);
+  for (int64_t k = 0; k < sparse.n_labels; ++k) {
+    logits[k] =
+        classes[k] < 0 ? Acc<T>(0) : load_one(x + classes[k] * p.logits_layout.class_stride);
+  }
+}
+
+template <typename A>
+void read_labels_of_row(const Params& p, const SparseLabels& sparse, int64_t row,
+                        const int64_t* classes, const A* logits) {
+  const Transform<A> transform(p);
+  int64_t top = -1;  // the label with the greatest logit
+  for (int64_t k = 0; k < sparse.n_labels; ++k) {
+    if (classes[k] >= 0 && (top < 0 || logits[k] > logits[top])) top = k;
+  }
+  sparse.target[row] = top < 0 ? 0 : static_cast<int32_t>(classes[top]);
+  if (sparse.labels == nullptr) {
+    static_cast<A*>(sparse.token_weight)[row] = top < 0 ? A(0) : A(1);
+    return;
+  }
+  A weights[kMaxLabels], z[kMaxLabels];
+  read_weights(p, sparse, row, classes, weights);
+  for_label_lanes<A>(sparse.n_labels, [&](int64_t k, int n) {
+    const Vec<A> x = load_first(logits + k, n);
+    store_first(z + k, has_transform(p) ? transform(x).logit : x, n);
+  });
+  double weight = 0, extra_loss = 0;
+  for (int64_t k = 0; k < sparse.n_labels; ++k) {
+    weight += weights[k];
+    // Two infinite logits are not subtracted.
+    if (weights[k] != 0 && z[k] != z[top])
+      extra_loss += double{weights[k]} * (double{z[top]} - z[k]);
+  }
+  static_cast<A*>(sparse.target_weight)[row] = static_cast<A>(weight);
+  static_cast<A*>(sparse.extra_loss)[row] = static_cast<A>(smoothing_of(p).keep * extra_loss);
+}
+
+template <typename T>
+void read_labels(const Params& p, const SparseLabels& sparse, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  int64_t classes[kMaxLabels];
+  A scratch[kMaxLabels];
+  for (int64_t row = begin; row < end; ++row) {
+    if (token_weight(p, row) == 0) {
+      sparse.target[row] = 0;
+      static_cast<A*>(sparse.target_weight)[row] = static_cast<A*>(sparse.extra_loss)[row] = 0;
+      continue;
+    }
+    A* kept = static_cast<A*>(sparse.logits);
+    A* logits = kept == nullptr ? scratch : kept + row * sparse.n_labels;
+    read_classes(sparse, row, classes);
+    read_logits<T>(p, sparse, row, classes, logits);
+    read_labels_of_row(p, sparse, row, classes, logits);
+  }
+}
+
+// Adds the weights of labels on one class up at the first of them, and gives the others class -1.
+template <typename A>
+XENT_INLINE void add_up_labels(int64_t n_labels, int64_t* classes, A* weights) {
+  int16_t slots[2 * kMaxLabels];  // of a hash table with open addressing: a label, or -1
+  const int bits = std::bit_width(2 * static_cast<uint64_t>(n_labels) - 1);
+  const int mask = (1 << bits) - 1;
+  for (int i = 0; i <= mask; ++i) slots[i] = -1;
+  for (int64_t k = 0; k < n_labels; ++k) {
+    if (classes[k] < 0) continue;
+    int slot = static_cast<int>(static_cast<uint32_t>(classes[k]) * 0x9e3779b1u >> (32 - bits));
+    while (slots[slot] >= 0 && classes[slots[slot]] != classes[k]) slot = (slot + 1) & mask;
+    if (slots[slot] < 0) {
+      slots[slot] = static_cast<int16_t>(k);
+    } else {
+      weights[slots[slot]] += weights[k];
+      classes[k] = -1;
+    }
+  }
+}
+
+// The gradients of a row at its labels. logits: as read_labels has kept them.
+template <typename T>
+void write_label_gradients_of_row(const Params& p, const SparseLabels& sparse, int64_t row) {
+  using A = Acc<T>;
+  int64_t classes[kMaxLabels];
+  A weights[kMaxLabels], class_weights[kMaxLabels], gradients[kMaxLabels];
+  read_classes(sparse, row, classes);
+  read_weights(p, sparse, row, classes, weights);
+  add_up_labels(sparse.n_labels, classes, weights);
+  for (int64_t k = 0; k < sparse.n_labels; ++k) {
+    class_weights[k] = classes[k] < 0 ? A(0) : static_cast<A>(class_weight(p, classes[k]));
+  }
+  const Transform<A> transform(p);
+  const A* logits = static_cast<const A*>(sparse.logits) + row * sparse.n_labels;
+  const RowResults<double> results = saved_results<double>(p, row);
+  Upstream<double> upstream = upstream_of(p, row, grad_loss_of(p, row), results);
+  add_entropy_gradient(upstream, p, row, results);
+  const Smoothing<double> smoothing = smoothing_of(p);
+  const A g = static_cast<A>(upstream.g), spread = static_cast<A>(smoothing.uniform);
+  const A keep = static_cast<A>(smoothing.keep), mass = static_cast<A>(p.weight_sum);
+  const A total = static_cast<A>(smoothing.keep * target_weight(p, row, 0));
+  for_label_lanes<A>(sparse.n_labels, [&](int64_t k, int n) {
+    const Vec<A> x = load_first(logits + k, n);
+    Vec<A> z = x, slope = Vec<A>{} + 1;
+    if (has_transform(p)) {
+      const auto transformed = transform(x);
+      z = transformed.logit;
+      slope = transformed.slope;
+    }
+    const Vec<A> difference = z - static_cast<A>(results.max);
+    const Vec<A> d = difference > 0 ? Vec<A>{} : difference;
+    const Vec<A> log_prob = d - static_cast<A>(results.log_sum), prob = exp_nonpositive(log_prob);
+    const Vec<A> on_label = keep * load_first(weights + k, n);
+    Vec<A> gradient = target_gradient(on_label, spread, prob, expm1_nonpositive(log_prob),
+                                      mass - Vec<A>{}, load_first(class_weights + k, n));
+    gradient = g * (gradient + (total - on_label) * prob);
+    gradient = add_softmax_part(gradient, static_cast<A>(upstream.softmax) - Vec<A>{},
+                                static_cast<A>(upstream.shifted) - Vec<A>{}, prob, d);
+    store_first(gradients + k, gradient * slope, n);
+  });
+  T* out = gradient_row<T>(p, row);
+  for (int64_t k = 0; k < sparse.n_labels; ++k) {
+    if (classes[k] >= 0) store_one(out + classes[k] * p.grad_layout.class_stride, gradients[k]);
+  }
+}
+
+template <typename T>
+void write_label_gradients(const Params& p, const SparseLabels& sparse, int64_t begin,
+                           int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (token_weight(p, row) != 0) write_label_gradients_of_row<T>(p, sparse, row);
+  }
+}
+
+template <typename T>
+void write_log_probs(const Params& p, const SparseLabels& sparse, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const Transform<A> transform(p);
+  int64_t classes[kMaxLabels];
+  A logits[kMaxLabels];
+  for (int64_t row = begin; row < end; ++row) {
+    read_classes(sparse, row, classes);
+    read_logits<T>(p, sparse, row, classes, logits);
+    const A max = static_cast<const A*>(p.row_max)[row];
+    const A log_sum = static_cast<const A*>(p.log_sum)[row];
+    for_label_lanes<A>(sparse.n_labels, [&](int64_t k, int n) {
+      const Vec<A> x = load_first(logits + k, n);
+      const Vec<A> d = (has_transform(p) ? transform(x).logit : x) - max;
+      store_first(logits + k, (d > 0 ? Vec<A>{} : d) - log_sum, n);
+    });
+    A* out = static_cast<A*>(sparse.log_probs) + row_offset(sparse.log_probs_layout, row);
+    for (int64_t k = 0; k < sparse.n_labels; ++k, out += sparse.log_probs_layout.class_stride) {
+      *out = classes[k] < 0 ? A(0) : logits[k];
+    }
+  }
+}
