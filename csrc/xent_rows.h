@@ -72,7 +72,7 @@ struct RowLabels {
 
 // What the label on a row's target is multiplied by.
 template <typename Acc = double>
-XENT_INLINE Acc target_weight(const Params& p, int64_t row, int64_t target) {
+XENT_INLINE Acc label_weight(const Params& p, int64_t row, int64_t target) {
   return p.target_weight == nullptr ? class_weight<Acc>(p, target)
                                     : acc_at<Acc>(p, p.target_weight, row);
 }
@@ -81,8 +81,9 @@ XENT_INLINE Acc target_weight(const Params& p, int64_t row, int64_t target) {
 template <typename Acc>
 XENT_INLINE RowLabels<Acc> labels_of(const Params& p, const Smoothing<Acc>& smoothing, int64_t row,
                                      int64_t target) {
-  const Acc weight = target < 0 ? Acc(0) : target_weight<Acc>(p, row, target);
-  return {weight, smoothing.keep * weight, has_indices(p) ? smoothing.uniform : Acc(1)};
+  if (target < 0) return {0, 0, has_indices(p) ? smoothing.uniform : Acc(1)};
+  return {class_weight<Acc>(p, target), smoothing.keep * label_weight<Acc>(p, row, target),
+          has_indices(p) ? smoothing.uniform : Acc(1)};
 }
 
 // ---- sparse labels ----------------------------------------------------------------------------
