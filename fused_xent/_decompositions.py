@@ -45,12 +45,13 @@ def _loss(*arguments: Any, **options: Any) -> Tensor:
 
 def _forward(*arguments: Any, statistics: bool = False, **options: Any) -> tuple[Tensor, ...]:
     problem = _autograd.problem_of(statistics, *arguments, **options)
-    logits, target, *_, settings = problem
+    logits, target, *_, target_indices, settings = problem
     results = _formulas.by_torch(problem)
     loss = results.loss.to(settings.loss_dtype or logits.dtype)
     rows = row_shape(logits, settings.dim)
     # Only the kernels' backward reads the state. NaN shows if it is used by mistake.
-    size, acc = _ops.state_size(target, options), accumulation_dtype(logits.dtype)
+    size = _ops.state_size(target, target_indices, options)
+    acc = accumulation_dtype(logits.dtype)
     state = logits.new_full([size, *rows], torch.nan, dtype=acc)
     of_statistics = (results.lse, results.entropy, results.argmax) if statistics else ()
     return loss, _formulas.total_weight(problem), state, *of_statistics
@@ -58,10 +59,11 @@ def _forward(*arguments: Any, statistics: bool = False, **options: Any) -> tuple
 
 def _backward(*arguments: Any, **options: Any) -> Any:
     """Return the gradient, by the formulas of csrc/xent_math.h, with its names."""
-    *of_problem, _, _, grad_loss, grad_lse, grad_entropy = arguments
-    problem = _autograd.problem_of(False, *of_problem, **options)
-    total_weight: Any  # never None, unlike a normalizer
-    logits, _, _, token_weight, total_weight, settings = problem
+    problem, saved, (grad_loss, grad_lse, grad_entropy) = _autograd.of_backward(
+        *arguments, **options
+    )
+    logits, _, _, token_weight, *_, settings = problem
+    total_weight = saved.total_weight
     dim, softcap = settings.dim, options.get("softcap")
     x = logits.to(accumulation_dtype(logits.dtype))
     z = reference.transform(x, softcap, options.get("logit_scale", 1.0))
@@ -97,7 +99,7 @@ def _backward(*arguments: Any, **options: Any) -> Any:
 
 def _labels(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows that count, and the weight q of each class in a row's loss."""
-    _, target, weight, token_weight, _, settings = problem
+    _, target, weight, token_weight, _, target_indices, settings = problem
     dim, n_classes = settings.dim, x.shape[settings.dim]
     smoothing = settings.of_operators.get("label_smoothing", 0.0)
     w = x.new_ones(n_classes) if weight is None else weight.to(x.dtype)
@@ -105,6 +107,10 @@ def _labels(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     kept = torch.ones_like(x.select(dim, 0), dtype=torch.bool)
     if token_weight is not None:
         kept = token_weight != 0
+    if target_indices is not None:
+        target = reference.dense_labels(
+            target.to(x.dtype), target_indices, n_classes, dim, settings.ignore_index
+        )
     if target.is_floating_point():
         kept = kept.unsqueeze(dim)
         q = w * ((1 - smoothing) * target.to(x.dtype) + smoothing / n_classes)

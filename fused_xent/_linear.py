@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
     weight: Tensor | None
     token_weight: Tensor | None
     normalizer: Tensor | None
+    target_indices: Tensor | None
     reduction: int
     logits_dtype: torch.dtype
     loss_dtype: torch.dtype
@@ -70,14 +71,17 @@ class Inputs(NamedTuple):
 
     def problem(self, logits: Tensor, rows: slice, total: Tensor | None) -> Problem:
         """Return the problem of some rows; ``total`` is the divisor of the mean of all rows."""
-        tokens = None if self.token_weight is None else self.token_weight[rows]
+        tokens, indices = (
+            None if tensor is None else tensor[rows]
+            for tensor in (self.token_weight, self.target_indices)
+        )
         is_none = self.reduction == REDUCTIONS["none"]
         loss_dtype = self.loss_dtype if is_none else torch.float64
         ignore_index: Any
         ignore_index = self.options.get("ignore_index", DEFAULTS["ignore_index"])
         flags = (self.statistics, ignore_index, False, False)
         settings = Settings(1, self.reduction, loss_dtype, *flags, self.options)
-        return Problem(logits, self.target[rows], self.weight, tokens, total, settings)
+        return Problem(logits, self.target[rows], self.weight, tokens, total, indices, settings)
 
     def problem_of_all(self, logits: Tensor) -> Problem:
         """Return the problem of all rows."""
@@ -86,8 +90,9 @@ class Inputs(NamedTuple):
 
 
 _SIGNATURE = """(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target,
-Tensor? weight, Tensor? token_weight, Tensor? normalizer, int reduction, ScalarType logits_dtype,
-ScalarType loss_dtype, bool statistics, SymInt? chunk_rows, int[] needs, {options})"""
+Tensor? weight, Tensor? token_weight, Tensor? normalizer, Tensor? target_indices, int reduction,
+ScalarType logits_dtype, ScalarType loss_dtype, bool statistics, SymInt? chunk_rows, int[] needs,
+{options})"""
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_linear_weight, Tensor grad_linear_bias)"
 
 

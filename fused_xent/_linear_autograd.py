@@ -18,7 +18,7 @@ from ._problem import Problem, is_autocast
 from ._torch_private import apply_at_this_level, below_autograd, is_batched_by_autograd
 from .reference import CrossEntropyStatistics
 
-_N_TENSORS: Final = 7  # of Inputs
+_N_TENSORS: Final = 8  # of Inputs
 
 
 class Layer(NamedTuple):

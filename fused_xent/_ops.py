@@ -3,15 +3,18 @@
 ``loss`` returns the loss; ``forward`` returns it and what ``backward`` needs: ``total_weight`` (a
 float64 scalar, the divisor of ``mean``; for ``none``, GPUs write 0) and ``state``, a few numbers
 a row, stacked before the rows' dimensions: ``row_max``, ``log_sum`` (the logarithm of the sum of
-``exp(logits - row_max)``, of the logits as the softmax sees them), for probabilities ``label_mass``
-(the sum of the row's smoothed and weighted probabilities), and for the focal loss ``loss_slope``
-(its derivative by the cross-entropy).
+``exp(logits - row_max)``, of the logits as the softmax sees them), for probabilities of all classes
+``label_mass`` (the sum of the row's smoothed and weighted probabilities), and for the focal loss
+``loss_slope`` (its derivative by the cross-entropy).
 ``forward_with_statistics`` returns ``lse``, ``entropy`` and ``argmax`` as well. ``backward`` takes
 ``total_weight`` where ``forward`` takes a normalizer, then ``state``, the entropy, and the upstream
 gradients of loss, lse and entropy. ``forward_backward_`` writes the gradient over the logits.
 ``scale_gradient_`` multiplies that by an upstream gradient, and leaves ignored rows 0;
 ``multiply_`` multiplies a whole tensor. Rows have the shape of the unreduced loss and, but for
 ``argmax``, the accumulation type: float64 for float64 logits, float32 for all others.
+
+Sparse labels are probabilities in ``target`` and their classes in ``target_indices``, the last
+positional argument of the operators that take a weight.
 
 The operators have autograd formulas, in ``_autograd``: those that overwrite raise where a gradient
 is recorded. Options are those of ``csrc/xent_params.h``, by name.
@@ -112,9 +115,10 @@ def saved_of(results: Sequence[Tensor]) -> Saved:
     return Saved(total_weight, state, statistics[1] if statistics else None)
 
 
-def state_size(target: Tensor, options: dict[str, float]) -> int:
+def state_size(target: Tensor, target_indices: Tensor | None, options: dict[str, float]) -> int:
     """Return how many numbers a row the state has."""
-    return 2 + target.is_floating_point() + (options.get("focal_gamma", 0) != 0)
+    has_mass = target.is_floating_point() and target_indices is None
+    return 2 + has_mass + (options.get("focal_gamma", 0) != 0)
 
 
 def _empty_gradient(logits: Tensor, dim: int) -> Tensor:
@@ -153,11 +157,12 @@ def _meta(schema: torch.FunctionSchema) -> Callable[..., Any]:
             return None
         logits, dim = given["logits"], given["dim"]
         acc, rows = accumulation_dtype(logits.dtype), row_shape(logits, dim)
+        labels = given["target"], given.get("target_indices")
         loss_shape = rows if given["reduction"] == REDUCTIONS["none"] else []
         kinds: dict[str, tuple[Sequence[int], torch.dtype | None]] = {
             "loss": (loss_shape, given.get("loss_dtype")),
             "total_weight": ([], torch.float64),
-            "state": ([state_size(given["target"], options), *rows], acc),
+            "state": ([state_size(*labels, options), *rows], acc),
             "lse": (rows, acc),
             "entropy": (rows, acc),
             "argmax": (rows, torch.int64),
@@ -276,7 +281,7 @@ if LOAD_ERROR is None:
 
 
 def _call(operator: Callable[..., T], problem: Problem, **inplace: bool) -> T:
-    logits, target, weight, token_weight, normalizer, settings = problem
+    logits, target, weight, token_weight, normalizer, target_indices, settings = problem
     return operator(
         logits,
         target,
@@ -286,6 +291,7 @@ def _call(operator: Callable[..., T], problem: Problem, **inplace: bool) -> T:
         settings.dim,
         settings.reduction,
         settings.loss_dtype,
+        *(() if target_indices is None else (target_indices,)),
         **inplace,
         **settings.of_operators,
     )
@@ -305,7 +311,7 @@ def forward_backward_(problem: Problem) -> tuple[Tensor, ...]:
 def _call_backward(
     operator: Callable[..., T], problem: Problem, saved: Saved, upstream: Upstream
 ) -> T:
-    logits, target, weight, token_weight, _, settings = problem
+    logits, target, weight, token_weight, _, target_indices, settings = problem
     total_weight, state, entropy = saved
     return operator(
         logits,
@@ -318,6 +324,7 @@ def _call_backward(
         state,
         entropy,
         *upstream,
+        *(() if target_indices is None else (target_indices,)),
         **settings.of_operators,
     )
 

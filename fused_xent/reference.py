@@ -20,6 +20,14 @@ class _Statistics(NamedTuple):
     correct: Tensor  # bool: whether argmax is the target, or the argmax of the probabilities
 
 
+class SparseClasses(NamedTuple):
+    """The classes of sparse labels, all of one shape."""
+
+    classes: Tensor  # int64; 0 where the index is no class
+    is_class: Tensor
+    is_padding: Tensor
+
+
 class CrossEntropyStatistics(_Statistics):
     """What :func:`fused_xent.cross_entropy_with_statistics` returns; all but the loss a row each.
 
@@ -44,6 +52,29 @@ def transform(input: Tensor, softcap: float | None, logit_scale: float) -> Tenso
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
+def sparse_classes(target_indices: Tensor, n_classes: int, ignore_index: int) -> SparseClasses:
+    """Return the classes of sparse labels, which can be gathered."""
+    index = target_indices.to(torch.int64)  # a narrower dtype may not hold ignore_index
+    is_class = (index >= 0) & (index < n_classes)
+    return SparseClasses(index.masked_fill(~is_class, 0), is_class, index == ignore_index)
+
+
+def dense_labels(
+    target: Tensor, target_indices: Tensor, n_classes: int, dim: int, ignore_index: int
+) -> Tensor:
+    """Return labels of all classes: the sparse ones of each class added up, and 0 elsewhere.
+
+    An index that is no class makes a label NaN.
+    """
+    if n_classes == 0:
+        return target.narrow(dim, 0, 0)
+    classes, is_class, is_padding = sparse_classes(target_indices, n_classes, ignore_index)
+    target = target * torch.ones_like(target).masked_fill(~is_class, torch.nan)
+    target = target.masked_fill(is_padding, 0)
+    shape = [*target.shape[:dim], n_classes, *target.shape[dim + 1 :]]
+    return target.new_zeros(shape).scatter_add(dim, classes, target)
+
+
 def cross_entropy(input: Tensor, target: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """Softmax cross-entropy, the first of :func:`cross_entropy_with_statistics`."""
     return cross_entropy_with_statistics(input, target, *arguments, **options).loss
@@ -60,6 +91,7 @@ def cross_entropy_with_statistics(
     dim: int | None = None,
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    target_indices: Tensor | None = None,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -70,9 +102,12 @@ def cross_entropy_with_statistics(
     With ``p`` the softmax, a row's cross-entropy is ``-sum(q * log(p))`` over the classes. For
     probabilities ``q = w * ((1 - label_smoothing) * target + label_smoothing / C)``; for a class
     index ``y``, ``q = (1 - label_smoothing) * w[y] * onehot(y) + label_smoothing / C * w``. Where
-    ``q`` is 0 the term is 0, also at a logit of ``-inf``.
+    ``q`` is 0 the term is 0, also at a logit of ``-inf``. With ``target_indices``, a class's
+    probability is the sum of those in ``target`` that belong to it.
     """
     dim = class_dim(input) if dim is None else dim % input.dim()
+    if target_indices is not None:
+        target = dense_labels(target, target_indices, input.shape[dim], dim, ignore_index)
     if token_weight is None:
         token_weight = input.new_ones(input.shape[:dim] + input.shape[dim + 1 :])
     kept = token_weight != 0
