@@ -71,10 +71,8 @@ class Inputs(NamedTuple):
 
     def problem(self, logits: Tensor, rows: slice, total: Tensor | None) -> Problem:
         """Return the problem of some rows; ``total`` is the divisor of the mean of all rows."""
-        tokens, indices = (
-            None if tensor is None else tensor[rows]
-            for tensor in (self.token_weight, self.target_indices)
-        )
+        tokens = None if self.token_weight is None else self.token_weight[rows]
+        indices = None if self.target_indices is None else self.target_indices[rows]
         is_none = self.reduction == REDUCTIONS["none"]
         loss_dtype = self.loss_dtype if is_none else torch.float64
         ignore_index: Any

@@ -157,8 +157,8 @@ def _meta(schema: torch.FunctionSchema) -> Callable[..., Any]:
             return None
         logits, dim = given["logits"], given["dim"]
         acc, rows = accumulation_dtype(logits.dtype), row_shape(logits, dim)
-        labels = given["target"], given.get("target_indices")
         loss_shape = rows if given["reduction"] == REDUCTIONS["none"] else []
+        labels = given["target"], given.get("target_indices")
         kinds: dict[str, tuple[Sequence[int], torch.dtype | None]] = {
             "loss": (loss_shape, given.get("loss_dtype")),
             "total_weight": ([], torch.float64),

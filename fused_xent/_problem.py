@@ -62,10 +62,7 @@ def prepare(
     check_dense("input", input)
     check_floating("input", input)
     settings = resolve(input.dim(), statistics, options)
-    if target_indices is None:
-        _check_target(input, target, settings)
-    else:
-        _check_sparse_labels(input, target, target_indices, settings.dim)
+    _check_target(input, target, target_indices, settings)
     logits, loss_dtype = input, None
     if target.dtype not in _INDEX_DTYPES:
         is_sparse = target_indices is not None
@@ -158,13 +155,17 @@ def check_floating(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_target(input: Tensor, target: Tensor, settings: Settings) -> None:
+def _check_target(
+    input: Tensor, target: Tensor, target_indices: Tensor | None, settings: Settings
+) -> None:
     """Check a target's layout, device, dtype and shape."""
     check_dense("target", target)
     check_device("target", target, input)
     dim, shape = settings.dim, target.shape
     rows = row_shape(input, dim)
-    if shape == rows:
+    if target_indices is not None:
+        _check_sparse_labels(input, target, target_indices, dim)
+    elif shape == rows:
         if target.dtype not in _INDEX_DTYPES:
             raise ValueError(
                 "target must be int64, int32 or uint8 where it holds class indices, got "
@@ -203,9 +204,7 @@ def check_probabilities(target: Tensor, shape: str) -> None:
 
 def _check_sparse_labels(input: Tensor, target: Tensor, target_indices: Tensor, dim: int) -> None:
     """Check the classes of sparse labels, and the target that holds their probabilities."""
-    check_dense("target", target)
     check_dense("target_indices", target_indices)
-    check_device("target", target, input)
     check_device("target_indices", target_indices, input)
     if target_indices.dtype not in _SPARSE_INDEX_DTYPES:
         raise ValueError(f"target_indices must be int64 or int32, got {target_indices.dtype}")
@@ -290,7 +289,7 @@ def _check_normalizer(normalizer: Any, reduction: int, input: Tensor) -> Tensor:
 
 def check_range(problem: Problem) -> None:
     """Check the class indices of the rows that count; not on a GPU, where the host would wait."""
-    logits, target, _, token_weight, _, target_indices, settings = problem
+    _, target, _, token_weight, _, target_indices, settings = problem
     name, index = "target", target
     if target_indices is not None:
         name, index = "target_indices", target_indices
@@ -298,12 +297,12 @@ def check_range(problem: Problem) -> None:
         return
     if not _torch_private.has_values(index):
         return
-    n_classes, ignore_index = logits.shape[settings.dim], settings.ignore_index
+    n_classes, ignore_index = problem.logits.shape[settings.dim], settings.ignore_index
     index = index.to(torch.int64)  # a narrower dtype may not hold ignore_index
     bad = ((index < 0) | (index >= n_classes)) & (index != ignore_index)
     if token_weight is not None:
-        is_kept = token_weight != 0
-        bad = bad & (is_kept if target_indices is None else is_kept.unsqueeze(settings.dim))
+        kept = token_weight != 0
+        bad = bad & (kept if target_indices is None else kept.unsqueeze(settings.dim))
     if bad.any():
         position = tuple(bad.nonzero()[0].tolist())
         raise IndexError(
@@ -348,7 +347,7 @@ def check_overwritable(problem: Problem) -> None:
     if not _has_layout(input, settings.dim):
         refuse(f"input has more than 4 row dimensions that cannot be merged, {strides}")
     for label, tensor in (("target", target), ("target_indices", target_indices)):
-        if is_compiling or tensor is None:
+        if tensor is None or is_compiling:
             continue
         if _torch_private.share_memory(tensor, input):
             refuse(f"{label} shares input's memory, which is overwritten", f"clone {label}")
