@@ -216,6 +216,12 @@ def _gradients(
     return _logits_gradient(problem, saved, upstream) if needs_logits else None, *of_others
 
 
+def logits_gradient(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
+    """Return the gradient of the logits, differentiable where grad mode is on."""
+    gradient: Any = _gradients(problem, saved, upstream, (True, *NO_OTHERS))[0]
+    return gradient  # type: ignore[no-any-return]
+
+
 def _other_gradients(
     problem: Problem, saved: Saved, upstream: Upstream, needs: Sequence[bool]
 ) -> list[Tensor | None]:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _autograd, _formulas, _linear, _ops, reference
+from . import _autograd, _formulas, _linear, _ops, _selected, reference
 from ._linear import Inputs
 from ._linear_autograd import Layer
 from ._options import REDUCTIONS
 from ._problem import Problem, Upstream, accumulation_dtype, row_shape
+from ._selected import LinearInputs
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -34,8 +35,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         operators.forward.default: _forward,
         operators.forward_with_statistics.default: partial(_forward, statistics=True),
         operators.backward.default: _backward,
+        operators.selected_log_probs.default: _selected_log_probs,
         operators.linear_forward.default: _linear_forward,
         operators.linear_backward.default: _linear_backward,
+        operators.linear_selected_log_probs.default: _linear_selected_log_probs,
     }
 
 
@@ -95,6 +98,17 @@ def _backward(*arguments: Any, **options: Any) -> Any:
     if softcap:
         gradient = gradient * (1 - (z / softcap).square())
     return gradient.masked_fill(~kept, 0).to(logits.dtype)
+
+
+def _selected_log_probs(
+    logits: Tensor, index: Tensor, dim: int, with_entropy: bool, **options: Any
+) -> tuple[Tensor, ...]:
+    log_probs, entropy = _selected.by_torch(logits, index, dim, options)
+    ignore_index = options.get("ignore_index", reference.PADDING)
+    token_weight = (index != ignore_index).any(dim).to(log_probs.dtype)
+    # As above, only the kernels' backward reads the state.
+    state = token_weight.new_full([2, *token_weight.shape], torch.nan)
+    return log_probs, state, token_weight, entropy if with_entropy else entropy.new_empty([0])
 
 
 def _labels(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,3 +196,13 @@ def _linear_gradients(
         else none,
         grad_logits.sum(0).view_as(bias).to(bias.dtype) if needs_bias else none,
     )
+
+
+def _linear_selected_log_probs(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    inputs = LinearInputs._make((*arguments, options))
+    logits = Layer(*inputs[:3]).logits(inputs.logits_dtype)
+    operator = torch.ops.fused_xent.selected_log_probs.default
+    log_probs, _, _, entropy = operator(
+        logits, inputs.target_indices, 1, inputs.with_entropy, **options
+    )
+    return log_probs, entropy

@@ -109,7 +109,7 @@ def _forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
         losses.append(loss)
         statistics.append(others)
 
-    gradients = _multiply(inputs, turn)
+    gradients = multiply(inputs, turn)
     if inputs.reduction == REDUCTIONS["none"]:
         loss = torch.cat(losses)
     else:
@@ -141,7 +141,7 @@ def _backward(
         saved = _ops.saved_of(_ops.forward(problem))
         _ops.backward_(problem, saved, Upstream(*upstream))
 
-    return _multiply(inputs, turn)
+    return multiply(inputs, turn)
 
 
 def _empty_statistics(inputs: Inputs) -> list[Tensor]:
@@ -189,7 +189,7 @@ def _total_weight(inputs: Inputs) -> Tensor | None:
     return _formulas.total_weight(inputs.problem(logits, slice(None), inputs.normalizer))
 
 
-def _multiply(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
+def multiply(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
     """Compute logits, turn them into their gradient, and multiply that; return the gradients."""
     # Tensors are already cast; turn autocast off.
     with below_autograd(), torch.autocast(inputs.hidden.device.type, enabled=False):

@@ -201,6 +201,11 @@ def _with_graph(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> lis
     return [next(found) if needed else None for needed in needs]
 
 
+def recomputed(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Return the gradients of hidden, weight and bias, differentiable where grad mode is on."""
+    return (_with_graph if torch.is_grad_enabled() else _anew)(inputs, upstream, needs)
+
+
 def by_all_logits(inputs: Inputs) -> tuple[Tensor, ...]:
     """Return loss, and with statistics lse, entropy and argmax, through all logits."""
     with _no_casts(inputs.hidden):

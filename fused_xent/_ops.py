@@ -18,6 +18,10 @@ positional argument of the operators that take a weight.
 
 The operators have autograd formulas, in ``_autograd``: those that overwrite raise where a gradient
 is recorded. Options are those of ``csrc/xent_params.h``, by name.
+
+``selected_log_probs`` returns log-probabilities of selected classes, then ``state``, token weights
+(0 for rows of padding) and the entropy. For their gradient ``backward`` takes upstream gradients as
+sparse labels: see ``_selected``.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ._options import REDUCTIONS
+from ._options import REDUCTIONS, Settings
 from ._problem import Problem, Saved, Upstream, accumulation_dtype, row_shape
 from ._torch_private import below_autograd, kernels_of, redispatch_below_inplace
 
@@ -104,7 +108,7 @@ def empty_cache() -> int:
 
 OPERATORS = (
     *("loss", "forward", "forward_with_statistics", "backward", "backward_", "forward_backward_"),
-    *("forward_backward_with_statistics_", "scale_gradient_", "multiply_"),
+    *("forward_backward_with_statistics_", "selected_log_probs", "scale_gradient_", "multiply_"),
 )
 OVERWRITING = tuple(name for name in OPERATORS if name.endswith("_"))  # their first argument
 
@@ -176,6 +180,16 @@ def _meta(schema: torch.FunctionSchema) -> Callable[..., Any]:
         return memory[0] if len(memory) == 1 else tuple(memory)
 
     return meta
+
+
+def _meta_selected(
+    logits: Tensor, target_indices: Tensor, dim: int, with_entropy: bool, **options: Any
+) -> tuple[Tensor, ...]:
+    """Return memory for the results of ``selected_log_probs``."""
+    rows = row_shape(logits, dim)
+    shapes = (target_indices.shape, (2, *rows), rows, rows if with_entropy else (0,))
+    acc = accumulation_dtype(logits.dtype)
+    return tuple(logits.new_empty(shape, dtype=acc) for shape in shapes)
 
 
 def _in_turn(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
@@ -258,7 +272,8 @@ if LOAD_ERROR is None:
     _library = torch.library.Library("fused_xent", "IMPL")
     _definitions = torch.library.Library("fused_xent", "FRAGMENT")
     for _name in OPERATORS:
-        torch.library.register_fake(f"fused_xent::{_name}", _meta(_schema(_name)))
+        _fake = _meta_selected if _name == "selected_log_probs" else _meta(_schema(_name))
+        torch.library.register_fake(f"fused_xent::{_name}", _fake)
     for _name in OVERWRITING:
         _count_version(_name)
         register_formula(_name, _refusal(_name))
@@ -337,6 +352,13 @@ def backward(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
 def backward_(problem: Problem, saved: Saved, upstream: Upstream) -> None:
     """Write the gradient over the logits."""
     _call_backward(_backward_, problem, saved, upstream)
+
+
+def selected_log_probs(logits: Tensor, index: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    """Return log-probabilities, state, token weights and entropy, which is empty if not wanted."""
+    operator = _ops.selected_log_probs.default
+    dim, with_entropy = settings.dim, settings.statistics
+    return operator(logits, index, dim, with_entropy, **settings.of_operators)  # type: ignore[no-any-return]
 
 
 # ---- class indices beside logits, and nothing else: most calls, see _autograd.is_plain -----------

@@ -276,12 +276,12 @@ def _evaluate(
     **loss_options: Any,
 ) -> tuple[Tensor] | CrossEntropyStatistics:
     """Check the arguments and return the loss, or all statistics."""
-    _check_linear(input, linear_weight, linear_bias)
+    check_linear(input, linear_weight, linear_bias)
     shift = _check_shift(shift, input)
     check_flag("drop_ignored", drop_ignored)
-    chunk_rows = _check_chunk_rows(chunk_rows, options)
-    layer = _autocast(Layer(input, linear_weight, linear_bias))
-    logits_dtype = _check_dtypes(layer, logits_dtype)
+    chunk_rows = check_chunk_rows(chunk_rows, options)
+    layer = autocast(Layer(input, linear_weight, linear_bias))
+    logits_dtype = check_dtypes(layer, logits_dtype)
     rows, classes = layer.hidden.shape[:-1], layer.linear_weight.shape[:-1]
     if target_indices is None:
         _check_target(target, rows, classes, ignore_index, shift)
@@ -325,7 +325,7 @@ def _evaluate(
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     """Check the tensors of the linear layer."""
     check_dense("input", input)
     check_dense("linear_weight", linear_weight)
@@ -353,7 +353,7 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
             )
 
 
-def _check_dtypes(layer: Layer, logits_dtype: torch.dtype | None) -> torch.dtype:
+def check_dtypes(layer: Layer, logits_dtype: torch.dtype | None) -> torch.dtype:
     """Check the dtypes of the matrix product, after autocast; return the logits' dtype."""
     hidden, linear_weight, linear_bias = layer
     dtype = hidden.dtype
@@ -440,7 +440,7 @@ def _check_shift(shift: int, input: Tensor) -> int:
     return shift
 
 
-def _check_chunk_rows(chunk_rows: int | None, options: Any) -> int | None:
+def check_chunk_rows(chunk_rows: int | None, options: Any) -> int | None:
     """Return chunk_rows, which torch's options may give too."""
     is_given = options is not None
     if is_given and (isinstance(options, type) or not hasattr(options, "batch_chunk_size")):
@@ -460,7 +460,7 @@ def _check_chunk_rows(chunk_rows: int | None, options: Any) -> int | None:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def _autocast(layer: Layer) -> Layer:
+def autocast(layer: Layer) -> Layer:
     """Cast the layer as autocast casts the operands of a matrix product."""
     if not is_autocast(layer.hidden):
         return layer

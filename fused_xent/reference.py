@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+PADDING = -100  # in an index of selected classes
+
 
 class _Statistics(NamedTuple):
     loss: Tensor  # as of cross_entropy
@@ -39,6 +41,21 @@ class CrossEntropyStatistics(_Statistics):
     def __new__(cls, loss: Any, *rows: Tensor) -> Self:
         """Take the fields, or one iterable of them, as torch makes tuples of tensor subclasses."""
         return super().__new__(cls, *((loss, *rows) if rows else loss))
+
+
+class _Selected(NamedTuple):
+    log_probs: Tensor  # of the selected classes; differentiable
+    entropy: Tensor  # of the softmax, in nats, a row each; differentiable
+
+
+class SelectedLogProbs(_Selected):
+    """What :func:`fused_xent.selective_log_softmax` returns with ``with_entropy=True``."""
+
+    __slots__ = ()
+
+    def __new__(cls, log_probs: Any, *entropy: Tensor) -> Self:
+        """Take the fields, or one iterable of them: see :class:`CrossEntropyStatistics`."""
+        return super().__new__(cls, *((log_probs, *entropy) if entropy else log_probs))
 
 
 def class_dim(input: Tensor) -> int:
@@ -215,3 +232,34 @@ def _index_loss(
     # A target that is no class makes the row's loss and gradient NaN.
     row_loss = row_loss * torch.where(is_class | ~kept, 1.0, torch.nan)
     return row_loss, target_weight.squeeze(dim), mass
+
+
+def selective_log_softmax(
+    input: Tensor,
+    index: Tensor,
+    *,
+    dim: int = -1,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = PADDING,
+) -> SelectedLogProbs:
+    """Compute :func:`fused_xent.selective_log_softmax`, and the entropy, in the dtype of ``input``.
+
+    ``index`` has ``K`` classes a row in dimension ``dim``.
+    """
+    dim = dim % input.dim()
+    index = index.to(torch.int64)
+    padding = index == ignore_index
+    left_out = padding.all(dim, keepdim=True)
+    logits = transform(input.masked_fill(left_out, 0), softcap, logit_scale)
+    log_prob = logits.log_softmax(dim)
+    is_class = (index >= 0) & (index < input.shape[dim])
+    if input.shape[dim]:
+        log_probs = log_prob.gather(dim, index.masked_fill(~is_class, 0))
+    else:  # there is no class 0 to gather
+        log_probs = log_prob.sum(dim, keepdim=True).expand(index.shape)
+    # An index that is no class makes the log-probabilities and the gradient of its row NaN.
+    is_wrong = (~is_class & ~padding).any(dim, keepdim=True)
+    log_probs = (log_probs * torch.where(is_wrong, torch.nan, 1.0)).masked_fill(padding, 0)
+    entropy = -_weighted_sum(log_prob.exp(), log_prob, dim)
+    return SelectedLogProbs(log_probs, entropy.masked_fill(left_out.squeeze(dim), 0))
