@@ -236,7 +236,7 @@ def _other_gradients(
 
 def _logits_gradient(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
     is_inplace = problem.settings.inplace_backward
-    if is_inplace and any(map(is_batched_by_autograd, upstream)):
+    if is_inplace and any(map(is_batched_by_autograd, (problem.target, *upstream))):
         raise RuntimeError(
             "inplace_backward must be False for is_grads_batched=True: there is room for one "
             "gradient in the logits' memory"
@@ -259,7 +259,7 @@ def _gradients_with_graph(
             "derivative needs the logits that the first overwrites"
         )
     # Inside autograd's own vmap, the result of a Function would have no graph.
-    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):
+    if any(needs[1:]) or any(map(is_batched_by_autograd, (problem.target, *upstream))):
         return _formulas.gradients(problem, upstream, needs)
     of_mean = problem._replace(normalizer=saved.total_weight)
     grad_logits = CrossEntropyBackward.apply(*of_mean, saved.state, saved.entropy, *upstream)

@@ -36,10 +36,11 @@ class Layer(NamedTuple):
             None if tensor is None else tensor.to(torch.promote_types(dtype, tensor.dtype))
             for tensor in self
         )
-        if weight.dim() == 2:
-            return F.linear(hidden, weight, bias)
-        flat_bias = None if bias is None else bias.flatten()
-        logits = F.linear(hidden, weight.flatten(0, -2), flat_bias)
+        with _no_casts(hidden):  # autocast would round logits in float32
+            if weight.dim() == 2:
+                return F.linear(hidden, weight, bias)
+            flat_bias = None if bias is None else bias.flatten()
+            logits = F.linear(hidden, weight.flatten(0, -2), flat_bias)
         return logits.unflatten(-1, weight.shape[:-1])  # type: ignore[no-any-return]
 
 

@@ -117,7 +117,7 @@ class Selected(torch.autograd.Function):
         if grad_log_probs is None and grad_entropy is None:
             return None, None, None
         logits, index, state, token_weight, entropy = ctx.saved_tensors
-        of_labels, grad_loss = _as_labels(grad_log_probs, index, state.new_zeros(()))
+        of_labels, grad_loss = _as_labels(grad_log_probs, index, token_weight)
         problem = Problem(logits, of_labels, None, token_weight, None, index, ctx.settings)
         total_weight: Any = None  # there is no mean
         saved = Saved(total_weight, state, None if grad_entropy is None else entropy)
@@ -126,12 +126,12 @@ class Selected(torch.autograd.Function):
 
 
 def _as_labels(
-    grad_log_probs: Tensor | None, index: Tensor, zero: Tensor
+    grad_log_probs: Tensor | None, index: Tensor, token_weight: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Return labels, and the upstream gradient of their loss, with the gradient that is wanted."""
+    """Return labels, and the upstream gradient of their loss, whose gradient is the wanted one."""
     if grad_log_probs is None:
-        return zero.new_zeros(index.shape), None
-    return grad_log_probs, zero - 1
+        return token_weight.new_zeros(index.shape), None
+    return grad_log_probs, token_weight.new_full((), -1).expand(token_weight.shape)
 
 
 # ---- from hidden states --------------------------------------------------------------------------
@@ -149,25 +149,29 @@ class LinearInputs(NamedTuple):
     chunk_rows: int | None
     options: dict[str, Any]
 
-    def inputs(self, target: Tensor, needs: tuple[int, ...] = (0, 0, 0)) -> Inputs:
-        """Return the arguments of the operators of a loss of labels on the selected classes."""
-        acc = accumulation_dtype(self.logits_dtype)
+    def token_weight(self) -> Tensor:
+        """Return 1 for each row, or 0 where all classes are padding."""
         ignore_index = self.options.get("ignore_index", PADDING)
+        counts: Tensor = (self.target_indices != ignore_index).any(1)
+        return counts.to(accumulation_dtype(self.logits_dtype))
+
+    def inputs(self, target: Tensor) -> Inputs:
+        """Return the arguments of the operators of a loss of labels on the selected classes."""
         return Inputs(
             hidden=self.hidden,
             linear_weight=self.linear_weight,
             linear_bias=self.linear_bias,
             target=target,
             weight=None,
-            token_weight=(self.target_indices != ignore_index).any(1).to(acc),
+            token_weight=self.token_weight(),
             normalizer=None,
             target_indices=self.target_indices,
             reduction=REDUCTIONS["none"],
             logits_dtype=self.logits_dtype,
-            loss_dtype=acc,
+            loss_dtype=accumulation_dtype(self.logits_dtype),
             statistics=self.with_entropy,
             chunk_rows=self.chunk_rows,
-            needs=needs,
+            needs=(0, 0, 0),
             options=self.options,
         )
 
@@ -230,11 +234,10 @@ class LinearSelected(torch.autograd.Function):
         if grad_log_probs is None and grad_entropy is None:
             return None, None, None, *others
         arguments = LinearInputs(*ctx.saved_tensors, *ctx.others)
-        zero = arguments.hidden.new_zeros((), dtype=accumulation_dtype(arguments.logits_dtype))
-        of_labels, grad_loss = _as_labels(grad_log_probs, arguments.target_indices, zero)
+        of_labels, grad_loss = _as_labels(
+            grad_log_probs, arguments.target_indices, arguments.token_weight()
+        )
         inputs = arguments.inputs(of_labels)._replace(statistics=grad_entropy is not None)
-        if grad_loss is not None:
-            grad_loss = grad_loss.expand(inputs.row_shape)
         upstream = (grad_loss, None, grad_entropy)
         return *_linear_autograd.recomputed(inputs, upstream, needs), *others
 

@@ -86,7 +86,8 @@ def dense_labels(
     if n_classes == 0:
         return target.narrow(dim, 0, 0)
     classes, is_class, is_padding = sparse_classes(target_indices, n_classes, ignore_index)
-    target = target * torch.ones_like(target).masked_fill(~is_class, torch.nan)
+    is_wrong = ~is_class & ~is_padding  # NaN at padding would make the gradient there NaN
+    target = target * torch.ones_like(target).masked_fill(is_wrong, torch.nan)
     target = target.masked_fill(is_padding, 0)
     shape = [*target.shape[:dim], n_classes, *target.shape[dim + 1 :]]
     return target.new_zeros(shape).scatter_add(dim, classes, target)

@@ -259,8 +259,9 @@ def linear_selective_log_softmax(
     _selected.check_range(index, n_classes)
     if _needs_all_logits(problem, chunk_rows):
         return _results(_evaluate(problem._replace(logits=layer.logits(dtype))))
-    flat = problem._replace(target=index.reshape(math.prod(rows), -1))
-    layer = layer._replace(hidden=layer.hidden.flatten(0, -2))
+    n_rows = math.prod(rows)
+    flat = problem._replace(target=index.reshape(n_rows, -1))
+    layer = layer._replace(hidden=layer.hidden.reshape(n_rows, input.shape[-1]))
     log_probs, *entropy = _selected.evaluate_linear(layer, flat, chunk_rows)
     return _results((log_probs.view(index.shape), *(x.view(rows) for x in entropy)))
 

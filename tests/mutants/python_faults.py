@@ -1923,13 +1923,13 @@ AUTOGRAD_FAULTS = {
     ),
     "a batch of gradients for a graph that has none": Fault(
         AUTOGRAD,
-        "    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):\n",
+        "    if any(needs[1:]) or any(map(is_batched_by_autograd, (problem.target, *upstream))):\n",
         "    if any(needs[1:]):\n",
         ("tests/test_autograd_features.py::test_batched_gradients_with_create_graph",),
     ),
     "every gradient with create_graph uses torch operations": Fault(
         AUTOGRAD,
-        "    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):\n",
+        "    if any(needs[1:]) or any(map(is_batched_by_autograd, (problem.target, *upstream))):\n",
         "    if True:\n",
         ("tests/test_autograd_features.py::test_create_graph_gives_the_same_gradient",),
     ),
@@ -2158,7 +2158,7 @@ AUTOGRAD_FAULTS = {
     ),
     "batches overwrite the logits": Fault(
         AUTOGRAD,
-        "    if is_inplace and any(map(is_batched_by_autograd, upstream)):\n",
+        "    if is_inplace and any(map(is_batched_by_autograd, (problem.target, *upstream))):\n",
         "    if False:\n",
         ("tests/test_errors.py::test_overwriting_modes_refuse_batched_gradients",),
     ),
