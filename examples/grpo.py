@@ -47,6 +47,7 @@ class Policy(torch.nn.Module):
     """Predicts a token from the one before it."""
 
     def __init__(self) -> None:
+        """Make the layers."""
         super().__init__()
         self.embedding = torch.nn.Embedding(VOCAB_SIZE, N_FEATURES)
         self.head = torch.nn.Linear(N_FEATURES, VOCAB_SIZE, bias=False)
