@@ -16,13 +16,17 @@ STATISTICS = ("lse", "z_loss", "entropy")
 
 
 class Problem(NamedTuple):
-    """Tensors, options by name, the mode, and whether statistics are computed."""
+    """Tensors, options by name, the mode, and whether statistics are computed.
+
+    For sparse labels, ``labels`` has the function's arguments, and target the same labels dense.
+    """
 
     logits: Tensor
     target: Tensor
     options: dict
     mode: str
     statistics: bool
+    labels: dict | None = None
 
     @property
     def dim(self) -> int:
@@ -86,7 +90,7 @@ def total(results, upstream: list[Tensor]) -> Tensor:
 
 def check_problem(problem: Problem) -> None:
     """Compare loss, statistics and gradient with fused_xent.reference in float64."""
-    exact_logits = problem.logits.double().requires_grad_()
+    exact_logits = problem.logits.detach().double().requires_grad_()
     exact = exact_results(problem, exact_logits)
     leaf = problem.logits.detach().requires_grad_()
     logits = leaf if problem.mode == "default" else leaf.clone()
@@ -95,7 +99,7 @@ def check_problem(problem: Problem) -> None:
         function = fused_xent.cross_entropy
     loss_dtype = torch.promote_types(problem.logits.dtype, torch.float32)
     options = problem.options | MODES[problem.mode] | {"loss_dtype": loss_dtype}
-    actual = function(logits, problem.target, **options)
+    actual = function(logits, **(problem.labels or {"target": problem.target}), **options)
     outputs, exact_outputs = [actual], [exact.loss]
     if problem.statistics:
         outputs, exact_outputs = [actual.loss], [exact.loss]
