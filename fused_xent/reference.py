@@ -124,11 +124,13 @@ def cross_entropy_with_statistics(
     probability is the sum of those in ``target`` that belong to it.
     """
     dim = class_dim(input) if dim is None else dim % input.dim()
-    if target_indices is not None:
-        target = dense_labels(target, target_indices, input.shape[dim], dim, ignore_index)
     if token_weight is None:
         token_weight = input.new_ones(input.shape[:dim] + input.shape[dim + 1 :])
     kept = token_weight != 0
+    if target_indices is not None:
+        # Rows left out have padding only: an index that is no class would make gradients NaN.
+        index = target_indices.to(torch.int64).masked_fill(~kept.unsqueeze(dim), ignore_index)
+        target = dense_labels(target, index, input.shape[dim], dim, ignore_index)
     if not target.is_floating_point():
         target = target.to(torch.int64)  # a narrower dtype may not hold ignore_index
         kept = kept & (target != ignore_index)

@@ -337,6 +337,45 @@ def test_gradient_of_probabilities(name, reduction, layout):
     assert not gradient[labels.target_indices == ignore_index].any()
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_gradient_of_probabilities_of_rows_left_out(gamma, order):
+    """It is 0 where labels, indices and logits may be anything; so is that of padding."""
+    logits = torch.randn(3, 7)
+    p, index = torch.rand(3, 2), torch.tensor([[1, 5], [99, -3], [2, PADDING]])
+    logits[1], p[1], p[2, 1] = torch.nan, torch.nan, torch.nan
+    leaves = [logits.requires_grad_(), p.requires_grad_()]
+    loss = cross_entropy(
+        *leaves,
+        target_indices=index,
+        focal_gamma=gamma,
+        token_weight=torch.tensor([1.0, 0.0, 2.0]),
+    )
+    gradients = torch.autograd.grad(loss, leaves, create_graph=order == 2)
+    if order == 2:
+        total = sum(gradient.square().sum() for gradient in gradients)
+        gradients = torch.autograd.grad(total, leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[0][1].any()
+    assert (gradients[1] != 0).tolist() == [[True, True], [False, False], [True, False]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_negative_probabilities(mode):
+    """Nothing is asked of the probabilities: differences of losses are losses too."""
+    logits = torch.randn(6, 300)
+    labels = make_labels(logits, 5)
+    labels.target.mul_(torch.randn(6, 5).sign())
+    leaf = logits.clone().requires_grad_()
+    loss = cross_entropy(leaf * 1, **labels._asdict(), label_smoothing=0.1, **MODES[mode])
+    loss.backward()
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, labels.dense(logits), label_smoothing=0.1)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
+
+
 def test_gradient_of_probabilities_at_infinite_logits():
     """A class of probability 0 and logit -inf adds 0, as with dense labels."""
     logits = torch.tensor([[0.0, -torch.inf, 1.0]] * 2)
@@ -489,6 +528,13 @@ def test_correct(k, v):
     assert not results.correct.all() or v == 1
 
 
+def test_correct_where_a_class_is_padding():
+    logits, index = torch.eye(3) * 9, torch.tensor([[0, 2], [0, 2], [0, 2]])
+    p = torch.tensor([[0.5, 0.25]] * 3)
+    results = cross_entropy_with_statistics(logits, p, target_indices=index, ignore_index=0)
+    assert results.correct.tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize("layout", ["sequence", "image", "transposed"])
 def test_correct_of_layouts(layout):
     logits, dim = LAYOUTS[layout](5)
@@ -614,7 +660,10 @@ def test_opcheck(options):
 @pytest.mark.parametrize("name", ["loss", "forward", "forward_with_statistics", "backward"])
 def test_meta_and_decompositions(name):
     options = {"softcap": 3.0, "label_smoothing": 0.1, "focal_gamma": 2.0, "logit_scale": 0.7}
+    options["ignore_index"] = 3
     arguments = of_operator(**options)
+    index = arguments["target_indices"]
+    index[index == PADDING] = 3
     if name == "backward":
         arguments = of_backward(arguments)
     operator = getattr(ops, name).default
@@ -917,6 +966,13 @@ def test_errors(message):
         with pytest.raises((ValueError, TypeError)) as error:
             function(**{"input": INPUT, "target": P, "target_indices": INDEX, **WRONG[message]})
         assert str(error.value) == message
+
+
+def test_class_indices_beside_target_indices():
+    """They are not taken for a plain call."""
+    for function, inputs in ((cross_entropy, (INPUT,)), (linear_cross_entropy, LAYER)):
+        with pytest.raises(ValueError, match="target must hold floating-point probabilities"):
+            function(*inputs, torch.arange(4), target_indices=INDEX)
 
 
 LAYER = (torch.ones(4, 3), torch.ones(9, 3))

@@ -801,6 +801,60 @@ PROBLEM_FAULTS = {
         "    return shape[:dim] + shape[dim + 2 :]\n",
         ("tests/test_autograd.py::test_gradcheck",),
     ),
+    "at most 1023 sparse labels": Fault(
+        PROBLEM,
+        "MAX_LABELS = 1024 ",
+        "MAX_LABELS = 1023 ",
+        ("tests/test_sparse_labels.py::test_long_rows",),
+    ),
+    "any number of sparse labels": Fault(
+        PROBLEM,
+        "        and 1 <= shape[n_before] <= MAX_LABELS\n",
+        "",
+        ("tests/test_sparse_labels.py::test_errors",),
+    ),
+    "the shape of sparse labels after the classes is not checked": Fault(
+        PROBLEM,
+        "        and shape[n_before + 1 :] == after\n",
+        "",
+        ("tests/test_sparse_labels.py::test_errors",),
+    ),
+    "indices of any dtype": Fault(
+        PROBLEM,
+        "    if target_indices.dtype not in _SPARSE_INDEX_DTYPES:",
+        "    if False:",
+        ("tests/test_sparse_labels.py::test_errors",),
+    ),
+    "probabilities of another shape than their indices": Fault(
+        PROBLEM,
+        "    if target.shape != target_indices.shape:",
+        "    if False:",
+        ("tests/test_sparse_labels.py::test_errors",),
+    ),
+    "sparse labels in float64 copy the logits": Fault(
+        PROBLEM,
+        "    if is_sparse:\n",
+        "    if is_sparse and dtype != torch.float64:\n",
+        (
+            "tests/test_sparse_labels.py::test_allocates_only_the_gradient",
+            "tests/test_sparse_labels.py::test_linear_memory",
+        ),
+    ),
+    "indices in the logits' memory": Fault(
+        PROBLEM,
+        '(("target", target), ("target_indices", target_indices))',
+        '(("target", target),)',
+        ("tests/test_sparse_labels.py::test_labels_in_the_memory_of_the_logits",),
+    ),
+    "the range of sparse labels is that of targets": Fault(
+        PROBLEM,
+        'name, index = "target_indices", target_indices',
+        'name, index = "target", target',
+        (
+            "tests/test_sparse_labels.py::test_without_kernels",
+            "tests/test_sparse_labels.py::test_linear_indices_out_of_range",
+        ),
+    ),
 }
 
 FUNCTIONAL_FAULTS = {
@@ -882,6 +936,12 @@ FUNCTIONAL_FAULTS = {
         "    return evaluate(prepare(*tensors, False, options))[0]\n",
         "    return evaluate(prepare(*tensors, True, options))[0].clone()\n",
         ("tests/test_autograd.py::test_allocates_only_the_gradient",),
+    ),
+    "__torch_function__ gets no indices": Fault(
+        FUNCTIONAL,
+        "        target_indices=target_indices,\n        **options,\n",
+        "        **options,\n",
+        ("tests/test_sparse_labels.py::test_torch_function_of_indices",),
     ),
 }
 
@@ -1314,6 +1374,30 @@ LINEAR_FAULTS = {
             *NARROW,
         ),
     ),
+    "__torch_function__ gets no indices of a layer": Fault(
+        LINEAR,
+        "        target_indices=target_indices,\n        **options,\n",
+        "        **options,\n",
+        ("tests/test_sparse_labels.py::test_torch_function_of_indices",),
+    ),
+    "indices are not shifted": Fault(
+        LINEAR,
+        "else flat(indices)[shift:],",
+        "else flat(indices)[: n_rows - shift],",
+        ("tests/test_sparse_labels.py::test_shift_and_drop_ignored",),
+    ),
+    "indices of the first rows, not of those that count": Fault(
+        LINEAR,
+        "else indices.index_select(0, kept),",
+        "else indices[: kept.numel()],",
+        ("tests/test_sparse_labels.py::test_shift_and_drop_ignored",),
+    ),
+    "shifted indices have no hint": Fault(
+        LINEAR,
+        "is_shifted = shift and is_labels_shape(shape, _shifted(rows, shift), positions)",
+        "is_shifted = False",
+        ("tests/test_sparse_labels.py::test_linear_errors",),
+    ),
 }
 
 PRODUCTS_FAULTS = {
@@ -1620,6 +1704,12 @@ PRODUCTS_FAULTS = {
         "_forward, _fake_backward)\n    of",
         ("tests/test_linear_autograd.py::test_compiles_to_one_graph",),
     ),
+    "indices of the first chunk for all": Fault(
+        PRODUCTS,
+        "else self.target_indices[rows]",
+        "else self.target_indices[: rows.stop - rows.start]",
+        ("tests/test_sparse_labels.py::test_linear",),
+    ),
 }
 
 LINEAR_AUTOGRAD_FAULTS = {
@@ -1797,6 +1887,36 @@ LINEAR_AUTOGRAD_FAULTS = {
         "return apply_at_this_level(LinearCrossEntropy, *inputs)",
         "return LinearCrossEntropy.apply(*inputs)",
         ("tests/test_linear_autograd.py::test_linear_operator_under_torch_func_grad",),
+    ),
+    "class indices beside sparse ones take the fast path": Fault(
+        AUTOGRAD,
+        "        weight is token_weight is normalizer is target_indices is None\n",
+        "        weight is token_weight is normalizer is None\n",
+        ("tests/test_sparse_labels.py::test_class_indices_beside_target_indices",),
+    ),
+    "correct is the place of the greatest sparse label": Fault(
+        AUTOGRAD,
+        "        target = _formulas.top_label(problem)\n",
+        "        target = target.argmax(settings.dim)\n",
+        ("tests/test_sparse_labels.py::test_correct",),
+    ),
+    "a fused gradient is scaled by sparse labels": Fault(
+        AUTOGRAD,
+        "target = problem.target if problem.target_indices is None else None",
+        "target = problem.target",
+        ("tests/test_sparse_labels.py::test_options",),
+    ),
+    "formulas of operators have no sparse labels": Fault(
+        AUTOGRAD,
+        "loss_dtype, target_indices, *_ = (*arguments[7:], None, None)",
+        "loss_dtype, target_indices, *_ = (*arguments[7:8], None, None)",
+        ("tests/test_sparse_labels.py::test_opcheck",),
+    ),
+    "formulas of the backward have no sparse labels": Fault(
+        AUTOGRAD,
+        "*of_problem, None, *arguments[12:], **options)",
+        "*of_problem, **options)",
+        ("tests/test_sparse_labels.py::test_meta_and_decompositions",),
     ),
 }
 
@@ -2406,6 +2526,63 @@ FORMULAS_FAULTS = {
             "tests/test_linear.py::test_against_float64",
         ),
     ),
+    "padding has a gradient": Fault(
+        FORMULAS,
+        "        gradient = gradient.masked_fill(sparse.is_padding, 0)\n",
+        "",
+        ("tests/test_sparse_labels.py::test_gradient_of_probabilities",),
+    ),
+    "the gradient of sparse labels has the weight of class 0": Fault(
+        FORMULAS,
+        "weight[sparse.classes]",
+        "weight[sparse.classes * 0]",
+        ("tests/test_sparse_labels.py::test_gradient_of_probabilities",),
+    ),
+    "padding has the greatest label": Fault(
+        FORMULAS,
+        "masked_fill(~is_class | is_padding, n_classes)",
+        "masked_fill(~is_class, n_classes)",
+        ("tests/test_sparse_labels.py::test_correct_where_a_class_is_padding",),
+    ),
+    "labels of all classes add up": Fault(
+        FORMULAS, ".masked_fill(~is_same, 0)", "", ("tests/test_sparse_labels.py::test_correct",)
+    ),
+    "four labels of a class do not add up": Fault(
+        FORMULAS,
+        "while step < index.shape[-1]:",
+        "while step < min(2, index.shape[-1]):",
+        ("tests/test_sparse_labels.py::test_correct",),
+    ),
+    "a part of a class's labels is the greatest": Fault(
+        FORMULAS,
+        "is_last = torch.cat([differs, is_new], -1) & is_class",
+        "is_last = is_class",
+        ("tests/test_sparse_labels.py::test_correct",),
+    ),
+    "negative labels are above 0": Fault(
+        FORMULAS,
+        "((top < 0) | ((top == 0) & (other < label)))",
+        "((top == 0) & (other < label))",
+        ("tests/test_sparse_labels.py::test_correct",),
+    ),
+    "labels of 0 come after all other classes": Fault(
+        FORMULAS,
+        "((top == 0) & (other < label))",
+        "(top == 0)",
+        ("tests/test_sparse_labels.py::test_correct",),
+    ),
+    "all classes have a label": Fault(
+        FORMULAS,
+        "is_other = (other < n_classes) & ",
+        "is_other = ",
+        ("tests/test_sparse_labels.py::test_correct",),
+    ),
+    "repeated classes count twice in the search for one without a label": Fault(
+        FORMULAS,
+        "is_first = torch.cat([is_new, differs], -1) & is_class",
+        "is_first = is_class",
+        ("tests/test_sparse_labels.py::test_correct",),
+    ),
 }
 
 DECOMPOSITIONS_FAULTS = {
@@ -2659,6 +2836,12 @@ DECOMPOSITIONS_FAULTS = {
         "    problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.hidden.dtype))\n"
         "    loss,",
         ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
+    ),
+    "a decomposed backward of padding at -100": Fault(
+        DECOMPOSITIONS,
+        "target.to(x.dtype), target_indices, n_classes, dim, settings.ignore_index",
+        "target.to(x.dtype), target_indices, n_classes, dim, -100",
+        ("tests/test_sparse_labels.py::test_meta_and_decompositions",),
     ),
 }
 
@@ -3101,6 +3284,12 @@ OPS_FAULTS = {
             "tests/test_autograd.py::test_gradcheck",
         ),
     ),
+    "masses of sparse labels, of meta tensors": Fault(
+        OPS,
+        "has_mass = target.is_floating_point() and target_indices is None",
+        "has_mass = target.is_floating_point()",
+        ("tests/test_sparse_labels.py::test_meta_and_decompositions",),
+    ),
 }
 
 REFERENCE_FAULTS = {
@@ -3217,6 +3406,30 @@ REFERENCE_FAULTS = {
         "    if lse_square_scale != 0:\n        row_loss = row_loss + z_loss\n",
         "    row_loss = row_loss + z_loss\n",
         ("tests/test_reference.py::test_no_z_loss_of_an_infinite_square",),
+    ),
+    "an index that is no class is class 0": Fault(
+        REFERENCE,
+        ".masked_fill(is_wrong, torch.nan)",
+        ".masked_fill(is_wrong, 1)",
+        ("tests/test_sparse_labels.py::test_vmap_over_the_indices",),
+    ),
+    "labels of padding count": Fault(
+        REFERENCE,
+        "    target = target.masked_fill(is_padding, 0)\n",
+        "",
+        ("tests/test_sparse_labels.py::test_without_kernels",),
+    ),
+    "the gradient of padding is NaN": Fault(
+        REFERENCE,
+        "is_wrong = ~is_class & ~is_padding",
+        "is_wrong = ~is_class",
+        ("tests/test_sparse_labels.py::test_first_and_second_derivatives",),
+    ),
+    "indices of rows left out are read": Fault(
+        REFERENCE,
+        ".masked_fill(~kept.unsqueeze(dim), ignore_index)",
+        "",
+        ("tests/test_sparse_labels.py::test_gradient_of_probabilities_of_rows_left_out",),
     ),
 }
 
@@ -3367,6 +3580,12 @@ NN_FAULTS = {
         "LinearCrossEntropyLoss.__init__.__signature__ = ",
         "_ = ",
         ("tests/test_nn.py::test_signatures_name_all_options",),
+    ),
+    "the modules drop indices": Fault(
+        NN,
+        'OF_A_BATCH = ("token_weight", "normalizer", "target_indices")',
+        'OF_A_BATCH = ("token_weight", "normalizer")',
+        ("tests/test_sparse_labels.py::test_modules",),
     ),
 }
 
