@@ -100,6 +100,7 @@ def test_public_names():
         "CrossEntropyLoss",
         "CrossEntropyStatistics",
         "LinearCrossEntropyLoss",
+        "SelectedLogProbs",
         "cpu_capability",
         "cross_entropy",
         "cross_entropy_with_statistics",
@@ -107,6 +108,8 @@ def test_public_names():
         "empty_cache",
         "linear_cross_entropy",
         "linear_cross_entropy_with_statistics",
+        "linear_selective_log_softmax",
+        "selective_log_softmax",
     }
     assert all(getattr(fused_xent, name).__doc__ for name in fused_xent.__all__)
 

@@ -12,12 +12,15 @@ from fused_xent import (
     CrossEntropyLoss,
     CrossEntropyStatistics,
     LinearCrossEntropyLoss,
+    SelectedLogProbs,
     cpu_capability,
     cross_entropy,
     cross_entropy_with_statistics,
     empty_cache,
     linear_cross_entropy,
     linear_cross_entropy_with_statistics,
+    linear_selective_log_softmax,
+    selective_log_softmax,
 )
 
 logits = torch.randn(4, 9, requires_grad=True)
@@ -35,11 +38,23 @@ assert_type(linear_cross_entropy(hidden, weight, target, logit_scale=0.5), Tenso
 assert_type(LinearCrossEntropyLoss(8, 9, bias=True).forward(hidden, target), Tensor)
 of_linear = linear_cross_entropy_with_statistics(hidden, weight, target, shift=1)
 assert_type(of_linear, CrossEntropyStatistics)
+assert_type(selective_log_softmax(logits, target, softcap=30.0), Tensor)
+selected = selective_log_softmax(logits, target, with_entropy=True)
+assert_type(selected, SelectedLogProbs)
+assert_type(selected.entropy, Tensor)
+is_wanted = bool(target.sum())
+assert_type(
+    selective_log_softmax(logits, target, with_entropy=is_wanted), Tensor | SelectedLogProbs
+)
+assert_type(linear_selective_log_softmax(hidden, weight, target, chunk_rows=2), Tensor)
+of_layer = linear_selective_log_softmax(hidden, weight, target, with_entropy=True)
+assert_type(of_layer, SelectedLogProbs)
 assert_type(cpu_capability(), str | None)
 assert_type(empty_cache(), int)
 
 cross_entropy(logits, target, soft_cap=30.0)  # type: ignore[call-arg]
 cross_entropy(logits, target, softcap="30")  # type: ignore[arg-type]
+selective_log_softmax(logits, target, soft_cap=30.0)  # type: ignore[call-overload]
 cross_entropy_with_statistics(logits, target, soft_cap=30.0)  # type: ignore[call-arg]
 CrossEntropyLoss(label_smooth=0.1)  # type: ignore[call-arg]
 linear_cross_entropy(hidden, weight, target, shifts=1)  # type: ignore[call-arg]

@@ -14,9 +14,13 @@ DECOMPOSITIONS = "fused_xent/_decompositions.py"
 PRIVATE = "fused_xent/_torch_private.py"
 OPS = "fused_xent/_ops.py"
 REFERENCE = "fused_xent/reference.py"
+SELECTED = "fused_xent/selected.py"
+SELECTED_AUTOGRAD = "fused_xent/_selected.py"
 NN = "fused_xent/nn.py"
 MAIN = "fused_xent/__main__.py"
 
+SELECTED_TESTS = "tests/test_selected.py::"
+LINEAR_SELECTED = "tests/test_linear_selected.py::"
 TOKENS = ("tests/test_token_weight.py::test_token_weights",)
 CANCEL = ("tests/test_token_weight.py::test_mean_by_weights_that_cancel",)
 POSITION = ("tests/test_token_weight.py::test_position_of_a_target_out_of_range",)
@@ -1130,11 +1134,11 @@ LINEAR_FAULTS = {
     ),
     "dtypes are compared before autocast": Fault(
         LINEAR,
-        "    layer = _autocast(Layer(input, linear_weight, linear_bias))\n"
-        "    logits_dtype = _check_dtypes(layer, logits_dtype)\n",
+        "    layer = autocast(Layer(input, linear_weight, linear_bias))\n"
+        "    logits_dtype = check_dtypes(layer, logits_dtype)\n",
         "    layer = Layer(input, linear_weight, linear_bias)\n"
-        "    logits_dtype = _check_dtypes(layer, logits_dtype)\n"
-        "    layer = _autocast(layer)\n",
+        "    logits_dtype = check_dtypes(layer, logits_dtype)\n"
+        "    layer = autocast(layer)\n",
         ("tests/test_linear_dtypes.py::test_autocast_of_a_layer_of_several_dtypes",),
     ),
     "targets of a layer are not checked": Fault(
@@ -3717,6 +3721,166 @@ MAIN_FAULTS = {
     ),
 }
 
+SELECTED_FAULTS = {
+    "results are rounded to 16 bits": Fault(
+        SELECTED,
+        'names, acc = ("reduction", "loss_dtype", *options), accumulation_dtype(dtype)',
+        'names, acc = ("reduction", "loss_dtype", *options), dtype',
+        (f"{SELECTED_TESTS}test_cases_of_trl",),
+    ),
+    "an operator's name in errors of the range": Fault(
+        SELECTED,
+        "        _selected.check_range(problem.target, problem.logits.shape[problem.settings.dim])",
+        "        pass",
+        (f"{SELECTED_TESTS}test_classes_out_of_range",),
+    ),
+    "the range is checked with the logits": Fault(
+        SELECTED,
+        "    _selected.check_range(index, n_classes)\n",
+        "",
+        (f"{LINEAR_SELECTED}test_refused",),
+    ),
+    "no dimension means torch's rule": Fault(
+        SELECTED,
+        '    check_index("dim", options["dim"])  # the loss has a default for None\n',
+        "",
+        (f"{SELECTED_TESTS}test_refused",),
+    ),
+    "bytes are classes": Fault(
+        SELECTED,
+        "if index.dtype not in (torch.int64, torch.int32):",
+        "if index.dtype.is_floating_point:",
+        (f"{SELECTED_TESTS}test_refused",),
+    ),
+    "positions of a layer": Fault(
+        SELECTED,
+        "    if linear_weight.dim() != 2:\n",
+        "    if linear_weight.dim() < 2:\n",
+        (f"{LINEAR_SELECTED}test_refused",),
+    ),
+    "few logits are stored whatever chunk_rows says": Fault(
+        SELECTED,
+        "is_few = chunk_rows is None and problem.logits.numel()",
+        "is_few = problem.logits.numel()",
+        (f"{LINEAR_SELECTED}test_finite_differences",),
+        unseen="the results are the same",
+    ),
+    "torch.func sees chunks": Fault(
+        SELECTED,
+        "    return is_few or is_under_torch_func()\n",
+        "    return is_few\n",
+        (f"{LINEAR_SELECTED}test_transforms_of_torch_func",),
+    ),
+    "-0 for padding": Fault(
+        SELECTED_AUTOGRAD,
+        "    return 0 - loss\n",
+        "    return -loss\n",
+        (f"{SELECTED_TESTS}test_rows_of_padding_are_not_read",),
+    ),
+    "kernels under vmap": Fault(
+        SELECTED_AUTOGRAD,
+        "    if _autograd.is_for_torch(problem):\n",
+        "    if logits.size(settings.dim) == 0:\n",
+        (f"{SELECTED_TESTS}test_transforms_of_torch_func",),
+    ),
+    "in place without a check": Fault(
+        SELECTED_AUTOGRAD,
+        "    if settings.inplace_backward:\n        check_overwritable(problem)\n",
+        "",
+        (f"{SELECTED_TESTS}test_refused",),
+    ),
+    "torch.func cannot see the Function": Fault(
+        SELECTED_AUTOGRAD,
+        "        found = Selected.apply(logits, index, settings)\n",
+        "        found = _forward(logits, index, settings)\n",
+        (f"{SELECTED_TESTS}test_transforms_of_torch_func",),
+    ),
+    "the loss's sign": Fault(
+        SELECTED_AUTOGRAD,
+        "token_weight.new_full((), -1).expand",
+        "token_weight.new_full((), 1).expand",
+        (f"{SELECTED_TESTS}test_values_and_gradients",),
+    ),
+    "one upstream gradient for all rows": Fault(
+        SELECTED_AUTOGRAD,
+        "token_weight.new_full((), -1).expand(token_weight.shape)",
+        "token_weight.new_full((), -1)",
+        (f"{SELECTED_TESTS}test_finite_differences",),
+    ),
+    "no gradient of the entropy": Fault(
+        SELECTED_AUTOGRAD,
+        "        upstream = Upstream(grad_loss, None, grad_entropy)\n",
+        "        upstream = Upstream(grad_loss, None, None)\n",
+        (f"{SELECTED_TESTS}test_values_and_gradients",),
+    ),
+    "rows of padding are read in the backward": Fault(
+        SELECTED_AUTOGRAD,
+        "problem = Problem(logits, of_labels, None, token_weight, None, index, ctx.settings)",
+        "problem = Problem(logits, of_labels, None, None, None, index, ctx.settings)",
+        (f"{SELECTED_TESTS}test_rows_of_padding_are_not_read",),
+    ),
+    "ignore_index of the operator has no effect": Fault(
+        SELECTED_AUTOGRAD,
+        "        counts: Tensor = (self.target_indices != ignore_index).any(1)\n",
+        "        counts = self.target_indices.new_ones(self.target_indices.shape[0])\n",
+        (f"{LINEAR_SELECTED}test_rows_of_padding",),
+    ),
+    "chunks select from the first rows": Fault(
+        SELECTED_AUTOGRAD,
+        "logits, selected.target_indices[rows], settings",
+        "logits, selected.target_indices[: len(logits)], settings",
+        (f"{LINEAR_SELECTED}test_values_and_gradients",),
+    ),
+    "the backward of a layer leaves the entropy out": Fault(
+        SELECTED_AUTOGRAD,
+        "        upstream = (grad_loss, None, grad_entropy)\n",
+        "        upstream = (grad_loss, None, None)\n",
+        (f"{LINEAR_SELECTED}test_the_gradient_of_the_entropy_alone",),
+    ),
+    "no autograd formula of the operator": Fault(
+        SELECTED_AUTOGRAD,
+        '    _ops.register_formula("selected_log_probs", _formula)\n',
+        "",
+        (f"{SELECTED_TESTS}test_exported_and_decomposed_programs",),
+    ),
+    "no autograd formula of the layer's operator": Fault(
+        SELECTED_AUTOGRAD,
+        '    _ops.register_formula("linear_selected_log_probs", _linear_formula)\n',
+        "",
+        (f"{LINEAR_SELECTED}test_exported_and_decomposed_programs",),
+    ),
+    "rows of padding have an entropy": Fault(
+        REFERENCE,
+        "entropy.masked_fill(left_out.squeeze(dim), 0)",
+        "entropy",
+        (f"{SELECTED_TESTS}test_without_kernels",),
+    ),
+    "classes out of range count as the first": Fault(
+        REFERENCE,
+        "(log_probs * torch.where(is_wrong, torch.nan, 1.0)).masked_fill(padding, 0)",
+        "log_probs.masked_fill(padding, 0)",
+        (f"{SELECTED_TESTS}test_vmap_marks_classes_out_of_range",),
+    ),
+    "the derivative by padded labels is NaN": Fault(
+        REFERENCE,
+        "is_wrong = ~is_class & ~is_padding",
+        "is_wrong = ~is_class",
+        (f"{SELECTED_TESTS}test_finite_differences",),
+    ),
+    "the decomposition counts rows of padding": Fault(
+        DECOMPOSITIONS,
+        "token_weight = (index != ignore_index).any(dim).to(log_probs.dtype)",
+        "token_weight = (index == index).any(dim).to(log_probs.dtype)",
+        (f"{SELECTED_TESTS}test_the_decomposition_equals_the_operator",),
+    ),
+    "autocast rounds float32 logits of small layers": Fault(
+        LINEAR_AUTOGRAD,
+        "        with _no_casts(hidden):  # autocast",
+        "        with nullcontext():  # autocast",
+        (f"{LINEAR_SELECTED}test_float32_logits_of_16_bit_layers",),
+    ),
+}
+
 FAULTS = (
     OPTIONS_FAULTS
     | PROBLEM_FAULTS
@@ -3730,6 +3894,7 @@ FAULTS = (
     | PRIVATE_FAULTS
     | OPS_FAULTS
     | REFERENCE_FAULTS
+    | SELECTED_FAULTS
     | NN_FAULTS
     | MAIN_FAULTS
 )
