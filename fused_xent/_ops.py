@@ -290,8 +290,9 @@ if LOAD_ERROR is None:
     _plain_loss: tuple[Callable[..., Tensor], ...]
     _plain_forward: tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], ...]
     _plain_backward: tuple[Callable[..., Tensor], ...]
-    _plain_loss, _plain_forward, _plain_backward = map(
-        kernels_of, (_ops.loss, _ops.forward, _ops.backward)
+    _plain_selected: tuple[Callable[..., tuple[Tensor, ...]], ...]
+    _plain_loss, _plain_forward, _plain_backward, _plain_selected = map(
+        kernels_of, (_ops.loss, _ops.forward, _ops.backward, _ops.selected_log_probs)
     )
 
 
@@ -356,9 +357,14 @@ def backward_(problem: Problem, saved: Saved, upstream: Upstream) -> None:
 
 def selected_log_probs(logits: Tensor, index: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     """Return log-probabilities, state, token weights and entropy, which is empty if not wanted."""
-    operator = _ops.selected_log_probs.default
+    return _call_selected(_ops.selected_log_probs.default, logits, index, settings)
+
+
+def _call_selected(
+    operator: Callable[..., T], logits: Tensor, index: Tensor, settings: Settings
+) -> T:
     dim, with_entropy = settings.dim, settings.statistics
-    return operator(logits, index, dim, with_entropy, **settings.of_operators)  # type: ignore[no-any-return]
+    return operator(logits, index, dim, with_entropy, **settings.of_operators)
 
 
 # ---- class indices beside logits, and nothing else: most calls, see _autograd.is_plain -----------
@@ -377,3 +383,8 @@ def plain_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def plain_backward(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
     """Return the gradient of the logits."""
     return _call_backward(_plain_backward[problem.logits.is_cuda], problem, saved, upstream)
+
+
+def plain_selected(logits: Tensor, index: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    """Return log-probabilities, state and token weights, and an empty tensor."""
+    return _call_selected(_plain_selected[logits.is_cuda], logits, index, settings)

@@ -25,8 +25,10 @@ from ._problem import Problem, Saved, Upstream, accumulation_dtype, check_overwr
 from ._torch_private import (
     apply_at_this_level,
     apply_in_eager,
+    are_ordinary,
     below_autograd,
     has_values,
+    is_eager,
     is_under_torch_func,
 )
 from .reference import PADDING, SelectedLogProbs
@@ -55,6 +57,17 @@ def evaluate(problem: Problem) -> Tensors:
     else:
         found = _forward(logits, index, settings)
     return (found[0], found[3]) if settings.statistics else (found[0],)
+
+
+def evaluate_plain(logits: Tensor, index: Tensor, settings: Settings) -> Tensor:
+    """Return the log-probabilities of a plain call (see _autograd)."""
+    is_one = index.dim() < logits.dim()
+    if needs_graph(logits):
+        function = PlainOneClass if is_one else PlainSelected
+        return apply_in_eager(function, logits, index, settings)  # type: ignore[no-any-return]
+    if is_one:
+        return minus(_autograd.evaluate_plain(logits, index, settings))
+    return _ops.plain_selected(logits, index, settings)[0]
 
 
 def check_range(index: Tensor, n_classes: int) -> None:
@@ -116,13 +129,59 @@ class Selected(torch.autograd.Function):
         grad_entropy = grads[2]
         if grad_log_probs is None and grad_entropy is None:
             return None, None, None
-        logits, index, state, token_weight, entropy = ctx.saved_tensors
+        _, index, _, token_weight, _ = ctx.saved_tensors
         of_labels, grad_loss = _as_labels(grad_log_probs, index, token_weight)
-        problem = Problem(logits, of_labels, None, token_weight, None, index, ctx.settings)
-        total_weight: Any = None  # there is no mean
-        saved = Saved(total_weight, state, None if grad_entropy is None else entropy)
+        problem, saved = _of_gradient(ctx.settings, of_labels, ctx.saved_tensors)
         upstream = Upstream(grad_loss, None, grad_entropy)
         return _autograd.logits_gradient(problem, saved, upstream), None, None
+
+
+class PlainOneClass(_autograd.PlainCrossEntropy):
+    """The log-probability of one class in each row: minus the loss, in one Function."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Return the log-probabilities; the inputs are logits, index and Settings."""
+        return minus(_autograd.PlainCrossEntropy.forward(ctx, *inputs))
+
+    @staticmethod
+    def backward(ctx: Any, grad_log_probs: Tensor) -> Grads:
+        """Return the gradient of the logits."""
+        return _autograd.PlainCrossEntropy.backward(ctx, -grad_log_probs)
+
+
+class PlainSelected(torch.autograd.Function):
+    """The same for a plain call, which is faster."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Return the log-probabilities; the inputs are logits, index and Settings."""
+        logits, index, ctx.settings = inputs
+        log_probs, state, token_weight, _ = _ops.plain_selected(*inputs)
+        ctx.save_for_backward(logits, index, state, token_weight)
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad_log_probs: Tensor) -> Grads:
+        """Return the gradient of the logits."""
+        logits, index, _, token_weight = ctx.saved_tensors
+        problem, saved = _of_gradient(ctx.settings, grad_log_probs, ctx.saved_tensors)
+        if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_log_probs, logits):
+            upstream = Upstream(token_weight.new_full((), -1), None, None)
+            return _ops.plain_backward(problem, saved, upstream), None, None
+        _, grad_loss = _as_labels(grad_log_probs, index, token_weight)
+        upstream = Upstream(grad_loss, None, None)
+        return _autograd.logits_gradient(problem, saved, upstream), None, None
+
+
+def _of_gradient(
+    settings: Settings, of_labels: Tensor, saved_tensors: Tensors
+) -> tuple[Problem, Saved]:
+    """Return the loss of these labels, and what its forward would have saved."""
+    logits, index, state, token_weight, *entropy = saved_tensors
+    total_weight: Any = None  # there is no mean
+    problem = Problem(logits, of_labels, None, token_weight, None, index, settings)
+    return problem, Saved(total_weight, state, entropy[0] if entropy else None)
 
 
 def _as_labels(

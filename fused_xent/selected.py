@@ -128,7 +128,7 @@ def selective_log_softmax(
     if is_default and _autograd.is_plain(input, index, None, None, None, None):
         try:
             settings = resolve_once(input.dim(), False, *_keys(input.dtype, options))
-            return _selected.minus(_autograd.evaluate_plain(input, index, settings))
+            return _selected.evaluate_plain(input, index, settings)
         except CALL_ERRORS:
             pass  # below, everything is checked, and the wrong argument is named
     check_dense("input", input)
