@@ -164,6 +164,11 @@ def _saved(ctx: Any) -> Inputs:
     return Inputs(*ctx.saved_tensors[:_N_TENSORS], *ctx.arguments)
 
 
+def recomputed(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Return the gradients of hidden, weight and bias, differentiable where grad mode is on."""
+    return (_with_graph if torch.is_grad_enabled() else _anew)(inputs, upstream, needs)
+
+
 def _anew(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
     """Return gradients from recomputed logits."""
     *arguments, options = inputs._replace(needs=[int(needed) for needed in needs])
@@ -200,11 +205,6 @@ def _with_graph(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> lis
     with _no_casts(inputs.hidden):  # also in the gradients of the product
         found = iter(torch.autograd.grad(values, variables, grads, create_graph=True))
     return [next(found) if needed else None for needed in needs]
-
-
-def recomputed(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """Return the gradients of hidden, weight and bias, differentiable where grad mode is on."""
-    return (_with_graph if torch.is_grad_enabled() else _anew)(inputs, upstream, needs)
 
 
 def by_all_logits(inputs: Inputs) -> tuple[Tensor, ...]:

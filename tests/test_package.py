@@ -31,12 +31,22 @@ LAYERS = {
     "linear": {
         *("_autograd", "_linear_autograd", "_options", "_problem", "_torch_private", "reference"),
     },
+    "_selected": {
+        *("_autograd", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),
+        *("_torch_private", "reference"),
+    },
+    "selected": {
+        *("_autograd", "_linear_autograd", "_options", "_problem", "_selected", "_torch_private"),
+        *("linear", "reference"),
+    },
     "_decompositions": {
         *("_autograd", "_formulas", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),
-        "reference",
+        *("_selected", "reference"),
     },
     "nn": {"_options", "_torch_private", "functional", "linear"},
-    "__init__": {"_decompositions", "_ops", "functional", "linear", "nn", "reference"},
+    "__init__": {
+        *("_decompositions", "_ops", "functional", "linear", "nn", "reference", "selected"),
+    },
     "__main__": {"__init__", "_ops", "_options", "reference"},
 }
 
