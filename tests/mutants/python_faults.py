@@ -3807,6 +3807,24 @@ SELECTED_FAULTS = {
         "token_weight.new_full((), -1)",
         (f"{SELECTED_TESTS}test_finite_differences",),
     ),
+    "the loss's sign in plain calls": Fault(
+        SELECTED_AUTOGRAD,
+        "Upstream(token_weight.new_full((), -1), None, None)",
+        "Upstream(token_weight.new_full((), 1), None, None)",
+        (f"{SELECTED_TESTS}test_values_and_gradients",),
+    ),
+    "the loss's sign for one class in plain calls": Fault(
+        SELECTED_AUTOGRAD,
+        "PlainCrossEntropy.backward(ctx, -grad_log_probs)",
+        "PlainCrossEntropy.backward(ctx, grad_log_probs)",
+        (f"{SELECTED_TESTS}test_values_and_gradients",),
+    ),
+    "a plain gradient has no graph": Fault(
+        SELECTED_AUTOGRAD,
+        "if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_log_probs, logits):",
+        "if is_eager() and are_ordinary(grad_log_probs, logits):",
+        (f"{SELECTED_TESTS}test_finite_differences",),
+    ),
     "no gradient of the entropy": Fault(
         SELECTED_AUTOGRAD,
         "        upstream = Upstream(grad_loss, None, grad_entropy)\n",
@@ -3815,8 +3833,8 @@ SELECTED_FAULTS = {
     ),
     "rows of padding are read in the backward": Fault(
         SELECTED_AUTOGRAD,
-        "problem = Problem(logits, of_labels, None, token_weight, None, index, ctx.settings)",
-        "problem = Problem(logits, of_labels, None, None, None, index, ctx.settings)",
+        "problem = Problem(logits, of_labels, None, token_weight, None, index, settings)",
+        "problem = Problem(logits, of_labels, None, None, None, index, settings)",
         (f"{SELECTED_TESTS}test_rows_of_padding_are_not_read",),
     ),
     "ignore_index of the operator has no effect": Fault(
