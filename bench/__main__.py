@@ -11,6 +11,10 @@ from importlib import import_module
 COMMANDS = {
     "loss": ("loss:main", "the loss of logits and its gradient, beside torch and others (default)"),
     "linear": ("linear:main", "a linear layer and its loss, beside the bare matrix products"),
+    "sparse": (
+        "sparse:main",
+        "several labels in a row, and log-probabilities of selected classes",
+    ),
     "overhead": ("overhead:main", "the overhead of a call, on tiny inputs and one thread"),
     "sweep": ("loss:sweep_main", "the loss at 1000 to 262144 classes"),
     "roofline": ("roofline:main", "how close losses come to the limits of this machine"),

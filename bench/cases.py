@@ -58,6 +58,31 @@ class Case:
 
 
 @dataclass(frozen=True)
+class SparseCase(Case):
+    """Several classes in each row: equal labels on them, or their log-probabilities."""
+
+    n_labels: int = 64
+    selected: bool = False  # no labels, but log-probabilities
+
+    def tensors(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+        """Makes the logits and the classes (N, K), the same in every run."""
+        source = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        logits = torch.randn(self.shape, **source).to(dtype)
+        return logits, torch.randint(self.shape[1], (self.shape[0], self.n_labels), **source)
+
+
+def is_sparse(logits: Tensor, target: Tensor) -> bool:
+    """Returns True if the target holds several classes of each row."""
+    return target.dim() == logits.dim() and not target.is_floating_point()
+
+
+def dense_labels(logits: Tensor, target: Tensor) -> Tensor:
+    """Returns labels of all classes: the same loss as equal labels on those in the target."""
+    labels = torch.full(target.shape, 1 / target.size(1), dtype=logits.dtype, device=logits.device)
+    return torch.zeros_like(logits).scatter_add(1, target, labels)
+
+
+@dataclass(frozen=True)
 class Suite:
     """The cases for one type of device."""
 
@@ -129,7 +154,7 @@ SWEPT_LOGITS = 1 << 25
 
 # Bytes that the algorithm must move: it reads its inputs (the target, and the logits of rows that
 # are not ignored) and writes the gradient, which is as large as the logits. Soft labels are as
-# large as the logits too; class indices take 8 bytes per row. Other traffic of a provider, for
+# large as the logits too; class indices take 8 bytes each. Other traffic of a provider, for
 # temporaries or per-row state, is not counted: it lowers the provider's GB/s.
 PASSES = {"forward": (1, 0), "backward": (1, 1), "both": (2, 1)}  # mode: (reads, writes)
 FUSED_PASSES = (1, 1)  # loss and gradient from one read
@@ -143,7 +168,7 @@ SOFT_OPERATIONS = {"forward": 2, "backward": 2, "both": 4}
 
 def _counted(logits: Tensor, target: Tensor) -> int:
     """Returns the number of logits in rows that are not ignored."""
-    if target.is_floating_point():
+    if target.is_floating_point() or is_sparse(logits, target):
         return logits.numel()
     return int((target != IGNORE_INDEX).sum()) * logits.size(1)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import IGNORE_INDEX, Options
+from .cases import IGNORE_INDEX, Options, dense_labels, is_sparse
 from .timing import Loss, Workload
 
 
@@ -63,7 +63,7 @@ class Check:
         self.workload, self.options = workload, options
         logits, target = self._inputs
         self.n_rows = logits.numel() // logits.size(1)
-        if not target.is_floating_point():
+        if not target.is_floating_point() and not is_sparse(logits, target):
             self.n_rows = int((target != IGNORE_INDEX).sum())
         step = max(1, CHUNK * len(logits) // logits.numel())
         self.chunks = [slice(i, i + step) for i in range(0, len(logits), step)]
@@ -107,6 +107,8 @@ class Check:
         """Returns a chunk's part of the mean loss, and its gradient."""
         logits, target = (t[self.chunks[chunk]] for t in self._inputs)
         logits = logits.double().requires_grad_()
+        if is_sparse(logits, target):
+            target = dense_labels(logits.detach(), target)
         target = target.double() if target.is_floating_point() else target
         loss = torch_loss(logits, target, self.options, "sum") / self.n_rows
         loss.backward()
@@ -124,7 +126,7 @@ class Check:
         for i, rows in enumerate(self.chunks):
             exact = self._exact(i)[1]
             gradient = grad_logits[rows].double().div_(self.upstream)
-            for name, part in _parts(self.workload.original_target[rows]).items():
+            for name, part in _parts(exact, self.workload.original_target[rows]).items():
                 sums.setdefault(name, GradientSums()).add(part(gradient), part(exact))
         errors = {}
         for name, one in sums.items():
@@ -197,12 +199,13 @@ def worst(errors: Tensor, squares: Tensor) -> float:
     return ratios.nan_to_num(torch.inf, torch.inf).max().sqrt().item()
 
 
-def _parts(target: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+def _parts(logits: Tensor, target: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Returns the parts of a gradient that are judged separately: a function by name."""
     if target.is_floating_point():
         return {"gradient": lambda t: t}
-    is_counted = (target != IGNORE_INDEX).unsqueeze(1)
-    index = target.unsqueeze(1).clamp(min=0)  # ignored rows: all their entries are in the rest
+    classes = target if is_sparse(logits, target) else target.unsqueeze(1)
+    is_counted = classes != IGNORE_INDEX
+    index = classes.clamp(min=0)  # ignored rows: all their entries are in the rest
     return {
         "gradient at target": lambda t: t.gather(1, index) * is_counted,
         "gradient": lambda t: t.scatter(1, index, t.gather(1, index) * ~is_counted),

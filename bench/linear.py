@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fused_xent
 
-from .cases import DTYPES
+from .cases import DTYPES, dense_labels, is_sparse
 from .check import CHUNK, WrongResult
 from .command import Job, Parser, at_least, measure_all, names_of
 from .device import PeakMemory, clock
@@ -113,7 +113,8 @@ def cut(device: str) -> Found:
     ]
 
 
-ADAPTERS: dict[str, Callable[[str], Found]] = {
+Adapters = dict[str, Callable[[str], Found]]
+ADAPTERS: Adapters = {
     "torch eager": torch_eager,
     "torch.compile": torch_compile,
     "torch chunked": torch_chunked,
@@ -127,20 +128,26 @@ ADAPTERS: dict[str, Callable[[str], Found]] = {
 class Workload:
     """The inputs of a case, with their exact loss and gradients."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
-        """Makes the inputs, the same in every run."""
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: str, n_labels: int = 0
+    ) -> None:
+        """Makes the inputs, the same in every run; with `n_labels`, so many classes in each row."""
         n_rows, n_features, n_classes = shape
         source = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         self.hidden = torch.randn(n_rows, n_features, **source).to(dtype)
         weight = torch.randn(n_classes, n_features, **source) * n_features**-0.5
         self.weight = weight.to(dtype)
-        self.target = torch.randint(n_classes, (n_rows,), **source)
+        positions = (n_rows, n_labels) if n_labels else (n_rows,)
+        self.target = torch.randint(n_classes, positions, **source)
         self.device, self.clock = device, clock(device)
         self.exact = self._exact()
         size = self.hidden.element_size()
         # Each input is read once, and the gradients of hidden and weight are written.
         self.bytes = 2 * size * n_features * (n_rows + n_classes) + self.target.nbytes
-        self.operations = 6 * n_rows * n_features * n_classes  # of the three products
+        # The gradients of a loss are known in the forward. Those of log-probabilities are not, so
+        # the logits are computed twice.
+        self.logits_products = 2 if n_labels else 1
+        self.operations = 2 * (self.logits_products + 2) * n_rows * n_features * n_classes
 
     def negate(self) -> None:
         """Makes other hidden states, and their exact results."""
@@ -156,7 +163,9 @@ class Workload:
             self.hidden.split(chunk_rows), self.target.split(chunk_rows), strict=True
         ):
             leaf = hidden.double().requires_grad_()
-            part = F.cross_entropy(F.linear(leaf, weight), target, reduction="sum")
+            logits = F.linear(leaf, weight)
+            labels = dense_labels(logits, target) if is_sparse(logits, target) else target
+            part = F.cross_entropy(logits, labels, reduction="sum")
             loss = part / len(self.hidden)
             total += loss.item()
             for_hidden, for_weight = torch.autograd.grad(loss, (leaf, weight))
@@ -180,9 +189,12 @@ class Workload:
         return self.clock.seconds(start, end)
 
     def bare_seconds(self) -> float:
-        """Returns the seconds of the three matrix products, without any loss."""
+        """Returns the seconds of the matrix products, without any loss."""
         logits: list[Tensor] = []
-        total = self.seconds(lambda: logits.append(self.hidden @ self.weight.t()))
+        total = 0.0
+        for _ in range(self.logits_products):
+            logits.clear()
+            total += self.seconds(lambda: logits.append(self.hidden @ self.weight.t()))
         total += self.seconds(lambda: logits[0] @ self.weight)
         return total + self.seconds(lambda: logits[0].t() @ self.hidden)
 
@@ -218,22 +230,32 @@ class Workload:
         return max(0, memory.bytes - sum(output.nbytes for output in outputs))
 
 
-def job(case: str, shape: tuple[int, int, int], dtype: str, options: argparse.Namespace) -> Job:
-    """Makes the job that measures a case in a dtype."""
+def bytes_needed(shape: tuple[int, int, int], dtype: str) -> int:
+    """Returns the memory that a measurement needs."""
     n_rows, n_features, n_classes = shape
     size = DTYPES[dtype].itemsize
     # Inputs, two gradients of each, both also in float64, and a chunk of logits in float64.
     needed = (n_rows + n_classes) * n_features * (3 * size + 3 * 8)
-    needed += 4 * 8 * min(n_rows * n_classes, max(CHUNK, n_classes))
+    return needed + 4 * 8 * min(n_rows * n_classes, max(CHUNK, n_classes))
+
+
+def job(case: str, shape: tuple[int, int, int], dtype: str, options: argparse.Namespace) -> Job:
+    """Makes the job that measures a case in a dtype."""
     result = Result("linear", case, shape, dtype)
-    return Job(result, needed, partial(measure, options))
+    return Job(result, bytes_needed(shape, dtype), partial(measure, options))
 
 
-def measure(options: argparse.Namespace, result: Result, show: Callable[[str], None]) -> None:
+def measure(
+    options: argparse.Namespace,
+    result: Result,
+    show: Callable[[str], None],
+    adapters: Adapters | None = None,
+    n_labels: int = 0,
+) -> None:
     """Checks every provider in one case, then times those that passed, in turn."""
     show("float64 reference")
-    workload = Workload(result.shape, DTYPES[result.dtype], options.device)
-    candidates, result.absent = gather(ADAPTERS, options.device, options.provider)
+    workload = Workload(result.shape, DTYPES[result.dtype], options.device, n_labels)
+    candidates, result.absent = gather(adapters or ADAPTERS, options.device, options.provider)
     passed, peaks = check(workload, candidates, result, show)
     timers = [(BARE, lambda: {(STEP, BARE): workload.bare_seconds()})]
     timers += [(name, partial(step_samples, workload, name, one)) for name, one in passed]

@@ -24,7 +24,7 @@ from .cases import (
 from .check import CHUNK, Check, WrongResult
 from .command import Job, Parser, at_least, between, measure_all, names_of
 from .device import is_out_of_memory
-from .providers import ADAPTERS, Provider, Request, gather
+from .providers import ADAPTERS, Adapters, Provider, Request, gather
 from .results import BASELINES, Result, Timing
 from .timing import Key, Workload, interleave
 
@@ -78,14 +78,18 @@ def job(case: Case, dtype: str, options: argparse.Namespace) -> Job:
 
 
 def measure(
-    case: Case, options: argparse.Namespace, result: Result, show: Callable[[str], None]
+    case: Case,
+    options: argparse.Namespace,
+    result: Result,
+    show: Callable[[str], None],
+    adapters: Adapters | None = None,
 ) -> None:
     """Checks every provider in one case, then times those that passed, in turn."""
     modes = list(dict.fromkeys(options.mode or MODES))
     show("making inputs")
     workload = Workload(*case.tensors(DTYPES[result.dtype], options.device))
     request = Request(case, result.dtype, options.device)
-    candidates, result.absent = gather(ADAPTERS, request, options.provider)
+    candidates, result.absent = gather(adapters or ADAPTERS, request, options.provider)
     candidates = [one for one in candidates if set(modes) & set(one.modes)]
     passed, peaks = check(workload, candidates, case, result, show)
     timers = [("torch", workload.baselines)]

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .cases import SWEPT
 from .command import Parser
-from .results import Result, Run
+from .results import LABELS, Result, Run
 from .roofline import points, roofs
 from .tables import MODE_TITLES
 
@@ -53,7 +53,7 @@ def series(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
     for result in results:
         if result.benchmark == "loss" and result.case.startswith(SWEPT):
             options = " ".join(f"{name} {value:g}" for name, value in result.options.items())
-            labels = "soft labels" if result.labels == "soft" else ""
+            labels = LABELS[result.labels]
             alike.setdefault((result.dtype, f"{labels} {options}".strip()), []).append(result)
     for one in alike.values():
         one.sort(key=lambda result: result.n_classes)

@@ -172,7 +172,8 @@ def transformer_engine(request: Request) -> list[Provider]:
     return [Provider("transformer-engine", loss)]
 
 
-ADAPTERS: dict[str, Callable[[Request], list[Provider]]] = {
+Adapters = dict[str, Callable[[Request], list[Provider]]]
+ADAPTERS: Adapters = {
     "torch eager": torch_eager,
     "torch.compile": torch_compile,
     "fused_xent": ours,

@@ -22,6 +22,12 @@ from .device import gpu_environment
 
 EAGER = "torch eager"  # every provider is compared with it
 BENCHMARKS = ("loss", "linear", "overhead")
+LABELS = {
+    "indices": "",
+    "soft": "soft labels",
+    "sparse": "sparse labels",
+    "selected": "selected classes",
+}
 BASELINES = ("copy", "read")  # modes that measure the bandwidth of memory
 HOST_MODES = ("host forward", "host both")  # time of the host, which runs ahead of a GPU
 Environment = dict[str, "str | int | float"]
@@ -82,7 +88,7 @@ class Result:
     case: str
     shape: tuple[int, ...]  # (N, C, ...) of logits; rows, features and classes of a linear layer
     dtype: str
-    labels: str = "indices"  # or "soft"
+    labels: str = "indices"  # one of LABELS, which says how a title names it
     options: dict[str, float] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)  # by provider, relative
@@ -99,8 +105,7 @@ class Result:
     def title(self) -> str:
         """Case, shape, dtype and options, in one line."""
         parts = [self.case, "x".join(map(str, self.shape)), self.dtype]
-        if self.labels == "soft":
-            parts.append("soft labels")
+        parts += [LABELS[self.labels]] if LABELS[self.labels] else []
         parts += [f"{name} {value:g}" for name, value in self.options.items()]
         return "  ".join(parts)
 
@@ -210,7 +215,7 @@ def _result(content: dict) -> Result:
     _expect(result.benchmark, str, None, "benchmark", BENCHMARKS)
     _expect(result.case, str, None, "case")
     _expect(result.dtype, str, None, "dtype", DTYPES)
-    _expect(result.labels, str, None, "labels", ("indices", "soft"))
+    _expect(result.labels, str, None, "labels", LABELS)
     for name in ("options", "errors", "failures", "absent"):
         kind = {"options": (int, float), "errors": dict}.get(name, str)
         _expect(getattr(result, name), dict, None, name)
