@@ -3421,7 +3421,7 @@ REFERENCE_FAULTS = {
         REFERENCE,
         "    target = target.masked_fill(is_padding, 0)\n",
         "",
-        ("tests/test_sparse_labels.py::test_without_kernels",),
+        ("tests/test_sparse_labels.py::test_transforms_of_torch_func",),
     ),
     "the gradient of padding is NaN": Fault(
         REFERENCE,
