@@ -67,7 +67,7 @@ XENT_INLINE Smoothing<double> smoothing_of(const Params& p) {
 // The labels q_j of a row, but for t_j of the other classes.
 template <typename Acc>
 struct RowLabels {
-  Acc target_weight, on_target, spread;  // target_weight: t_target for a class index
+  Acc t_target, on_target, spread;  // t_target: for a class index
 };
 
 // What the label on a row's target is multiplied by.
@@ -81,8 +81,9 @@ XENT_INLINE Acc target_weight(const Params& p, int64_t row, int64_t target) {
 template <typename Acc>
 XENT_INLINE RowLabels<Acc> labels_of(const Params& p, const Smoothing<Acc>& smoothing, int64_t row,
                                      int64_t target) {
-  const Acc weight = target < 0 ? Acc(0) : target_weight<Acc>(p, row, target);
-  return {weight, smoothing.keep * weight, has_indices(p) ? smoothing.uniform : Acc(1)};
+  const Acc t_target = target < 0 ? Acc(0) : class_weight<Acc>(p, target);
+  const Acc label = target < 0 ? Acc(0) : target_weight<Acc>(p, row, target);
+  return {t_target, smoothing.keep * label, has_indices(p) ? smoothing.uniform : Acc(1)};
 }
 
 // ---- sparse labels ----------------------------------------------------------------------------
@@ -201,7 +202,7 @@ XENT_INLINE Acc gradient_at_target(const Upstream<Acc>& upstream, const RowLabel
                                    Acc mass, const RowResults<Acc>& results, Acc target_logit) {
   const Acc d = target_logit - results.max, log_p = d - results.log_sum, p = std::exp(log_p);
   const Acc gradient = upstream.g * target_gradient(labels.on_target, labels.spread, p,
-                                                    std::expm1(log_p), mass, labels.target_weight);
+                                                    std::expm1(log_p), mass, labels.t_target);
   return add_softmax_part(gradient, upstream.softmax, upstream.shifted, p, d);
 }
 
