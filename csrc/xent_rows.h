@@ -67,12 +67,12 @@ XENT_INLINE Smoothing<double> smoothing_of(const Params& p) {
 // The labels q_j of a row, but for t_j of the other classes.
 template <typename Acc>
 struct RowLabels {
-  Acc t_target, on_target, spread;  // t_target: for a class index
+  Acc target_weight, on_target, spread;  // target_weight: t_target for a class index
 };
 
 // What the label on a row's target is multiplied by.
 template <typename Acc = double>
-XENT_INLINE Acc target_weight(const Params& p, int64_t row, int64_t target) {
+XENT_INLINE Acc label_weight(const Params& p, int64_t row, int64_t target) {
   return p.target_weight == nullptr ? class_weight<Acc>(p, target)
                                     : acc_at<Acc>(p, p.target_weight, row);
 }
@@ -81,9 +81,9 @@ XENT_INLINE Acc target_weight(const Params& p, int64_t row, int64_t target) {
 template <typename Acc>
 XENT_INLINE RowLabels<Acc> labels_of(const Params& p, const Smoothing<Acc>& smoothing, int64_t row,
                                      int64_t target) {
-  const Acc t_target = target < 0 ? Acc(0) : class_weight<Acc>(p, target);
-  const Acc label = target < 0 ? Acc(0) : target_weight<Acc>(p, row, target);
-  return {t_target, smoothing.keep * label, has_indices(p) ? smoothing.uniform : Acc(1)};
+  if (target < 0) return {0, 0, has_indices(p) ? smoothing.uniform : Acc(1)};
+  return {class_weight<Acc>(p, target), smoothing.keep * label_weight<Acc>(p, row, target),
+          has_indices(p) ? smoothing.uniform : Acc(1)};
 }
 
 // ---- sparse labels ----------------------------------------------------------------------------
@@ -202,7 +202,7 @@ XENT_INLINE Acc gradient_at_target(const Upstream<Acc>& upstream, const RowLabel
                                    Acc mass, const RowResults<Acc>& results, Acc target_logit) {
   const Acc d = target_logit - results.max, log_p = d - results.log_sum, p = std::exp(log_p);
   const Acc gradient = upstream.g * target_gradient(labels.on_target, labels.spread, p,
-                                                    std::expm1(log_p), mass, labels.t_target);
+                                                    std::expm1(log_p), mass, labels.target_weight);
   return add_softmax_part(gradient, upstream.softmax, upstream.shifted, p, d);
 }
 

@@ -35,6 +35,7 @@ from .reference import CrossEntropyStatistics
 Tensors = tuple[Tensor, ...]
 Grads = tuple[Tensor | None, ...]
 N_TENSORS = len(Problem._fields) - 1
+NO_OTHERS = (False,) * (N_TENSORS - 1)  # gradients of the tensors beside the logits
 
 
 def is_traced() -> bool:
@@ -73,13 +74,20 @@ def evaluate(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
     return complete(problem, loss, *statistics) if settings.statistics else (loss,)
 
 
-def is_plain(input: Any, target: Any, weight: Any, token_weight: Any, normalizer: Any) -> bool:
+def is_plain(
+    input: Any,
+    target: Any,
+    weight: Any,
+    token_weight: Any,
+    normalizer: Any,
+    target_indices: Any,
+) -> bool:
     """Return True for a plain call: class indices and logits alone, in eager mode, with kernels.
 
     The operator's own checks suffice there. Checks in Python take longer than a small loss.
     """
     return (
-        weight is token_weight is normalizer is None
+        weight is token_weight is normalizer is target_indices is None
         and is_eager()
         and isinstance(input, Tensor)
         and isinstance(target, Tensor)
@@ -95,7 +103,11 @@ def evaluate_plain(logits: Tensor, target: Tensor, settings: Settings) -> Tensor
     """Return the loss of a plain call."""
     if torch.is_grad_enabled() and logits.requires_grad:
         return apply_in_eager(PlainCrossEntropy, logits, target, settings)  # type: ignore[no-any-return]
-    return _ops.plain_loss(Problem(logits, target, None, None, None, settings))
+    return _ops.plain_loss(_plain_problem(logits, target, settings))
+
+
+def _plain_problem(logits: Tensor, target: Tensor, settings: Settings) -> Problem:
+    return Problem(logits, target, None, None, None, None, settings)
 
 
 def is_for_torch(problem: Problem) -> bool:
@@ -115,11 +127,13 @@ def complete(
     problem: Problem, loss: Tensor, lse: Tensor, entropy: Tensor, argmax: Tensor
 ) -> CrossEntropyStatistics:
     """Return all statistics: compute z_loss and correct from the others."""
-    _, target, _, token_weight, _, settings = problem
+    _, target, _, token_weight, _, target_indices, settings = problem
     z_loss = settings.of_operators.get("lse_square_scale", 0.0) * lse.square()
     if token_weight is not None:
         z_loss = z_loss * token_weight.masked_fill(argmax < 0, 0)
-    if target.is_floating_point():
+    if target_indices is not None:
+        target = _formulas.top_label(problem)
+    elif target.is_floating_point():
         target = target.argmax(settings.dim) if target.shape[settings.dim] else argmax
     correct = (argmax == target) & (argmax >= 0)
     return CrossEntropyStatistics(loss, lse, z_loss, entropy, argmax, correct)
@@ -169,7 +183,7 @@ class PlainCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Return the loss; the inputs are logits, target and Settings."""
         logits, target, ctx.settings = inputs
-        problem = Problem(logits, target, None, None, None, ctx.settings)
+        problem = _plain_problem(logits, target, ctx.settings)
         loss, total_weight, state = _ops.plain_forward(problem)
         ctx.save_for_backward(logits, target, total_weight, state)
         return loss
@@ -178,11 +192,11 @@ class PlainCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Grads:
         """Return the gradient of the logits."""
         logits, target, total_weight, state = ctx.saved_tensors
-        problem = Problem(logits, target, None, None, None, ctx.settings)
+        problem = _plain_problem(logits, target, ctx.settings)
         saved, upstream = Saved(total_weight, state, None), Upstream(grad_loss, None, None)
         if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_loss, logits):
             return _ops.plain_backward(problem, saved, upstream), None, None
-        needs = (True, False, False, False, False)
+        needs = (True, *NO_OTHERS)
         return _gradients(problem, saved, upstream, needs)[0], None, None
 
 
@@ -202,6 +216,12 @@ def _gradients(
     return _logits_gradient(problem, saved, upstream) if needs_logits else None, *of_others
 
 
+def logits_gradient(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
+    """Return the gradient of the logits, differentiable where grad mode is on."""
+    gradient: Any = _gradients(problem, saved, upstream, (True, *NO_OTHERS))[0]
+    return gradient  # type: ignore[no-any-return]
+
+
 def _other_gradients(
     problem: Problem, saved: Saved, upstream: Upstream, needs: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -211,12 +231,12 @@ def _other_gradients(
     grad_target = None
     if needs[0] and upstream.loss is not None:
         grad_target = _formulas.target_gradient(problem, saved, upstream.loss)
-    return [grad_target, None, None, None]
+    return [grad_target, *[None] * (N_TENSORS - 2)]
 
 
 def _logits_gradient(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
     is_inplace = problem.settings.inplace_backward
-    if is_inplace and any(map(is_batched_by_autograd, upstream)):
+    if is_inplace and any(map(is_batched_by_autograd, (problem.target, *upstream))):
         raise RuntimeError(
             "inplace_backward must be False for is_grads_batched=True: there is room for one "
             "gradient in the logits' memory"
@@ -239,11 +259,11 @@ def _gradients_with_graph(
             "derivative needs the logits that the first overwrites"
         )
     # Inside autograd's own vmap, the result of a Function would have no graph.
-    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):
+    if any(needs[1:]) or any(map(is_batched_by_autograd, (problem.target, *upstream))):
         return _formulas.gradients(problem, upstream, needs)
     of_mean = problem._replace(normalizer=saved.total_weight)
     grad_logits = CrossEntropyBackward.apply(*of_mean, saved.state, saved.entropy, *upstream)
-    return [grad_logits, None, None, None, None]
+    return [grad_logits, *[None] * (N_TENSORS - 1)]
 
 
 class CrossEntropyBackward(torch.autograd.Function):
@@ -258,10 +278,12 @@ class CrossEntropyBackward(torch.autograd.Function):
         The inputs are a Problem's, with total_weight as its normalizer, state, entropy and the
         fields of Upstream.
         """
-        problem, (state, entropy, *upstream) = Problem(*inputs[:6]), inputs[6:]
-        saved = Saved(inputs[4], state, entropy)
+        *of_problem, state, entropy, grad_loss, grad_lse, grad_entropy = inputs
+        problem, upstream = Problem._make(of_problem), Upstream(grad_loss, grad_lse, grad_entropy)
+        total_weight: Any = problem.normalizer
+        saved = Saved(total_weight, state, entropy)
         with below_autograd():
-            return _ops.backward(problem, saved, Upstream(*upstream))
+            return _ops.backward(problem, saved, upstream)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -277,11 +299,11 @@ class CrossEntropyBackward(torch.autograd.Function):
             *tensors, grad_loss, grad_lse, grad_entropy = inputs
             problem = Problem._make([*tensors, ctx.settings])
             upstream = Upstream(grad_loss, grad_lse, grad_entropy)
-            return _formulas.gradients(problem, upstream, (True, False, False, False, False))[0]
+            return _formulas.gradients(problem, upstream, (True, *NO_OTHERS))[0]
 
-        needs = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[8:])
+        needs = (*ctx.needs_input_grad[:N_TENSORS], *ctx.needs_input_grad[N_TENSORS + 3 :])
         grads = _formulas.pull_back(gradient, ctx.saved_tensors, needs, grad_grad_logits)
-        return *grads[:5], None, None, None, *grads[5:]
+        return *grads[:N_TENSORS], None, None, None, *grads[N_TENSORS:]
 
 
 class CrossEntropyGradInForward(torch.autograd.Function):
@@ -303,7 +325,9 @@ class CrossEntropyGradInForward(torch.autograd.Function):
             results = _ops.forward_backward_(problem)
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(memory)
-        ctx.save_for_backward(memory, problem.target, problem.token_weight)
+        # Sparse labels leave no row out, so they are not needed.
+        target = problem.target if problem.target_indices is None else None
+        ctx.save_for_backward(memory, target, problem.token_weight)
         ctx.mark_non_differentiable(*results[3:])
         return memory, *results
 
@@ -334,6 +358,8 @@ class CrossEntropyGradInForward(torch.autograd.Function):
             memory, target, token_weight = ctx.saved_tensors
             gradient = memory.detach()  # shares the version, so a second backward raises an error
             logits = gradient.as_strided(*ctx.view)
+            # In the place of a target, any floating-point tensor of this shape leaves no row out.
+            target = logits if target is None else target
             rows = (target, token_weight, ctx.settings.dim, ctx.settings.ignore_index)
             with below_autograd():
                 _ops.scale_gradient_(logits, grad_loss, *rows)
@@ -356,18 +382,29 @@ def problem_of(
     statistics: bool, *arguments: Any, inplace_backward: bool = False, **options: Any
 ) -> Problem:
     """Return the problem made of an operator's arguments."""
-    logits, target, weight, token_weight, normalizer, dim, reduction, *loss_dtype = arguments
+    *tensors, dim, reduction = arguments[:7]
+    # The dispatcher passes no arguments that are at their defaults, after the last one that is not.
+    loss_dtype, target_indices, *_ = (*arguments[7:], None, None)
     settings = Settings(
         dim,
         reduction,
-        loss_dtype[0] if loss_dtype else None,
+        loss_dtype,
         statistics,
         options.get("ignore_index", DEFAULTS["ignore_index"]),  # type: ignore[arg-type]
         inplace_backward,
         False,
         options,
     )
-    return Problem(logits, target, weight, token_weight, normalizer, settings)
+    return Problem._make([*tensors, target_indices, settings])
+
+
+def of_backward(*arguments: Any, **options: Any) -> tuple[Problem, Saved, Upstream]:
+    """Return what the operators of the gradient are called with, total_weight as normalizer too."""
+    *of_problem, state, entropy, grad_loss, grad_lse, grad_entropy = arguments[:12]
+    problem = problem_of(entropy is not None, *of_problem, None, *arguments[12:], **options)
+    total_weight: Any = problem.normalizer
+    saved = Saved(total_weight, state, entropy)
+    return problem, saved, Upstream(grad_loss, grad_lse, grad_entropy)
 
 
 def _forward_formula(*arguments: Any, statistics: bool = False, **options: Any) -> Any:
@@ -384,10 +421,8 @@ def _loss_formula(*arguments: Any, **options: Any) -> Any:
 
 
 def _backward_formula(*arguments: Any, **options: Any) -> Any:
-    *of_problem, state, entropy, grad_loss, grad_lse, grad_entropy = arguments
-    problem = problem_of(entropy is not None, *of_problem, **options)
-    inputs = (*problem, state, entropy, grad_loss, grad_lse, grad_entropy)
-    return apply_at_this_level(CrossEntropyBackward, *inputs)
+    problem, saved, upstream = of_backward(*arguments, **options)
+    return apply_at_this_level(CrossEntropyBackward, *problem, *saved[1:], *upstream)
 
 
 if _ops.LOAD_ERROR is None:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _autograd, _formulas, _linear, _ops, reference
+from . import _autograd, _formulas, _linear, _ops, _selected, reference
 from ._linear import Inputs
 from ._linear_autograd import Layer
 from ._options import REDUCTIONS
 from ._problem import Problem, Upstream, accumulation_dtype, row_shape
+from ._selected import LinearInputs
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -34,8 +35,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         operators.forward.default: _forward,
         operators.forward_with_statistics.default: partial(_forward, statistics=True),
         operators.backward.default: _backward,
+        operators.selected_log_probs.default: _selected_log_probs,
         operators.linear_forward.default: _linear_forward,
         operators.linear_backward.default: _linear_backward,
+        operators.linear_selected_log_probs.default: _linear_selected_log_probs,
     }
 
 
@@ -45,12 +48,13 @@ def _loss(*arguments: Any, **options: Any) -> Tensor:
 
 def _forward(*arguments: Any, statistics: bool = False, **options: Any) -> tuple[Tensor, ...]:
     problem = _autograd.problem_of(statistics, *arguments, **options)
-    logits, target, *_, settings = problem
+    logits, target, *_, target_indices, settings = problem
     results = _formulas.by_torch(problem)
     loss = results.loss.to(settings.loss_dtype or logits.dtype)
     rows = row_shape(logits, settings.dim)
     # Only the kernels' backward reads the state. NaN shows if it is used by mistake.
-    size, acc = _ops.state_size(target, options), accumulation_dtype(logits.dtype)
+    size = _ops.state_size(target, target_indices, options)
+    acc = accumulation_dtype(logits.dtype)
     state = logits.new_full([size, *rows], torch.nan, dtype=acc)
     of_statistics = (results.lse, results.entropy, results.argmax) if statistics else ()
     return loss, _formulas.total_weight(problem), state, *of_statistics
@@ -58,10 +62,11 @@ def _forward(*arguments: Any, statistics: bool = False, **options: Any) -> tuple
 
 def _backward(*arguments: Any, **options: Any) -> Any:
     """Return the gradient, by the formulas of csrc/xent_math.h, with its names."""
-    *of_problem, _, _, grad_loss, grad_lse, grad_entropy = arguments
-    problem = _autograd.problem_of(False, *of_problem, **options)
-    total_weight: Any  # never None, unlike a normalizer
-    logits, _, _, token_weight, total_weight, settings = problem
+    problem, saved, (grad_loss, grad_lse, grad_entropy) = _autograd.of_backward(
+        *arguments, **options
+    )
+    logits, _, _, token_weight, *_, settings = problem
+    total_weight = saved.total_weight
     dim, softcap = settings.dim, options.get("softcap")
     x = logits.to(accumulation_dtype(logits.dtype))
     z = reference.transform(x, softcap, options.get("logit_scale", 1.0))
@@ -95,9 +100,20 @@ def _backward(*arguments: Any, **options: Any) -> Any:
     return gradient.masked_fill(~kept, 0).to(logits.dtype)
 
 
+def _selected_log_probs(
+    logits: Tensor, index: Tensor, dim: int, with_entropy: bool, **options: Any
+) -> tuple[Tensor, ...]:
+    log_probs, entropy = _selected.by_torch(logits, index, dim, options)
+    ignore_index = options.get("ignore_index", reference.PADDING)
+    token_weight = (index != ignore_index).any(dim).to(log_probs.dtype)
+    # As above, only the kernels' backward reads the state.
+    state = token_weight.new_full([2, *token_weight.shape], torch.nan)
+    return log_probs, state, token_weight, entropy if with_entropy else entropy.new_empty([0])
+
+
 def _labels(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows that count, and the weight q of each class in a row's loss."""
-    _, target, weight, token_weight, _, settings = problem
+    _, target, weight, token_weight, _, target_indices, settings = problem
     dim, n_classes = settings.dim, x.shape[settings.dim]
     smoothing = settings.of_operators.get("label_smoothing", 0.0)
     w = x.new_ones(n_classes) if weight is None else weight.to(x.dtype)
@@ -105,6 +121,10 @@ def _labels(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     kept = torch.ones_like(x.select(dim, 0), dtype=torch.bool)
     if token_weight is not None:
         kept = token_weight != 0
+    if target_indices is not None:
+        target = reference.dense_labels(
+            target.to(x.dtype), target_indices, n_classes, dim, settings.ignore_index
+        )
     if target.is_floating_point():
         kept = kept.unsqueeze(dim)
         q = w * ((1 - smoothing) * target.to(x.dtype) + smoothing / n_classes)
@@ -176,3 +196,13 @@ def _linear_gradients(
         else none,
         grad_logits.sum(0).view_as(bias).to(bias.dtype) if needs_bias else none,
     )
+
+
+def _linear_selected_log_probs(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    inputs = LinearInputs._make((*arguments, options))
+    logits = Layer(*inputs[:3]).logits(inputs.logits_dtype)
+    operator = torch.ops.fused_xent.selected_log_probs.default
+    log_probs, _, _, entropy = operator(
+        logits, inputs.target_indices, 1, inputs.with_entropy, **options
+    )
+    return log_probs, entropy

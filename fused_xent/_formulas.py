@@ -22,7 +22,7 @@ def by_torch(problem: Problem) -> reference.CrossEntropyStatistics:
     logits: Any  # for mypy: these two are never None
     target: Any
     acc = accumulation_dtype(problem.logits.dtype)
-    logits, target, weight, token_weight, normalizer = (
+    logits, target, weight, token_weight, normalizer, target_indices = (
         tensor.to(acc) if tensor is not None and tensor.is_floating_point() else tensor
         for tensor in problem[:-1]
     )
@@ -35,6 +35,7 @@ def by_torch(problem: Problem) -> reference.CrossEntropyStatistics:
         dim=settings.dim,
         token_weight=token_weight,
         normalizer=normalizer,
+        target_indices=target_indices,
         **settings.of_operators,
     )
 
@@ -74,10 +75,12 @@ def pull_back(
 def target_gradient(problem: Problem, saved: Saved, grad_loss: Tensor) -> Tensor:
     """Return the gradient of probabilities: minus the weighted log-probabilities.
 
-    Needs fewer passes than :func:`gradients`. Not for the focal loss.
+    Needs fewer passes than :func:`gradients`, and for sparse labels no memory of the logits' size.
+    Not for the focal loss.
     """
-    logits, target, weight, token_weight, _, settings = problem
+    logits, target, weight, token_weight, _, target_indices, settings = problem
     dim, options = settings.dim, settings.of_operators
+    n_classes = logits.shape[dim]
     row_max, log_sum, *_ = saved.state
     smoothing = options.get("label_smoothing", 0.0)
     scale = grad_loss.to(row_max.dtype) * (1 - smoothing)
@@ -86,24 +89,67 @@ def target_gradient(problem: Problem, saved: Saved, grad_loss: Tensor) -> Tensor
     if token_weight is not None:
         scale = scale * token_weight
     scale = scale if scale.dim() == 0 else scale.unsqueeze(dim)
+    if target_indices is not None:
+        sparse = reference.sparse_classes(target_indices, n_classes, settings.ignore_index)
+        logits = logits.gather(dim, sparse.classes)
+        weight = None if weight is None else weight[sparse.classes]
+    elif weight is not None:
+        weight = weight.reshape([-1] + [1] * (logits.dim() - dim - 1))
     seen = reference.transform(
         logits.to(row_max.dtype), options.get("softcap"), options.get("logit_scale", 1.0)
     )
     minus_log_prob = log_sum.unsqueeze(dim) - (seen - row_max.unsqueeze(dim))
-    q = (1 - smoothing) * target + smoothing / target.shape[dim]
+    q = (1 - smoothing) * target + smoothing / n_classes
     if weight is not None:
-        weight = weight.to(row_max.dtype).reshape([-1] + [1] * (logits.dim() - dim - 1))
+        weight = weight.to(row_max.dtype)
         minus_log_prob, q = minus_log_prob * weight, q * weight
     minus_log_prob = minus_log_prob.masked_fill((q == 0) & seen.isneginf(), 0)  # as in the loss
     gradient: Tensor = minus_log_prob * scale
+    if target_indices is not None:
+        gradient = gradient.masked_fill(~sparse.is_class, torch.nan)
+        gradient = gradient.masked_fill(sparse.is_padding, 0)
     if token_weight is not None:
         gradient = gradient.masked_fill((token_weight == 0).unsqueeze(dim), 0)
     return gradient.to(target.dtype)
 
 
+def top_label(problem: Problem) -> Tensor:
+    """Return each row's class with the greatest sparse label: the argmax of the dense labels.
+
+    The labels of a class are added up in a fixed order, and the first of the greatest classes wins.
+    All classes that have no label share the label 0: only the first of them can win, and that is
+    one of the first K + 1 classes.
+    """
+    logits, target, _, _, _, target_indices, settings = problem
+    indices: Any = target_indices  # never None here
+    dim, n_classes = settings.dim, logits.shape[settings.dim]
+    classes, is_class, is_padding = reference.sparse_classes(
+        indices, n_classes, settings.ignore_index
+    )
+    index = classes.masked_fill(~is_class | is_padding, n_classes).movedim(dim, -1)
+    index, order = index.sort(dim=-1, stable=True)  # equal classes adjoin; no labels are last
+    total = target.detach().double().movedim(dim, -1).gather(-1, order)
+    step = 1
+    while step < index.shape[-1]:  # each total is that of 2, 4, 8 ... labels of its class
+        is_same = index[..., step:] == index[..., :-step]
+        added = total[..., step:] + total[..., :-step].masked_fill(~is_same, 0)
+        total, step = torch.cat([total[..., :step], added], -1), 2 * step
+    is_class = index < n_classes
+    is_new = torch.ones_like(is_class[..., :1])
+    differs = index[..., 1:] != index[..., :-1]
+    is_last = torch.cat([differs, is_new], -1) & is_class
+    is_first = torch.cat([is_new, differs], -1) & is_class
+    top, place = total.masked_fill(~is_last, -torch.inf).max(-1)
+    label = index.gather(-1, place.unsqueeze(-1)).squeeze(-1)
+    # Of sorted classes, the first so many are 0, 1, 2 ...: that number is the first class without.
+    other = (is_first & (index == is_first.cumsum(-1) - 1)).sum(-1)
+    is_other = (other < n_classes) & ((top < 0) | ((top == 0) & (other < label)))
+    return torch.where(is_other, other, label)
+
+
 def total_weight(problem: Problem) -> Tensor:
     """Return the divisor of the mean: the normalizer, or the sum of the weights of the rows."""
-    logits, target, weight, token_weight, normalizer, settings = problem
+    logits, target, weight, token_weight, normalizer, _, settings = problem
     if normalizer is not None:
         return normalizer
     weights = logits.new_ones(row_shape(logits, settings.dim), dtype=torch.float64)

@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
     weight: Tensor | None
     token_weight: Tensor | None
     normalizer: Tensor | None
+    target_indices: Tensor | None
     reduction: int
     logits_dtype: torch.dtype
     loss_dtype: torch.dtype
@@ -71,13 +72,14 @@ class Inputs(NamedTuple):
     def problem(self, logits: Tensor, rows: slice, total: Tensor | None) -> Problem:
         """Return the problem of some rows; ``total`` is the divisor of the mean of all rows."""
         tokens = None if self.token_weight is None else self.token_weight[rows]
+        indices = None if self.target_indices is None else self.target_indices[rows]
         is_none = self.reduction == REDUCTIONS["none"]
         loss_dtype = self.loss_dtype if is_none else torch.float64
         ignore_index: Any
         ignore_index = self.options.get("ignore_index", DEFAULTS["ignore_index"])
         flags = (self.statistics, ignore_index, False, False)
         settings = Settings(1, self.reduction, loss_dtype, *flags, self.options)
-        return Problem(logits, self.target[rows], self.weight, tokens, total, settings)
+        return Problem(logits, self.target[rows], self.weight, tokens, total, indices, settings)
 
     def problem_of_all(self, logits: Tensor) -> Problem:
         """Return the problem of all rows."""
@@ -86,8 +88,9 @@ class Inputs(NamedTuple):
 
 
 _SIGNATURE = """(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target,
-Tensor? weight, Tensor? token_weight, Tensor? normalizer, int reduction, ScalarType logits_dtype,
-ScalarType loss_dtype, bool statistics, SymInt? chunk_rows, int[] needs, {options})"""
+Tensor? weight, Tensor? token_weight, Tensor? normalizer, Tensor? target_indices, int reduction,
+ScalarType logits_dtype, ScalarType loss_dtype, bool statistics, SymInt? chunk_rows, int[] needs,
+{options})"""
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_linear_weight, Tensor grad_linear_bias)"
 
 
@@ -106,7 +109,7 @@ def _forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
         losses.append(loss)
         statistics.append(others)
 
-    gradients = _multiply(inputs, turn)
+    gradients = multiply(inputs, turn)
     if inputs.reduction == REDUCTIONS["none"]:
         loss = torch.cat(losses)
     else:
@@ -138,7 +141,7 @@ def _backward(
         saved = _ops.saved_of(_ops.forward(problem))
         _ops.backward_(problem, saved, Upstream(*upstream))
 
-    return _multiply(inputs, turn)
+    return multiply(inputs, turn)
 
 
 def _empty_statistics(inputs: Inputs) -> list[Tensor]:
@@ -186,7 +189,7 @@ def _total_weight(inputs: Inputs) -> Tensor | None:
     return _formulas.total_weight(inputs.problem(logits, slice(None), inputs.normalizer))
 
 
-def _multiply(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
+def multiply(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
     """Compute logits, turn them into their gradient, and multiply that; return the gradients."""
     # Tensors are already cast; turn autocast off.
     with below_autograd(), torch.autocast(inputs.hidden.device.type, enabled=False):

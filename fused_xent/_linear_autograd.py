@@ -18,7 +18,7 @@ from ._problem import Problem, is_autocast
 from ._torch_private import apply_at_this_level, below_autograd, is_batched_by_autograd
 from .reference import CrossEntropyStatistics
 
-_N_TENSORS: Final = 7  # of Inputs
+_N_TENSORS: Final = 8  # of Inputs
 
 
 class Layer(NamedTuple):
@@ -36,10 +36,11 @@ class Layer(NamedTuple):
             None if tensor is None else tensor.to(torch.promote_types(dtype, tensor.dtype))
             for tensor in self
         )
-        if weight.dim() == 2:
-            return F.linear(hidden, weight, bias)
-        flat_bias = None if bias is None else bias.flatten()
-        logits = F.linear(hidden, weight.flatten(0, -2), flat_bias)
+        with _no_casts(hidden):  # autocast would round logits in float32
+            if weight.dim() == 2:
+                return F.linear(hidden, weight, bias)
+            flat_bias = None if bias is None else bias.flatten()
+            logits = F.linear(hidden, weight.flatten(0, -2), flat_bias)
         return logits.unflatten(-1, weight.shape[:-1])  # type: ignore[no-any-return]
 
 
@@ -199,6 +200,11 @@ def _with_graph(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> lis
     with _no_casts(inputs.hidden):  # also in the gradients of the product
         found = iter(torch.autograd.grad(values, variables, grads, create_graph=True))
     return [next(found) if needed else None for needed in needs]
+
+
+def recomputed(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Return the gradients of hidden, weight and bias, differentiable where grad mode is on."""
+    return (_with_graph if torch.is_grad_enabled() else _anew)(inputs, upstream, needs)
 
 
 def by_all_logits(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -3,9 +3,9 @@
 ``loss`` returns the loss; ``forward`` returns it and what ``backward`` needs: ``total_weight`` (a
 float64 scalar, the divisor of ``mean``; for ``none``, GPUs write 0) and ``state``, a few numbers
 a row, stacked before the rows' dimensions: ``row_max``, ``log_sum`` (the logarithm of the sum of
-``exp(logits - row_max)``, of the logits as the softmax sees them), for probabilities ``label_mass``
-(the sum of the row's smoothed and weighted probabilities), and for the focal loss ``loss_slope``
-(its derivative by the cross-entropy).
+``exp(logits - row_max)``, of the logits as the softmax sees them), for probabilities of all classes
+``label_mass`` (the sum of the row's smoothed and weighted probabilities), and for the focal loss
+``loss_slope`` (its derivative by the cross-entropy).
 ``forward_with_statistics`` returns ``lse``, ``entropy`` and ``argmax`` as well. ``backward`` takes
 ``total_weight`` where ``forward`` takes a normalizer, then ``state``, the entropy, and the upstream
 gradients of loss, lse and entropy. ``forward_backward_`` writes the gradient over the logits.
@@ -13,8 +13,15 @@ gradients of loss, lse and entropy. ``forward_backward_`` writes the gradient ov
 ``multiply_`` multiplies a whole tensor. Rows have the shape of the unreduced loss and, but for
 ``argmax``, the accumulation type: float64 for float64 logits, float32 for all others.
 
+Sparse labels are probabilities in ``target`` and their classes in ``target_indices``, the last
+positional argument of the operators that take a weight.
+
 The operators have autograd formulas, in ``_autograd``: those that overwrite raise where a gradient
 is recorded. Options are those of ``csrc/xent_params.h``, by name.
+
+``selected_log_probs`` returns log-probabilities of selected classes, then ``state``, token weights
+(0 for rows of padding) and the entropy. For their gradient ``backward`` takes upstream gradients as
+sparse labels: see ``_selected``.
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ._options import REDUCTIONS
+from ._options import REDUCTIONS, Settings
 from ._problem import Problem, Saved, Upstream, accumulation_dtype, row_shape
 from ._torch_private import below_autograd, kernels_of, redispatch_below_inplace
 
@@ -101,7 +108,7 @@ def empty_cache() -> int:
 
 OPERATORS = (
     *("loss", "forward", "forward_with_statistics", "backward", "backward_", "forward_backward_"),
-    *("forward_backward_with_statistics_", "scale_gradient_", "multiply_"),
+    *("forward_backward_with_statistics_", "selected_log_probs", "scale_gradient_", "multiply_"),
 )
 OVERWRITING = tuple(name for name in OPERATORS if name.endswith("_"))  # their first argument
 
@@ -112,9 +119,10 @@ def saved_of(results: Sequence[Tensor]) -> Saved:
     return Saved(total_weight, state, statistics[1] if statistics else None)
 
 
-def state_size(target: Tensor, options: dict[str, float]) -> int:
+def state_size(target: Tensor, target_indices: Tensor | None, options: dict[str, float]) -> int:
     """Return how many numbers a row the state has."""
-    return 2 + target.is_floating_point() + (options.get("focal_gamma", 0) != 0)
+    has_mass = target.is_floating_point() and target_indices is None
+    return 2 + has_mass + (options.get("focal_gamma", 0) != 0)
 
 
 def _empty_gradient(logits: Tensor, dim: int) -> Tensor:
@@ -154,10 +162,11 @@ def _meta(schema: torch.FunctionSchema) -> Callable[..., Any]:
         logits, dim = given["logits"], given["dim"]
         acc, rows = accumulation_dtype(logits.dtype), row_shape(logits, dim)
         loss_shape = rows if given["reduction"] == REDUCTIONS["none"] else []
+        labels = given["target"], given.get("target_indices")
         kinds: dict[str, tuple[Sequence[int], torch.dtype | None]] = {
             "loss": (loss_shape, given.get("loss_dtype")),
             "total_weight": ([], torch.float64),
-            "state": ([state_size(given["target"], options), *rows], acc),
+            "state": ([state_size(*labels, options), *rows], acc),
             "lse": (rows, acc),
             "entropy": (rows, acc),
             "argmax": (rows, torch.int64),
@@ -171,6 +180,16 @@ def _meta(schema: torch.FunctionSchema) -> Callable[..., Any]:
         return memory[0] if len(memory) == 1 else tuple(memory)
 
     return meta
+
+
+def _meta_selected(
+    logits: Tensor, target_indices: Tensor, dim: int, with_entropy: bool, **options: Any
+) -> tuple[Tensor, ...]:
+    """Return memory for the results of ``selected_log_probs``."""
+    rows = row_shape(logits, dim)
+    shapes = (target_indices.shape, (2, *rows), rows, rows if with_entropy else (0,))
+    acc = accumulation_dtype(logits.dtype)
+    return tuple(logits.new_empty(shape, dtype=acc) for shape in shapes)
 
 
 def _in_turn(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
@@ -253,7 +272,8 @@ if LOAD_ERROR is None:
     _library = torch.library.Library("fused_xent", "IMPL")
     _definitions = torch.library.Library("fused_xent", "FRAGMENT")
     for _name in OPERATORS:
-        torch.library.register_fake(f"fused_xent::{_name}", _meta(_schema(_name)))
+        _fake = _meta_selected if _name == "selected_log_probs" else _meta(_schema(_name))
+        torch.library.register_fake(f"fused_xent::{_name}", _fake)
     for _name in OVERWRITING:
         _count_version(_name)
         register_formula(_name, _refusal(_name))
@@ -276,7 +296,7 @@ if LOAD_ERROR is None:
 
 
 def _call(operator: Callable[..., T], problem: Problem, **inplace: bool) -> T:
-    logits, target, weight, token_weight, normalizer, settings = problem
+    logits, target, weight, token_weight, normalizer, target_indices, settings = problem
     return operator(
         logits,
         target,
@@ -286,6 +306,7 @@ def _call(operator: Callable[..., T], problem: Problem, **inplace: bool) -> T:
         settings.dim,
         settings.reduction,
         settings.loss_dtype,
+        *(() if target_indices is None else (target_indices,)),
         **inplace,
         **settings.of_operators,
     )
@@ -305,7 +326,7 @@ def forward_backward_(problem: Problem) -> tuple[Tensor, ...]:
 def _call_backward(
     operator: Callable[..., T], problem: Problem, saved: Saved, upstream: Upstream
 ) -> T:
-    logits, target, weight, token_weight, _, settings = problem
+    logits, target, weight, token_weight, _, target_indices, settings = problem
     total_weight, state, entropy = saved
     return operator(
         logits,
@@ -318,6 +339,7 @@ def _call_backward(
         state,
         entropy,
         *upstream,
+        *(() if target_indices is None else (target_indices,)),
         **settings.of_operators,
     )
 
@@ -330,6 +352,13 @@ def backward(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
 def backward_(problem: Problem, saved: Saved, upstream: Upstream) -> None:
     """Write the gradient over the logits."""
     _call_backward(_backward_, problem, saved, upstream)
+
+
+def selected_log_probs(logits: Tensor, index: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    """Return log-probabilities, state, token weights and entropy, which is empty if not wanted."""
+    operator = _ops.selected_log_probs.default
+    dim, with_entropy = settings.dim, settings.statistics
+    return operator(logits, index, dim, with_entropy, **settings.of_operators)  # type: ignore[no-any-return]
 
 
 # ---- class indices beside logits, and nothing else: most calls, see _autograd.is_plain -----------

@@ -16,6 +16,8 @@ from ._options import DTYPES, REDUCTION_NAMES, REDUCTIONS, Settings, resolve
 # Called once, at import: some versions of torch.compile cannot trace this function.
 _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+_SPARSE_INDEX_DTYPES = (torch.int64, torch.int32)
+MAX_LABELS = 1024  # sparse labels of a row: the kernels' limit
 
 
 class Problem(NamedTuple):
@@ -26,6 +28,7 @@ class Problem(NamedTuple):
     weight: Tensor | None
     token_weight: Tensor | None
     normalizer: Tensor | None  # a float64 scalar
+    target_indices: Tensor | None  # of sparse labels: the classes of target's probabilities
     settings: Settings
 
 
@@ -51,6 +54,7 @@ def prepare(
     weight: Tensor | None,
     token_weight: Tensor | None,
     normalizer: Tensor | float | None,
+    target_indices: Tensor | None,
     statistics: bool,
     options: dict[str, Any],
 ) -> Problem:
@@ -58,10 +62,11 @@ def prepare(
     check_dense("input", input)
     check_floating("input", input)
     settings = resolve(input.dim(), statistics, options)
-    _check_target(input, target, settings)
+    _check_target(input, target, target_indices, settings)
     logits, loss_dtype = input, None
     if target.dtype not in _INDEX_DTYPES:
-        logits, target, loss_dtype = _promote(input, target, weight)
+        is_sparse = target_indices is not None
+        logits, target, loss_dtype = _promote(input, target, weight, is_sparse)
     elif input.dtype != torch.float64 and is_autocast(input):
         loss_dtype = torch.float32
     if weight is not None:
@@ -73,7 +78,8 @@ def prepare(
         normalizer = _check_normalizer(normalizer, settings.reduction, input)
     if loss_dtype is not None and settings.loss_dtype is None and loss_dtype != logits.dtype:
         settings = settings._replace(loss_dtype=loss_dtype)
-    problem = Problem(logits, target, weight, token_weight, normalizer, settings)
+    tensors = (logits, target, weight, token_weight, normalizer, target_indices)
+    problem = Problem(*tensors, settings)
     if settings.inplace_backward or settings.grad_in_forward:
         check_overwritable(problem)
     return problem
@@ -99,21 +105,24 @@ def row_shape(logits: Tensor, dim: int) -> torch.Size:
 
 
 def _promote(
-    input: Tensor, target: Tensor, weight: Tensor | None
+    input: Tensor, target: Tensor, weight: Tensor | None, is_sparse: bool
 ) -> tuple[Tensor, Tensor, torch.dtype]:
     """Return logits and probabilities in dtypes that the kernels take, and the loss's dtype.
 
     The kernels read 16-bit logits with probabilities of the same dtype or float32. Only other pairs
-    need a copy.
+    need a copy. Sparse labels are few: they alone are cast, to the accumulation dtype.
     """
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
+    loss_dtype = torch.float32 if dtype != torch.float64 and is_autocast(input) else dtype
+    if is_sparse:
+        return input, target.to(accumulation_dtype(input.dtype)), loss_dtype
     if dtype == torch.float64:
         return input.to(dtype), target.to(dtype), dtype
     if target.dtype != input.dtype:
         target = target.to(torch.float32)
-    return input, target, torch.float32 if is_autocast(input) else dtype
+    return input, target, loss_dtype
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -146,13 +155,17 @@ def check_floating(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_target(input: Tensor, target: Tensor, settings: Settings) -> None:
+def _check_target(
+    input: Tensor, target: Tensor, target_indices: Tensor | None, settings: Settings
+) -> None:
     """Check a target's layout, device, dtype and shape."""
     check_dense("target", target)
     check_device("target", target, input)
     dim, shape = settings.dim, target.shape
     rows = row_shape(input, dim)
-    if shape == rows:
+    if target_indices is not None:
+        _check_sparse_labels(input, target, target_indices, dim)
+    elif shape == rows:
         if target.dtype not in _INDEX_DTYPES:
             raise ValueError(
                 "target must be int64, int32 or uint8 where it holds class indices, got "
@@ -187,6 +200,48 @@ def check_probabilities(target: Tensor, shape: str) -> None:
             f"target must hold floating-point probabilities where it has {shape}, got "
             f"{target.dtype}"
         )
+
+
+def _check_sparse_labels(input: Tensor, target: Tensor, target_indices: Tensor, dim: int) -> None:
+    """Check the classes of sparse labels, and the target that holds their probabilities."""
+    check_dense("target_indices", target_indices)
+    check_device("target_indices", target_indices, input)
+    if target_indices.dtype not in _SPARSE_INDEX_DTYPES:
+        raise ValueError(f"target_indices must be int64 or int32, got {target_indices.dtype}")
+    others = (input.shape[:dim], input.shape[dim + 1 :])
+    if not is_labels_shape(target_indices.shape, *others):
+        raise ValueError(
+            f"target_indices must have shape {labels_shape(*others)} for logits of shape "
+            f"{tuple(input.shape)} with their classes in dimension {dim}, got "
+            f"{tuple(target_indices.shape)}"
+        )
+    if target.dtype not in DTYPES:
+        raise ValueError(
+            "target must hold floating-point probabilities where target_indices holds their "
+            f"classes, got {target.dtype}"
+        )
+    if target.shape != target_indices.shape:
+        raise ValueError(
+            f"target must have target_indices' shape {tuple(target_indices.shape)}, one "
+            f"probability for each index, got {tuple(target.shape)}"
+        )
+
+
+def is_labels_shape(shape: Sequence[int], before: Sequence[int], after: Sequence[int]) -> bool:
+    """Return True for K classes, from 1 to 1024, between these dimensions of rows."""
+    n_before = len(before)
+    return (
+        len(shape) == n_before + 1 + len(after)
+        and shape[:n_before] == before
+        and shape[n_before + 1 :] == after
+        and 1 <= shape[n_before] <= MAX_LABELS
+    )
+
+
+def labels_shape(before: Sequence[int], after: Sequence[int]) -> str:
+    """Return what an error says of these shapes."""
+    sizes = ", ".join([*map(str, before), "K", *map(str, after)])
+    return f"({sizes}{'' if before or after else ','}), with K from 1 to {MAX_LABELS},"
 
 
 def _check_weight(input: Tensor, dim: int, weight: Tensor) -> None:
@@ -234,21 +289,25 @@ def _check_normalizer(normalizer: Any, reduction: int, input: Tensor) -> Tensor:
 
 def check_range(problem: Problem) -> None:
     """Check the class indices of the rows that count; not on a GPU, where the host would wait."""
-    _, target, _, token_weight, _, settings = problem
-    if target.is_floating_point() or target.device.type != "cpu":
+    _, target, _, token_weight, _, target_indices, settings = problem
+    name, index = "target", target
+    if target_indices is not None:
+        name, index = "target_indices", target_indices
+    if index.is_floating_point() or index.device.type != "cpu":
         return
-    if not _torch_private.has_values(target):
+    if not _torch_private.has_values(index):
         return
     n_classes, ignore_index = problem.logits.shape[settings.dim], settings.ignore_index
-    target = target.to(torch.int64)  # a narrower dtype may not hold ignore_index
-    bad = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
+    index = index.to(torch.int64)  # a narrower dtype may not hold ignore_index
+    bad = ((index < 0) | (index >= n_classes)) & (index != ignore_index)
     if token_weight is not None:
-        bad = bad & (token_weight != 0)
+        kept = token_weight != 0
+        bad = bad & (kept if target_indices is None else kept.unsqueeze(settings.dim))
     if bad.any():
         position = tuple(bad.nonzero()[0].tolist())
         raise IndexError(
-            f"target must be in [0, {n_classes}) or equal to ignore_index ({ignore_index}), got "
-            f"{target[position].item()} at position {position}"
+            f"{name} must be in [0, {n_classes}) or equal to ignore_index ({ignore_index}), got "
+            f"{index[position].item()} at position {position}"
         )
 
 
@@ -257,7 +316,7 @@ def check_range(problem: Problem) -> None:
 
 def check_overwritable(problem: Problem) -> None:
     """Check that the in-place mode that is on may overwrite the logits."""
-    input, target, *_, settings = problem
+    input, target, *_, target_indices, settings = problem
     name = "grad_in_forward" if settings.grad_in_forward else "inplace_backward"
 
     def refuse(why: str, advice: str = "clone it") -> None:
@@ -287,8 +346,11 @@ def check_overwritable(problem: Problem) -> None:
         refuse(f"several elements of input share memory, {strides}")
     if not _has_layout(input, settings.dim):
         refuse(f"input has more than 4 row dimensions that cannot be merged, {strides}")
-    if not is_compiling and _torch_private.share_memory(target, input):
-        refuse("target shares input's memory, which is overwritten", "clone target")
+    for label, tensor in (("target", target), ("target_indices", target_indices)):
+        if tensor is None or is_compiling:
+            continue
+        if _torch_private.share_memory(tensor, input):
+            refuse(f"{label} shares input's memory, which is overwritten", f"clone {label}")
     if settings.grad_in_forward:
         _check_grad_in_forward(problem, memory)
 

@@ -33,6 +33,7 @@ def cross_entropy(
     dim: int | None = None,
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    target_indices: Tensor | None = None,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -70,7 +71,8 @@ def cross_entropy(
         input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, of any strides; float32,
             float64, bfloat16 or float16.
         target: class indices of ``input``'s shape without ``C`` (int64, int32 or uint8), or
-            probabilities of ``input``'s shape (floating; differentiable).
+            probabilities of ``input``'s shape (floating; differentiable), or those of
+            ``target_indices``.
         weight: one weight per class, ``(C,)``, of any floating-point dtype.
         size_average: deprecated in torch, see ``reduction``.
         ignore_index: rows with this class index have loss and gradient 0 and do not count in
@@ -89,6 +91,16 @@ def cross_entropy(
         normalizer: the divisor of ``mean``, a finite number or a tensor of one number. For one part
             of a batch (a micro-batch, or the rows of one process) pass the divisor of the whole
             batch: without weights, its number of rows that are not ignored. A mean by 0 is NaN.
+        target_indices: sparse labels: the classes (int64 or int32) of the probabilities in
+            ``target``, of ``target``'s shape. That is ``input``'s shape with ``K`` in the place of
+            ``C``, ``K`` from 1 to 1024: ``(N, K)`` for logits ``(N, C)``, ``(N, K, d1, ..., dk)``
+            for ``(N, C, d1, ..., dk)``. All other classes have probability 0: the loss is that of
+            ``torch.zeros_like(input).scatter_add(dim, target_indices, target)``, which is never
+            stored. So the probabilities of a repeated class add up, and nothing is normalized. An
+            index equal to ``ignore_index``, which may be any integer here, is padding: it adds
+            nothing. A row of padding alone counts in ``mean`` like a row whose probabilities are
+            all 0; to leave it out, give it a ``token_weight`` of 0. Probabilities of any
+            floating-point dtype are used in float32, or in float64 for float64 logits.
         lse_square_scale: factor of the z-loss; class weights do not apply to it; in [0, 1e30].
         softcap: a number in [1e-30, 1e30]; None: no cap.
         logit_scale: a number in [1e-30, 1e30]. To learn a scale, multiply the logits by it.
@@ -108,9 +120,19 @@ def cross_entropy(
             registered after the loss get None. Compiled code cannot raise that error: there
             this option means ``inplace_backward``.
 
-    The last two options need an ``input`` that is not a leaf of the graph. They have no effect if
-    no gradient is recorded. ``grad_in_forward`` refuses float16: without a loss scale, gradients
-    underflow there.
+    Sparse labels are the top classes of a teacher, or the two labels of an image that mixup or
+    CutMix has mixed. Then ``K`` is 2, and the probabilities are ``[lam, 1 - lam]``::
+
+        lam = 0.7
+        mixed = torch.randperm(len(labels))
+        logits = model(lam * images + (1 - lam) * images[mixed])
+        classes = torch.stack([labels, labels[mixed]], 1)
+        p = torch.tensor([lam, 1 - lam]).expand(len(labels), 2)
+        loss = fused_xent.cross_entropy(logits, p, target_indices=classes)
+
+    ``inplace_backward`` and ``grad_in_forward`` need an ``input`` that is not a leaf of the graph.
+    They have no effect if no gradient is recorded. ``grad_in_forward`` refuses float16: without a
+    loss scale, gradients underflow there.
 
     Kernels compute the gradient of ``input``. Torch operations compute those of probabilities,
     ``weight``, ``token_weight`` and ``normalizer``, second derivatives, and everything under
@@ -120,14 +142,15 @@ def cross_entropy(
         A scalar, or with ``"none"`` one loss per row: ``input``'s shape without ``C``.
 
     Raises:
-        IndexError: a target is out of range and not ``ignore_index``. Nothing has been written.
-            On CUDA devices the check would wait for the GPU: there the row's loss and gradient are
-            NaN instead, as under ``torch.func.vmap``.
+        IndexError: a target, or one of ``target_indices``, is out of range and not
+            ``ignore_index``. Nothing has been written. On CUDA devices the check would wait for
+            the GPU: there the row's loss and gradient are NaN instead, as under
+            ``torch.func.vmap``.
         ValueError: a shape, dtype, device or option does not fit; the message names it.
         TypeError: an argument has the wrong type.
         RuntimeError: ``inplace_backward`` or ``grad_in_forward`` cannot overwrite these logits.
     """
-    tensors = (input, target, weight, token_weight, normalizer)
+    tensors = (input, target, weight, token_weight, normalizer, target_indices)
     options = {
         "ignore_index": ignore_index,
         "reduction": reduction,
@@ -163,6 +186,7 @@ def cross_entropy_with_statistics(
     *,
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    target_indices: Tensor | None = None,
     **options: Unpack[StatisticsOptions],
 ) -> CrossEntropyStatistics:
     """Return the loss and statistics of each row, from one pass over the logits.
@@ -182,13 +206,14 @@ def cross_entropy_with_statistics(
         - ``entropy``: :math:`-\\sum_j p_j \\log p_j`; differentiable.
         - ``argmax``: int64, the first class with the largest :math:`z_j`; NaN counts as largest.
           With a ``softcap``, logits above about nine times the cap are equal.
-        - ``correct``: bool, True if ``argmax`` is the target, or the argmax of the probabilities.
+        - ``correct``: bool, True if ``argmax`` is the target, or the argmax of the probabilities
+          (with ``target_indices``, of the sums for each class).
 
         With ``grad_in_forward`` in eager mode, a gradient through any field but ``loss`` raises an
         error.
     """
     check_names("cross_entropy_with_statistics", options, _SIGNATURE.parameters)
-    tensors = (input, target, weight, token_weight, normalizer)
+    tensors = (input, target, weight, token_weight, normalizer, target_indices)
     if has_torch_function_variadic(*tensors):
         return _overridden(cross_entropy_with_statistics, *tensors, **options)
     given: dict[str, Any] = {**options}
@@ -205,18 +230,20 @@ def _overridden(
     weight: Tensor | None,
     token_weight: Tensor | None,
     normalizer: Tensor | float | None,
+    target_indices: Tensor | None,
     /,
     **options: Any,
 ) -> T:
     """Call the ``__torch_function__`` of a tensor subclass."""
     result: T = handle_torch_function(
         function,
-        (input, target, weight, token_weight, normalizer),
+        (input, target, weight, token_weight, normalizer, target_indices),
         input,
         target,
         weight=weight,
         token_weight=token_weight,
         normalizer=normalizer,
+        target_indices=target_indices,
         **options,
     )
     return result

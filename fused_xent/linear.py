@@ -34,6 +34,8 @@ from ._problem import (
     check_probabilities,
     check_range,
     is_autocast,
+    is_labels_shape,
+    labels_shape,
     prepare,
 )
 from ._torch_private import are_ordinary, has_values, is_under_torch_func
@@ -57,6 +59,7 @@ def linear_cross_entropy(
     options: LinearCrossEntropyOptions | None = None,
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    target_indices: Tensor | None = None,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -82,17 +85,21 @@ def linear_cross_entropy(
         linear_weight: ``(C, H)`` for ``C`` classes, or ``(C, d1, ..., dk, H)`` for one loss in each
             of the ``d1 x ... x dk`` positions of a row; ``input``'s dtype, or any under autocast.
         target: class indices (int64, int32 or uint8) of the rows' shape, ``(N,)`` or
-            ``(N, d1, ..., dk)``, or probabilities, ``(N, C)`` or ``(N, C, d1, ..., dk)``.
+            ``(N, d1, ..., dk)``, or probabilities, ``(N, C)`` or ``(N, C, d1, ..., dk)``, or those
+            of ``target_indices``.
         linear_bias: ``linear_weight``'s shape without ``H``, and its dtype.
         weight: one weight per class, ``(C,)``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        ignore_index: rows with this class index have loss and gradient 0. None: -100. Must be None
-            with probabilities.
+        ignore_index: rows with this class index have loss and gradient 0; in ``target_indices``,
+            it is padding. None: -100. Must be None with probabilities of all classes.
         label_smoothing: in [0, 1].
         options: torch's own. Its ``batch_chunk_size`` is used as ``chunk_rows``; its other fields
             have no effect.
         token_weight: one weight for each position of a row: the class indices' shape.
         normalizer: the divisor of ``mean``.
+        target_indices: sparse labels: the classes (int64 or int32) of the probabilities in
+            ``target``, of ``target``'s shape ``(N, K)`` or ``(N, K, d1, ..., dk)``, ``K`` from 1 to
+            1024. Probabilities of a repeated class add up.
         lse_square_scale: factor of the z-loss.
         softcap: cap of the logits; None: no cap.
         logit_scale: factor of the logits.
@@ -103,9 +110,9 @@ def linear_cross_entropy(
             a head in float32; ``input`` and ``linear_weight`` stay in 16 bits.
         shift: row ``i`` of a sequence takes the label of row ``i + shift``: 1 (or True) for
             next-token labels. A sequence is ``input``'s last dimension before the features.
-            ``target`` and ``token_weight`` keep the shape of all rows. The last ``shift`` rows of a
-            sequence have no label: an unreduced loss is ``(B, T - shift)`` for ``(B, T)``. Nothing
-            is copied.
+            ``target``, ``target_indices`` and ``token_weight`` keep the shape of all rows. The last
+            ``shift`` rows of a sequence have no label: an unreduced loss is ``(B, T - shift)`` for
+            ``(B, T)``. Nothing is copied.
         drop_ignored: leave rows that do not count (ignored, or token weight 0) out of the matrix
             products. This copies the hidden states of the other rows. On a GPU the host waits once,
             to learn which rows count, so a CUDA graph cannot be captured. Compiled code keeps all
@@ -130,13 +137,14 @@ def linear_cross_entropy(
         A scalar, or with ``"none"`` one loss for each position of a row.
 
     Raises:
-        IndexError: a target is out of range and not ``ignore_index``. On CUDA devices the check
-            would wait for the GPU: there the loss and gradients are NaN instead.
+        IndexError: a target, or one of ``target_indices``, is out of range and not
+            ``ignore_index``. On CUDA devices the check would wait for the GPU: there the loss and
+            gradients are NaN instead.
         ValueError: a shape, dtype, device or option does not fit; the message names it.
         TypeError: an argument has the wrong type.
     """
     tensors = (input, linear_weight, target)
-    others = (linear_bias, weight, token_weight, normalizer)
+    others = (linear_bias, weight, token_weight, normalizer, target_indices)
     of_layer: dict[str, Any] = {
         "options": options,
         "logits_dtype": logits_dtype,
@@ -179,6 +187,7 @@ def linear_cross_entropy_with_statistics(
     weight: Tensor | None = None,
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    target_indices: Tensor | None = None,
     **options: Unpack[LinearOptions],
 ) -> CrossEntropyStatistics:
     """Return the loss of a linear layer, and statistics of each position of a row.
@@ -189,7 +198,7 @@ def linear_cross_entropy_with_statistics(
     """
     check_names("linear_cross_entropy_with_statistics", options, _NAMES)
     tensors = (input, linear_weight, target)
-    others = (linear_bias, weight, token_weight, normalizer)
+    others = (linear_bias, weight, token_weight, normalizer, target_indices)
     if has_torch_function_variadic(*tensors, *others):
         return _overridden(linear_cross_entropy_with_statistics, tensors, others, options)
     results = _evaluate(*tensors, *others, statistics=True, **options)
@@ -207,7 +216,7 @@ def _overridden(
     function: Callable[..., T], tensors: tuple[Any, ...], others: tuple[Any, ...], options: Any
 ) -> T:
     """Call the ``__torch_function__`` of a tensor subclass."""
-    linear_bias, weight, token_weight, normalizer = others
+    linear_bias, weight, token_weight, normalizer, target_indices = others
     result: T = handle_torch_function(
         function,
         (*tensors, *others),
@@ -216,6 +225,7 @@ def _overridden(
         weight=weight,
         token_weight=token_weight,
         normalizer=normalizer,
+        target_indices=target_indices,
         **options,
     )
     return result
@@ -229,10 +239,11 @@ def _is_plain(
     weight: Any,
     token_weight: Any,
     normalizer: Any,
+    target_indices: Any,
 ) -> bool:
     """Return True for a plain call (see _autograd) with few logits; torch checks the product."""
     return (
-        _autograd.is_plain(input, target, weight, token_weight, normalizer)
+        _autograd.is_plain(input, target, weight, token_weight, normalizer, target_indices)
         and isinstance(linear_weight, Tensor)
         and are_ordinary(input, linear_weight)
         and input.dim() == linear_weight.dim() == 2
@@ -252,6 +263,7 @@ def _evaluate(
     weight: Tensor | None,
     token_weight: Tensor | None,
     normalizer: Tensor | float | None,
+    target_indices: Tensor | None,
     /,
     *,
     statistics: bool,
@@ -264,20 +276,23 @@ def _evaluate(
     **loss_options: Any,
 ) -> tuple[Tensor] | CrossEntropyStatistics:
     """Check the arguments and return the loss, or all statistics."""
-    _check_linear(input, linear_weight, linear_bias)
+    check_linear(input, linear_weight, linear_bias)
     shift = _check_shift(shift, input)
     check_flag("drop_ignored", drop_ignored)
-    chunk_rows = _check_chunk_rows(chunk_rows, options)
-    layer = _autocast(Layer(input, linear_weight, linear_bias))
-    logits_dtype = _check_dtypes(layer, logits_dtype)
+    chunk_rows = check_chunk_rows(chunk_rows, options)
+    layer = autocast(Layer(input, linear_weight, linear_bias))
+    logits_dtype = check_dtypes(layer, logits_dtype)
     rows, classes = layer.hidden.shape[:-1], layer.linear_weight.shape[:-1]
-    _check_target(target, rows, classes, ignore_index, shift)
+    if target_indices is None:
+        _check_target(target, rows, classes, ignore_index, shift)
+    else:
+        _check_target_indices(target_indices, rows, classes, shift)
     # Stands in for the logits in checks: their shape, dtype and device, but one element of memory.
     logits = layer.hidden.new_zeros((), dtype=logits_dtype).expand(*rows, *classes)
     loss_options["dim"] = len(rows)
     if ignore_index is not None:
         loss_options["ignore_index"] = ignore_index
-    tensors = (logits, target, weight, token_weight, normalizer)
+    tensors = (logits, target, weight, token_weight, normalizer, target_indices)
     problem = prepare(*tensors, statistics, loss_options)
     if shift > 0:
         problem = problem._replace(token_weight=_without_first(problem, shift))
@@ -310,7 +325,7 @@ def _evaluate(
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     """Check the tensors of the linear layer."""
     check_dense("input", input)
     check_dense("linear_weight", linear_weight)
@@ -338,7 +353,7 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
             )
 
 
-def _check_dtypes(layer: Layer, logits_dtype: torch.dtype | None) -> torch.dtype:
+def check_dtypes(layer: Layer, logits_dtype: torch.dtype | None) -> torch.dtype:
     """Check the dtypes of the matrix product, after autocast; return the logits' dtype."""
     hidden, linear_weight, linear_bias = layer
     dtype = hidden.dtype
@@ -375,14 +390,34 @@ def _check_target(
                 "to leave rows out, give them a token_weight of 0"
             )
     elif target.shape != of_indices:
-        hint = ""
-        if shift and target.shape == (*rows[:-1], rows[-1] - shift, *classes[1:]):
-            hint = f": with shift={shift}, pass the labels of all rows, not shifted"
+        is_shifted = shift and target.shape == (*_shifted(rows, shift), *classes[1:])
         raise ValueError(
             f"target must have shape {of_indices} (class indices) or {of_probabilities} "
             f"(probabilities) for input's rows and linear_weight's classes, got "
-            f"{tuple(target.shape)}{hint}"
+            f"{tuple(target.shape)}{_hint(shift) if is_shifted else ''}"
         )
+
+
+def _check_target_indices(
+    target_indices: Tensor, rows: Sequence[int], classes: Sequence[int], shift: int
+) -> None:
+    """Check the shape of sparse labels' classes against hidden states and weight."""
+    check_dense("target_indices", target_indices)
+    shape, positions = target_indices.shape, classes[1:]
+    if not is_labels_shape(shape, rows, positions):
+        is_shifted = shift and is_labels_shape(shape, _shifted(rows, shift), positions)
+        raise ValueError(
+            f"target_indices must have shape {labels_shape(rows, positions)} for input's rows and "
+            f"linear_weight's classes, got {tuple(shape)}{_hint(shift) if is_shifted else ''}"
+        )
+
+
+def _shifted(rows: Sequence[int], shift: int) -> tuple[int, ...]:
+    return (*rows[:-1], rows[-1] - shift)
+
+
+def _hint(shift: int) -> str:
+    return f": with shift={shift}, pass the labels of all rows, not shifted"
 
 
 def _check_shift(shift: int, input: Tensor) -> int:
@@ -405,7 +440,7 @@ def _check_shift(shift: int, input: Tensor) -> int:
     return shift
 
 
-def _check_chunk_rows(chunk_rows: int | None, options: Any) -> int | None:
+def check_chunk_rows(chunk_rows: int | None, options: Any) -> int | None:
     """Return chunk_rows, which torch's options may give too."""
     is_given = options is not None
     if is_given and (isinstance(options, type) or not hasattr(options, "batch_chunk_size")):
@@ -425,7 +460,7 @@ def _check_chunk_rows(chunk_rows: int | None, options: Any) -> int | None:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def _autocast(layer: Layer) -> Layer:
+def autocast(layer: Layer) -> Layer:
     """Cast the layer as autocast casts the operands of a matrix product."""
     if not is_autocast(layer.hidden):
         return layer
@@ -464,12 +499,13 @@ def _flatten(layer: Layer, problem: Problem, shift: int) -> tuple[Layer, Problem
         return tensor.reshape(n_rows, *tensor.shape[n_row_dims:])
 
     hidden = flat(layer.hidden)[: max(n_rows - shift, 0)]
-    tokens = problem.token_weight
+    tokens, indices = problem.token_weight, problem.target_indices
     logits = problem.logits.new_zeros(()).expand(hidden.shape[0], *layer.linear_weight.shape[:-1])
     flattened = problem._replace(
         logits=logits,
         target=flat(problem.target)[shift:],
         token_weight=None if tokens is None else flat(tokens)[shift:],
+        target_indices=None if indices is None else flat(indices)[shift:],
         settings=problem.settings._replace(dim=1),
     )
     return layer._replace(hidden=hidden), flattened
@@ -492,11 +528,12 @@ def _kept_rows(problem: Problem) -> Tensor | None:
 def _select(layer: Layer, problem: Problem, kept: Tensor | None) -> tuple[Layer, Problem]:
     if kept is None:
         return layer, problem
-    tokens = problem.token_weight
+    tokens, indices = problem.token_weight, problem.target_indices
     selected = problem._replace(
         logits=problem.logits[: kept.numel()],
         target=problem.target.index_select(0, kept),
         token_weight=None if tokens is None else tokens.index_select(0, kept),
+        target_indices=None if indices is None else indices.index_select(0, kept),
     )
     return layer._replace(hidden=layer.hidden.index_select(0, kept)), selected
 
@@ -510,7 +547,7 @@ def _has_few_logits(problem: Problem, chunk_rows: int | None) -> bool:
 
 def _needs_all_logits(layer: Layer, problem: Problem) -> bool:
     """Return True if autograd must differentiate through the logits."""
-    _, target, weight, token_weight, normalizer, _ = problem
+    _, target, weight, token_weight, normalizer, *_ = problem
     is_compiling = torch.compiler.is_compiling()
     return (
         _autograd.is_for_torch(problem)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-OF_A_BATCH = ("token_weight", "normalizer")  # go to forward
+OF_A_BATCH = ("token_weight", "normalizer", "target_indices")  # go to forward
 DEPRECATED = ("size_average", "reduce")  # torch's, which reduction says
 
 
@@ -64,9 +64,9 @@ def _is_default(value: Any, default: Any) -> bool:
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Loss):
     """Module of :func:`fused_xent.cross_entropy`, equivalent to :class:`torch.nn.CrossEntropyLoss`.
 
-    Takes torch's arguments and the options of the function. ``token_weight`` and ``normalizer``
-    belong to a batch and go to ``forward``. Options are checked when the loss is computed. It is a
-    subclass of torch's class: state dicts and isinstance checks carry over.
+    Takes torch's arguments and the options of the function. ``token_weight``, ``normalizer`` and
+    ``target_indices`` belong to a batch and go to ``forward``. Options are checked when the loss is
+    computed. It is a subclass of torch's class: state dicts and isinstance checks carry over.
     """
 
     DEFAULTS = _defaults_of(cross_entropy)
@@ -96,6 +96,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Loss):
         target: Tensor,
         token_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        target_indices: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of logits ``input``; shapes as in :func:`fused_xent.cross_entropy`."""
         return cross_entropy(
@@ -104,6 +105,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Loss):
             weight=self.weight,
             token_weight=token_weight,
             normalizer=normalizer,
+            target_indices=target_indices,
             **self._options(),
         )
 
@@ -115,8 +117,8 @@ class LinearCrossEntropyLoss(_Loss):
     ``linear.weight`` of shape ``(num_classes * d1 * ... * dk, in_features)`` and, with ``bias``,
     ``linear.bias``, for ``out_features = (d1, ..., dk)``; state dicts carry over. To tie it to an
     embedding, assign ``linear.weight``. All other arguments are options of the function;
-    ``token_weight`` and ``normalizer`` belong to a batch and go to ``forward``. Options are checked
-    when the loss is computed.
+    ``token_weight``, ``normalizer`` and ``target_indices`` belong to a batch and go to ``forward``.
+    Options are checked when the loss is computed.
     """
 
     DEFAULTS = _defaults_of(linear_cross_entropy)
@@ -147,6 +149,7 @@ class LinearCrossEntropyLoss(_Loss):
         target: Tensor,
         token_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        target_indices: Tensor | None = None,
     ) -> Tensor:
         """Return the loss; shapes as in :func:`fused_xent.linear_cross_entropy`."""
         linear_weight: Tensor
@@ -164,6 +167,7 @@ class LinearCrossEntropyLoss(_Loss):
             weight=self.weight,
             token_weight=token_weight,
             normalizer=normalizer,
+            target_indices=target_indices,
             **self._options(),
         )
 

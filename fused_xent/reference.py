@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+PADDING = -100  # in an index of selected classes
+
 
 class _Statistics(NamedTuple):
     loss: Tensor  # as of cross_entropy
@@ -18,6 +20,14 @@ class _Statistics(NamedTuple):
     entropy: Tensor  # of the softmax, in nats; differentiable
     argmax: Tensor  # int64: the first of the greatest logits, NaN above all
     correct: Tensor  # bool: whether argmax is the target, or the argmax of the probabilities
+
+
+class SparseClasses(NamedTuple):
+    """The classes of sparse labels, all of one shape."""
+
+    classes: Tensor  # int64; 0 where the index is no class
+    is_class: Tensor
+    is_padding: Tensor
 
 
 class CrossEntropyStatistics(_Statistics):
@@ -33,6 +43,21 @@ class CrossEntropyStatistics(_Statistics):
         return super().__new__(cls, *((loss, *rows) if rows else loss))
 
 
+class _Selected(NamedTuple):
+    log_probs: Tensor  # of the selected classes; differentiable
+    entropy: Tensor  # of the softmax, in nats, a row each; differentiable
+
+
+class SelectedLogProbs(_Selected):
+    """What :func:`fused_xent.selective_log_softmax` returns with ``with_entropy=True``."""
+
+    __slots__ = ()
+
+    def __new__(cls, log_probs: Any, *entropy: Tensor) -> Self:
+        """Take the fields, or one iterable of them: see :class:`CrossEntropyStatistics`."""
+        return super().__new__(cls, *((log_probs, *entropy) if entropy else log_probs))
+
+
 def class_dim(input: Tensor) -> int:
     """Return the dimension of the classes by torch's rule: 0 of (C,), 1 of (N, C, d1, ...)."""
     return 0 if input.dim() == 1 else 1
@@ -42,6 +67,30 @@ def transform(input: Tensor, softcap: float | None, logit_scale: float) -> Tenso
     """Return the logits as the softmax sees them."""
     logits = input if logit_scale == 1 else input * logit_scale
     return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+def sparse_classes(target_indices: Tensor, n_classes: int, ignore_index: int) -> SparseClasses:
+    """Return the classes of sparse labels, which can be gathered."""
+    index = target_indices.to(torch.int64)  # a narrower dtype may not hold ignore_index
+    is_class = (index >= 0) & (index < n_classes)
+    return SparseClasses(index.masked_fill(~is_class, 0), is_class, index == ignore_index)
+
+
+def dense_labels(
+    target: Tensor, target_indices: Tensor, n_classes: int, dim: int, ignore_index: int
+) -> Tensor:
+    """Return labels of all classes: the sparse ones of each class added up, and 0 elsewhere.
+
+    An index that is no class makes a label NaN.
+    """
+    if n_classes == 0:
+        return target.narrow(dim, 0, 0)
+    classes, is_class, is_padding = sparse_classes(target_indices, n_classes, ignore_index)
+    is_wrong = ~is_class & ~is_padding  # NaN at padding would make the gradient there NaN
+    target = target * torch.ones_like(target).masked_fill(is_wrong, torch.nan)
+    target = target.masked_fill(is_padding, 0)
+    shape = [*target.shape[:dim], n_classes, *target.shape[dim + 1 :]]
+    return target.new_zeros(shape).scatter_add(dim, classes, target)
 
 
 def cross_entropy(input: Tensor, target: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -60,6 +109,7 @@ def cross_entropy_with_statistics(
     dim: int | None = None,
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    target_indices: Tensor | None = None,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -70,9 +120,12 @@ def cross_entropy_with_statistics(
     With ``p`` the softmax, a row's cross-entropy is ``-sum(q * log(p))`` over the classes. For
     probabilities ``q = w * ((1 - label_smoothing) * target + label_smoothing / C)``; for a class
     index ``y``, ``q = (1 - label_smoothing) * w[y] * onehot(y) + label_smoothing / C * w``. Where
-    ``q`` is 0 the term is 0, also at a logit of ``-inf``.
+    ``q`` is 0 the term is 0, also at a logit of ``-inf``. With ``target_indices``, a class's
+    probability is the sum of those in ``target`` that belong to it.
     """
     dim = class_dim(input) if dim is None else dim % input.dim()
+    if target_indices is not None:
+        target = dense_labels(target, target_indices, input.shape[dim], dim, ignore_index)
     if token_weight is None:
         token_weight = input.new_ones(input.shape[:dim] + input.shape[dim + 1 :])
     kept = token_weight != 0
@@ -180,3 +233,34 @@ def _index_loss(
     # A target that is no class makes the row's loss and gradient NaN.
     row_loss = row_loss * torch.where(is_class | ~kept, 1.0, torch.nan)
     return row_loss, target_weight.squeeze(dim), mass
+
+
+def selective_log_softmax(
+    input: Tensor,
+    index: Tensor,
+    *,
+    dim: int = -1,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = PADDING,
+) -> SelectedLogProbs:
+    """Compute :func:`fused_xent.selective_log_softmax`, and the entropy, in the dtype of ``input``.
+
+    ``index`` has ``K`` classes a row in dimension ``dim``.
+    """
+    dim = dim % input.dim()
+    index = index.to(torch.int64)
+    padding = index == ignore_index
+    left_out = padding.all(dim, keepdim=True)
+    logits = transform(input.masked_fill(left_out, 0), softcap, logit_scale)
+    log_prob = logits.log_softmax(dim)
+    is_class = (index >= 0) & (index < input.shape[dim])
+    if input.shape[dim]:
+        log_probs = log_prob.gather(dim, index.masked_fill(~is_class, 0))
+    else:  # there is no class 0 to gather
+        log_probs = log_prob.sum(dim, keepdim=True).expand(index.shape)
+    # An index that is no class makes the log-probabilities and the gradient of its row NaN.
+    is_wrong = (~is_class & ~padding).any(dim, keepdim=True)
+    log_probs = (log_probs * torch.where(is_wrong, torch.nan, 1.0)).masked_fill(padding, 0)
+    entropy = -_weighted_sum(log_prob.exp(), log_prob, dim)
+    return SelectedLogProbs(log_probs, entropy.masked_fill(left_out.squeeze(dim), 0))

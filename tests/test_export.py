@@ -275,7 +275,7 @@ def test_linear_decompositions_equal_the_operators(dtype, logits_dtype, classes,
     logits_dtype = logits_dtype or dtype
     layer = [torch.randn(N, H), torch.randn(*classes, H) / 3, torch.randn(classes)]
     target = TARGET if len(classes) == 1 else TARGET[:, None].repeat(1, 2)
-    tensors = (*(x.to(dtype) for x in layer), target, None, None, None, 1)
+    tensors = (*(x.to(dtype) for x in layer), target, None, None, None, None, 1)
     arguments = (*tensors, logits_dtype, torch.float32, True, None, list(needs))
     forward, backward = operators.linear_forward.default, operators.linear_backward.default
     options = OPTIONS["all options"]

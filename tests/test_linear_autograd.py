@@ -181,7 +181,7 @@ def test_no_grad_skips_the_gradient_products(context, monkeypatch):
 def test_unneeded_gradients_are_empty(needs, dtype):
     """Needed gradients have the dtype of the layer, even with several chunks."""
     layer, target = [x.detach() for x in make_layer(dtype)], make_target()
-    inputs = (*layer, target, None, None, None, 1, dtype)
+    inputs = (*layer, target, None, None, None, None, 1, dtype)
     for device in ("cpu", "meta"):
         moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs]
         results = torch.ops.fused_xent.linear_forward(
@@ -474,7 +474,7 @@ def test_compiled_without_gradients(context, fresh_compiler):
 def test_operators(soft, reduction, needs):
     hidden, linear_weight, bias = (x.detach() for x in make_layer())
     target = make_target(soft)
-    inputs = (hidden, linear_weight, bias, target, None, torch.rand(N), None, reduction)
+    inputs = (hidden, linear_weight, bias, target, None, torch.rand(N), None, None, reduction)
     inputs += (torch.float32, torch.float32, True, 4, [int(needed) for needed in needs])
     upstream = (torch.rand([N] if reduction == 0 else []), torch.rand(N), None)
     options = {"label_smoothing": 0.1, "lse_square_scale": 0.01, "softcap": 3.0}
@@ -490,7 +490,7 @@ def test_operators(soft, reduction, needs):
 def test_opcheck_of_linear_forward_with_gradients(statistics, soft, needs):
     """opcheck of the autograd formula of ``linear_forward``."""
     layer = [x.detach().requires_grad_(bool(n)) for x, n in zip(make_layer(), needs, strict=True)]
-    inputs = (*layer, make_target(soft), None, torch.rand(N), None, 1)
+    inputs = (*layer, make_target(soft), None, torch.rand(N), None, None, 1)
     inputs += (torch.float32, torch.float32, statistics, 4, needs)
     options = {"label_smoothing": 0.1, "lse_square_scale": 0.01, "softcap": 3.0}
     torch.library.opcheck(torch.ops.fused_xent.linear_forward.default, inputs, options)
@@ -498,7 +498,7 @@ def test_opcheck_of_linear_forward_with_gradients(statistics, soft, needs):
 
 def forward_of(layer, *tensors, statistics=True, needs=(1, 1, 1)):
     """Call linear_forward with a layer and target, weight and token weight."""
-    tensors = (*layer, *tensors, None, 1, DOUBLE, DOUBLE, statistics, 2, list(needs))
+    tensors = (*layer, *tensors, None, None, 1, DOUBLE, DOUBLE, statistics, 2, list(needs))
     return torch.ops.fused_xent.linear_forward(*tensors, **OPTIONS)
 
 
@@ -535,7 +535,7 @@ def test_linear_backward_has_no_derivative():
     """Asking for one raises, instead of giving a gradient of 0."""
     backward = torch.ops.fused_xent.linear_backward
     layer, upstream = small_layer(), torch.ones((), dtype=DOUBLE)
-    others = (SMALL_TARGET, None, None, None, 1, DOUBLE, DOUBLE, False, None, [1, 1, 1])
+    others = (SMALL_TARGET, None, None, None, None, 1, DOUBLE, DOUBLE, False, None, [1, 1, 1])
     with pytest.raises(RuntimeError, match="linear_backward has no derivative"):
         backward(upstream, None, None, *layer, *others)
     detached = [x.detach() for x in layer]

@@ -192,6 +192,7 @@ def test_every_option_reaches_the_function(function, monkeypatch):
     names = [name for name in OPTIONS if name in parameters]
     assert set(names) == set(parameters) - NOT_OPTIONS
     weight, batch = torch.rand(5), {"token_weight": torch.rand(4), "normalizer": 3}
+    batch["target_indices"] = torch.arange(4)
     for name in names:
         module = MODULES[function](weight=weight, **{name: OPTIONS[name]})
         module(torch.rand(4, 9), torch.arange(4), **batch)
@@ -201,15 +202,16 @@ def test_every_option_reaches_the_function(function, monkeypatch):
         assert torch.equal(seen["weight"], weight)
         assert seen["token_weight"] is batch["token_weight"]
         assert seen["normalizer"] == 3
+        assert seen["target_indices"] is batch["target_indices"]
         assert f"{name}={OPTIONS[name]!r}" in repr(module)
         MODULES[function]()(torch.rand(4, 9), torch.arange(4))
         assert all(seen[n] == parameters[n].default for n in names)
-        assert (seen["weight"], seen["token_weight"], seen["normalizer"]) == (None,) * 3
+        assert all(seen[n] is None for n in ("weight", *batch))
 
 
 NOT_OPTIONS = {  # tensors, and the deprecated arguments that set reduction
-    *("input", "target", "weight", "token_weight", "normalizer", "size_average", "reduce"),
-    *("linear_weight", "linear_bias"),
+    *("input", "target", "weight", "token_weight", "normalizer", "target_indices"),
+    *("linear_weight", "linear_bias", "size_average", "reduce"),
 }
 
 

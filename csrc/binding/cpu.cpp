@@ -22,6 +22,7 @@ struct Call {
   Problem problem;
   Params& params = problem.params;
   const cpu::Threads threads = torch_threads();
+  OptionalTensor one;  // the upstream gradient of forward_backward
 
   explicit Call(Problem checked) : problem(std::move(checked)) {
     if (!problem.weight) return;
@@ -80,7 +81,7 @@ struct Call {
 
   Tensor forward_backward(const Rows& rows, ScalarType loss_dtype) {
     const double total_weight = total_weight_of_rows();
-    const Tensor one = problem.set_grad_loss(params, filled(1, problem.acc_dtype));
+    one = problem.set_grad_loss(params, filled(1, problem.acc_dtype));
     params.grad_scale = problem.reduction == kMean ? mean_of(1, total_weight) : 1;
     if (params.vocab_size > 0) cpu::forward_backward(params, threads);
     return reduce(rows.loss, total_weight, loss_dtype);

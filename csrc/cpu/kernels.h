@@ -44,7 +44,8 @@ struct RowBatch {
   bool is_general;             // is_general(p)
   int64_t kept[kBatchRows];    // -1, or 0 for rows that are left out
   int64_t target[kBatchRows];  // -1 for probabilities and for rows that are left out
-  double target_weight[kBatchRows], target_logit[kBatchRows], target_slope[kBatchRows];
+  double target_weight[kBatchRows], label_weight[kBatchRows];  // see labels_of
+  double target_logit[kBatchRows], target_slope[kBatchRows];
 
   SegmentStats stats[kBatchRows];  // of all classes but class_apart
   double max[kBatchRows], log_sum[kBatchRows];

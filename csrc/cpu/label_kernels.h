@@ -127,7 +127,7 @@ void write_label_gradients_of_row(const Params& p, const SparseLabels& sparse, i
   const Smoothing<double> smoothing = smoothing_of(p);
   const A g = static_cast<A>(upstream.g), spread = static_cast<A>(smoothing.uniform);
   const A keep = static_cast<A>(smoothing.keep), mass = static_cast<A>(p.weight_sum);
-  const A total = static_cast<A>(smoothing.keep * target_weight(p, row, 0));
+  const A total = static_cast<A>(smoothing.keep * label_weight(p, row, 0));
   for_label_lanes<A>(sparse.n_labels, [&](int64_t k, int n) {
     const Vec<A> x = load_first(logits + k, n);
     Vec<A> z = x, slope = Vec<A>{} + 1;

@@ -14,11 +14,13 @@ void read_targets(const Params& p, RowBatch& batch) {
     batch.target[i] = is_kept && has_indices(p) ? target_index(p, row) : -1;
     const int64_t y = batch.target[i];
     if (y < 0) {
-      batch.target_weight[i] = batch.target_logit[i] = batch.target_slope[i] = 0;
+      batch.target_weight[i] = batch.label_weight[i] = 0;
+      batch.target_logit[i] = batch.target_slope[i] = 0;
       continue;
     }
     const T* logit = logits_row<T>(p, row) + y;
-    batch.target_weight[i] = target_weight(p, row, y);
+    batch.target_weight[i] = class_weight(p, y);
+    batch.label_weight[i] = label_weight(p, row, y);
     batch.target_logit[i] = load_one(logit);
     batch.target_slope[i] = 1;
     if (!has_transform(p)) continue;
@@ -41,7 +43,7 @@ struct LabelLanes {
 XENT_INLINE LabelLanes labels_of_batch(const Params& p, const RowBatch& batch, int lane,
                                        const Smoothing<double>& smoothing, F64 mass) {
   if (!has_indices(p)) return {F64{}, mass};
-  const F64 on_target = smoothing.keep * load(batch.target_weight + lane);
+  const F64 on_target = smoothing.keep * load(batch.label_weight + lane);
   return {on_target, label_mass(on_target, smoothing.uniform, p.weight_sum - F64{})};
 }
 

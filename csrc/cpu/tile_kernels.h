@@ -52,7 +52,7 @@ void finish_tile(const Params& p, const TileLabels<T>& labels, int64_t begin) {
   const Smoothing<double> smoothing = smoothing_of(p);
   for (int lane = 0; lane < labels.n_rows; lane += kLanes<double>) {
     const RowLanes<A> rows = labels.rows(p, begin, lane);
-    const F64 on_target = smoothing.keep * load_wide(labels.target_weight + lane, rows.n);
+    const F64 on_target = smoothing.keep * load_wide(labels.label_weights() + lane, rows.n);
     const F64 mass = has_indices(p) ? label_mass(on_target, smoothing.uniform, p.weight_sum - F64{})
                                     : rows.read(p.label_mass);
     const F64 lse = rows.read(p.row_max) + rows.read(p.log_sum);

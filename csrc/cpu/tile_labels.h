@@ -10,12 +10,15 @@ struct TileLabels {
   int64_t index[kTileRows];  // -1 for probabilities and for rows that are left out
   Bits kept[kTileRows];      // all ones, or 0 for rows that are left out or beyond the last
   A target_weight[kTileRows] = {};
+  A label_weight[kTileRows];  // of rows that have their own: see Params::target_weight
+  const bool has_label_weight;
   A target_logit[kTileRows] = {};
   A share = 0;  // of a label: what smoothing keeps on the target
   A spread = 1;
   bool any_kept = true;
 
-  TileLabels(const Params& p, int64_t begin, int n_rows) : n_rows(n_rows) {
+  TileLabels(const Params& p, int64_t begin, int n_rows)
+      : n_rows(n_rows), has_label_weight(p.target_weight != nullptr) {
     for (int i = 0; i < kTileRows; ++i) index[i] = i < n_rows ? 0 : -1;
     if (has_indices(p)) {
       with_indices(p, [&](const auto* target) { set_indices(p, target, begin); });
@@ -46,7 +49,10 @@ struct TileLabels {
     return classes;
   }
   XENT_INLINE Vec<Bits> kept_lanes(int lane) const { return load_bits<Vec<Bits>>(kept + lane); }
-  XENT_INLINE Vec<A> on_target(int lane) const { return share * load(target_weight + lane); }
+  XENT_INLINE Vec<A> on_target(int lane) const { return share * load(label_weights() + lane); }
+  XENT_INLINE const A* label_weights() const {
+    return has_label_weight ? label_weight : target_weight;
+  }
   XENT_INLINE RowLanes<A> rows(const Params& p, int64_t begin, int lane) const {
     using Narrow = typename VectorOf<Bits, kLanes<double>>::type;
     const auto is_kept = load_bits<Narrow>(kept + lane) != 0;
@@ -70,7 +76,6 @@ struct TileLabels {
   template <typename Index>
   void set_indices(const Params& p, const Index* target, int64_t begin) {
     const A* weight = static_cast<const A*>(p.weight);
-    const A* of_rows = static_cast<const A*>(p.target_weight);
     const Smoothing<double> smoothing = smoothing_of(p);
     share = static_cast<A>(smoothing.keep);
     spread = static_cast<A>(smoothing.uniform);
@@ -79,11 +84,13 @@ struct TileLabels {
       index[i] = y == p.ignore_index ? -1 : y;
     }
     set_kept(p, begin);
-    for (int i = 0; i < n_rows; ++i)
-      target_weight[i] = of_rows == nullptr ? A(1) : of_rows[begin + i];
-    if (of_rows != nullptr) return;
+    for (int i = 0; i < n_rows; ++i) target_weight[i] = 1;
     for (int i = 0; i < n_rows && weight != nullptr; ++i) {
       if (index[i] >= 0) target_weight[i] = weight[index[i]];
+    }
+    if (!has_label_weight) return;
+    for (int i = 0; i < kTileRows; ++i) {
+      label_weight[i] = i < n_rows ? static_cast<const A*>(p.target_weight)[begin + i] : A(0);
     }
   }
 };

@@ -130,7 +130,7 @@ struct GradientAtLabels {
         upstream(upstream_of(a, row, grad_loss_of(a, scale, row), results)),
         smoothing(smoothing_of<A>(a)),
         mass(mass_of(a, results.mass)),
-        on_labels(smoothing.keep * target_weight<A>(a, row, 0)) {
+        on_labels(smoothing.keep * label_weight<A>(a, row, 0)) {
     add_entropy_gradient(upstream, a, row, results);
   }
   // By a transformed logit z. label: the sum of w_k t_k on its class. Those on other classes are

@@ -353,8 +353,8 @@ PROBLEM_FAULTS = {
     ),
     "range of targets without the rows of weight 0": Fault(
         PROBLEM,
-        "    _, target, _, token_weight, _, settings = problem\n    if target",
-        "    (_, target, *_, settings), token_weight = problem, None\n    if target",
+        "    _, target, _, token_weight, _, target_indices, settings = problem\n    name",
+        "    (_, target, *_, target_indices, settings), token_weight = problem, None\n    name",
         TOKENS,
     ),
     "ignore_index of the range is the default": Fault(
@@ -530,8 +530,8 @@ PROBLEM_FAULTS = {
     ),
     "a target in the logits' memory": Fault(
         PROBLEM,
-        "    if not is_compiling and _torch_private.share_memory(target, input):\n",
-        "    if False:\n",
+        "        if _torch_private.share_memory(tensor, input):\n",
+        "        if False:\n",
         ("tests/test_overwriting_shared.py::test_target_in_the_memory_of_the_logits",),
     ),
     "the mode in a message is the other": Fault(
@@ -599,20 +599,20 @@ PROBLEM_FAULTS = {
     ),
     "the range in fewer bits": Fault(
         PROBLEM,
-        "    target = target.to(torch.int64)  # a narrower",
+        "    index = index.to(torch.int64)  # a narrower",
         "    # a narrower",
         ("tests/test_linear_dtypes.py::test_narrow_targets_out_of_range",),
     ),
     "negative targets are classes": Fault(
         PROBLEM,
-        "((target < 0) | (target >= n_classes))",
-        "(target >= n_classes)",
+        "((index < 0) | (index >= n_classes))",
+        "(index >= n_classes)",
         ("tests/test_fallback.py::test_target_out_of_range",),
     ),
     "the index after the last class is accepted as a target": Fault(
         PROBLEM,
-        "(target >= n_classes))",
-        "(target > n_classes))",
+        "(index >= n_classes))",
+        "(index > n_classes))",
         (
             "tests/test_fallback.py::test_target_out_of_range",
             *POSITION,
@@ -622,10 +622,13 @@ PROBLEM_FAULTS = {
         PROBLEM, "bad.nonzero()[0].tolist()", "bad.nonzero()[-1].tolist()", POSITION
     ),
     "targets of rows of weight 0 are checked": Fault(
-        PROBLEM, "        bad = bad & (token_weight != 0)\n", "        pass\n", POSITION
+        PROBLEM,
+        "        bad = bad & (kept if target_indices is None else kept.unsqueeze(settings.dim))\n",
+        "        pass\n",
+        POSITION,
     ),
     "rows of weight 0 alone are checked": Fault(
-        PROBLEM, "bad & (token_weight != 0)", "bad & (token_weight == 0)", POSITION
+        PROBLEM, "kept = token_weight != 0\n", "kept = token_weight == 0\n", POSITION
     ),
     "sums of float64 in float32": Fault(
         PROBLEM,
@@ -653,14 +656,14 @@ PROBLEM_FAULTS = {
     ),
     "the range in a message is a class too far": Fault(
         PROBLEM,
-        'f"target must be in [0, {n_classes}) or',
-        'f"target must be in [0, {n_classes}] or',
+        'f"{name} must be in [0, {n_classes}) or',
+        'f"{name} must be in [0, {n_classes}] or',
         ("tests/test_fallback.py::test_target_out_of_range",),
     ),
     "the value of a bad target is the first": Fault(
         PROBLEM,
-        "{target[position].item()} at position",
-        "{target.flatten()[0].item()} at position",
+        "{index[position].item()} at position",
+        "{index.flatten()[0].item()} at position",
         ("tests/test_fallback.py::test_target_out_of_range",),
     ),
     "float64 class weights alone do not promote the sums": Fault(
@@ -741,8 +744,8 @@ PROBLEM_FAULTS = {
     ),
     "probabilities keep the loss's dtype under autocast": Fault(
         PROBLEM,
-        "torch.float32 if is_autocast(input) else dtype",
-        "dtype",
+        "loss_dtype = torch.float32 if dtype != torch.float64 and is_autocast(input) else dtype",
+        "loss_dtype = dtype",
         ("tests/test_functional.py::test_autocast",),
     ),
     "promotion overrides loss_dtype": Fault(
@@ -781,7 +784,7 @@ PROBLEM_FAULTS = {
     ),
     "targets on a GPU are waited for": Fault(
         PROBLEM,
-        ' or target.device.type != "cpu"',
+        ' or index.device.type != "cpu"',
         "",
         ("tests/test_fallback.py::test_target_out_of_range",),
         unseen="Of all devices here, the CPU alone has tensors with values.",
@@ -809,8 +812,8 @@ FUNCTIONAL_FAULTS = {
     ),
     "__torch_function__ of weights is ignored": Fault(
         FUNCTIONAL,
-        "tensors = (input, target, weight, token_weight, normalizer)\n    options = {",
-        "tensors = (input, target, None, token_weight, normalizer)\n    options = {",
+        "(input, target, weight, token_weight, normalizer, target_indices)\n    options = {",
+        "(input, target, None, token_weight, normalizer, target_indices)\n    options = {",
         SUBCLASSES,
     ),
     "names of options are not checked": Fault(
@@ -1139,14 +1142,14 @@ LINEAR_FAULTS = {
     ),
     "labels that are shifted already have no hint": Fault(
         LINEAR,
-        "        if shift and target.shape == (*rows[:-1], rows[-1] - shift, *classes[1:]):",
-        "        if False:",
+        "is_shifted = shift and target.shape == (*_shifted(rows, shift), *classes[1:])",
+        "is_shifted = False",
         LINEAR_ERRORS,
     ),
     "the hint for shifted labels forgets positions": Fault(
         LINEAR,
-        "(*rows[:-1], rows[-1] - shift, *classes[1:])",
-        "(*rows[:-1], rows[-1] - shift)",
+        "target.shape == (*_shifted(rows, shift), *classes[1:])",
+        "target.shape == _shifted(rows, shift)",
         LINEAR_ERRORS,
     ),
     "a class of options is taken for options": Fault(
@@ -1920,13 +1923,13 @@ AUTOGRAD_FAULTS = {
     ),
     "a batch of gradients for a graph that has none": Fault(
         AUTOGRAD,
-        "    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):\n",
+        "    if any(needs[1:]) or any(map(is_batched_by_autograd, (problem.target, *upstream))):\n",
         "    if any(needs[1:]):\n",
         ("tests/test_autograd_features.py::test_batched_gradients_with_create_graph",),
     ),
     "every gradient with create_graph uses torch operations": Fault(
         AUTOGRAD,
-        "    if any(needs[1:]) or any(map(is_batched_by_autograd, upstream)):\n",
+        "    if any(needs[1:]) or any(map(is_batched_by_autograd, (problem.target, *upstream))):\n",
         "    if True:\n",
         ("tests/test_autograd_features.py::test_create_graph_gives_the_same_gradient",),
     ),
@@ -1941,8 +1944,8 @@ AUTOGRAD_FAULTS = {
     ),
     "no second derivative of probabilities": Fault(
         AUTOGRAD,
-        "needs = (*ctx.needs_input_grad[:5], *ctx",
-        "needs = (True, False, False, False, False, *ctx",
+        "needs = (*ctx.needs_input_grad[:N_TENSORS], *ctx",
+        "needs = (True, *NO_OTHERS, *ctx",
         (
             "tests/test_ops.py::test_derivatives_of_backward",
             "tests/test_autograd_features.py::test_all_options",
@@ -1950,8 +1953,8 @@ AUTOGRAD_FAULTS = {
     ),
     "second derivative of the gradient's upstream": Fault(
         AUTOGRAD,
-        "needs = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[8:])",
-        "needs = (*ctx.needs_input_grad[:5], False, False, False)",
+        "needs = (*ctx.needs_input_grad[:N_TENSORS], *ctx.needs_input_grad[N_TENSORS + 3 :])",
+        "needs = (*ctx.needs_input_grad[:N_TENSORS], False, False, False)",
         ("tests/test_autograd_features.py::test_all_options",),
     ),
     "the overwritten memory is not marked": Fault(
@@ -1980,8 +1983,8 @@ AUTOGRAD_FAULTS = {
     ),
     "changes of the gradient in the logits' memory are not detected": Fault(
         AUTOGRAD,
-        "ctx.save_for_backward(memory, problem.target, problem.token_weight)",
-        "ctx.save_for_backward(memory.data, problem.target, problem.token_weight)",
+        "ctx.save_for_backward(memory, target, problem.token_weight)",
+        "ctx.save_for_backward(memory.data, target, problem.token_weight)",
         ("tests/test_overwriting.py::test_logits_changed_between_forward_and_backward",),
     ),
     "rows of weight 0 are scaled": Fault(
@@ -2103,17 +2106,16 @@ AUTOGRAD_FAULTS = {
     ),
     "a loss of operators is of the logits' dtype": Fault(
         AUTOGRAD,
-        "        loss_dtype[0] if loss_dtype else None,\n",
-        "        None,\n",
+        "        reduction,\n        loss_dtype,\n",
+        "        reduction,\n        None,\n",
         ("tests/test_ops.py::test_differentiable_losses_have_the_requested_dtype",),
     ),
     "the backward's gradient of a mean is that of a sum": Fault(
         AUTOGRAD,
-        "return _ops.backward(problem, saved, Upstream(*upstream))",
+        "            return _ops.backward(problem, saved, upstream)\n\n    @static",
         (
-            "return "
-            "_ops.backward(problem._replace(settings=problem.settings._replace(redu"
-            "ction=2)), saved, Upstream(*upstream))"
+            "            return _ops.backward(problem._replace(settings=problem.settings._replace("
+            "reduction=2)), saved, upstream)\n\n    @static"
         ),
         (
             "tests/test_ops.py::test_derivatives_of_backward",
@@ -2122,8 +2124,8 @@ AUTOGRAD_FAULTS = {
     ),
     "derivatives of the backward forget its upstream": Fault(
         AUTOGRAD,
-        "        return *grads[:5], None, None, None, *grads[5:]\n",
-        "        return *grads[:5], None, None, None, None, None, None\n",
+        "None, None, None, *grads[N_TENSORS:]\n",
+        "None, None, None, None, None, None\n",
         ("tests/test_ops.py::test_derivatives_of_backward",),
     ),
     "no gradient at all is an error": Fault(
@@ -2156,7 +2158,7 @@ AUTOGRAD_FAULTS = {
     ),
     "batches overwrite the logits": Fault(
         AUTOGRAD,
-        "    if is_inplace and any(map(is_batched_by_autograd, upstream)):\n",
+        "    if is_inplace and any(map(is_batched_by_autograd, (problem.target, *upstream))):\n",
         "    if False:\n",
         ("tests/test_errors.py::test_overwriting_modes_refuse_batched_gradients",),
     ),
@@ -2174,20 +2176,20 @@ AUTOGRAD_FAULTS = {
     ),
     "class weights take the fast path": Fault(
         AUTOGRAD,
-        "        weight is token_weight is normalizer is None\n",
-        "        token_weight is normalizer is None\n",
+        "        weight is token_weight is normalizer is target_indices is None\n",
+        "        token_weight is normalizer is target_indices is None\n",
         ("tests/test_functional.py::test_torchs_samples",),
     ),
     "token weights take the fast path": Fault(
         AUTOGRAD,
-        "        weight is token_weight is normalizer is None\n",
-        "        weight is normalizer is None\n",
+        "        weight is token_weight is normalizer is target_indices is None\n",
+        "        weight is normalizer is target_indices is None\n",
         ("tests/test_token_weight.py::test_token_weights_of_the_loss_alone",),
     ),
     "a normalizer takes the fast path": Fault(
         AUTOGRAD,
-        "        weight is token_weight is normalizer is None\n",
-        "        weight is token_weight is None\n",
+        "        weight is token_weight is normalizer is target_indices is None\n",
+        "        weight is token_weight is target_indices is None\n",
         ("tests/test_options.py::test_normalizer",),
     ),
     "targets of fewer bits take the fast path": Fault(
@@ -2445,8 +2447,8 @@ DECOMPOSITIONS_FAULTS = {
     ),
     "a decomposed state has the numbers of class indices": Fault(
         DECOMPOSITIONS,
-        "size, acc = _ops.state_size(target, options), ",
-        "size, acc = 2, ",
+        "size = _ops.state_size(target, target_indices, options)",
+        "size = 2",
         DECOMPOSED,
     ),
     "a decomposed state in the dtype of the logits": Fault(
@@ -2882,7 +2884,7 @@ OPS_FAULTS = {
         OPS, '"argmax": (rows, torch.int64)', '"argmax": (rows, acc)', OPERATORS
     ),
     "masses of class indices, of meta tensors": Fault(
-        OPS, "return 2 + target.is_floating_point() + ", "return 3 + ", OPERATORS
+        OPS, "return 2 + has_mass + ", "return 3 + ", OPERATORS
     ),
     "slopes without a focal loss, of meta tensors": Fault(
         OPS,
@@ -2997,8 +2999,8 @@ OPS_FAULTS = {
     ),
     "the state of meta tensors in float32": Fault(
         OPS,
-        '"state": ([state_size(given["target"], options), *rows], acc)',
-        '"state": ([state_size(given["target"], options), *rows], torch.float32)',
+        '"state": ([state_size(*labels, options), *rows], acc)',
+        '"state": ([state_size(*labels, options), *rows], torch.float32)',
         (
             *OPERATORS,
             "tests/test_ops.py::test_meta_implementations_agree_in_dtypes",
@@ -3052,8 +3054,8 @@ OPS_FAULTS = {
     ),
     "the backward has no options": Fault(
         OPS,
-        "        *upstream,\n        **settings.of_operators,\n",
-        "        *upstream,\n",
+        "(target_indices,)),\n        **settings.of_operators,\n",
+        "(target_indices,)),\n",
         (
             "tests/test_autograd.py::test_gradcheck",
             "tests/test_options.py::test_any_combination_of_many_options",
@@ -3092,8 +3094,8 @@ OPS_FAULTS = {
     ),
     "the fast path's backward has no options": Fault(
         OPS,
-        ("        *upstream,\n        **settings.of_operators,\n"),
-        "        *upstream,\n",
+        ("(target_indices,)),\n        **settings.of_operators,\n"),
+        "(target_indices,)),\n",
         (
             "tests/test_functional.py::test_torchs_samples",
             "tests/test_autograd.py::test_gradcheck",
@@ -3231,6 +3233,7 @@ NN_FAULTS = {
         "            weight=self.weight,\n"
         "            token_weight=token_weight,\n"
         "            normalizer=normalizer,\n"
+        "            target_indices=target_indices,\n"
         "            **self._options(),\n"
         "        )\n"
         "\n"
@@ -3344,6 +3347,7 @@ NN_FAULTS = {
     "the linear module drops a batch's tensors": Fault(
         NN,
         "            normalizer=normalizer,\n"
+        "            target_indices=target_indices,\n"
         "            **self._options(),\n"
         "        )\n"
         "\n"

@@ -166,6 +166,13 @@ inline const Labels kLabels[] = {
      Ignored::none},
 };
 
+inline const Labels kSparseLabels[] = {
+    {"one sparse label", TargetKind::probabilities, false, false, 0, Ignored::none, false, 1},
+    {"three sparse labels", TargetKind::probabilities, false, true, 0, Ignored::none, false, 3},
+    {"forty weighted smoothed sparse labels", TargetKind::probabilities, false, true, 0.2,
+     Ignored::none, false, 40},
+};
+
 // Options beyond torch's: those of the loss, transformations, statistics, and all at once.
 inline const CaseOptions kCaseOptions[] = {
     {.name = "token weights and z-loss",

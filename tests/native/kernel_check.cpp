@@ -16,6 +16,7 @@
 
 #include "../../csrc/cpu/launch.h"
 #include "checks.h"
+#include "sparse.h"
 
 namespace fused_xent::test {
 namespace {
@@ -44,19 +45,30 @@ struct Results {
         fused(problem.logits),
         rows(problem, p),
         fused_rows(rows) {
+    const Sparse sparse(problem, p);
+    if (problem.sparse.n_labels > 0) p.label_mass = nullptr;
     p.logits = logits.memory.data();
+    sparse.read(p, threads);
     cpu::forward(p, threads);
     write_to(p, grad_logits);
+    sparse.read(p, threads);
     cpu::backward(p, threads);
+    sparse.write_gradients(p, threads);
 
     p.logits = in_place.memory.data();
     write_to(p, in_place);
+    sparse.read(p, threads);
     cpu::backward(p, threads);
+    sparse.write_gradients(p, threads);
 
     p.logits = fused.memory.data();
     write_to(p, fused);
     fused_rows = Rows(problem, p);
+    if (problem.sparse.n_labels > 0) p.label_mass = nullptr;
+    sparse.read(p, threads);
     cpu::forward_backward(p, threads);
+    sparse.write_gradients(p, threads);
+    check(sparse.guards_are_intact(), problem.c, "wrote beyond the labels' memory");
   }
 };
 
@@ -102,6 +114,9 @@ void run(const Case& c, int64_t n_threads) {
   check_gradient(problem, reference, results.grad_logits, "backward");
   check_gradient(problem, reference, results.in_place, "backward in place");
   check_gradient(problem, reference, results.fused, "forward_backward");
+  if (problem.sparse.n_labels > 0 && !c.options.token_weight) {
+    check_log_probs(problem, reference, threads_of(n_threads));
+  }
   if (n_threads > 1) {
     check_same(c, results, Results(problem, threads_of(n_threads)));
   }
@@ -257,6 +272,7 @@ class Table {
       for (const Labels& labels : kLabels) {
         if (!labels.is_float32 || element_size(dtype) == 2) body(dtype, labels);
       }
+      for (const Labels& labels : kSparseLabels) body(dtype, labels);
     }
   }
 

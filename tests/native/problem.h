@@ -1,6 +1,7 @@
 // One case of the table, and the inputs made from it.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -21,6 +22,7 @@ struct Labels {
   double smoothing;
   Ignored ignored;
   bool has_infinite_weights = false;  // at classes that are no row's target
+  int64_t n_labels = 0;               // of sparse labels, which are probabilities too
 };
 
 // Options beyond torch's, statistics, and the upstream gradients of statistics.
@@ -99,7 +101,8 @@ class Problem {
   const DType acc;
   Params params{};
   Tensor logits, target;  // target: probabilities
-  Memory indices, weight, token_weight, grad_loss, grad_lse, grad_entropy;
+  SparseLabels sparse{};  // the same labels, if the case has sparse ones
+  Memory indices, weight, token_weight, grad_loss, grad_lse, grad_entropy, classes, labels;
 
   explicit Problem(const Case& c)
       : c(c), acc(c.dtype == DType::float64 ? DType::float64 : DType::float32) {
@@ -114,7 +117,11 @@ class Problem {
     params.logit_scale = c.options.logit_scale;
     fill_weight();
     if (c.options.token_weight) fill_token_weight();
-    has_indices() ? fill_indices() : fill_probabilities();
+    if (c.labels.n_labels > 0) {
+      fill_sparse_labels();
+    } else {
+      has_indices() ? fill_indices() : fill_probabilities();
+    }
     fill_logits();
     if (c.labels.has_infinite_weights) fill_infinite_weights();
     fill_grad_loss();
@@ -152,6 +159,9 @@ class Problem {
   // The upstream gradient of a row's loss, without token_weight.
   double upstream(int64_t row) const {
     return acc_at(grad_loss, row * params.grad_loss_stride) * params.grad_scale;
+  }
+  int64_t class_of_label(int64_t row, int64_t k) const {
+    return static_cast<const int64_t*>(classes.data())[at_label(row, k)];
   }
   double acc_at(const Memory& memory, int64_t i) const { return read(acc, memory.data(), i); }
   Memory new_acc(int64_t n) const {
@@ -250,6 +260,43 @@ class Problem {
         const double share =
             j % 4 == 1 ? 0 : 2 * random_.uniform() / static_cast<double>(c.vocab_size);
         target.set(row, j, only < 0 ? share : j == only);
+      }
+    }
+  }
+
+  int64_t at_label(int64_t row, int64_t k) const {
+    return row * sparse.classes_layout.stride[0] + k * sparse.classes_layout.class_stride;
+  }
+
+  // Labels repeat, and some do not count. Rows of token weight 0 have classes out of range.
+  void fill_sparse_labels() {
+    const int64_t n = c.labels.n_labels;
+    params.target_dtype = acc;
+    target = Tensor(acc, Shape::contiguous, c.n_rows, c.vocab_size, 0);
+    params.target = target.memory.data();
+    params.target_layout = target.layout;
+    const bool by_rows = c.target == Shape::contiguous;
+    const Layout layout{1, {c.n_rows}, {by_rows ? n : 1}, by_rows ? 1 : c.n_rows};
+    classes = Memory(8 * c.n_rows * n, 8 * c.misalignment);
+    labels = new_acc(c.n_rows * n);
+    sparse.n_labels = n;
+    sparse.classes = classes.data();
+    sparse.classes_kind = TargetKind::int64;
+    sparse.classes_layout = sparse.labels_layout = layout;
+    sparse.labels = labels.data();
+    sparse.ignore_index = -100;
+    for (int64_t row = 0; row < c.n_rows; ++row) {
+      for (int64_t j = 0; j < c.vocab_size; ++j) target.set(row, j, 0);
+      for (int64_t k = 0; k < n; ++k) {
+        const bool counts = row % 7 != 3 && random_.below(5) > 0;
+        const double label = 2 * random_.uniform() / static_cast<double>(n);
+        int64_t y = counts ? random_.below(std::min<int64_t>(c.vocab_size, 4 * n)) : -100;
+        if (weight_of_row(row) == 0) y = c.vocab_size + k;
+        write(acc, labels.data(), at_label(row, k), label);
+        static_cast<int64_t*>(classes.data())[at_label(row, k)] = y;
+        if (0 <= y && y < c.vocab_size) {
+          target.set(row, y, target.at(row, y) + acc_at(labels, at_label(row, k)));
+        }
       }
     }
   }

@@ -1,0 +1,96 @@
+"""Distil a teacher's top-k log-probabilities into a student, without a log_softmax of all classes.
+
+A teacher with a large vocabulary is stored as its 64 most probable classes for each token and their
+log-probabilities. Four losses train a student on them:
+
+- ``forward_kl``: KL(teacher || student) of the teacher's top-k, renormalised to sum to 1;
+- ``divergence``: forward KL, reverse KL or Jensen-Shannon divergence of the top-k and the tail, one
+  more class with the probability of all classes outside of the top-k.
+
+Run it: ``python examples/distill_topk.py``. It takes a few seconds on a CPU.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fused_xent import cross_entropy, selective_log_softmax
+
+VOCAB_SIZE, K, N_TOKENS, N_FEATURES = 8192, 64, 512, 64
+
+
+def forward_kl(logits: Tensor, top_log_probs: Tensor, top_indices: Tensor) -> Tensor:
+    """Return the mean KL(teacher || student), with the teacher's top-k renormalised.
+
+    ``logits`` (N, V) are the student's; ``top_log_probs`` and ``top_indices`` (N, K) the teacher's.
+    """
+    log_q = top_log_probs.float().log_softmax(-1)
+    q = log_q.exp()
+    return cross_entropy(logits, q, target_indices=top_indices) + (q * log_q).sum(-1).mean()
+
+
+def with_tail(log_probs: Tensor) -> Tensor:
+    """Add the log-probability of all other classes: (N, K) becomes (N, K + 1)."""
+    inside = log_probs.float().logsumexp(-1, keepdim=True).clamp(max=-1e-6)
+    return torch.cat([log_probs, torch.log(-torch.expm1(inside))], -1)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q) of each row."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def divergence(kind: str, logits: Tensor, top_log_probs: Tensor, top_indices: Tensor) -> Tensor:
+    """Return the mean divergence between teacher and student over the top-k and the tail."""
+    log_q = with_tail(top_log_probs)
+    log_p = with_tail(selective_log_softmax(logits, top_indices))
+    if kind == "forward":
+        return kl(log_q, log_p).mean()
+    if kind == "reverse":
+        return kl(log_p, log_q).mean()
+    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+    return (kl(log_p, log_m) + kl(log_q, log_m)).mean() / 2
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "forward, renormalised": forward_kl,
+    "forward, with tail": partial(divergence, "forward"),
+    "reverse, with tail": partial(divergence, "reverse"),
+    "jsd, with tail": partial(divergence, "jsd"),
+}
+
+
+def train(loss_function: Callable[..., Tensor], steps: int = 60) -> tuple[float, float]:
+    """Train a student; return KL(teacher || student) over all classes before and after."""
+    torch.manual_seed(0)
+    hidden = torch.randn(N_TOKENS, N_FEATURES)
+    teacher = torch.nn.Linear(N_FEATURES, VOCAB_SIZE, bias=False)
+    student = torch.nn.Linear(N_FEATURES, VOCAB_SIZE, bias=False)
+    with torch.no_grad():
+        all_log_probs = (6 * teacher(hidden)).log_softmax(-1)
+        top_log_probs, top_indices = all_log_probs.topk(K)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
+
+    def of_all_classes() -> float:
+        with torch.no_grad():
+            return kl(all_log_probs, student(hidden).log_softmax(-1)).mean().item()
+
+    before = of_all_classes()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_function(student(hidden), top_log_probs, top_indices).backward()
+        optimizer.step()
+    return before, of_all_classes()
+
+
+def main() -> None:
+    """Train with each loss."""
+    for name, loss_function in LOSSES.items():
+        before, after = train(loss_function)
+        print(f"{name:24} KL over all {VOCAB_SIZE} classes: {before:.3f} before, {after:.3f} after")
+
+
+if __name__ == "__main__":
+    main()
