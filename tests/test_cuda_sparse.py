@@ -106,7 +106,7 @@ class Sparse(NamedTuple):
 def make_sparse(shape, n_labels, dtype, reduction="mean", index=torch.int64, **given) -> Sparse:
     """Make a problem with repeated classes, padding, a row of padding alone, labels of 0.
 
-    Rows of token weight 0 have classes that are out of range.
+    Rows of token weight 0 have a class that is out of range.
     """
     dim = 0 if len(shape) == 1 else 1
     rows, n_classes = shape[:dim] + shape[dim + 1 :], shape[dim]
@@ -127,7 +127,8 @@ def make_sparse(shape, n_labels, dtype, reduction="mean", index=torch.int64, **g
     if options.pop("token_weight", False):
         weights = torch.arange(1.0, 1 + (logits.numel() // n_classes)).remainder(3) * 0.75
         tensors["token_weight"] = weights.view(rows)
-        classes = classes.masked_fill((tensors["token_weight"] == 0).unsqueeze(dim), n_classes)
+        left_out = (tensors["token_weight"] == 0).unsqueeze(dim)
+        classes.narrow(dim, 0, 1).masked_fill_(left_out, n_classes)
     return Sparse(logits, labels, classes.to(index), dim, reduction, tensors, options, statistics)
 
 
