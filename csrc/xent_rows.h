@@ -81,9 +81,10 @@ XENT_INLINE Acc label_weight(const Params& p, int64_t row, int64_t target) {
 template <typename Acc>
 XENT_INLINE RowLabels<Acc> labels_of(const Params& p, const Smoothing<Acc>& smoothing, int64_t row,
                                      int64_t target) {
-  if (target < 0) return {0, 0, has_indices(p) ? smoothing.uniform : Acc(1)};
-  return {class_weight<Acc>(p, target), smoothing.keep * label_weight<Acc>(p, row, target),
-          has_indices(p) ? smoothing.uniform : Acc(1)};
+  // Two selections, not a branch: that would cost some CUDA kernels registers.
+  const Acc of_class = target < 0 ? Acc(0) : class_weight<Acc>(p, target);
+  const Acc of_label = target < 0 ? Acc(0) : label_weight<Acc>(p, row, target);
+  return {of_class, smoothing.keep * of_label, has_indices(p) ? smoothing.uniform : Acc(1)};
 }
 
 // ---- sparse labels ----------------------------------------------------------------------------

@@ -20,7 +20,10 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
-KERNELS = ("forward", "backward", "forward_backward", "columns", "per_class_options", "sums")
+KERNELS = (
+    *("forward", "backward", "forward_backward", "columns", "per_class_options"),
+    *("sums", "sparse_labels"),
+)
 MISSING = next(
     (
         f"{name} is not installed"

@@ -40,6 +40,8 @@ PARTS = [
     ("columns", "address"),
     ("per_class_options", "address"),
     ("per_class_options", "thread"),
+    ("sparse_labels", "address"),
+    ("sparse_labels", "thread"),
 ]
 
 

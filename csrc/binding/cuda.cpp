@@ -47,7 +47,8 @@ struct Call {
   DeviceGuard guard;
   cuda::Arguments params{};
   cudaStream_t stream;
-  Tensor scratch;  // for the class weights' sum, and for partial sums over rows
+  Tensor scratch;              // for the class weights' sum, and for partial sums over rows
+  OptionalTensor rows_weight;  // the divisor of forward_backward's gradient, if it computes one
 
   explicit Call(Problem checked)
       : problem(std::move(checked)),
@@ -106,10 +107,10 @@ struct Call {
 
   Tensor forward_backward(const Rows& rows, ScalarType loss_dtype) {
     params.grad_scale = 1;
-    const Tensor total_weight = problem.scalar(ScalarType::Double);
     if (problem.reduction == kMean && params.total_weight == nullptr) {
-      sum_rows(&total_weight, nullptr);  // the gradient needs it before the loss is known
-      params.total_weight = data_of(total_weight);
+      rows_weight = problem.scalar(ScalarType::Double);
+      sum_rows(&*rows_weight, nullptr);  // the gradient needs it before the loss is known
+      params.total_weight = data_of(*rows_weight);
     }
     if (!is_empty()) {
       const Plan plan = plan_for("forward_backward", cuda::plan_forward_backward, params);

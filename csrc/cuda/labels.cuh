@@ -33,8 +33,7 @@ __device__ __forceinline__ Target read_target(const Params& p, int64_t row) {
 }
 
 // row_offset of ../xent_params.h, with divisions of 32 bits.
-template <typename T>
-__device__ __forceinline__ T* row_of(const void* data, const Layout& layout, int64_t row) {
+__device__ __forceinline__ int64_t offset_of(const Layout& layout, int64_t row) {
   auto rest = static_cast<uint32_t>(row);
   int64_t offset = 0;
 #pragma unroll 1
@@ -43,7 +42,12 @@ __device__ __forceinline__ T* row_of(const void* data, const Layout& layout, int
     offset += rest % size * layout.stride[d];
     rest /= size;
   }
-  return const_cast<T*>(static_cast<const T*>(data)) + offset + rest * layout.stride[0];
+  return offset + rest * layout.stride[0];
+}
+
+template <typename T>
+__device__ __forceinline__ T* row_of(const void* data, const Layout& layout, int64_t row) {
+  return const_cast<T*>(static_cast<const T*>(data)) + offset_of(layout, row);
 }
 
 template <typename A>

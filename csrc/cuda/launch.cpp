@@ -26,12 +26,7 @@ bool is_aligned_to(const Layout& layout, const void* data, int64_t elements, int
 cudaError_t run(const Arguments& given, const Plan& plan, void* workspace, bool has_forward,
                 bool has_backward, cudaStream_t stream) {
   if (given.n_rows == 0) return cudaSuccess;
-  Arguments a = given;
-  a.smoothing = smoothing_of(a);
-  a.smoothing_float = {static_cast<float>(a.smoothing.keep),
-                       static_cast<float>(a.smoothing.uniform)};
-  a.transform = Transform<double>(a);
-  a.transform_float = Transform<float>(a);
+  const Arguments a = with_constants(given);
   const Shape shape = shape_of(a);
   if (shape.is_general(plan.regime)) {
     return general(a, plan, workspace, has_forward, has_backward, stream);
@@ -46,6 +41,16 @@ cudaError_t run(const Arguments& given, const Plan& plan, void* workspace, bool 
 }
 
 }  // namespace
+
+Arguments with_constants(const Arguments& given) {
+  Arguments a = given;
+  a.smoothing = smoothing_of(a);
+  a.smoothing_float = {static_cast<float>(a.smoothing.keep),
+                       static_cast<float>(a.smoothing.uniform)};
+  a.transform = Transform<double>(a);
+  a.transform_float = Transform<float>(a);
+  return a;
+}
 
 cudaError_t describe_device(Device* device) {
   int index = 0, major = 0, minor = 0;

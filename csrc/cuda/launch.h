@@ -92,7 +92,7 @@ cudaError_t scale_gradient(const Arguments& a, const Plan& plan, cudaStream_t st
 
 // Before and after these four, and after forward: see SparseLabels. A label that is no class and
 // not ignore_index gives its row the target -1.
-cudaError_t read_labels(const Params& p, const SparseLabels& sparse, cudaStream_t stream);
+cudaError_t read_labels(const Arguments& a, const SparseLabels& sparse, cudaStream_t stream);
 cudaError_t write_label_gradients(const Arguments& a, const SparseLabels& sparse,
                                   cudaStream_t stream);
 cudaError_t write_log_probs(const Arguments& a, const SparseLabels& sparse, cudaStream_t stream);

@@ -13,6 +13,11 @@ namespace fused_xent::cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
+// Blocks that a multiprocessor must have room for.
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 8   ? 1
+                        : sizeof(T) == 4 ? 3
+                                         : 2;
 
 // A row, and one thread's share of its vectors and edges.
 template <typename T, typename S>
@@ -144,7 +149,7 @@ __device__ __forceinline__ void fill_any_row(const Arguments& a, T* out, Acc<T> 
 }
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(kMaxThreads, (sizeof(T) == 8 ? 1 : 2))
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<T>)
     general_rows(const __grid_constant__ Arguments a, int team_size, bool has_forward,
                  bool has_backward, FullStats<Acc<T>>* partials) {
   using A = Acc<T>;

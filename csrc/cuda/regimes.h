@@ -19,6 +19,9 @@ cudaError_t scale_by_columns(const Arguments& a, const Plan& plan, cudaStream_t 
 cudaError_t general(const Arguments& a, const Plan& plan, void* workspace, bool has_forward,
                     bool has_backward, cudaStream_t stream);
 
+// The arguments with what launchers set.
+Arguments with_constants(const Arguments& given);
+
 // Threads of scale_gradient on a multiprocessor, for which its kernels leave enough registers.
 constexpr int kScaleThreadsPerSm = 1024;
 

@@ -1220,6 +1220,123 @@ SUMS = {
         "sums.cu", "sums", "weights.n_rows = p.vocab_size;", "weights.n_rows = p.vocab_size - 1;"
     ),
 }
+SPARSE_LABELS = {
+    "a label beyond the classes is read": fault(
+        "sparse_labels.cuh", "sparse_labels", "0 <= y && y < a.vocab_size ?", "0 <= y ?"
+    ),
+    "padding is a label": fault(
+        "sparse_labels.cuh",
+        "sparse_labels",
+        "    if (y == sparse.ignore_index) return kNotCounted;\n",
+        "",
+    ),
+    "a row's class index is its first label": fault(
+        "sparse_labels.cu", "sparse_labels", "target < 0 || z > top;", "target < 0;"
+    ),
+    "sums of labels are not moved to a greater logit": fault(
+        "sparse_labels.cu",
+        "sparse_labels",
+        "    if (weight != 0 && z != top) extra_loss += weight * (z - top);\n",
+        "",
+    ),
+    "sums of lanes are not moved to the greatest logit": fault(
+        "sparse_labels.cu",
+        "sparse_labels",
+        "  sums.raise(all.top, all.target);\n",
+        "  sums.target = all.target;\n",
+    ),
+    "a label of 0 at minus infinity counts": emulated(
+        "cuda/sparse_labels.cu",
+        "test_cuda_sparse.py::test_infinite_logits",
+        "if (w != 0 && z != top) extra",
+        "if (z != top) extra",
+    ),
+    "labels of rows without weight are read": fault(
+        "sparse_labels.cu", "sparse_labels", "if (!has_no_weight(a, row)) sums", "sums"
+    ),
+    "a bad row of selected classes has no weight": fault(
+        "sparse_labels.cu",
+        "sparse_labels",
+        "A(sums.is_bad || sums.target >= 0)",
+        "A(sums.target >= 0)",
+    ),
+    "rows without weight get gradients at their labels": emulated(
+        "cuda/sparse_labels.cu",
+        "test_cuda_sparse.py::test_options",
+        "has_no_weight(a, row) || ",
+        "",
+    ),
+    "a row with a bad label gets gradients at the others": fault(
+        "sparse_labels.cu", "sparse_labels", " || sparse.target[row] < 0) return;", ") return;"
+    ),
+    "labels on one class do not add up": fault(
+        "sparse_labels.cu",
+        "sparse_labels",
+        "      if (classes.at(i) == y) label += labels.weight_of(i, y);\n",
+        "",
+    ),
+    "the last label on a class writes its gradient": fault(
+        "sparse_labels.cu", "sparse_labels", "    if (first.k != k) continue;\n", ""
+    ),
+    "whichever label comes first is the first on its class": fault(
+        "sparse_labels.cuh", "sparse_labels", "2 * min(k, before >> 1)", "before & ~1"
+    ),
+    "each label is alone on its class": fault(
+        "sparse_labels.cuh", "sparse_labels", "(slots_[i] & 1) != 0", "true"
+    ),
+    "labels are inserted before the table is empty": fault(
+        "sparse_labels.cuh",
+        "sparse_labels-thread",
+        "slots_[i] = kFree;\n    __syncwarp();\n",
+        "slots_[i] = kFree;\n",
+    ),
+    "rows share a part of their tables": fault(
+        "sparse_labels.cuh",
+        "sparse_labels",
+        "return n_labels + slots_for(n_labels);",
+        "return slots_for(n_labels);",
+    ),
+    "a gradient forgets the labels on other classes": fault(
+        "sparse_labels.cu",
+        "sparse_labels",
+        "    here.softmax += upstream.g * (on_labels - on_label);\n",
+        "",
+    ),
+    "a label's gradient is by its transformed logit": fault(
+        "sparse_labels.cu", "sparse_labels", "by_z * slope_at(transform, x)", "by_z"
+    ),
+    "a label's gradient forgets that of the entropy": fault(
+        "sparse_labels.cu",
+        "sparse_labels",
+        "    add_entropy_gradient(upstream, a, row, results);\n",
+        "",
+    ),
+    "a log-probability is above 0": emulated(
+        "cuda/sparse_labels.cu",
+        "test_cuda_sparse.py::test_log_probs_are_at_most_0",
+        "return z > max ? max : z;",
+        "return z;",
+    ),
+    "a row with a bad class has log-probabilities": fault(
+        "sparse_labels.cu", "sparse_labels", "is_bad ? kNaN<A> : log_prob", "log_prob"
+    ),
+    "the padding of selected classes has a log-probability": fault(
+        "sparse_labels.cu", "sparse_labels", "batch.y[u] < 0 ? A(0) : z -", "z -"
+    ),
+    "rows of sparse labels weigh a class": emulated(
+        "binding/cuda.cpp",
+        "test_cuda_sparse.py::test_options",
+        "rows.target_kind = TargetKind::probabilities;  // rows weigh their token weights",
+        "{}",
+    ),
+    "the mean's divisor is gone before the gradients at the labels": emulated(
+        "binding/cuda.cpp",
+        "test_cuda_sparse.py::test_options",
+        '    if (!is_empty()) {\n      const Plan plan = plan_for("forward_backward"',
+        "    rows_weight = {};\n    if (!is_empty()) {\n"
+        '      const Plan plan = plan_for("forward_backward"',
+    ),
+}
 
 BINDING = {
     "smoothing ignores the sum of class weights": emulated(
@@ -1403,6 +1520,7 @@ FAULTS = {
     **COLUMNS,
     **LAUNCHERS,
     **SUMS,
+    **SPARSE_LABELS,
     **BINDING,
     **HOST,
 }

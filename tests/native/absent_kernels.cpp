@@ -28,6 +28,15 @@ ABSENT cudaError_t sum_rows(const Arguments&, const Sums&, double*, cudaStream_t
 ABSENT cudaError_t sum_class_weights(const Params&, double*, double*, cudaStream_t) {
   return kAbsent;
 }
+ABSENT cudaError_t read_labels(const Arguments&, const SparseLabels&, cudaStream_t) {
+  return kAbsent;
+}
+ABSENT cudaError_t write_label_gradients(const Arguments&, const SparseLabels&, cudaStream_t) {
+  return kAbsent;
+}
+ABSENT cudaError_t write_log_probs(const Arguments&, const SparseLabels&, cudaStream_t) {
+  return kAbsent;
+}
 ABSENT cudaError_t scale_by_columns(const Arguments&, const Plan&, cudaStream_t) { return kAbsent; }
 
 }  // namespace fused_xent::cuda

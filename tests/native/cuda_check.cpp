@@ -2,7 +2,7 @@
 // the definitions in long double. A program without torch, so that sanitizers can be used.
 //
 //   cuda_check [--small] [--bfloat16]
-//   [forward|backward|forward_backward|columns|per_class_options|sums]
+//   [forward|backward|forward_backward|columns|per_class_options|sums|sparse_labels]
 //
 // --small: blocks of 64 threads and few cases, for race checks. --bfloat16: bfloat16 logits only.
 // forward ...: only the kernels of that file in csrc/cuda; the others need not be linked.
@@ -16,6 +16,7 @@
 
 #include "../../csrc/cuda/launch.h"
 #include "checks.h"
+#include "cuda_labels.h"
 #include "cuda_plans.h"
 #include "cuda_sums.h"
 
@@ -289,6 +290,8 @@ class Table {
     check_sums(labels, bfloat16_only_);
   }
 
+  void labels() const { check_labels(small_, bfloat16_only_); }
+
   // The plans chosen for users, at row lengths around which they change.
   void chosen() {
     for (const int64_t bytes : {96, 128, 512, 4096, 5000, 32768, 40000, 66000, 140000}) {
@@ -388,13 +391,14 @@ int main(int argc, char** argv) {
   using namespace fused_xent::test;
   std::set<std::string> arguments(argv + 1, argv + argc);
   std::string only;
-  for (const char* name :
-       {"forward", "backward", "forward_backward", "columns", "per_class_options", "sums"}) {
+  for (const char* name : {"forward", "backward", "forward_backward", "columns",
+                           "per_class_options", "sums", "sparse_labels"}) {
     if (arguments.count(name) > 0) only = name;
   }
   Table table(arguments.count("--small") > 0, arguments.count("--bfloat16") > 0, only);
   if (only.empty() || only == "sums") table.sums();
-  if (only == "sums") return finish();
+  if (only.empty() || only == "sparse_labels") table.labels();
+  if (only == "sums" || only == "sparse_labels") return finish();
   table.options();
   if (only == "per_class_options") return finish();
   table.vocabularies();
