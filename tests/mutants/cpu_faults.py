@@ -7,6 +7,7 @@ OPTIONS = "tests/test_options.py::"
 LAYOUTS = "tests/test_layouts.py::"
 SHAPE = "tests/test_kernels.py::test_shape"
 OPS = "tests/test_ops.py::"
+SPARSE_LABELS = "tests/test_sparse_labels.py::"
 INFINITIES = f"{ACCURACY}test_infinities_nan_and_extremes_match_torch"
 SIZES = f"{ACCURACY}test_exponentials_and_logarithms_of_all_sizes"
 NEAR_0 = f"{ACCURACY}test_losses_near_0_are_accurate"
@@ -1441,6 +1442,112 @@ FROM_OUTSIDE = {
     ),
 }
 
+SPARSE = {
+    "sparse labels on one class are not added up": Fault(
+        "csrc/cpu/label_kernels.h",
+        "weights[slots[slot]] += weights[k];",
+        "weights[slots[slot]] = weights[k];",
+        (f"{SPARSE_LABELS}test_layouts",),
+    ),
+    "sparse labels take the first free slot for that of their class": Fault(
+        "csrc/cpu/label_kernels.h",
+        " && classes[slots[slot]] != classes[k])",
+        " && classes[slots[slot]] < 0)",
+        (f"{SPARSE_LABELS}test_layouts",),
+    ),
+    "sparse labels: two infinite logits are subtracted": Fault(
+        "csrc/cpu/label_kernels.h",
+        "weights[k] != 0 && z[k] != z[top]",
+        "weights[k] != 0",
+        (f"{SPARSE_LABELS}test_gradient_of_probabilities_at_infinite_logits",),
+    ),
+    "sparse labels: a label of 0 at an infinite logit has an infinite loss": Fault(
+        "csrc/cpu/label_kernels.h",
+        "weights[k] != 0 && z[k] != z[top]",
+        "z[k] != z[top]",
+        (f"{SPARSE_LABELS}test_gradient_of_probabilities_at_infinite_logits",),
+    ),
+    "sparse labels: labels of other classes have no part of the softmax": Fault(
+        "csrc/cpu/label_kernels.h",
+        "(total - on_label) * prob",
+        "total * prob",
+        (f"{SPARSE_LABELS}test_layouts",),
+    ),
+    "sparse labels of padding count": Fault(
+        "csrc/cpu/label_kernels.h",
+        "classes[k] = y == sparse.ignore_index ? -1 : y;",
+        "classes[k] = y == sparse.ignore_index ? 0 : y;",
+        (f"{SPARSE_LABELS}test_padding",),
+    ),
+    "sparse labels: smoothing keeps all of the extra loss": Fault(
+        "csrc/cpu/label_kernels.h",
+        "smoothing_of(p).keep * extra_loss",
+        "extra_loss",
+        (f"{SPARSE_LABELS}test_options",),
+    ),
+    "sparse labels: the class with the least logit is the target": Fault(
+        "csrc/cpu/label_kernels.h",
+        "logits[k] > logits[top]",
+        "logits[k] < logits[top]",
+        (f"{SPARSE_LABELS}test_several_labels_near_1",),
+        unseen="the loss is the same for any of the labels, but for digits near a probability of 1",
+    ),
+    "sparse labels: gradients are not by the logits before the softcap": Fault(
+        "csrc/cpu/label_kernels.h",
+        "store_first(gradients + k, gradient * slope, n);",
+        "store_first(gradients + k, gradient, n);",
+        (f"{SPARSE_LABELS}test_options",),
+    ),
+    "sparse labels: rows of token weight 0 get gradients": Fault(
+        "csrc/cpu/label_kernels.h",
+        "if (token_weight(p, row) != 0) write_label_gradients_of_row<T>(p, sparse, row);",
+        "write_label_gradients_of_row<T>(p, sparse, row);",
+        (f"{SPARSE_LABELS}test_padding",),
+    ),
+    "rows with sparse labels have the class weight of their target": Fault(
+        "csrc/cpu/row_batch.h",
+        "batch.label_weight[i] = label_weight(p, row, y);",
+        "batch.label_weight[i] = class_weight(p, y);",
+        (f"{SPARSE_LABELS}test_long_rows",),
+    ),
+    "rows with sparse labels have no extra loss": Fault(
+        "csrc/cpu/row_batch.h",
+        "if (p.extra_loss != nullptr) loss += rows.read(p.extra_loss);",
+        "",
+        (f"{SPARSE_LABELS}test_long_rows",),
+    ),
+    "tiles with sparse labels have the class weights of their targets": Fault(
+        "csrc/cpu/tile_labels.h",
+        "return has_label_weight ? label_weight : target_weight;",
+        "return target_weight;",
+        (f"{SPARSE_LABELS}test_layouts",),
+    ),
+    "tiles with sparse labels have no extra loss": Fault(
+        "csrc/cpu/tile_kernels.h",
+        "if (p.extra_loss != nullptr) {",
+        "if (false) {",
+        (f"{SPARSE_LABELS}test_layouts",),
+    ),
+    "sparse labels below 0 are in range": Fault(
+        "csrc/cpu/scan.cpp",
+        "if ((0 <= y && y < p.vocab_size) || y == sparse.ignore_index) continue;",
+        "if (y < p.vocab_size || y == sparse.ignore_index) continue;",
+        (f"{SPARSE_LABELS}test_indices_out_of_range",),
+    ),
+    "log-probabilities are not capped": Fault(
+        "csrc/cpu/label_kernels.h",
+        "const Vec<A> d = (has_transform(p) ? transform(x).logit : x) - max;",
+        "const Vec<A> d = x - max;",
+        ("tests/test_selected.py",),
+    ),
+    "log-probabilities of padding are not 0": Fault(
+        "csrc/cpu/label_kernels.h",
+        "*out = classes[k] < 0 ? A(0) : logits[k];",
+        "*out = logits[k];",
+        ("tests/test_selected.py",),
+    ),
+}
+
 FAULTS = {
     **LAUNCH,
     **SCAN,
@@ -1456,4 +1563,5 @@ FAULTS = {
     **NUMBERS,
     **CHOICE,
     **FROM_OUTSIDE,
+    **SPARSE,
 }
