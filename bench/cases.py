@@ -31,6 +31,11 @@ class Options:
         return {name: value for name, value in values.items() if value}
 
 
+def _source(device: str) -> dict[str, torch.Generator | str]:
+    """Returns the arguments with which random numbers are the same in every run."""
+    return {"generator": torch.Generator(device).manual_seed(0), "device": device}
+
+
 @dataclass(frozen=True)
 class Case:
     """Logits of one shape, classes in dimension 1; the target is class indices or soft labels."""
@@ -43,7 +48,7 @@ class Case:
 
     def tensors(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
         """Makes the logits and the target, the same in every run."""
-        source = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        source = _source(device)
         logits = torch.randn(self.shape, **source).to(dtype)
         if self.soft:
             return logits, torch.randn(self.shape, **source).softmax(1).to(dtype)
@@ -66,9 +71,10 @@ class SparseCase(Case):
 
     def tensors(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
         """Makes the logits and the classes (N, K), the same in every run."""
-        source = {"generator": torch.Generator(device).manual_seed(0), "device": device}
-        logits = torch.randn(self.shape, **source).to(dtype)
-        return logits, torch.randint(self.shape[1], (self.shape[0], self.n_labels), **source)
+        source = _source(device)
+        n_rows, n_classes = self.shape
+        logits = torch.randn(n_rows, n_classes, **source).to(dtype)
+        return logits, torch.randint(n_classes, (n_rows, self.n_labels), **source)
 
 
 def is_sparse(logits: Tensor, target: Tensor) -> bool:

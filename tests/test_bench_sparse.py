@@ -55,7 +55,7 @@ def test_command(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--k", "1025"], "--k must be at most 1024, got 1025"),
+        (["--k", "1025", "none"], "--k must be at most 1024, got 1025"),
         (["--k", "0"], "must be an integer of at least 1, got '0'"),
         (["loss"], "case must be one of labels, selected, hidden, got 'loss'"),
     ],

@@ -11,6 +11,7 @@ def tests_of(module):
 of_providers, of_adapters, of_results = map(tests_of, ("providers", "adapters", "results"))
 of_timing, of_commands, of_tables = map(tests_of, ("timing", "command", "tables"))
 of_demo, of_overhead, of_confident = map(tests_of, ("demo", "overhead", "confident"))
+of_sparse = tests_of("sparse")
 
 FAULTY_LOSSES = of_providers("check_finds_faulty_losses")
 SMALL_ERRORS = of_providers("check_finds_small_errors")
@@ -1583,7 +1584,71 @@ FROM_OUTSIDE = {
     ),
 }
 
+SPARSE_FAULTS = {
+    "labels of a class do not add up": Fault(
+        "bench/cases.py",
+        "torch.zeros_like(logits).scatter_add(1, target, labels)",
+        "torch.zeros_like(logits).scatter(1, target, labels)",
+        of_sparse("dense_labels_add_up"),
+    ),
+    "each class of a row counts as a row": Fault(
+        "bench/cases.py",
+        "if target.is_floating_point() or is_sparse(logits, target):",
+        "if target.is_floating_point():",
+        of_sparse("figures_of_several_classes"),
+    ),
+    "the check divides by the number of classes": Fault(
+        "bench/check.py",
+        "        if not target.is_floating_point() and not is_sparse(logits, target):\n",
+        "        if not target.is_floating_point():\n",
+        of_sparse("right_results_pass"),
+    ),
+    "labels have no title": Fault(
+        "bench/results.py",
+        "        parts += [LABELS[self.labels]] if LABELS[self.labels] else []\n",
+        "",
+        of_sparse("command"),
+    ),
+    "the logits of log-probabilities are computed once": Fault(
+        "bench/linear.py",
+        "self.logits_products = 2 if n_labels else 1",
+        "self.logits_products = 1",
+        of_sparse("a_linear_layer_is_checked_and_its_logits_are_computed_twice"),
+    ),
+    "our labels add up to K": Fault(
+        "bench/sparse.py",
+        "torch.full((), 1 / classes.size(1), device=logits.device)",
+        "torch.ones((), device=logits.device)",
+        of_sparse("right_results_pass"),
+    ),
+    "the fused mode of log-probabilities": Fault(
+        "bench/sparse.py",
+        'if not request.case.selected and request.dtype != "float16":',
+        'if request.dtype != "float16":',
+        of_sparse("providers_of_16_bit_logits"),
+    ),
+    "labels are measured as log-probabilities": Fault(
+        "bench/sparse.py",
+        'selected = name == "selected"',
+        "selected = True",
+        of_sparse("command"),
+    ),
+    "any number of classes": Fault(
+        "bench/sparse.py",
+        "    if options.k > MOST_LABELS:\n",
+        "    if False:\n",
+        of_sparse("errors"),
+    ),
+    "quick cases are as large as all": Fault(
+        "bench/sparse.py",
+        "cases = QUICK if options.quick else",
+        "cases = QUICK if False else",
+        of_sparse("quick_cases_are_small"),
+    ),
+}
+
 FAULTS = {
+    **SPARSE_FAULTS,
     **CHECK_FAULTS,
     **COMPARE_FAULTS,
     **TIMING_FAULTS,
