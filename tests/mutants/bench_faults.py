@@ -867,7 +867,7 @@ LINEAR_FAULTS = {
     ),
     "a linear layer has two products": Fault(
         "bench/linear.py",
-        "self.operations = 6 *",
+        "self.operations = 2 * (self.logits_products + 2) *",
         "self.operations = 4 *",
         ("tests/test_bench.py::test_linear",),
     ),
