@@ -129,9 +129,9 @@ class Selected(torch.autograd.Function):
         grad_entropy = grads[2]
         if grad_log_probs is None and grad_entropy is None:
             return None, None, None
-        _, index, _, token_weight, _ = ctx.saved_tensors
+        _, index, _, token_weight, _ = saved_tensors = ctx.saved_tensors  # may be read only once
         of_labels, grad_loss = _as_labels(grad_log_probs, index, token_weight)
-        problem, saved = _of_gradient(ctx.settings, of_labels, ctx.saved_tensors)
+        problem, saved = _of_gradient(ctx.settings, of_labels, saved_tensors)
         upstream = Upstream(grad_loss, None, grad_entropy)
         return _autograd.logits_gradient(problem, saved, upstream), None, None
 
@@ -164,8 +164,8 @@ class PlainSelected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor) -> Grads:
         """Return the gradient of the logits."""
-        logits, index, _, token_weight = ctx.saved_tensors
-        problem, saved = _of_gradient(ctx.settings, grad_log_probs, ctx.saved_tensors)
+        logits, index, _, token_weight = saved_tensors = ctx.saved_tensors  # may be read only once
+        problem, saved = _of_gradient(ctx.settings, grad_log_probs, saved_tensors)
         if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_log_probs, logits):
             upstream = Upstream(token_weight.new_full((), -1), None, None)
             return _ops.plain_backward(problem, saved, upstream), None, None

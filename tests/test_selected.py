@@ -7,8 +7,10 @@ from compare import half_ulp, smallest
 from problems import assert_near
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import fused_xent
 from fused_xent import SelectedLogProbs, selective_log_softmax
@@ -407,6 +409,68 @@ def test_forward_mode(which):
             )
         ]
     assert_close(tuple(results[0]), tuple(results[1]))
+
+
+@by_index
+@pytest.mark.parametrize("options", [{}, WITH_ENTROPY], ids=["alone", "with entropy"])
+def test_checkpoints(options, which):
+    """A checkpoint lets a backward read its saved tensors only once."""
+    logits, index = small()
+    index = INDEXES[which](index)
+
+    def run(logits):
+        results = selective_log_softmax(logits * 2, index, **options)
+        return results.log_probs.sum() + results.entropy.sum() if options else results.sum()
+
+    found = checkpoint(run, logits, use_reentrant=False)
+    assert_close(*(torch.autograd.grad(x, logits)[0] for x in (found, run(logits))))
+
+
+@by_index
+def test_logits_that_change_before_the_backward(which):
+    logits, index = small()
+    index = INDEXES[which](index)
+    changed = logits * 1
+    found = selective_log_softmax(changed, index)
+    changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.sum().backward()
+    found = selective_log_softmax(logits * 1, index, inplace_backward=True).sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
+
+
+@by_index
+@pytest.mark.filterwarnings("ignore")  # of torch.jit
+def test_traced_graphs(which):
+    logits, index = small(torch.float32)
+    index, logits = INDEXES[which](index), logits.detach()
+
+    def gradient(logits):
+        leaf = logits.detach().requires_grad_()
+        results = selective_log_softmax(leaf, index, with_entropy=True)
+        return torch.autograd.grad(results.log_probs.sum() + results.entropy.sum(), leaf)[0]
+
+    assert_close(make_fx(gradient)(logits)(2 * logits), gradient(2 * logits))
+    traced = torch.jit.trace(lambda x: selective_log_softmax(x, index), logits)
+    leaf = (2 * logits).requires_grad_()
+    expected = selective_log_softmax(leaf, index)
+    assert_close(traced(leaf), expected)
+    assert_close(*(torch.autograd.grad(x.sum(), leaf) for x in (traced(leaf), expected)))
+
+
+@by_index
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+def test_compiles_for_any_shape(which):
+    torch.compiler.reset()
+    compiled = torch.compile(
+        selective_log_softmax, backend="aot_eager", dynamic=True, fullgraph=True
+    )
+    for n_rows in (6, 9, 12):
+        logits = torch.randn(n_rows, 30 + n_rows)
+        index = INDEXES[which](make_index(logits.shape, 30, 3))
+        assert_close(compiled(logits, index), selective_log_softmax(logits, index))
 
 
 @by_index
