@@ -246,10 +246,13 @@ def test_one_label_is_a_class_index(dtype, v, gap):
 
 @pytest.mark.parametrize("gap", [10.0, 30.0])
 def test_several_labels_near_1(gap):
-    """The labels of one class add up: their loss is that of the class, with all digits."""
+    """The labels of one class add up: their loss is that of the class, with all digits.
+
+    So is it beside a label of 0.
+    """
     logits = torch.randn(3, 200)
     logits[:, 7] = logits.amax(1) + gap
-    index, p = torch.tensor([[7, 7, PADDING]] * 3), torch.tensor([[0.25, 0.5, 9.0]] * 3)
+    index, p = torch.tensor([[8, 7, 7, PADDING]] * 3), torch.tensor([[0.0, 0.25, 0.5, 9.0]] * 3)
     loss = cross_entropy(logits, p, target_indices=index, reduction="none", loss_dtype=DOUBLE)
     exact = logits.double()
     others = (exact - exact[:, 7:8]).exp().scatter(1, torch.full((3, 1), 7), 0).sum(1)

@@ -164,24 +164,15 @@ void set_grad_logits(Params& params, const char* name, const Tensor& tensor, int
 Problem::Problem(const Inputs& inputs, const Options& options)
     : logits(inputs.logits),
       target(inputs.target),
+      target_indices(inputs.target_indices),
       normalizer(inputs.normalizer),
       dim(inputs.dim),
       reduction(inputs.reduction) {
   static_cast<Options&>(params) = options;
-  target_indices = inputs.target_indices;
   set_logits();
   if (target_indices) {
     set_sparse(options);
-    check_device("target", *target);
-    FUSED_XENT_CHECK(target_kind(target->scalar_type()) == TargetKind::probabilities &&
-                         has_shape(*target, target_indices->sizes()),
-                     "target must hold floating-point labels of target_indices' shape " +
-                         tuple_of(target_indices->sizes()) + ", got shape " +
-                         tuple_of(target->sizes()));
-    dtype_of("target", target->scalar_type());
-    if (target->scalar_type() != acc_dtype) target = torch::stable::to(*target, acc_dtype);
-    target = with_layout(*target, dim, sparse.labels_layout);
-    sparse.labels = target->const_data_ptr();
+    set_labels();
   } else {
     set_target();
   }
@@ -281,6 +272,19 @@ void Problem::set_sparse(const Options& options) {
   sparse.classes = target_indices->const_data_ptr();
   params.target_kind = TargetKind::int32;
   params.ignore_index = INT64_MIN;  // no row is left out by its target
+}
+
+void Problem::set_labels() {
+  check_device("target", *target);
+  FUSED_XENT_CHECK(target_kind(target->scalar_type()) == TargetKind::probabilities &&
+                       has_shape(*target, target_indices->sizes()),
+                   "target must hold floating-point labels of target_indices' shape " +
+                       tuple_of(target_indices->sizes()) + ", got shape " +
+                       tuple_of(target->sizes()));
+  dtype_of("target", target->scalar_type());
+  if (target->scalar_type() != acc_dtype) target = torch::stable::to(*target, acc_dtype);
+  target = with_layout(*target, dim, sparse.labels_layout);
+  sparse.labels = target->const_data_ptr();
 }
 
 void Problem::allocate_labels(Params& p, bool keep_logits) {

@@ -94,6 +94,7 @@ struct Problem {
   void set_weights(const Inputs& inputs);
   void set_target();
   void set_sparse(const Options& options);
+  void set_labels();
   void check_device(const char* name, const Tensor& tensor) const;
   std::vector<int64_t> index_of(int64_t row) const;
 

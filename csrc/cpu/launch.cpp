@@ -114,8 +114,10 @@ using LabelKernel = void (*)(const Params&, const SparseLabels&, int64_t, int64_
 void run_label_kernel(LabelKernel kernel, const Params& p, const SparseLabels& sparse,
                       const Threads& threads) {
   const int64_t step = ceil_div(kTaskLabels, sparse.n_labels);
-  run_tasks(threads, ceil_div(p.n_rows, step),
-            [&](int64_t i) { kernel(p, sparse, i * step, std::min((i + 1) * step, p.n_rows)); });
+  run_tasks(threads, ceil_div(p.n_rows, step), [&](int64_t i) {
+    const int64_t begin = i * step;
+    kernel(p, sparse, begin, std::min(begin + step, p.n_rows));
+  });
 }
 
 }  // namespace

@@ -302,8 +302,8 @@ OPERATORS_FAULTS = {
     ),
     "token weights are forgotten when a gradient is scaled": Fault(
         OPERATORS,
-        "const Inputs inputs{grad_logits, target, {}, token_weight, {}, dim, kSum};",
-        "const Inputs inputs{grad_logits, target, {}, {}, {}, dim, kSum};",
+        "const Inputs inputs{grad_logits, target, {}, token_weight, {}, dim, kSum, {}};",
+        "const Inputs inputs{grad_logits, target, {}, {}, {}, dim, kSum, {}};",
         ("tests/test_layouts.py::test_upstream_of_dropped_rows_may_be_anything",),
     ),
     "any gradient is scaled in place": Fault(
@@ -745,8 +745,8 @@ TENSORS_FAULTS = {
     "losses of integers pass": Fault(TENSORS, '  dtype_of("loss_dtype", dtype);\n', "", FORWARD),
     "the options are their defaults": Fault(
         TENSORS,
-        "  static_cast<Options&>(params) = options;\n",
-        "",
+        "reduction(inputs.reduction) {\n  static_cast<Options&>(params) = options;\n",
+        "reduction(inputs.reduction) {\n",
         (
             "tests/test_options.py::test_any_combination_of_many_options",
             f"{OPS}test_gradients_of_forward_equal_the_reference",

@@ -438,8 +438,8 @@ LABELS = {
     "smoothing is spread and not taken from the target": fault(
         "xent_rows.h",
         "forward",
-        "smoothing.keep * weight",
-        "weight",
+        "smoothing.keep * of_label",
+        "of_label",
     ),
     "probabilities are not smoothed": fault(
         "labels.cuh",
@@ -1348,7 +1348,7 @@ BINDING = {
     "the fused mode's mean is not divided": emulated(
         "binding/cuda.cpp",
         "test_cuda.py::test_forced_plans",
-        "      params.total_weight = data_of(total_weight);\n    }",
+        "      params.total_weight = data_of(*rows_weight);\n    }",
         "    }",
     ),
     "a backward does not divide by the total weight": emulated(
