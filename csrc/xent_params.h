@@ -70,8 +70,8 @@ struct Params : Options {
   double weight_sum;         // of all class weights; vocab_size without them. Only used on the CPU
   const void* token_weight;  // per row, or null: all 1. Rows of weight 0 are not read
   // Of SparseLabels, null for all others:
-  const void* target_weight;  // per row, in place of the target's class weight
-  const void* extra_loss;     // per row, added to the cross-entropy
+  const void* label_weight;  // per row, in place of the target's class weight
+  const void* extra_loss;    // per row, added to the cross-entropy
 
   // Per row, written by forward, read by backward.
   void* row_loss;
@@ -116,7 +116,7 @@ struct SparseLabels {
   // Per row, written by read_labels: they belong into Params. target is -1 where a label is out of
   // range; token_weight is written only for selected classes: 0 where none of them counts.
   int32_t* target;
-  void* target_weight;
+  void* label_weight;
   void* extra_loss;
   void* token_weight;
   void* logits;  // acc (n_rows, K): the input logits of the labels, for write_label_gradients

@@ -73,8 +73,8 @@ struct RowLabels {
 // What the label on a row's target is multiplied by.
 template <typename Acc = double>
 XENT_INLINE Acc label_weight(const Params& p, int64_t row, int64_t target) {
-  return p.target_weight == nullptr ? class_weight<Acc>(p, target)
-                                    : acc_at<Acc>(p, p.target_weight, row);
+  return p.label_weight == nullptr ? class_weight<Acc>(p, target)
+                                   : acc_at<Acc>(p, p.label_weight, row);
 }
 
 // target: -1 for probabilities.

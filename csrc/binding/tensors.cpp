@@ -293,7 +293,7 @@ void Problem::allocate_labels(Params& p, bool keep_logits) {
   };
   p.target = sparse.target = static_cast<int32_t*>(allocate(p.n_rows, ScalarType::Int));
   if (sparse.labels == nullptr) return;
-  p.target_weight = sparse.target_weight = allocate(p.n_rows, acc_dtype);
+  p.label_weight = sparse.label_weight = allocate(p.n_rows, acc_dtype);
   p.extra_loss = sparse.extra_loss = allocate(p.n_rows, acc_dtype);
   if (keep_logits) sparse.logits = allocate(p.n_rows * sparse.n_labels, acc_dtype);
 }

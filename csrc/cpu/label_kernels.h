@@ -64,7 +64,7 @@ void read_labels_of_row(const Params& p, const SparseLabels& sparse, int64_t row
     if (weights[k] != 0 && z[k] != z[top])
       extra_loss += double{weights[k]} * (double{z[top]} - z[k]);
   }
-  static_cast<A*>(sparse.target_weight)[row] = static_cast<A>(weight);
+  static_cast<A*>(sparse.label_weight)[row] = static_cast<A>(weight);
   static_cast<A*>(sparse.extra_loss)[row] = static_cast<A>(smoothing_of(p).keep * extra_loss);
 }
 
@@ -76,7 +76,7 @@ void read_labels(const Params& p, const SparseLabels& sparse, int64_t begin, int
   for (int64_t row = begin; row < end; ++row) {
     if (token_weight(p, row) == 0) {
       sparse.target[row] = 0;
-      static_cast<A*>(sparse.target_weight)[row] = static_cast<A*>(sparse.extra_loss)[row] = 0;
+      static_cast<A*>(sparse.label_weight)[row] = static_cast<A*>(sparse.extra_loss)[row] = 0;
       continue;
     }
     A* kept = static_cast<A*>(sparse.logits);

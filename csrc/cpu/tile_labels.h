@@ -10,7 +10,7 @@ struct TileLabels {
   int64_t index[kTileRows];  // -1 for probabilities and for rows that are left out
   Bits kept[kTileRows];      // all ones, or 0 for rows that are left out or beyond the last
   A target_weight[kTileRows] = {};
-  A label_weight[kTileRows];  // of rows that have their own: see Params::target_weight
+  A label_weight[kTileRows];  // of rows that have their own: see Params::label_weight
   const bool has_label_weight;
   A target_logit[kTileRows] = {};
   A share = 0;  // of a label: what smoothing keeps on the target
@@ -18,7 +18,7 @@ struct TileLabels {
   bool any_kept = true;
 
   TileLabels(const Params& p, int64_t begin, int n_rows)
-      : n_rows(n_rows), has_label_weight(p.target_weight != nullptr) {
+      : n_rows(n_rows), has_label_weight(p.label_weight != nullptr) {
     for (int i = 0; i < kTileRows; ++i) index[i] = i < n_rows ? 0 : -1;
     if (has_indices(p)) {
       with_indices(p, [&](const auto* target) { set_indices(p, target, begin); });
@@ -90,7 +90,7 @@ struct TileLabels {
     }
     if (!has_label_weight) return;
     for (int i = 0; i < kTileRows; ++i) {
-      label_weight[i] = i < n_rows ? static_cast<const A*>(p.target_weight)[begin + i] : A(0);
+      label_weight[i] = i < n_rows ? static_cast<const A*>(p.label_weight)[begin + i] : A(0);
     }
   }
 };

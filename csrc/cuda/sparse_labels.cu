@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kLabelThreads)
   if (!has_no_weight(a, row)) sums = sums_of_row<T, L>(a, sparse, row);
   if (L::lane() != 0) return;
   sparse.target[row] = sums.is_bad ? -1 : max(sums.target, 0);
-  set_acc(sparse.target_weight, row, sums.weight);
+  set_acc(sparse.label_weight, row, sums.weight);
   set_acc(sparse.extra_loss, row, smoothing_of<A>(a).keep * sums.extra_loss);
   set_acc(sparse.token_weight, row, A(sums.is_bad || sums.target >= 0));
 }

@@ -20,7 +20,7 @@ class LabelCheck {
         labels_(problem_.acc, shape, c.n_rows, n_labels, c.misalignment),
         classes_(c.n_rows * n_labels),
         target_(4 * c.n_rows, 0),
-        target_weight_(problem_.new_acc(c.n_rows)),
+        label_weight_(problem_.new_acc(c.n_rows)),
         extra_loss_(problem_.new_acc(c.n_rows)),
         token_weight_(problem_.new_acc(c.n_rows)),
         kept_(problem_.new_acc(c.n_rows * n_labels)) {
@@ -40,7 +40,7 @@ class LabelCheck {
     const Reference reference(problem_);
     sparse_.labels = labels_.memory.data();
     sparse_.labels_layout = labels_.layout;
-    a_.target_weight = sparse_.target_weight = target_weight_.data();
+    a_.label_weight = sparse_.label_weight = label_weight_.data();
     a_.extra_loss = sparse_.extra_loss = extra_loss_.data();
     sparse_.logits = kept_.data();
     require(cuda::read_labels(a_, sparse_, nullptr), "read_labels");
@@ -52,7 +52,7 @@ class LabelCheck {
     require(cuda::write_label_gradients(a_, sparse_, nullptr), "write_label_gradients");
     check_gradients(reference, gradient);
     select(reference);
-    for (const Memory* memory : {&target_, &target_weight_, &extra_loss_, &token_weight_, &kept_}) {
+    for (const Memory* memory : {&target_, &label_weight_, &extra_loss_, &token_weight_, &kept_}) {
       check(memory->guards_are_intact(), c_, "a kernel of labels wrote beyond its results");
     }
   }
@@ -136,7 +136,7 @@ class LabelCheck {
     }
     check(is_label > 0 || (std::isinf(top) && target == 0), c_, "the target is no label");
     extra_loss *= 1 - a_.label_smoothing;
-    near(target_weight_, row, weight, 1 + std::fabs(weight), "target_weight");
+    near(label_weight_, row, weight, 1 + std::fabs(weight), "label_weight");
     near(extra_loss_, row, extra_loss, 1 + std::fabs(weight) * 30, "extra_loss");
   }
 
@@ -179,7 +179,7 @@ class LabelCheck {
     SparseLabels selected = sparse_;
     Tensor log_probs(problem_.acc, c_.target, c_.n_rows, sparse_.n_labels, c_.misalignment);
     selected.labels = nullptr;
-    selected.logits = selected.target_weight = selected.extra_loss = nullptr;
+    selected.logits = selected.label_weight = selected.extra_loss = nullptr;
     selected.token_weight = token_weight_.data();
     selected.log_probs = log_probs.memory.data();
     selected.log_probs_layout = log_probs.layout;
@@ -211,7 +211,7 @@ class LabelCheck {
   Problem problem_;
   Tensor labels_;
   std::vector<int64_t> classes_;
-  Memory memory_, target_, target_weight_, extra_loss_, token_weight_, kept_;
+  Memory memory_, target_, label_weight_, extra_loss_, token_weight_, kept_;
   SparseLabels sparse_{};
   cuda::Arguments a_{};
   Random random_;

@@ -13,13 +13,13 @@ class Sparse {
   Sparse(const Problem& problem, Params& p) : labels_(problem.sparse) {
     if (labels_.n_labels == 0) return;
     target_ = Memory(4 * p.n_rows, 0);
-    target_weight_ = problem.new_acc(p.n_rows);
+    label_weight_ = problem.new_acc(p.n_rows);
     extra_loss_ = problem.new_acc(p.n_rows);
     logits_ = problem.new_acc(p.n_rows * labels_.n_labels);
     p.target_kind = TargetKind::int32;
     p.ignore_index = INT64_MIN;
     p.target = labels_.target = static_cast<int32_t*>(target_.data());
-    p.target_weight = labels_.target_weight = target_weight_.data();
+    p.label_weight = labels_.label_weight = label_weight_.data();
     p.extra_loss = labels_.extra_loss = extra_loss_.data();
     labels_.logits = logits_.data();
   }
@@ -31,7 +31,7 @@ class Sparse {
     if (labels_.n_labels > 0) cpu::write_label_gradients(p, labels_, threads);
   }
   bool guards_are_intact() const {
-    for (const Memory* memory : {&target_, &target_weight_, &extra_loss_, &logits_}) {
+    for (const Memory* memory : {&target_, &label_weight_, &extra_loss_, &logits_}) {
       if (*memory != Memory() && !memory->guards_are_intact()) return false;
     }
     return true;
@@ -39,7 +39,7 @@ class Sparse {
 
  private:
   SparseLabels labels_;
-  Memory target_, target_weight_, extra_loss_, logits_;
+  Memory target_, label_weight_, extra_loss_, logits_;
 };
 
 // Selects the classes of a problem's labels, and checks their log-probabilities.
