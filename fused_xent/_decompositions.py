@@ -101,7 +101,12 @@ def _backward(*arguments: Any, **options: Any) -> Any:
 
 
 def _selected_log_probs(
-    logits: Tensor, index: Tensor, dim: int, with_entropy: bool, **options: Any
+    logits: Tensor,
+    index: Tensor,
+    dim: int,
+    with_entropy: bool,
+    inplace_backward: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     log_probs, entropy = _selected.by_torch(logits, index, dim, options)
     ignore_index = options.get("ignore_index", reference.PADDING)

@@ -355,16 +355,18 @@ def backward_(problem: Problem, saved: Saved, upstream: Upstream) -> None:
     _call_backward(_backward_, problem, saved, upstream)
 
 
-def selected_log_probs(logits: Tensor, index: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+def selected_log_probs(
+    logits: Tensor, index: Tensor, settings: Settings, **inplace: bool
+) -> tuple[Tensor, ...]:
     """Return log-probabilities, state, token weights and entropy, which is empty if not wanted."""
-    return _call_selected(_ops.selected_log_probs.default, logits, index, settings)
+    return _call_selected(_ops.selected_log_probs.default, logits, index, settings, **inplace)
 
 
 def _call_selected(
-    operator: Callable[..., T], logits: Tensor, index: Tensor, settings: Settings
+    operator: Callable[..., T], logits: Tensor, index: Tensor, settings: Settings, **inplace: bool
 ) -> T:
     dim, with_entropy = settings.dim, settings.statistics
-    return operator(logits, index, dim, with_entropy, **settings.of_operators)
+    return operator(logits, index, dim, with_entropy, **inplace, **settings.of_operators)
 
 
 # ---- class indices beside logits, and nothing else: most calls, see _autograd.is_plain -----------

@@ -49,7 +49,8 @@ def evaluate(problem: Problem) -> Tensors:
         results = by_torch(logits, index, settings.dim, settings.of_operators)
         return results if settings.statistics else results[:1]
     if is_traced():
-        found = _ops.selected_log_probs(logits, index, settings)
+        inplace = {"inplace_backward": True} if settings.inplace_backward else {}
+        found = _ops.selected_log_probs(logits, index, settings, **inplace)
     elif is_under_torch_func():
         found = Selected.apply(logits, index, settings)
     elif needs_graph(logits):
@@ -332,18 +333,23 @@ def _empty_linear_results(*arguments: Any, **options: Any) -> Tensors:
 # ---- the operators' formulas ---------------------------------------------------------------------
 
 
-def settings_of(logits: Tensor, dim: int, with_entropy: bool, options: dict[str, Any]) -> Settings:
-    """Return the settings made of an operator's arguments."""
+def _formula(
+    logits: Tensor,
+    index: Tensor,
+    dim: int,
+    with_entropy: bool,
+    inplace_backward: bool = False,
+    **options: Any,
+) -> Any:
     acc, none = accumulation_dtype(logits.dtype), REDUCTIONS["none"]
     ignore_index = options.get("ignore_index", PADDING)
-    return Settings(dim, none, acc, with_entropy, ignore_index, False, False, options)
-
-
-def _formula(logits: Tensor, index: Tensor, dim: int, with_entropy: bool, **options: Any) -> Any:
-    settings = settings_of(logits, dim, with_entropy, options)
-    if needs_graph(logits):
-        return apply_at_this_level(Selected, logits, index, settings)
-    return _forward(logits, index, settings)
+    flags = (inplace_backward, False)
+    settings = Settings(dim, none, acc, with_entropy, ignore_index, *flags, options)
+    if not needs_graph(logits):
+        return _forward(logits, index, settings)
+    if inplace_backward:
+        check_overwritable(Problem(logits, index, None, None, None, None, settings))
+    return apply_at_this_level(Selected, logits, index, settings)
 
 
 def _linear_formula(*arguments: Any, **options: Any) -> Any:

@@ -95,7 +95,7 @@ def selective_log_softmax(
         logit_scale: factor of the logits: 1 / temperature.
         with_entropy: return the entropy of each row too.
         inplace_backward: the backward writes the gradient over the logits: see
-            :func:`fused_xent.cross_entropy`. Compiled code does so for one class in each row.
+            :func:`fused_xent.cross_entropy`.
 
     Kernels compute results and gradient. Torch operations compute second derivatives, and
     everything under ``torch.func.vmap`` and forward-mode differentiation.

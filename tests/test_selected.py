@@ -492,6 +492,31 @@ def test_compiles_to_one_graph(backend, which):
     assert_close(*gradients)
 
 
+@by_index
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+@pytest.mark.parametrize("inplace", [False, True])
+def test_logits_of_a_compiled_graph_are_overwritten(inplace, which):
+    """But not before they are used elsewhere."""
+    torch.compiler.reset()
+    leaf, index = small(torch.float32)
+    index = INDEXES[which](index)
+
+    def model(leaf):
+        logits = leaf * 3
+        return selective_log_softmax(logits, index, inplace_backward=inplace).sum(), logits.sin()
+
+    results = torch.compile(model, backend="aot_eager", fullgraph=True)(leaf)
+    expected = exact(leaf.double() * 3, index).log_probs.sum(), (leaf.double() * 3).sin()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        (gradient,) = torch.autograd.grad(results[0] + results[1].sum(), leaf)
+    operators = {event.key for event in seen.key_averages()}
+    assert ("fused_xent::backward_" in operators) == inplace
+    assert ("fused_xent::backward" in operators) != inplace
+    assert_close(results[1].double(), expected[1], rtol=1e-5, atol=1e-5)
+    (exact_gradient,) = torch.autograd.grad(expected[0] + expected[1].sum(), leaf)
+    assert_close(gradient, exact_gradient, rtol=1e-5, atol=1e-5)
+
+
 class Model(torch.nn.Module):
     def __init__(self, index):
         super().__init__()
@@ -536,6 +561,12 @@ def test_opcheck(dtype, with_entropy):
     image = torch.randn(2, 7, 3, 5, requires_grad=True)
     classes = torch.randint(7, (2, 4, 3, 5), dtype=torch.int32)
     torch.library.opcheck(operator, (image, classes, 1, with_entropy))
+
+
+def test_the_operator_refuses_to_overwrite_a_leaf():
+    logits, index = small()
+    with pytest.raises(RuntimeError, match="inplace_backward must be False where input is a leaf"):
+        torch.ops.fused_xent.selected_log_probs(logits, index, 1, False, inplace_backward=True)
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])

@@ -44,8 +44,9 @@ void define_operators(Library& m) {
          statistics);
   define(
       "selected_log_probs(Tensor logits, Tensor target_indices, int dim, bool with_entropy, *, "
-      "int ignore_index=-100, float softcap=0.0, float logit_scale=1.0) -> (Tensor log_probs, "
-      "Tensor state, Tensor token_weight, Tensor entropy)");
+      "int ignore_index=-100, float softcap=0.0, float logit_scale=1.0, "
+      "bool inplace_backward=False) -> (Tensor log_probs, Tensor state, Tensor token_weight, "
+      "Tensor entropy)");
   define(
       "scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss, Tensor target, "
       "Tensor? token_weight, int dim, int ignore_index) -> ()");

@@ -3819,6 +3819,24 @@ SELECTED_FAULTS = {
         "PlainCrossEntropy.backward(ctx, grad_log_probs)",
         (f"{SELECTED_TESTS}test_values_and_gradients",),
     ),
+    "saved tensors are read twice": Fault(
+        SELECTED_AUTOGRAD,
+        "_of_gradient(ctx.settings, grad_log_probs, saved_tensors)",
+        "_of_gradient(ctx.settings, grad_log_probs, ctx.saved_tensors)",
+        (f"{SELECTED_TESTS}test_checkpoints",),
+    ),
+    "compiled code does not overwrite": Fault(
+        SELECTED_AUTOGRAD,
+        'inplace = {"inplace_backward": True} if settings.inplace_backward else {}',
+        "inplace: dict[str, bool] = {}",
+        (f"{SELECTED_TESTS}test_logits_of_a_compiled_graph_are_overwritten",),
+    ),
+    "an operator that overwrites whatever it is given": Fault(
+        SELECTED_AUTOGRAD,
+        "    if inplace_backward:\n",
+        "    if False:\n",
+        (f"{SELECTED_TESTS}test_the_operator_refuses_to_overwrite_a_leaf",),
+    ),
     "a plain gradient has no graph": Fault(
         SELECTED_AUTOGRAD,
         "if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_log_probs, logits):",
