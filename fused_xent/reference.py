@@ -263,7 +263,7 @@ def selective_log_softmax(
         log_probs = log_prob.sum(dim, keepdim=True).expand(index.shape)
     # An index that is no class makes the log-probabilities and the gradient of its row NaN.
     is_wrong = (~is_class & ~padding).any(dim, keepdim=True)
-    log_probs = (log_probs * torch.where(is_wrong, torch.nan, 1.0)).masked_fill(padding, 0)
+    log_probs = log_probs.masked_fill(padding, 0) * torch.where(is_wrong, torch.nan, 1.0)
     prob = log_prob.exp()
     entropy = -_weighted_sum(prob, log_prob, dim)
     return SelectedLogProbs(log_probs, entropy.masked_fill(left_out.squeeze(dim), 0))

@@ -365,8 +365,7 @@ def test_vmap_marks_classes_out_of_range():
     logits, _ = small(torch.float32)
     index = torch.tensor([[1, 7], [0, 2], [-100, 3], [-1, -100]])
     found = func.vmap(selective_log_softmax)(logits.detach(), index)
-    assert found[0].isnan().all()
-    assert found[3, 0].isnan()
+    assert found[[0, 3]].isnan().all()  # of padding beside them too, as on GPUs
     assert_close(found[1:3].double(), exact(logits.detach(), index.clamp(max=6))[0][1:3])
 
 

@@ -3893,7 +3893,7 @@ SELECTED_FAULTS = {
     ),
     "classes out of range count as the first": Fault(
         REFERENCE,
-        "(log_probs * torch.where(is_wrong, torch.nan, 1.0)).masked_fill(padding, 0)",
+        "log_probs.masked_fill(padding, 0) * torch.where(is_wrong, torch.nan, 1.0)",
         "log_probs.masked_fill(padding, 0)",
         (f"{SELECTED_TESTS}test_vmap_marks_classes_out_of_range",),
     ),
