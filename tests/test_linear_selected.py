@@ -164,8 +164,13 @@ def test_autocast(chunk_rows):
 # ---- memory ------------------------------------------------------------------------------------
 
 
-def test_all_logits_never_exist_at_once(monkeypatch):
-    in_chunks(monkeypatch)
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_all_logits_never_exist_at_once(chunk_rows, monkeypatch):
+    """Nor those of a small problem, if the size of a chunk is given."""
+    if chunk_rows is None:
+        in_chunks(monkeypatch)
+    else:
+        monkeypatch.setattr("fused_xent.linear.FEW_LOGITS", 1 << 20)
     seen, saved, n_rows, n_classes = [], [], 40, 300
 
     def noting(operator):
@@ -181,7 +186,7 @@ def test_all_logits_never_exist_at_once(monkeypatch):
     layer = make_layer(rows=(n_rows,), classes=(n_classes,))
     index = make_index((n_rows, n_classes), n_classes, 5)
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        found = selected(layer, index)
+        found = selected(layer, index, chunk_rows=chunk_rows)
     assert sum(x.nbytes for x in saved) == sum(x.nbytes for x in (*layer, index))
     found.sum().backward()
     n_chunks, size = n_rows // 4, 4 * n_classes

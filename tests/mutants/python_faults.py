@@ -3762,8 +3762,7 @@ SELECTED_FAULTS = {
         SELECTED,
         "is_few = chunk_rows is None and problem.logits.numel()",
         "is_few = problem.logits.numel()",
-        (f"{LINEAR_SELECTED}test_finite_differences",),
-        unseen="the results are the same",
+        (f"{LINEAR_SELECTED}test_all_logits_never_exist_at_once",),
     ),
     "torch.func sees chunks": Fault(
         SELECTED,
