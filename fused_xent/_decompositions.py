@@ -211,3 +211,7 @@ def _linear_selected_log_probs(*arguments: Any, **options: Any) -> tuple[Tensor,
         logits, inputs.target_indices, 1, inputs.with_entropy, **options
     )
     return log_probs, entropy
+
+
+for _operator, _function in decompositions().items():
+    _ops.by_torch_operations[_operator._schema.name.split("::")[1]] = _function

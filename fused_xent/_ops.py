@@ -37,7 +37,12 @@ from torch.autograd.graph import increment_version
 
 from ._options import REDUCTIONS, Settings
 from ._problem import Problem, Saved, Upstream, accumulation_dtype, row_shape
-from ._torch_private import below_autograd, kernels_of, redispatch_below_inplace
+from ._torch_private import (
+    below_autograd,
+    has_tangent,
+    kernels_of,
+    redispatch_below_inplace,
+)
 
 T = TypeVar("T")
 
@@ -228,9 +233,27 @@ def _count_version(name: str) -> None:
     _library.impl(name, counted, "ADInplaceOrView", with_keyset=True)
 
 
+# Operators as torch operations, by name: see _decompositions.
+by_torch_operations: dict[str, Callable[..., Any]] = {}
+
+
 def register_formula(name: str, formula: Callable[..., Any]) -> None:
-    """Register the autograd formula of an operator. It takes the operator's arguments."""
-    _library.impl(name, formula, "Autograd")
+    """Register the autograd formula of an operator. It takes the operator's arguments.
+
+    Torch operations compute tangents, of forward-mode differentiation: the kernels have none.
+    """
+
+    def of_all_modes(*arguments: Any, **options: Any) -> Any:
+        if not has_tangent(arguments):
+            return formula(*arguments, **options)
+        if name not in by_torch_operations:
+            raise RuntimeError(
+                f"fused_xent::{name} has no forward-mode derivative: use the functions of "
+                "fused_xent without in-place modes"
+            )
+        return by_torch_operations[name](*arguments, **options)
+
+    _library.impl(name, of_all_modes, "Autograd")
 
 
 def _schema(name: str) -> torch.FunctionSchema:

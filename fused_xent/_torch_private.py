@@ -25,6 +25,7 @@ __all__ = [
     "apply_in_eager",
     "are_ordinary",
     "below_autograd",
+    "has_tangent",
     "has_values",
     "is_batched_by_autograd",
     "is_eager",
@@ -126,12 +127,20 @@ def is_under_vmap_or_jvp() -> bool:
     """Return True under torch.func.vmap or forward-mode differentiation, of either kind."""
     if _innermost_transform() is None and forward_ad._current_level < 0:
         return False
-    if is_compiling():  # the compiler traces transforms by itself
-        return False
+    is_dual = forward_ad._current_level >= 0
+    if is_compiling():  # the compiler traces vmap by itself, but finds no tangents of operators
+        return is_dual
     stack = torch._C._functorch.get_interpreter_stack() or ()
     kinds = torch._C._functorch.TransformType
-    is_dual = forward_ad._current_level >= 0
     return is_dual or any(layer.key() in (kinds.Vmap, kinds.Jvp) for layer in stack)
+
+
+def has_tangent(arguments: Any) -> bool:
+    """Return True if one of an operator's arguments is a dual tensor of forward-mode AD."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def is_batched_by_autograd(tensor: Tensor | None) -> bool:

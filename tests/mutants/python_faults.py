@@ -2850,6 +2850,12 @@ DECOMPOSITIONS_FAULTS = {
 }
 
 PRIVATE_FAULTS = {
+    "compiled code does not see that it is under forward-mode differentiation": Fault(
+        PRIVATE,
+        "        return is_dual\n",
+        "        return False\n",
+        ("tests/test_forward_mode.py::test_of_a_compiled_function",),
+    ),
     "parts of logits are overwritten in a graph": Fault(
         PRIVATE,
         "        return None\n    return FunctionalTensor",
@@ -3049,6 +3055,12 @@ PRIVATE_FAULTS = {
 }
 
 OPS_FAULTS = {
+    "tangents of operators are lost": Fault(
+        OPS,
+        "if not has_tangent(arguments):",
+        "if True:",
+        ("tests/test_forward_mode.py::test_of_an_operator",),
+    ),
     "samples of vmap along the first dimension": Fault(
         OPS,
         "argument.select(dim, i) if isinstance(dim, int)",
