@@ -4,6 +4,7 @@ The operators are called directly, and compared with dense labels in float64. Wi
 ``--device cuda`` the same cases run on a GPU.
 """
 
+import mmap
 from typing import NamedTuple
 
 import cuda_builds
@@ -207,6 +208,23 @@ def test_dense_labels(operators, shape, n_labels, options, dtype):
         check(operators, sparse, mode)
 
 
+def test_shapes_and_options_reach_all_kernels(operators, emulated):
+    cuda_builds.launches(emulated)
+    kernels = set()
+    for shape in SHAPES.values():
+        for n_labels in (2, 40):
+            for options in ({}, {"softcap": 5.0}, {"statistics": True}):
+                sparse = make_sparse(shape, n_labels, torch.float32, "none", **options)
+                for mode in MODES:
+                    run(operators, sparse, mode, [torch.ones(())])
+                    kernels |= {launch.kernel for launch in cuda_builds.launches(emulated)}
+    assert kernels == {
+        *("read_labels_of_rows", "write_gradients_at_labels", "general_rows", "merge_parts"),
+        *("columns", "forward_rows", "forward_lane_rows", "backward_rows", "backward_lane_rows"),
+        *("forward_backward_rows",),
+    }
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("n_labels", [3, 40])
 @pytest.mark.parametrize("mode", MODES)
@@ -343,6 +361,34 @@ def test_gradient_of_certain_labels(operators, n_labels, dtype):
         torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=0)
         p = others.sum(1) / (1 + others.sum(1))
         torch.testing.assert_close(gradient[:, 7].double(), -p, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("n_labels", [2, 40])
+def test_launches_can_be_captured(operators, emulated, n_labels):
+    """No call of the CUDA runtime waits for the device."""
+    sparse = make_sparse((5, 90), n_labels, torch.float32, weight=True, label_smoothing=0.1)
+    emulated.set("capturing", "1")
+    try:
+        for mode in MODES:
+            check(operators, sparse, mode)
+        operators.selected_log_probs(sparse.logits, sparse.classes, 1, True)
+    finally:
+        emulated.set("capturing", "0")
+
+
+@pytest.mark.parametrize("n_labels", [2, 12])
+def test_classes_beyond_32_bits(operators, emulated, n_labels):
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (2**32 + 3)), dtype=torch.bfloat16)
+    logits = memory.as_strided((3, 2), (1, 2**32))
+    logits.copy_(make_logits((3, 2), torch.bfloat16))
+    classes = torch.randint(2, (3, n_labels))
+    log_probs, *_ = operators.selected_log_probs(logits, classes, 1, False)
+    expected = logits.double().log_softmax(1).gather(1, classes)
+    torch.testing.assert_close(log_probs.double(), expected, rtol=1e-5, atol=1e-6)
+    labels = torch.rand(classes.shape)
+    loss = operators.loss(logits, labels, None, None, None, 1, 2, torch.float32, classes)
+    exact = -(labels.double() * expected).sum()
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 63, 65, 1000])
