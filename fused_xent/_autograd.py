@@ -124,15 +124,25 @@ def _by_torch(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
 
 
 def complete(
-    problem: Problem, loss: Tensor, lse: Tensor, entropy: Tensor, argmax: Tensor
+    problem: Problem,
+    loss: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    argmax: Tensor,
+    label: Tensor | None = None,
 ) -> CrossEntropyStatistics:
-    """Return all statistics: compute z_loss and correct from the others."""
+    """Return all statistics: compute z_loss and correct from the others.
+
+    ``label`` is the class of each row's greatest probability, if the problem does not have all.
+    """
     _, target, _, token_weight, _, target_indices, settings = problem
     z_loss = settings.of_operators.get("lse_square_scale", 0.0) * lse.square()
     if token_weight is not None:
         z_loss = z_loss * token_weight.masked_fill(argmax < 0, 0)
-    if target_indices is not None:
-        target = _formulas.top_label(problem)
+    if label is not None:
+        target = label
+    elif target_indices is not None:
+        target = _formulas.top_label(problem, problem.logits.shape[settings.dim])
     elif target.is_floating_point():
         target = target.argmax(settings.dim) if target.shape[settings.dim] else argmax
     correct = (argmax == target) & (argmax >= 0)

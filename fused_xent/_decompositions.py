@@ -86,7 +86,9 @@ def _backward(*arguments: Any, **options: Any) -> Any:
         if token_weight is not None:
             g = g * rows(token_weight)
         lse = z.logsumexp(dim, keepdim=True)
-        slope = _focal_slope(-(q * finite_log_p).sum(dim, keepdim=True), mass, options)
+        gamma = options.get("focal_gamma", 0.0)
+        cross_entropy = -(q * finite_log_p).sum(dim, keepdim=True)
+        slope: Any = _formulas.focal_slope(cross_entropy, mass, gamma) if gamma else 1.0
         gradient = g * slope * (mass * p - q)
         gradient = gradient + 2 * options.get("lse_square_scale", 0.0) * g * lse * p
     if grad_lse is not None:
@@ -144,18 +146,6 @@ def _labels(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     if smoothing:
         q = q + smoothing / n_classes * w
     return kept, q.masked_fill(~kept, 0)
-
-
-def _focal_slope(cross_entropy: Tensor, mass: Tensor, options: dict[str, float]) -> Tensor | float:
-    """Return the derivative of the focal loss by the cross-entropy."""
-    gamma = options.get("focal_gamma", 0.0)
-    if gamma == 0:
-        return 1.0
-    zero = cross_entropy == 0
-    minus_log_p = cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)
-    one_minus_p = -torch.expm1(-minus_log_p)
-    rise = gamma * torch.exp(-minus_log_p) * minus_log_p / one_minus_p
-    return (one_minus_p**gamma * (1 + rise)).masked_fill(zero, 0)
 
 
 def _linear_forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:

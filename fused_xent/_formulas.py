@@ -113,16 +113,25 @@ def target_gradient(problem: Problem, saved: Saved, grad_loss: Tensor) -> Tensor
     return gradient.to(target.dtype)
 
 
-def top_label(problem: Problem) -> Tensor:
+def focal_slope(cross_entropy: Tensor, mass: Tensor, gamma: float) -> Tensor:
+    """Return the derivative of the focal loss by the cross-entropy."""
+    zero = cross_entropy == 0
+    minus_log_p = cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)
+    one_minus_p = -torch.expm1(-minus_log_p)
+    rise = gamma * torch.exp(-minus_log_p) * minus_log_p / one_minus_p
+    return (one_minus_p**gamma * (1 + rise)).masked_fill(zero, 0)
+
+
+def top_label(problem: Problem, n_classes: int) -> Tensor:
     """Return each row's class with the greatest sparse label: the argmax of the dense labels.
 
     The labels of a class are added up in a fixed order, and the first of the greatest classes wins.
     All classes that have no label share the label 0: only the first of them can win, and that is
     one of the first K + 1 classes.
     """
-    logits, target, _, _, _, target_indices, settings = problem
+    _, target, _, _, _, target_indices, settings = problem
     indices: Any = target_indices  # never None here
-    dim, n_classes = settings.dim, logits.shape[settings.dim]
+    dim = settings.dim
     classes, is_class, is_padding = reference.sparse_classes(
         indices, n_classes, settings.ignore_index
     )

@@ -287,8 +287,11 @@ def _check_normalizer(normalizer: Any, reduction: int, input: Tensor) -> Tensor:
     return input.new_full((), float(normalizer), dtype=torch.float64)
 
 
-def check_range(problem: Problem) -> None:
-    """Check the class indices of the rows that count; not on a GPU, where the host would wait."""
+def check_range(problem: Problem, n_classes: int | None = None) -> None:
+    """Check the class indices of the rows that count; not on a GPU, where the host would wait.
+
+    Classes are [0, n_classes), by default those of the logits.
+    """
     _, target, _, token_weight, _, target_indices, settings = problem
     name, index = "target", target
     if target_indices is not None:
@@ -297,7 +300,8 @@ def check_range(problem: Problem) -> None:
         return
     if not _torch_private.has_values(index):
         return
-    n_classes, ignore_index = problem.logits.shape[settings.dim], settings.ignore_index
+    n_classes = problem.logits.shape[settings.dim] if n_classes is None else n_classes
+    ignore_index = settings.ignore_index
     index = index.to(torch.int64)  # a narrower dtype may not hold ignore_index
     bad = ((index < 0) | (index >= n_classes)) & (index != ignore_index)
     if token_weight is not None:

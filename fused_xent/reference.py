@@ -148,7 +148,7 @@ def cross_entropy_with_statistics(
         labels = _index_loss(log_prob, target, kept, weight, label_smoothing, dim)
     row_loss, row_weight, mass = labels
     if focal_gamma != 0:
-        row_loss = _focal(row_loss, mass, focal_gamma)
+        row_loss = focal(row_loss, mass, focal_gamma)
     lse = (logits.logsumexp(dim) if input.shape[dim] else log_prob.sum(dim)).masked_fill(~kept, 0)
     z_loss = lse_square_scale * lse.square() * token_weight
     row_loss = (row_loss * token_weight).masked_fill(~kept, 0)
@@ -156,7 +156,7 @@ def cross_entropy_with_statistics(
         row_loss = row_loss + z_loss
     total = (row_weight * token_weight).sum()
     return CrossEntropyStatistics(
-        _reduce(row_loss, reduction, total if normalizer is None else normalizer),
+        reduce(row_loss, reduction, total if normalizer is None else normalizer),
         lse,
         z_loss,
         -_weighted_sum(log_prob.exp(), log_prob, dim).masked_fill(~kept, 0),
@@ -164,7 +164,7 @@ def cross_entropy_with_statistics(
     )
 
 
-def _reduce(row_loss: Tensor, reduction: str, normalizer: Tensor | float) -> Tensor:
+def reduce(row_loss: Tensor, reduction: str, normalizer: Tensor | float) -> Tensor:
     if reduction == "none":
         return row_loss
     if isinstance(normalizer, Tensor):  # a mean by 0 is NaN
@@ -185,7 +185,7 @@ def _weighted_sum(q: Tensor, log_prob: Tensor, dim: int) -> Tensor:
     return (q * log_prob.masked_fill((q == 0) & log_prob.isneginf(), 0)).sum(dim)
 
 
-def _focal(cross_entropy: Tensor, mass: Tensor, gamma: float) -> Tensor:
+def focal(cross_entropy: Tensor, mass: Tensor, gamma: float) -> Tensor:
     """Return ``(1 - P)^gamma * cross_entropy`` with ``P = exp(-cross_entropy / mass)``."""
     zero = cross_entropy == 0  # the power may have no derivative at 0
     minus_log_p = cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)

@@ -1,0 +1,369 @@
+"""Losses of a vocabulary that is split over processes: each rank has a range of the classes.
+
+A rank computes the loss of its own classes, its shard. One all-gather then sends a few numbers of
+each row: the maximum and the log_sum of the shard's logits, and the shard's part of the
+cross-entropy, ``sum(q * (lse - z))`` over its classes with the lse of its classes alone. With ``Q``
+the sum of a shard's ``q``, the cross-entropy is the sum over the shards of
+``part + Q * (lse of all - lse of the shard)``. Every rank adds them up in the order of the ranks,
+so that all have the same bits. The backward needs no communication: the kernels take the maximum
+and the log_sum of all shards for those of the row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _autograd, _formulas, _ops, reference
+from ._autograd import Grads
+from ._options import REDUCTION_NAMES, REDUCTIONS
+from ._problem import Problem, Saved, Upstream, accumulation_dtype, check_range, row_shape
+from ._torch_private import below_autograd
+from .reference import CrossEntropyStatistics
+
+NO_CLASS = -1  # in target_indices of a shard, whose classes are never negative
+
+
+class Shard(NamedTuple):
+    """The classes of this rank are [start, start + logits.size(dim)) of n_classes."""
+
+    group: dist.ProcessGroup
+    start: int
+    n_classes: int
+
+
+def evaluate(problem: Problem, shard: Shard) -> tuple[Tensor] | CrossEntropyStatistics:
+    """Return the loss, or all statistics. The problem's logits are this rank's shard."""
+    check_range(problem, shard.n_classes)
+    results = VocabularyParallel.apply(*problem, shard)
+    if not problem.settings.statistics:
+        return (results[0],)
+    loss, lse, entropy, argmax, label = results
+    if problem.target_indices is not None:
+        label = _formulas.top_label(problem, shard.n_classes)
+    return _autograd.complete(problem, loss, lse, entropy, argmax, label)
+
+
+# ---- what a rank knows ---------------------------------------------------------------------------
+
+
+class Local(NamedTuple):
+    """The problem of a shard, in which a row's labels are those on the shard's own classes."""
+
+    problem: Problem  # class indices have become sparse labels
+    kept: Tensor  # rows that count
+    is_bad: Tensor | None  # rows with a class out of range: on GPUs, where this is not checked
+    label: float  # of a class index
+
+
+def local_problem(problem: Problem, shard: Shard) -> Local:
+    """Return the problem of a shard.
+
+    Smoothing gives each class an equal part: the shard's classes have ``own`` of it. What else the
+    labels keep differs by a factor, which the labels are multiplied by.
+    """
+    logits, target, _, token_weight, _, target_indices, settings = problem
+    dim, options = settings.dim, dict(settings.of_operators)
+    acc = accumulation_dtype(logits.dtype)
+    smoothing = options.pop("label_smoothing", 0.0)
+    own = smoothing * logits.shape[dim] / shard.n_classes
+    factor = 1.0 if own == 1 else (1 - smoothing) / (1 - own)
+    options["ignore_index"] = NO_CLASS
+    if own:
+        options["label_smoothing"] = own
+    kept = logits.new_ones(row_shape(logits, dim), dtype=torch.bool)
+    if token_weight is not None:
+        kept = token_weight != 0
+    is_bad = None
+    if target_indices is not None or not target.is_floating_point():
+        classes = (target.unsqueeze(dim) if target_indices is None else target_indices).long()
+        is_label = (classes != settings.ignore_index) & kept.unsqueeze(dim)
+        is_bad = (is_label & ((classes < 0) | (classes >= shard.n_classes))).any(dim)
+        if target_indices is None:
+            kept = is_label.squeeze(dim)
+            target = target.new_ones((), dtype=acc).expand(classes.shape)
+        classes = classes - shard.start
+        is_own = is_label & (classes >= 0) & (classes < logits.shape[dim])
+        target, target_indices = target.to(acc), torch.where(is_own, classes, NO_CLASS)
+    own_settings = settings._replace(of_operators=options, ignore_index=NO_CLASS)
+    of_shard = problem._replace(
+        target=target if factor == 1 else target * factor,
+        token_weight=_product(token_weight, kept, acc),
+        normalizer=None,
+        target_indices=target_indices,
+        settings=own_settings,
+    )
+    return Local(of_shard, kept, is_bad, factor)
+
+
+def _product(token_weight: Tensor | None, kept: Tensor, acc: torch.dtype) -> Tensor:
+    """Return the weight of each row, 0 for rows that do not count."""
+    return kept.to(acc) if token_weight is None else token_weight.masked_fill(~kept, 0)
+
+
+def _label_sums(problem: Problem) -> Tensor:
+    """Return the sum of each row's sparse labels times their class weights."""
+    labels: Any
+    _, labels, weight, _, _, classes, settings = problem
+    labels = labels.masked_fill(classes == NO_CLASS, 0)
+    if weight is not None and weight.numel() > 0:
+        labels = labels * weight.to(labels.dtype)[classes.clamp(min=0)]  # type: ignore[union-attr]
+    return labels.sum(settings.dim)  # type: ignore[no-any-return]
+
+
+def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
+    """Return the rows of this shard: what is sent."""
+    own, acc = local.problem, accumulation_dtype(problem.logits.dtype)
+    logits, dim, options = own.logits, own.settings.dim, own.settings.of_operators
+    n_classes = logits.shape[dim]
+    if n_classes == 0:
+        zeros = logits.new_zeros(row_shape(logits, dim), dtype=acc)
+        rows = {"max": zeros - torch.inf, "log_sum": zeros, "part": zeros, "mass": zeros}
+        statistics: Any = [zeros, zeros, zeros.long()]
+    else:
+        of_all = ("lse_square_scale", "focal_gamma")  # these need the whole cross-entropy
+        settings = own.settings._replace(
+            reduction=REDUCTIONS["none"],
+            loss_dtype=acc,
+            of_operators={name: value for name, value in options.items() if name not in of_all},
+        )
+        unweighted = own._replace(token_weight=local.kept.to(acc), settings=settings)
+        with below_autograd():
+            part, _, state, *statistics = _ops.forward(unweighted)
+        rows = {"max": state[0], "log_sum": state[1], "part": part}
+        rows["mass"] = _mass(own) if own.target_indices is not None else state[2]
+    if own.settings.statistics:
+        rows["entropy"], rows["argmax"] = statistics[1], statistics[2]
+    return rows
+
+
+def _mass(own: Problem) -> Tensor:
+    """Return the sum of q over the shard's classes, of sparse labels."""
+    smoothing: Any = own.settings.of_operators.get("label_smoothing", 0.0)
+    sums = _label_sums(own)
+    if not smoothing:
+        return sums
+    n_classes = own.logits.shape[own.settings.dim]
+    total = n_classes if own.weight is None else own.weight.sum(dtype=torch.float64)
+    return (1 - smoothing) * sums + smoothing / n_classes * total
+
+
+def _sent(problem: Problem, local: Local, start: int) -> dict[str, Tensor]:
+    """Return what is sent of each row."""
+    rows = _own_rows(problem, local)
+    settings, is_index = problem.settings, _has_indices(problem)
+    if is_index and problem.weight is None and "label_smoothing" not in settings.of_operators:
+        # The mass is 0 or 1, and no part is negative: a negative part says that the mass is 0.
+        rows["part"] = torch.where(rows.pop("mass") == 0, -1.0, rows["part"])
+    if is_index and problem.weight is not None and settings.reduction == REDUCTIONS["mean"]:
+        own = local.problem
+        rows["class_weight"] = _label_sums(own._replace(target=torch.ones_like(own.target)))
+    if settings.statistics:
+        rows["argmax"] = _as_float(rows["argmax"] + start, rows["max"].dtype)
+        if not is_index and problem.target_indices is None:
+            rows["top_label"], top_class = _top_label(problem)
+            rows["top_class"] = _as_float(top_class + start, rows["max"].dtype)
+    return rows
+
+
+def _has_indices(problem: Problem) -> bool:
+    return not problem.target.is_floating_point()
+
+
+def _top_label(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return the greatest of each row's probabilities on this shard, and its class."""
+    target, dim = problem.target, problem.settings.dim
+    acc = accumulation_dtype(problem.logits.dtype)
+    if target.shape[dim] == 0:
+        none = target.new_full(row_shape(target, dim), -torch.inf, dtype=acc)
+        return none, torch.zeros_like(none, dtype=torch.int64)
+    top, classes = target.detach().max(dim)
+    return top.to(acc), classes
+
+
+def _as_float(classes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bits of integers as floating-point numbers: what is sent has one dtype."""
+    return classes.to(torch.int32 if dtype == torch.float32 else torch.int64).view(dtype)
+
+
+def _as_classes(values: Tensor) -> Tensor:
+    """Undo :func:`_as_float`."""
+    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64).long()
+
+
+def _gather(rows: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Return the rows of all ranks, in the order of the ranks: the only communication."""
+    packed = torch.stack(list(rows.values()))
+    found = torch.cat([torch.empty_like(packed)] * dist.get_world_size(group))
+    dist.all_gather_into_tensor(found, packed, group)
+    return dict(zip(rows, found.unflatten(0, (-1, len(rows))).unbind(1), strict=True))
+
+
+# ---- what all ranks know -------------------------------------------------------------------------
+
+
+class Whole(NamedTuple):
+    """The rows of all classes."""
+
+    max: Tensor
+    log_sum: Tensor
+    cross_entropy: Tensor
+    mass: Tensor  # the sum of q over all classes
+    entropy: Tensor | None
+    argmax: Tensor | None
+
+
+def whole(rows: dict[str, Tensor]) -> Whole:
+    """Add up the shards' rows (n_ranks, ...)."""
+    max, log_sum, part = rows["max"], rows["log_sum"], rows["part"]
+    top, rank = max.max(0)  # of equal maxima the first
+    shift = max - top
+    is_top = torch.arange(len(max), device=max.device).view(-1, *[1] * rank.dim()) == rank
+    # The maximum's own shard adds what its classes have beside the maximum: it may be far below 1.
+    others = torch.where(is_top, torch.expm1(log_sum), torch.exp(shift + log_sum)).sum(0)
+    log_sum_of_all = torch.log1p(others)
+    rise = (log_sum_of_all - log_sum) - shift  # lse of all - lse of the shard
+    mass = rows.get("mass")
+    if mass is None:
+        mass, part = (~(part < 0)).to(part.dtype), part.clamp(min=0)
+    cross_entropy = (part + (mass * rise).masked_fill(mass == 0, 0)).sum(0)
+    entropy = argmax = None
+    if "entropy" in rows:
+        share = torch.exp(-rise)
+        entropy = (share * (rows["entropy"] + rise)).masked_fill(share == 0, 0).sum(0)
+        is_nan = log_sum.isnan()  # the shard's argmax is the class with NaN or inf
+        rank = torch.where(is_nan.any(0), is_nan.long().argmax(0), rank)
+        argmax = _as_classes(rows["argmax"]).gather(0, rank.unsqueeze(0)).squeeze(0)
+    return Whole(top, log_sum_of_all, cross_entropy, mass.sum(0), entropy, argmax)
+
+
+def _losses(problem: Problem, local: Local, row: Whole) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each row, and the slope of the focal loss."""
+    options, own = problem.settings.of_operators, local.problem
+    loss, slope = row.cross_entropy, None
+    gamma: Any = options.get("focal_gamma", 0.0)
+    scale: Any = options.get("lse_square_scale", 0.0)
+    if gamma:
+        slope = _formulas.focal_slope(loss, row.mass, gamma)
+        loss = reference.focal(loss, row.mass, gamma)
+    if scale:
+        loss = loss + scale * (row.max + row.log_sum).square()
+    if local.is_bad is not None:
+        loss = loss.masked_fill(local.is_bad, torch.nan)
+    return (loss * own.token_weight).masked_fill(~local.kept, 0), slope  # type: ignore[operator]
+
+
+def _total_weight(problem: Problem, local: Local, rows: dict[str, Tensor]) -> Tensor:
+    """Return the divisor of the mean."""
+    if problem.normalizer is not None:
+        return problem.normalizer
+    weights: Any = local.problem.token_weight
+    if "class_weight" in rows:
+        weights = weights * rows["class_weight"].sum(0)
+    return weights.sum(dtype=torch.float64)  # type: ignore[no-any-return]
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+class VocabularyParallel(torch.autograd.Function):
+    """The loss of all shards; the gradient of this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        """Return loss, and with statistics lse, entropy, argmax and the class of the top label.
+
+        The inputs are a Problem's, and the Shard.
+        """
+        *of_problem, shard = inputs
+        problem = Problem._make(of_problem)
+        settings, local = problem.settings, local_problem(problem, shard)
+        rows = _gather(_sent(problem, local, shard.start), shard.group)
+        row = whole(rows)
+        losses, slope = _losses(problem, local, row)
+        total = _total_weight(problem, local, rows)
+        loss = reference.reduce(losses, REDUCTION_NAMES[settings.reduction], total)
+        state = [row.max, row.log_sum]
+        if local.problem.target_indices is None:
+            state.append(_own_mass(rows, shard.group))
+        if slope is not None:
+            state.append(slope)
+        others = row.mass - _own_mass(rows, shard.group)
+        if local.is_bad is not None:
+            others = others.masked_fill(local.is_bad, torch.nan)
+        ctx.set_materialize_grads(False)
+        ctx.label, ctx.settings = local.label, local.problem.settings
+        ctx.save_for_backward(*local.problem[:-1], total, torch.stack(state), row.entropy, others)
+        loss = loss.to(settings.loss_dtype or problem.logits.dtype)
+        if not settings.statistics:
+            return (loss,)
+        kept = local.kept
+        lse, entropy = (x.masked_fill(~kept, 0) for x in (row.max + row.log_sum, row.entropy))
+        argmax = row.argmax.masked_fill(~kept, -1)
+        top_label = _label_of_all(rows) if "top_label" in rows else None
+        ctx.mark_non_differentiable(argmax, *[x for x in (top_label,) if x is not None])
+        return loss, lse, entropy, argmax, top_label
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> Grads:
+        """Return the gradients of the logits and, if they are sharded too, of probabilities."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "process_group must be None for create_graph=True and for torch.func: a second "
+                "derivative would need more communication"
+            )
+        upstream = Upstream(grad_loss, *(grads[:2] or (None, None)))
+        n_tensors = len(Problem._fields) - 1
+        none = (None,) * (n_tensors + 2)
+        if all(grad is None for grad in upstream):
+            return none
+        *tensors, total, state, entropy, others = ctx.saved_tensors
+        problem = Problem._make([*tensors, ctx.settings])
+        grad_target = None
+        if ctx.needs_input_grad[1] and grad_loss is not None:
+            saved = Saved(total, state, entropy)
+            grad_target = ctx.label * _formulas.target_gradient(problem, saved, grad_loss)
+        grad_logits = None
+        if ctx.needs_input_grad[0]:
+            grad_logits = _logits_gradient(problem, Saved(total, state, entropy), upstream, others)
+        return grad_logits, grad_target, *none[2:]
+
+
+def _logits_gradient(
+    problem: Problem, saved: Saved, upstream: Upstream, others: Tensor
+) -> Tensor:
+    """Return the gradient of a shard's logits. ``others`` is the mass of the other shards.
+
+    The kernels multiply the probabilities by the mass of the shard's labels. What the labels of
+    other shards add is a gradient of the lse.
+    """
+    logits, settings = problem.logits, problem.settings
+    if logits.shape[settings.dim] == 0:
+        return torch.zeros_like(logits)
+    grad_lse = upstream.lse
+    if upstream.loss is not None:
+        g = upstream.loss.to(others.dtype) * problem.token_weight  # type: ignore[operator]
+        if settings.reduction == REDUCTIONS["mean"]:
+            total = saved.total_weight
+            g = g / total.masked_fill(total == 0, torch.nan).to(g.dtype)
+        if "focal_gamma" in settings.of_operators:
+            g = g * saved.state[-1]
+        of_others = (g * others).masked_fill(others == 0, 0)
+        grad_lse = of_others if grad_lse is None else grad_lse + of_others
+    return _autograd.logits_gradient(problem, saved, upstream._replace(lse=grad_lse))
+
+
+def _own_mass(rows: dict[str, Tensor], group: dist.ProcessGroup) -> Tensor:
+    rank = dist.get_rank(group)
+    if "mass" in rows:
+        return rows["mass"][rank]
+    return (~(rows["part"][rank] < 0)).to(rows["part"].dtype)
+
+
+def _label_of_all(rows: dict[str, Tensor]) -> Tensor:
+    """Return the class of each row's greatest probability: of equal ones the first."""
+    rank = rows["top_label"].argmax(0, keepdim=True)
+    return _as_classes(rows["top_class"]).gather(0, rank).squeeze(0)
