@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.nn import LinearCrossEntropyOptions as LinearCrossEntropyOptions
 else:  # typing.get_type_hints needs the name; torch has the class from 2.13 on
     LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", object)
@@ -132,6 +133,9 @@ class CrossEntropyOptions(LossOptions, total=False):
     dim: int | None
     inplace_backward: bool
     grad_in_forward: bool
+    process_group: ProcessGroup | None
+    vocab_start: int | None
+    num_classes: int | None
 
 
 class StatisticsOptions(CrossEntropyOptions, total=False):

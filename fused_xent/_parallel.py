@@ -19,8 +19,17 @@ from torch import Tensor
 
 from . import _autograd, _formulas, _ops, reference
 from ._autograd import Grads
-from ._options import REDUCTION_NAMES, REDUCTIONS
-from ._problem import Problem, Saved, Upstream, accumulation_dtype, check_range, row_shape
+from ._options import REDUCTION_NAMES, REDUCTIONS, check_index, resolve
+from ._problem import (
+    Problem,
+    Saved,
+    Upstream,
+    accumulation_dtype,
+    check_dense,
+    check_range,
+    prepare,
+    row_shape,
+)
 from ._torch_private import below_autograd
 from .reference import CrossEntropyStatistics
 
@@ -35,8 +44,70 @@ class Shard(NamedTuple):
     n_classes: int
 
 
-def evaluate(problem: Problem, shard: Shard) -> tuple[Tensor] | CrossEntropyStatistics:
-    """Return the loss, or all statistics. The problem's logits are this rank's shard."""
+def evaluate(
+    tensors: tuple[Any, ...],
+    statistics: bool,
+    options: dict[str, Any],
+    process_group: dist.ProcessGroup | None,
+    vocab_start: int | None,
+    num_classes: int | None,
+) -> tuple[Tensor] | CrossEntropyStatistics:
+    """Check the arguments and return the loss, or all statistics. The input is a shard."""
+    input, target, weight, *others = tensors
+    check_dense("input", input)
+    dim = resolve(input.dim(), statistics, options).dim
+    shard, n_own = _shard_of(input.shape[dim], process_group, vocab_start, num_classes)
+    if n_own < input.shape[dim]:  # the others are padding: they have probability and gradient 0
+        if isinstance(target, Tensor) and target.shape == input.shape:
+            target = target.narrow(dim, 0, n_own)
+        if isinstance(weight, Tensor) and weight.shape == input.shape[dim : dim + 1]:
+            weight = weight[:n_own]
+        input = input.narrow(dim, 0, n_own)
+    return of_shard(prepare(input, target, weight, *others, statistics, options), shard)
+
+
+def _shard_of(
+    n_classes: int,
+    process_group: dist.ProcessGroup | None,
+    vocab_start: int | None,
+    num_classes: int | None,
+) -> tuple[Shard, int]:
+    """Return the shard of an input with so many classes, and how many of these are no padding."""
+    if process_group is None:
+        name = "num_classes" if vocab_start is None else "vocab_start"
+        value = num_classes if vocab_start is None else vocab_start
+        raise ValueError(f"{name} must be None without a process_group, got {value}")
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a ProcessGroup, got {type(process_group).__name__}")
+    rank, n_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if rank < 0:
+        raise ValueError("process_group must have this process, got a group without it")
+    if vocab_start is None:
+        start = rank * n_classes
+        total = (
+            n_ranks * n_classes if num_classes is None else check_index("num_classes", num_classes)
+        )
+    else:
+        if num_classes is None:
+            raise ValueError(
+                "num_classes must be given with vocab_start: the number of classes of all ranks"
+            )
+        start = check_index("vocab_start", vocab_start)
+        total = check_index("num_classes", num_classes)
+    if start < 0:
+        raise ValueError(f"vocab_start must not be negative, got {start}")
+    if total < 1:
+        raise ValueError(f"num_classes must be at least 1, got {total}")
+    return Shard(process_group, start, total), min(max(total - start, 0), n_classes)
+
+
+def of_shard(problem: Problem, shard: Shard) -> tuple[Tensor] | CrossEntropyStatistics:
+    """Return the loss, or all statistics, of a problem whose logits are this rank's shard."""
+    if not _ops.has_kernels(problem.logits):
+        raise RuntimeError(
+            "process_group must be None without native kernels for input's device: "
+            "`python -m fused_xent` says why there are none"
+        )
     check_range(problem, shard.n_classes)
     results = VocabularyParallel.apply(*problem, shard)
     if not problem.settings.statistics:
@@ -194,12 +265,54 @@ def _as_classes(values: Tensor) -> Tensor:
     return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64).long()
 
 
-def _gather(rows: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """Return the rows of all ranks, in the order of the ranks: the only communication."""
-    packed = torch.stack(list(rows.values()))
-    found = torch.cat([torch.empty_like(packed)] * dist.get_world_size(group))
-    dist.all_gather_into_tensor(found, packed, group)
-    return dict(zip(rows, found.unflatten(0, (-1, len(rows))).unbind(1), strict=True))
+def _gather(rows: dict[str, Tensor], shard: Shard, n_own: int) -> dict[str, Tensor]:
+    """Return the rows of all ranks, in the order of the ranks: the only communication.
+
+    Every rank sends the range of its classes too, so that wrong ranges are found.
+    """
+    one = rows["max"]
+    shape = one.shape
+    ends = [one.new_full((1,), end) for end in (shard.start, shard.start + n_own)]
+    packed = torch.cat([*(row.flatten() for row in rows.values()), *ends])
+    found = _all_gather(packed, shard.group)
+    *of_rows, starts, ends = found.split([one.numel()] * len(rows) + [1, 1], 1)
+    all_rows = {
+        name: x.unflatten(1, shape) if shape else x.squeeze(1)
+        for name, x in zip(rows, of_rows, strict=True)
+    }
+    _check_ranges(all_rows, starts.squeeze(1), ends.squeeze(1), shard.n_classes)
+    return all_rows
+
+
+def _all_gather(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the tensors of all ranks, (n_ranks, ...)."""
+    n_ranks = dist.get_world_size(group)
+    found = packed.new_empty(n_ranks * len(packed))
+    # torch 2.13 has renamed the function.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(found, packed, group)
+    return found.view(n_ranks, -1)
+
+
+def _check_ranges(rows: dict[str, Tensor], starts: Tensor, ends: Tensor, n_classes: int) -> None:
+    """Check that the shards are all classes, in the order of the ranks.
+
+    On a GPU the host would have to wait: there results are NaN if they are not.
+    """
+    wanted = torch.cat([ends.new_zeros(1), ends[:-1]])
+    is_right = ((starts == wanted) | (starts == ends)).all() & (ends.max() == n_classes)
+    if starts.is_cpu:
+        if not is_right:
+            pairs = [
+                f"[{start:.0f}, {end:.0f})"
+                for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+            ]
+            raise ValueError(
+                f"the ranks' shards must be [0, {n_classes}) in the order of the ranks, got "
+                f"{', '.join(pairs)}: give each rank its vocab_start, and num_classes to all"
+            )
+        return
+    rows["part"] = rows["part"].masked_fill(~is_right, torch.nan)
 
 
 # ---- what all ranks know -------------------------------------------------------------------------
@@ -281,7 +394,8 @@ class VocabularyParallel(torch.autograd.Function):
         *of_problem, shard = inputs
         problem = Problem._make(of_problem)
         settings, local = problem.settings, local_problem(problem, shard)
-        rows = _gather(_sent(problem, local, shard.start), shard.group)
+        n_own = problem.logits.shape[settings.dim]
+        rows = _gather(_sent(problem, local, shard.start), shard, n_own)
         row = whole(rows)
         losses, slope = _losses(problem, local, row)
         total = _total_weight(problem, local, rows)
@@ -332,9 +446,7 @@ class VocabularyParallel(torch.autograd.Function):
         return grad_logits, grad_target, *none[2:]
 
 
-def _logits_gradient(
-    problem: Problem, saved: Saved, upstream: Upstream, others: Tensor
-) -> Tensor:
+def _logits_gradient(problem: Problem, saved: Saved, upstream: Upstream, others: Tensor) -> Tensor:
     """Return the gradient of a shard's logits. ``others`` is the mass of the other shards.
 
     The kernels multiply the probabilities by the mass of the shard's labels. What the labels of

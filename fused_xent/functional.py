@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from ._problem import prepare
 from ._torch_private import legacy_reduction
 from .reference import CrossEntropyStatistics
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 T = TypeVar("T")
+OF_SHARD = ("process_group", "vocab_start", "num_classes")
 
 
 def cross_entropy(
@@ -41,6 +45,9 @@ def cross_entropy(
     loss_dtype: torch.dtype | None = None,
     inplace_backward: bool = False,
     grad_in_forward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy, equivalent to :func:`torch.nn.functional.cross_entropy`.
 
@@ -164,19 +171,21 @@ def cross_entropy(
         "inplace_backward": inplace_backward,
         "grad_in_forward": grad_in_forward,
     }
+    shard = (process_group, vocab_start, num_classes)
     if has_torch_function_variadic(*tensors):
-        return _overridden(
-            cross_entropy, *tensors, size_average=size_average, reduce=reduce, **options
-        )
+        legacy = {"size_average": size_average, "reduce": reduce}
+        of_shard = dict(zip(OF_SHARD, shard, strict=True))
+        return _overridden(cross_entropy, *tensors, **legacy, **options, **of_shard)
     if size_average is not None or reduce is not None:
         options["reduction"] = legacy_reduction(size_average, reduce)
-    if is_plain(*tensors) and not (inplace_backward or grad_in_forward):
+    is_whole = shard == (None, None, None)
+    if is_whole and is_plain(*tensors) and not (inplace_backward or grad_in_forward):
         try:
             settings = resolve_once(input.dim(), False, tuple(options), *options.values())
             return evaluate_plain(input, target, settings)
         except CALL_ERRORS:
             pass  # prepare() checks everything and names the wrong argument
-    return evaluate(prepare(*tensors, False, options))[0]
+    return _evaluate(tensors, False, options, shard)[0]
 
 
 def cross_entropy_with_statistics(
@@ -220,7 +229,19 @@ def cross_entropy_with_statistics(
     legacy = given.pop("size_average", None), given.pop("reduce", None)
     if legacy != (None, None):
         given["reduction"] = legacy_reduction(*legacy)
-    return cast(CrossEntropyStatistics, evaluate(prepare(*tensors, True, given)))
+    shard = tuple(given.pop(name, None) for name in OF_SHARD)
+    return cast(CrossEntropyStatistics, _evaluate(tensors, True, given, shard))
+
+
+def _evaluate(
+    tensors: tuple[Any, ...], statistics: bool, options: dict[str, Any], shard: tuple[Any, ...]
+) -> tuple[Tensor] | CrossEntropyStatistics:
+    """Return the loss, or all statistics, of all classes or of a shard of them."""
+    if shard == (None, None, None):
+        return evaluate(prepare(*tensors, statistics, options))
+    from . import _parallel  # needs torch.distributed, which some builds of torch lack
+
+    return _parallel.evaluate(tensors, statistics, options, *shard)
 
 
 def _overridden(

@@ -165,6 +165,7 @@ def cross_entropy_with_statistics(
 
 
 def reduce(row_loss: Tensor, reduction: str, normalizer: Tensor | float) -> Tensor:
+    """Return the loss of all rows."""
     if reduction == "none":
         return row_loss
     if isinstance(normalizer, Tensor):  # a mean by 0 is NaN
