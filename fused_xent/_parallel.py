@@ -63,7 +63,8 @@ def evaluate(
         if isinstance(weight, Tensor) and weight.shape == input.shape[dim : dim + 1]:
             weight = weight[:n_own]
         input = input.narrow(dim, 0, n_own)
-    return of_shard(prepare(input, target, weight, *others, statistics, options), shard)
+    tensors = (input, target, weight, *others)
+    return of_shard(prepare(*tensors, statistics=statistics, options=options), shard)
 
 
 def _shard_of(
@@ -98,7 +99,8 @@ def _shard_of(
         raise ValueError(f"vocab_start must not be negative, got {start}")
     if total < 1:
         raise ValueError(f"num_classes must be at least 1, got {total}")
-    return Shard(process_group, start, total), min(max(total - start, 0), n_classes)
+    start = min(start, total)
+    return Shard(process_group, start, total), min(total - start, n_classes)
 
 
 def of_shard(problem: Problem, shard: Shard) -> tuple[Tensor] | CrossEntropyStatistics:
@@ -182,7 +184,8 @@ def _label_sums(problem: Problem) -> Tensor:
     labels = labels.masked_fill(classes == NO_CLASS, 0)
     if weight is not None and weight.numel() > 0:
         labels = labels * weight.to(labels.dtype)[classes.clamp(min=0)]  # type: ignore[union-attr]
-    return labels.sum(settings.dim)  # type: ignore[no-any-return]
+    sums: Tensor = labels.sum(settings.dim)
+    return sums
 
 
 def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
@@ -414,9 +417,11 @@ class VocabularyParallel(torch.autograd.Function):
         loss = loss.to(settings.loss_dtype or problem.logits.dtype)
         if not settings.statistics:
             return (loss,)
-        kept = local.kept
-        lse, entropy = (x.masked_fill(~kept, 0) for x in (row.max + row.log_sum, row.entropy))
-        argmax = row.argmax.masked_fill(~kept, -1)
+        left_out = ~local.kept
+        entropy: Any = row.entropy  # these two are never None here
+        argmax: Any = row.argmax
+        lse = (row.max + row.log_sum).masked_fill(left_out, 0)
+        entropy, argmax = entropy.masked_fill(left_out, 0), argmax.masked_fill(left_out, -1)
         top_label = _label_of_all(rows) if "top_label" in rows else None
         ctx.mark_non_differentiable(argmax, *[x for x in (top_label,) if x is not None])
         return loss, lse, entropy, argmax, top_label

@@ -238,7 +238,7 @@ def _evaluate(
 ) -> tuple[Tensor] | CrossEntropyStatistics:
     """Return the loss, or all statistics, of all classes or of a shard of them."""
     if shard == (None, None, None):
-        return evaluate(prepare(*tensors, statistics, options))
+        return evaluate(prepare(*tensors, statistics=statistics, options=options))
     from . import _parallel  # needs torch.distributed, which some builds of torch lack
 
     return _parallel.evaluate(tensors, statistics, options, *shard)
