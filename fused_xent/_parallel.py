@@ -45,7 +45,7 @@ class Shard(NamedTuple):
 
 
 def evaluate(
-    tensors: tuple[Any, ...],
+    tensors: Any,
     statistics: bool,
     options: dict[str, Any],
     process_group: dist.ProcessGroup | None,
@@ -53,6 +53,7 @@ def evaluate(
     num_classes: int | None,
 ) -> tuple[Tensor] | CrossEntropyStatistics:
     """Check the arguments and return the loss, or all statistics. The input is a shard."""
+    others: Any
     input, target, weight, *others = tensors
     check_dense("input", input)
     dim = resolve(input.dim(), statistics, options).dim
@@ -64,7 +65,7 @@ def evaluate(
             weight = weight[:n_own]
         input = input.narrow(dim, 0, n_own)
     tensors = (input, target, weight, *others)
-    return of_shard(prepare(*tensors, statistics=statistics, options=options), shard)
+    return of_shard(prepare(*tensors, statistics, options), shard)
 
 
 def _shard_of(
@@ -184,8 +185,8 @@ def _label_sums(problem: Problem) -> Tensor:
     labels = labels.masked_fill(classes == NO_CLASS, 0)
     if weight is not None and weight.numel() > 0:
         labels = labels * weight.to(labels.dtype)[classes.clamp(min=0)]  # type: ignore[union-attr]
-    sums: Tensor = labels.sum(settings.dim)
-    return sums
+    sums: Any = labels.sum(settings.dim)
+    return sums  # type: ignore[no-any-return]
 
 
 def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:

@@ -234,11 +234,11 @@ def cross_entropy_with_statistics(
 
 
 def _evaluate(
-    tensors: tuple[Any, ...], statistics: bool, options: dict[str, Any], shard: tuple[Any, ...]
+    tensors: Any, statistics: bool, options: dict[str, Any], shard: tuple[Any, ...]
 ) -> tuple[Tensor] | CrossEntropyStatistics:
     """Return the loss, or all statistics, of all classes or of a shard of them."""
     if shard == (None, None, None):
-        return evaluate(prepare(*tensors, statistics=statistics, options=options))
+        return evaluate(prepare(*tensors, statistics, options))
     from . import _parallel  # needs torch.distributed, which some builds of torch lack
 
     return _parallel.evaluate(tensors, statistics, options, *shard)
