@@ -21,6 +21,7 @@ from . import _autograd, _formulas, _ops, reference
 from ._autograd import Grads
 from ._options import REDUCTION_NAMES, REDUCTIONS, check_index, resolve
 from ._problem import (
+    Arguments,
     Problem,
     Saved,
     Upstream,
@@ -30,7 +31,7 @@ from ._problem import (
     prepare,
     row_shape,
 )
-from ._torch_private import below_autograd
+from ._torch_private import below_autograd, is_under_torch_func
 from .reference import CrossEntropyStatistics
 
 NO_CLASS = -1  # in target_indices of a shard, whose classes are never negative
@@ -45,7 +46,7 @@ class Shard(NamedTuple):
 
 
 def evaluate(
-    tensors: Any,
+    tensors: Arguments,
     statistics: bool,
     options: dict[str, Any],
     process_group: dist.ProcessGroup | None,
@@ -53,8 +54,7 @@ def evaluate(
     num_classes: int | None,
 ) -> tuple[Tensor] | CrossEntropyStatistics:
     """Check the arguments and return the loss, or all statistics. The input is a shard."""
-    others: Any
-    input, target, weight, *others = tensors
+    input, target, weight, token_weight, normalizer, target_indices = tensors
     check_dense("input", input)
     dim = resolve(input.dim(), statistics, options).dim
     shard, n_own = _shard_of(input.shape[dim], process_group, vocab_start, num_classes)
@@ -64,7 +64,7 @@ def evaluate(
         if isinstance(weight, Tensor) and weight.shape == input.shape[dim : dim + 1]:
             weight = weight[:n_own]
         input = input.narrow(dim, 0, n_own)
-    tensors = (input, target, weight, *others)
+    tensors = (input, target, weight, token_weight, normalizer, target_indices)
     return of_shard(prepare(*tensors, statistics, options), shard)
 
 
@@ -111,6 +111,9 @@ def of_shard(problem: Problem, shard: Shard) -> tuple[Tensor] | CrossEntropyStat
             "process_group must be None without native kernels for input's device: "
             "`python -m fused_xent` says why there are none"
         )
+    if is_under_torch_func():
+        raise RuntimeError("process_group must be None under the transforms of torch.func")
+    _check_gradients(problem)
     check_range(problem, shard.n_classes)
     results = VocabularyParallel.apply(*problem, shard)
     if not problem.settings.statistics:
@@ -119,6 +122,23 @@ def of_shard(problem: Problem, shard: Shard) -> tuple[Tensor] | CrossEntropyStat
     if problem.target_indices is not None:
         label = _formulas.top_label(problem, shard.n_classes)
     return _autograd.complete(problem, loss, lse, entropy, argmax, label)
+
+
+def _check_gradients(problem: Problem) -> None:
+    """Check that no gradient is wanted that would need more communication."""
+    wanted: dict[str, Tensor | None] = {
+        "weight": problem.weight,
+        "token_weight": problem.token_weight,
+        "normalizer": problem.normalizer,
+    }
+    if problem.target_indices is not None:
+        wanted["target"] = problem.target
+    for name, tensor in wanted.items():
+        if _autograd.needs_graph(tensor):
+            raise RuntimeError(
+                f"{name} must not require a gradient with process_group, got one that does: detach "
+                "it. Only logits and probabilities that are sharded as they are have one"
+            )
 
 
 # ---- what a rank knows ---------------------------------------------------------------------------

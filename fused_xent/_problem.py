@@ -32,6 +32,10 @@ class Problem(NamedTuple):
     settings: Settings
 
 
+# Input, target, weight, token_weight, normalizer and target_indices, as users give them.
+Arguments = tuple[Any, Any, Any, Any, Any, Any]
+
+
 class Saved(NamedTuple):
     """What a forward leaves for the backward, besides its inputs."""
 

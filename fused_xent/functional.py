@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from ._autograd import evaluate, evaluate_plain, is_plain
 from ._options import CALL_ERRORS, StatisticsOptions, check_names, resolve_once
-from ._problem import prepare
+from ._problem import Arguments, prepare
 from ._torch_private import legacy_reduction
 from .reference import CrossEntropyStatistics
 
@@ -234,7 +234,7 @@ def cross_entropy_with_statistics(
 
 
 def _evaluate(
-    tensors: Any, statistics: bool, options: dict[str, Any], shard: tuple[Any, ...]
+    tensors: Arguments, statistics: bool, options: dict[str, Any], shard: tuple[Any, ...]
 ) -> tuple[Tensor] | CrossEntropyStatistics:
     """Return the loss, or all statistics, of all classes or of a shard of them."""
     if shard == (None, None, None):
