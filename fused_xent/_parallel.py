@@ -65,7 +65,11 @@ def evaluate(
             weight = weight[:n_own]
         input = input.narrow(dim, 0, n_own)
     tensors = (input, target, weight, token_weight, normalizer, target_indices)
-    return of_shard(prepare(*tensors, statistics, options), shard)
+    problem = prepare(*tensors, statistics, options)
+    if problem.settings.grad_in_forward:  # the gradient needs the maximum and sum of all ranks
+        settings = problem.settings._replace(inplace_backward=True, grad_in_forward=False)
+        problem = problem._replace(settings=settings)
+    return of_shard(problem, shard)
 
 
 def _shard_of(
@@ -80,10 +84,11 @@ def _shard_of(
         value = num_classes if vocab_start is None else vocab_start
         raise ValueError(f"{name} must be None without a process_group, got {value}")
     if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a ProcessGroup, got {type(process_group).__name__}")
+        raise TypeError(
+            "process_group must be a ProcessGroup that this process belongs to, got "
+            f"{type(process_group).__name__}"
+        )
     rank, n_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
-    if rank < 0:
-        raise ValueError("process_group must have this process, got a group without it")
     if vocab_start is None:
         start = rank * n_classes
         total = (
@@ -237,13 +242,14 @@ def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
 
 def _mass(own: Problem) -> Tensor:
     """Return the sum of q over the shard's classes, of sparse labels."""
-    smoothing: Any = own.settings.of_operators.get("label_smoothing", 0.0)
+    smoothing: float = own.settings.of_operators.get("label_smoothing", 0.0)
     sums = _label_sums(own)
     if not smoothing:
         return sums
     n_classes = own.logits.shape[own.settings.dim]
     total = n_classes if own.weight is None else own.weight.sum(dtype=torch.float64)
-    return (1 - smoothing) * sums + smoothing / n_classes * total
+    of_smoothing = smoothing / n_classes * total
+    return (1 - smoothing) * sums + of_smoothing
 
 
 def _sent(problem: Problem, local: Local, start: int) -> dict[str, Tensor]:
@@ -462,13 +468,18 @@ class VocabularyParallel(torch.autograd.Function):
             return none
         *tensors, total, state, entropy, others = ctx.saved_tensors
         problem = Problem._make([*tensors, ctx.settings])
-        grad_target = None
+        saved, is_empty = Saved(total, state, entropy), problem.logits.shape[ctx.settings.dim] == 0
+        grad_target = grad_logits = None
         if ctx.needs_input_grad[1] and grad_loss is not None:
-            saved = Saved(total, state, entropy)
-            grad_target = ctx.label * _formulas.target_gradient(problem, saved, grad_loss)
-        grad_logits = None
+            if is_empty:
+                grad_target = torch.zeros_like(problem.target)
+            else:
+                grad_target = ctx.label * _formulas.target_gradient(problem, saved, grad_loss)
         if ctx.needs_input_grad[0]:
-            grad_logits = _logits_gradient(problem, Saved(total, state, entropy), upstream, others)
+            if is_empty:
+                grad_logits = torch.zeros_like(problem.logits)
+            else:
+                grad_logits = _logits_gradient(problem, saved, upstream, others)
         return grad_logits, grad_target, *none[2:]
 
 
@@ -478,10 +489,7 @@ def _logits_gradient(problem: Problem, saved: Saved, upstream: Upstream, others:
     The kernels multiply the probabilities by the mass of the shard's labels. What the labels of
     other shards add is a gradient of the lse.
     """
-    logits, settings = problem.logits, problem.settings
-    if logits.shape[settings.dim] == 0:
-        return torch.zeros_like(logits)
-    grad_lse = upstream.lse
+    settings, grad_lse = problem.settings, upstream.lse
     if upstream.loss is not None:
         g = upstream.loss.to(others.dtype) * problem.token_weight  # type: ignore[operator]
         if settings.reduction == REDUCTIONS["mean"]:

@@ -63,6 +63,7 @@ def _wait(processes, logs, end):
 
 def _main(module, function, rank, n_processes, store, *arguments):
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # the same numbers in each process
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
