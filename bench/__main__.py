@@ -15,6 +15,7 @@ COMMANDS = {
         "sparse:main",
         "several labels in a row, and log-probabilities of selected classes",
     ),
+    "parallel": ("parallel:main", "a vocabulary that is split over processes, on the CPU"),
     "overhead": ("overhead:main", "the overhead of a call, on tiny inputs and one thread"),
     "sweep": ("loss:sweep_main", "the loss at 1000 to 262144 classes"),
     "roofline": ("roofline:main", "how close losses come to the limits of this machine"),

@@ -1,0 +1,254 @@
+"""Measures losses of a vocabulary that is split over processes, which this command starts.
+
+Each process has one thread, an equal part of the classes, and all targets. `local part` is the loss
+of a process's own classes alone, without communication: no loss of all classes is faster. A time is
+that of the slowest process. The logits are random, so that their maximum may be in any part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused_xent
+
+from .cases import DTYPES
+from .check import WrongResult
+from .command import Job, Parser, at_least, measure_all, names_of
+from .results import EAGER, Result, Timing
+
+CASES = {"128k": (256, 128256), "8k": (2048, 8192)}  # rows and classes
+QUICK_ROUNDS, ROUNDS = 3, 15
+TIMEOUT = 600  # seconds
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+# ---- providers: losses of a process's logits (N, C / processes) and all targets (N,) ----------
+
+
+class _Gathered(torch.autograd.Function):
+    """The logits of all processes; the gradient of a loss that all processes compute."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        parts = [torch.empty_like(logits) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, logits)
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.chunk(dist.get_world_size(), 1)[dist.get_rank()].contiguous()
+
+
+class _ThreeReductions(torch.autograd.Function):
+    """As in Megatron-LM: the maximum, the target's logit and the sum are reduced one by one."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
+        logits = logits.float()
+        top = logits.max(1).values
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+        shifted = logits - top.unsqueeze(1)
+        n_own = logits.shape[1]
+        index = target - dist.get_rank() * n_own
+        is_other = (index < 0) | (index >= n_own)
+        index = index.masked_fill(is_other, 0)
+        target_logit = shifted.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill(is_other, 0)
+        dist.all_reduce(target_logit)
+        exponentials = shifted.exp_()
+        total = exponentials.sum(1)
+        dist.all_reduce(total)
+        exponentials.div_(total.unsqueeze(1))
+        ctx.save_for_backward(exponentials, index, is_other)
+        return (total.log() - target_logit).mean()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+        gradient, index, is_other = ctx.saved_tensors
+        rows = torch.arange(len(index))
+        gradient[rows, index] -= (~is_other).float()
+        return gradient.mul_(upstream / len(index)), None
+
+
+def gathered(loss: Loss) -> Loss:
+    """Returns a loss of the logits of all processes."""
+    return lambda logits, target: loss(_Gathered.apply(logits), target)
+
+
+def loss_parallel(logits: Tensor, target: Tensor) -> Tensor:
+    """Torch's own: a loss of a DTensor. The backward must be inside of its context too."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = DTensor.from_local(logits, mesh, [Shard(1)], run_check=False)
+    return F.cross_entropy(whole, target)
+
+
+def split(logits: Tensor, target: Tensor, **options: bool) -> Tensor:
+    """This package's loss."""
+    group = dist.group.WORLD
+    return fused_xent.cross_entropy(logits, target, process_group=group, **options)
+
+
+def local_part(logits: Tensor, target: Tensor) -> Tensor:
+    """The same as if a process's classes were all."""
+    return fused_xent.cross_entropy(logits, target % logits.shape[1])
+
+
+PROVIDERS: dict[str, Loss] = {
+    EAGER: gathered(F.cross_entropy),
+    "torch loss_parallel": loss_parallel,
+    "three all-reduces": lambda logits, target: _ThreeReductions.apply(logits, target),
+    "gather + fused_xent": gathered(fused_xent.cross_entropy),
+    "fused_xent": split,
+    "fused_xent inplace": partial(split, inplace_backward=True),
+    "local part": local_part,
+}
+
+
+# ---- one process -----------------------------------------------------------------------------
+
+
+def run(provider: str, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Returns the loss, the gradient, and the seconds of the slowest process."""
+    from torch.distributed.tensor.parallel import loss_parallel as context
+
+    leaf = logits.clone().requires_grad_()
+    computed = leaf * 1
+    dist.barrier()
+    start = perf_counter()
+    if provider == "torch loss_parallel":
+        with context():
+            loss = PROVIDERS[provider](computed, target)
+            (gradient,) = torch.autograd.grad(loss, computed)
+        loss = loss.full_tensor()
+    else:
+        loss = PROVIDERS[provider](computed, target)
+        (gradient,) = torch.autograd.grad(loss, computed)
+    seconds = torch.tensor(perf_counter() - start)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return loss.detach(), gradient, seconds.item()
+
+
+def check(provider: str, logits: Tensor, target: Tensor) -> None:
+    """Compares a provider with the loss of all classes in float64.
+
+    Raises:
+        WrongResult: a result is wrong.
+    """
+    loss, gradient, _ = run(provider, logits, target)
+    whole = _Gathered.apply(logits).double().requires_grad_()
+    right = F.cross_entropy(whole, target)
+    right.backward()
+    own = whole.grad.chunk(dist.get_world_size(), 1)[dist.get_rank()]
+    tolerance = 2 * torch.finfo(logits.dtype).eps
+    for name, found, wanted in (("loss", loss, right), ("gradient", gradient, own)):
+        error = ((found.double() - wanted).abs().max() / wanted.abs().max()).item()
+        if not error < max(tolerance, 1e-5):
+            raise WrongResult(f"{name} differs by {error:.1e}, relative to the largest")
+
+
+def work(options: argparse.Namespace) -> None:
+    """Measures in one process; the first one writes the samples."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{options.store}", rank=options.rank, world_size=options.n
+    )
+    torch.manual_seed(0)
+    rows, classes = options.shape
+    target = torch.randint(classes, (rows,))
+    torch.manual_seed(options.rank)
+    logits = (2 * torch.randn(rows, classes // options.n)).to(DTYPES[options.dtype])
+    failures: dict[str, str] = {}
+    for name in options.providers:
+        try:
+            if name != "local part":
+                check(name, logits, target)
+        except Exception as error:  # the others are still measured
+            failures[name] = f"{type(error).__name__}: {error}"
+    samples: dict[str, list[float]] = {}
+    for _ in range(options.rounds):
+        for name in options.providers:
+            if name not in failures:
+                samples.setdefault(name, []).append(run(name, logits, target)[2])
+    if options.rank == 0:
+        Path(options.out).write_text(json.dumps({"samples": samples, "failures": failures}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace, result: Result, show: Callable[[str], None]) -> None:
+    """Starts the processes, and takes the samples of the first."""
+    n, size = options.processes, DTYPES[result.dtype].itemsize
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    show(f"{n} processes")
+    with tempfile.TemporaryDirectory() as folder:
+        given = {
+            "store": f"{folder}/store",
+            "out": f"{folder}/out",
+            "shape": result.shape,
+            "dtype": result.dtype,
+            "n": n,
+            "rounds": rounds,
+            "providers": options.provider or list(PROVIDERS),
+        }
+        command = [sys.executable, "-W", "ignore", "-m", "bench.parallel"]
+        processes = [
+            subprocess.Popen([*command, json.dumps({**given, "rank": rank})]) for rank in range(n)
+        ]
+        try:
+            end = perf_counter() + TIMEOUT
+            for process in processes:
+                if process.wait(max(end - perf_counter(), 0)) != 0:
+                    raise RuntimeError("a process has failed")
+        finally:
+            for process in processes:
+                process.kill()
+        found = json.loads(Path(given["out"]).read_text())
+    result.failures.update(found["failures"])
+    n_logits = prod(result.shape) // n
+    for name, seconds in found["samples"].items():
+        traffic = 3 * n_logits * size  # of each process: read twice, and written
+        result.timings.append(Timing("both", name, traffic, 0, None, seconds))
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m bench parallel`."""
+    command = Parser(prog="python -m bench parallel", description=__doc__)
+    command.add_argument("case", nargs="*", help=names_of({"cpu": CASES}))
+    command.add_argument("--processes", type=at_least(2), default=2, metavar="N", help="default 2")
+    command.add_common(list(PROVIDERS))
+    options = command.parse_args(arguments)
+    if options.device != "cpu":
+        command.error("--device must be cpu: gloo does the communication")
+    for name in options.case:
+        if name not in CASES:
+            command.error(f"case must be one of {', '.join(CASES)}, got {name!r}")
+    jobs = []
+    for name in dict.fromkeys(options.case or CASES):
+        for dtype in dict.fromkeys(options.dtype or ["float32", "bfloat16"]):
+            shape = CASES[name]
+            result = Result("loss", name, shape, dtype, options={"processes": options.processes})
+            needed = prod(shape) * (8 + 4 * 6)
+            jobs.append(Job(result, needed, partial(measure, options)))
+    return measure_all(command, options, jobs)[1]
+
+
+if __name__ == "__main__":
+    work(argparse.Namespace(**json.loads(sys.argv[1])))
