@@ -57,7 +57,7 @@ def evaluate(
     input, target, weight, token_weight, normalizer, target_indices = tensors
     check_dense("input", input)
     dim = resolve(input.dim(), statistics, options).dim
-    shard, n_own = _shard_of(input.shape[dim], process_group, vocab_start, num_classes)
+    shard, n_own = shard_of(input.shape[dim], process_group, vocab_start, num_classes)
     if n_own < input.shape[dim]:  # the others are padding: they have probability and gradient 0
         if isinstance(target, Tensor) and target.shape == input.shape:
             target = target.narrow(dim, 0, n_own)
@@ -65,14 +65,10 @@ def evaluate(
             weight = weight[:n_own]
         input = input.narrow(dim, 0, n_own)
     tensors = (input, target, weight, token_weight, normalizer, target_indices)
-    problem = prepare(*tensors, statistics, options)
-    if problem.settings.grad_in_forward:  # the gradient needs the maximum and sum of all ranks
-        settings = problem.settings._replace(inplace_backward=True, grad_in_forward=False)
-        problem = problem._replace(settings=settings)
-    return of_shard(problem, shard)
+    return of_shard(prepare(*tensors, statistics, options), shard)
 
 
-def _shard_of(
+def shard_of(
     n_classes: int,
     process_group: dist.ProcessGroup | None,
     vocab_start: int | None,
@@ -84,11 +80,10 @@ def _shard_of(
         value = num_classes if vocab_start is None else vocab_start
         raise ValueError(f"{name} must be None without a process_group, got {value}")
     if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            "process_group must be a ProcessGroup that this process belongs to, got "
-            f"{type(process_group).__name__}"
-        )
+        raise TypeError(f"process_group must be a ProcessGroup, got {type(process_group).__name__}")
     rank, n_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if rank < 0:
+        raise ValueError("process_group must have this process, got a group without it")
     if vocab_start is None:
         start = rank * n_classes
         total = (
@@ -111,25 +106,37 @@ def _shard_of(
 
 def of_shard(problem: Problem, shard: Shard) -> tuple[Tensor] | CrossEntropyStatistics:
     """Return the loss, or all statistics, of a problem whose logits are this rank's shard."""
-    if not _ops.has_kernels(problem.logits):
+    check_supported(problem.logits)
+    check_gradients(problem)
+    check_range(problem, shard.n_classes)
+    return complete(problem, VocabularyParallel.apply(*problem, shard), shard)
+
+
+def check_supported(logits: Tensor) -> None:
+    """Check that the kernels can compute a shard."""
+    if not _ops.has_kernels(logits):
         raise RuntimeError(
             "process_group must be None without native kernels for input's device: "
             "`python -m fused_xent` says why there are none"
         )
     if is_under_torch_func():
         raise RuntimeError("process_group must be None under the transforms of torch.func")
-    _check_gradients(problem)
-    check_range(problem, shard.n_classes)
-    results = VocabularyParallel.apply(*problem, shard)
+
+
+def complete(
+    problem: Problem, results: tuple[Any, ...], shard: Shard
+) -> tuple[Tensor] | CrossEntropyStatistics:
+    """Return the loss, or all statistics, of what the Function returns."""
     if not problem.settings.statistics:
         return (results[0],)
-    loss, lse, entropy, argmax, label = results
+    loss, lse, entropy, argmax, *top_label = results
+    label = top_label[0] if top_label else None
     if problem.target_indices is not None:
         label = _formulas.top_label(problem, shard.n_classes)
     return _autograd.complete(problem, loss, lse, entropy, argmax, label)
 
 
-def _check_gradients(problem: Problem) -> None:
+def check_gradients(problem: Problem) -> None:
     """Check that no gradient is wanted that would need more communication."""
     wanted: dict[str, Tensor | None] = {
         "weight": problem.weight,
@@ -203,7 +210,7 @@ def _product(token_weight: Tensor | None, kept: Tensor, acc: torch.dtype) -> Ten
     return kept.to(acc) if token_weight is None else token_weight.masked_fill(~kept, 0)
 
 
-def _label_sums(problem: Problem) -> Tensor:
+def label_sums(problem: Problem) -> Tensor:
     """Return the sum of each row's sparse labels times their class weights."""
     labels: Any
     _, labels, weight, _, _, classes, settings = problem
@@ -242,26 +249,26 @@ def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
 
 def _mass(own: Problem) -> Tensor:
     """Return the sum of q over the shard's classes, of sparse labels."""
-    smoothing: float = own.settings.of_operators.get("label_smoothing", 0.0)
-    sums = _label_sums(own)
+    smoothing: Any = own.settings.of_operators.get("label_smoothing", 0.0)
+    sums = label_sums(own)
     if not smoothing:
         return sums
     n_classes = own.logits.shape[own.settings.dim]
     total = n_classes if own.weight is None else own.weight.sum(dtype=torch.float64)
-    of_smoothing = smoothing / n_classes * total
-    return (1 - smoothing) * sums + of_smoothing
+    return (1 - smoothing) * sums + smoothing / n_classes * total
 
 
 def _sent(problem: Problem, local: Local, start: int) -> dict[str, Tensor]:
     """Return what is sent of each row."""
     rows = _own_rows(problem, local)
-    settings, is_index = problem.settings, _has_indices(problem)
+    settings, is_index = problem.settings, has_indices(problem)
     if is_index and problem.weight is None and "label_smoothing" not in settings.of_operators:
         # The mass is 0 or 1, and no part is negative: a negative part says that the mass is 0.
         rows["part"] = torch.where(rows.pop("mass") == 0, -1.0, rows["part"])
-    if is_index and problem.weight is not None and settings.reduction == REDUCTIONS["mean"]:
+    is_mean = settings.reduction == REDUCTIONS["mean"] and problem.normalizer is None
+    if is_index and is_mean and problem.weight is not None:
         own = local.problem
-        rows["class_weight"] = _label_sums(own._replace(target=torch.ones_like(own.target)))
+        rows["class_weight"] = label_sums(own._replace(target=torch.ones_like(own.target)))
     if settings.statistics:
         rows["argmax"] = _as_float(rows["argmax"] + start, rows["max"].dtype)
         if not is_index and problem.target_indices is None:
@@ -270,7 +277,8 @@ def _sent(problem: Problem, local: Local, start: int) -> dict[str, Tensor]:
     return rows
 
 
-def _has_indices(problem: Problem) -> bool:
+def has_indices(problem: Problem) -> bool:
+    """Return True if the target holds class indices."""
     return not problem.target.is_floating_point()
 
 
@@ -295,26 +303,24 @@ def _as_classes(values: Tensor) -> Tensor:
     return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64).long()
 
 
-def _gather(rows: dict[str, Tensor], shard: Shard, n_own: int) -> dict[str, Tensor]:
+def gather(rows: dict[str, Tensor], shard: Shard, n_own: int) -> dict[str, Tensor]:
     """Return the rows of all ranks, in the order of the ranks: the only communication.
 
     Every rank sends the range of its classes too, so that wrong ranges are found.
     """
-    one = rows["max"]
-    shape = one.shape
-    ends = [one.new_full((1,), end) for end in (shard.start, shard.start + n_own)]
+    ends = [rows["max"].new_full((1,), end) for end in (shard.start, shard.start + n_own)]
     packed = torch.cat([*(row.flatten() for row in rows.values()), *ends])
-    found = _all_gather(packed, shard.group)
-    *of_rows, starts, ends = found.split([one.numel()] * len(rows) + [1, 1], 1)
+    found = all_gather(packed, shard.group)
+    *of_rows, starts, ends = found.split([*(row.numel() for row in rows.values()), 1, 1], 1)
     all_rows = {
-        name: x.unflatten(1, shape) if shape else x.squeeze(1)
-        for name, x in zip(rows, of_rows, strict=True)
+        name: x.reshape(len(x), *row.shape)
+        for (name, row), x in zip(rows.items(), of_rows, strict=True)
     }
     _check_ranges(all_rows, starts.squeeze(1), ends.squeeze(1), shard.n_classes)
     return all_rows
 
 
-def _all_gather(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the tensors of all ranks, (n_ranks, ...)."""
     n_ranks = dist.get_world_size(group)
     found = packed.new_empty(n_ranks * len(packed))
@@ -342,7 +348,7 @@ def _check_ranges(rows: dict[str, Tensor], starts: Tensor, ends: Tensor, n_class
                 f"{', '.join(pairs)}: give each rank its vocab_start, and num_classes to all"
             )
         return
-    rows["part"] = rows["part"].masked_fill(~is_right, torch.nan)
+    rows["log_sum"] = rows["log_sum"].masked_fill(~is_right, torch.nan)
 
 
 # ---- what all ranks know -------------------------------------------------------------------------
@@ -359,24 +365,43 @@ class Whole(NamedTuple):
     argmax: Tensor | None
 
 
-def whole(rows: dict[str, Tensor]) -> Whole:
-    """Add up the shards' rows (n_ranks, ...)."""
-    max, log_sum, part = rows["max"], rows["log_sum"], rows["part"]
+class Softmax(NamedTuple):
+    """The softmax over the classes of all ranks."""
+
+    max: Tensor
+    log_sum: Tensor
+    rise: Tensor  # (n_ranks, ...): the lse of all minus that of each shard
+    rank: Tensor  # the first whose shard has the maximum
+
+
+def softmax(max: Tensor, log_sum: Tensor) -> Softmax:
+    """Add up the shards' sums (n_ranks, ...)."""
     top, rank = max.max(0)  # of equal maxima the first
     shift = max - top
     is_top = torch.arange(len(max), device=max.device).view(-1, *[1] * rank.dim()) == rank
     # The maximum's own shard adds what its classes have beside the maximum: it may be far below 1.
     others = torch.where(is_top, torch.expm1(log_sum), torch.exp(shift + log_sum)).sum(0)
     log_sum_of_all = torch.log1p(others)
-    rise = (log_sum_of_all - log_sum) - shift  # lse of all - lse of the shard
+    return Softmax(top, log_sum_of_all, (log_sum_of_all - log_sum) - shift, rank)
+
+
+def entropy_of(entropy: Tensor, rise: Tensor) -> Tensor:
+    """Return the entropy over all classes from those of the shards (n_ranks, ...)."""
+    share = torch.exp(-rise)
+    return (share * (entropy + rise)).masked_fill(share == 0, 0).sum(0)
+
+
+def whole(rows: dict[str, Tensor]) -> Whole:
+    """Add up the shards' rows (n_ranks, ...)."""
+    log_sum, part = rows["log_sum"], rows["part"]
+    top, log_sum_of_all, rise, rank = softmax(rows["max"], log_sum)
     mass = rows.get("mass")
     if mass is None:
         mass, part = (~(part < 0)).to(part.dtype), part.clamp(min=0)
     cross_entropy = (part + (mass * rise).masked_fill(mass == 0, 0)).sum(0)
     entropy = argmax = None
     if "entropy" in rows:
-        share = torch.exp(-rise)
-        entropy = (share * (rows["entropy"] + rise)).masked_fill(share == 0, 0).sum(0)
+        entropy = entropy_of(rows["entropy"], rise)
         is_nan = log_sum.isnan()  # the shard's argmax is the class with NaN or inf
         rank = torch.where(is_nan.any(0), is_nan.long().argmax(0), rank)
         argmax = _as_classes(rows["argmax"]).gather(0, rank.unsqueeze(0)).squeeze(0)
@@ -409,6 +434,43 @@ def _total_weight(problem: Problem, local: Local, rows: dict[str, Tensor]) -> Te
     return weights.sum(dtype=torch.float64)  # type: ignore[no-any-return]
 
 
+class Rows(NamedTuple):
+    """The results of each row, and what its gradient needs. All ranks have the same bits."""
+
+    losses: Tensor
+    saved: Saved
+    others: Tensor  # the mass of the other shards' labels
+    statistics: tuple[Tensor, ...]  # lse, entropy, argmax and, for probabilities, the top label
+
+
+def exchange(problem: Problem, local: Local, shard: Shard) -> Rows:
+    """Send this shard's rows to all ranks, and return what the rows of all make."""
+    settings = problem.settings
+    n_own = problem.logits.shape[settings.dim]
+    rows = gather(_sent(problem, local, shard.start), shard, n_own)
+    row = whole(rows)
+    losses, slope = _losses(problem, local, row)
+    mass = _own_mass(rows, shard.group)
+    state = [row.max, row.log_sum]
+    if local.problem.target_indices is None:
+        state.append(mass)
+    if slope is not None:
+        state.append(slope)
+    others = row.mass - mass
+    if local.is_bad is not None:
+        others = others.masked_fill(local.is_bad, torch.nan)
+    saved = Saved(_total_weight(problem, local, rows), torch.stack(state), row.entropy)
+    if not settings.statistics:
+        return Rows(losses, saved, others, ())
+    left_out = ~local.kept
+    entropy: Any = row.entropy  # these two are never None here
+    argmax: Any = row.argmax
+    lse = (row.max + row.log_sum).masked_fill(left_out, 0)
+    entropy, argmax = entropy.masked_fill(left_out, 0), argmax.masked_fill(left_out, -1)
+    top_label = [_label_of_all(rows)] if "top_label" in rows else []
+    return Rows(losses, saved, others, (lse, entropy, argmax, *top_label))
+
+
 # ---- autograd ------------------------------------------------------------------------------------
 
 
@@ -424,34 +486,14 @@ class VocabularyParallel(torch.autograd.Function):
         *of_problem, shard = inputs
         problem = Problem._make(of_problem)
         settings, local = problem.settings, local_problem(problem, shard)
-        n_own = problem.logits.shape[settings.dim]
-        rows = _gather(_sent(problem, local, shard.start), shard, n_own)
-        row = whole(rows)
-        losses, slope = _losses(problem, local, row)
-        total = _total_weight(problem, local, rows)
-        loss = reference.reduce(losses, REDUCTION_NAMES[settings.reduction], total)
-        state = [row.max, row.log_sum]
-        if local.problem.target_indices is None:
-            state.append(_own_mass(rows, shard.group))
-        if slope is not None:
-            state.append(slope)
-        others = row.mass - _own_mass(rows, shard.group)
-        if local.is_bad is not None:
-            others = others.masked_fill(local.is_bad, torch.nan)
+        losses, saved, others, statistics = exchange(problem, local, shard)
+        loss = reference.reduce(losses, REDUCTION_NAMES[settings.reduction], saved.total_weight)
         ctx.set_materialize_grads(False)
         ctx.label, ctx.settings = local.label, local.problem.settings
-        ctx.save_for_backward(*local.problem[:-1], total, torch.stack(state), row.entropy, others)
+        ctx.save_for_backward(*local.problem[:-1], *saved, others)
+        ctx.mark_non_differentiable(*statistics[2:])
         loss = loss.to(settings.loss_dtype or problem.logits.dtype)
-        if not settings.statistics:
-            return (loss,)
-        left_out = ~local.kept
-        entropy: Any = row.entropy  # these two are never None here
-        argmax: Any = row.argmax
-        lse = (row.max + row.log_sum).masked_fill(left_out, 0)
-        entropy, argmax = entropy.masked_fill(left_out, 0), argmax.masked_fill(left_out, -1)
-        top_label = _label_of_all(rows) if "top_label" in rows else None
-        ctx.mark_non_differentiable(argmax, *[x for x in (top_label,) if x is not None])
-        return loss, lse, entropy, argmax, top_label
+        return loss, *statistics
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> Grads:
@@ -468,28 +510,26 @@ class VocabularyParallel(torch.autograd.Function):
             return none
         *tensors, total, state, entropy, others = ctx.saved_tensors
         problem = Problem._make([*tensors, ctx.settings])
-        saved, is_empty = Saved(total, state, entropy), problem.logits.shape[ctx.settings.dim] == 0
-        grad_target = grad_logits = None
+        grad_target = None
         if ctx.needs_input_grad[1] and grad_loss is not None:
-            if is_empty:
-                grad_target = torch.zeros_like(problem.target)
-            else:
-                grad_target = ctx.label * _formulas.target_gradient(problem, saved, grad_loss)
+            saved = Saved(total, state, entropy)
+            grad_target = ctx.label * _formulas.target_gradient(problem, saved, grad_loss)
+        grad_logits = None
         if ctx.needs_input_grad[0]:
-            if is_empty:
-                grad_logits = torch.zeros_like(problem.logits)
-            else:
-                grad_logits = _logits_gradient(problem, saved, upstream, others)
+            grad_logits = logits_gradient(problem, Saved(total, state, entropy), upstream, others)
         return grad_logits, grad_target, *none[2:]
 
 
-def _logits_gradient(problem: Problem, saved: Saved, upstream: Upstream, others: Tensor) -> Tensor:
+def logits_gradient(problem: Problem, saved: Saved, upstream: Upstream, others: Tensor) -> Tensor:
     """Return the gradient of a shard's logits. ``others`` is the mass of the other shards.
 
     The kernels multiply the probabilities by the mass of the shard's labels. What the labels of
     other shards add is a gradient of the lse.
     """
-    settings, grad_lse = problem.settings, upstream.lse
+    logits, settings = problem.logits, problem.settings
+    if logits.shape[settings.dim] == 0:
+        return torch.zeros_like(logits)
+    grad_lse = upstream.lse
     if upstream.loss is not None:
         g = upstream.loss.to(others.dtype) * problem.token_weight  # type: ignore[operator]
         if settings.reduction == REDUCTIONS["mean"]:
