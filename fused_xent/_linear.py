@@ -200,13 +200,21 @@ def multiply(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
 
 
 def _chunks(inputs: Inputs) -> Iterator[slice]:
-    """Yield chunks of almost equal sizes."""
-    n_rows = inputs.hidden.shape[0]
     most = inputs.chunk_rows
     if most is None:
-        most, n_bytes = (CPU_ROWS, CPU_BYTES) if inputs.hidden.is_cpu else (GPU_ROWS, GPU_BYTES)
         row_bytes = math.prod(inputs.classes) * inputs.logits_dtype.itemsize
-        most = max(1, min(most, n_bytes // row_bytes))
+        most = most_rows(row_bytes, inputs.hidden.is_cpu)
+    return chunks(inputs.hidden.shape[0], most)
+
+
+def most_rows(row_bytes: int, is_cpu: bool) -> int:
+    """Return how many rows a chunk may have whose logits take so many bytes a row."""
+    most, n_bytes = (CPU_ROWS, CPU_BYTES) if is_cpu else (GPU_ROWS, GPU_BYTES)
+    return max(1, min(most, n_bytes // row_bytes))
+
+
+def chunks(n_rows: int, most: int) -> Iterator[slice]:
+    """Yield chunks of almost equal sizes."""
     n_chunks = -(-n_rows // most)
     size = -(-n_rows // n_chunks)
     for start in range(0, n_rows, size):
@@ -215,12 +223,12 @@ def _chunks(inputs: Inputs) -> Iterator[slice]:
 
 def _by_rows(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
     hidden, linear_weight, linear_bias = _matrices(inputs)
-    chunks = list(_chunks(inputs))
-    gradients = _Gradients(inputs, len(chunks))
-    memory = hidden.new_empty(chunks[0].stop, linear_weight.shape[0], dtype=inputs.logits_dtype)
-    for rows in chunks:
+    slices = list(_chunks(inputs))
+    gradients = _Gradients(inputs, len(slices))
+    memory = hidden.new_empty(slices[0].stop, linear_weight.shape[0], dtype=inputs.logits_dtype)
+    for rows in slices:
         logits = memory[: rows.stop - rows.start]
-        _product(hidden[rows], linear_weight.t(), logits, linear_bias)
+        product(hidden[rows], linear_weight.t(), logits, linear_bias)
         turn(logits.view(-1, *inputs.classes), rows)
         gradients.add(logits, rows)
     return gradients.results()
@@ -250,10 +258,10 @@ class _Gradients:
         needs_hidden, needs_weight, needs_bias = self.needs
         is_first = rows.start == 0
         if needs_hidden:
-            _product(grad_logits, self.linear_weight, self.grad_hidden[rows])
+            product(grad_logits, self.linear_weight, self.grad_hidden[rows])
         if needs_weight:
             total = self.grad_weight.flatten(0, -2)
-            _product(grad_logits.t(), self.hidden[rows], total, beta=0 if is_first else 1)
+            product(grad_logits.t(), self.hidden[rows], total, beta=0 if is_first else 1)
         if needs_bias:
             summed = grad_logits.sum(0, dtype=self.grad_bias.dtype).view_as(self.grad_bias)
             self.grad_bias = summed if is_first else self.grad_bias.add_(summed)
@@ -267,7 +275,7 @@ class _Gradients:
 # ---- products ----------------------------------------------------------------------------------
 
 
-def _product(
+def product(
     one: Tensor, other: Tensor, out: Tensor, bias: Tensor | None = None, beta: int = 0
 ) -> None:
     """Write ``beta * out + one @ other``, or with a bias, which is broadcast, product plus bias.
@@ -303,26 +311,26 @@ def _slab_by_slab(one: Tensor, other: Tensor, out: Tensor, beta: int) -> None:
     longest = max(range(3), key=sizes.__getitem__)
     slabs = _slabs(sizes[longest], 4 * (sum(sizes) - sizes[longest]), out.is_cuda)
 
-    def product(one: Tensor, other: Tensor, out: Tensor, beta: int) -> Tensor:
+    def multiplied(one: Tensor, other: Tensor, out: Tensor, beta: int) -> Tensor:
         return torch.addmm(out.float(), one.float(), other.float(), beta=beta)
 
     if longest == 0:
         other = other.float()
         for slab in slabs:
-            out[slab] = product(one[slab], other, out[slab], beta)
+            out[slab] = multiplied(one[slab], other, out[slab], beta)
     elif longest == 2:
         one = one.float()
         for slab in slabs:
-            out[:, slab] = product(one, other[:, slab], out[:, slab], beta)
+            out[:, slab] = multiplied(one, other[:, slab], out[:, slab], beta)
     else:
         total = out
         for slab in slabs:
-            total = product(one[:, slab], other[slab], total, beta if slab.start == 0 else 1)
+            total = multiplied(one[:, slab], other[slab], total, beta if slab.start == 0 else 1)
         out.copy_(total)
 
 
 def _slabs(length: int, item_bytes: int, is_cuda: bool = False) -> Iterator[slice]:
-    size = max(1, (GPU_SLAB_BYTES if is_cuda else SLAB_BYTES) // item_bytes)
+    size = max(1, (GPU_SLAB_BYTES if is_cuda else SLAB_BYTES) // max(1, item_bytes))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
@@ -363,16 +371,16 @@ def _by_classes(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
     for start, block in zip((0, n_first), blocks, strict=False):
         rows = slice(start, start + block.shape[1])
         bias = None if linear_bias is None else linear_bias.unsqueeze(1)
-        _product(linear_weight, hidden[rows].t(), block, bias)
+        product(linear_weight, hidden[rows].t(), block, bias)
         turn(block.t(), rows)
         if inputs.needs[0]:
-            _product(block.t(), linear_weight, grad_hidden[rows])
+            product(block.t(), linear_weight, grad_hidden[rows])
     for slab in _slabs(n_classes, n_rows * hidden.element_size()):
         grad_logits = torch.cat([block[slab] for block in blocks], 1)
         if inputs.needs[2]:
             acc = accumulation_dtype(hidden.dtype)
             grad_bias[slab] = grad_logits.sum(1, dtype=acc)
-        _product(grad_logits, hidden, grad_weight[slab])
+        product(grad_logits, hidden, grad_weight[slab])
     return grad_hidden, grad_weight, grad_bias
 
 

@@ -125,7 +125,7 @@ class LinearCrossEntropyInEager(torch.autograd.Function):
         """Return the gradients of hidden, weight and bias."""
         # Freed here as saved tensors are, used or not.
         gradients, ctx.gradients = ctx.gradients, None
-        return _backward(ctx, upstream[:3], gradients, _scaled)
+        return _backward(ctx, upstream[:3], gradients, scaled)
 
 
 def _save(ctx: Any, inputs: Inputs, gradients: Tensors) -> None:
@@ -181,7 +181,7 @@ def _multiplied(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     return (gradient * grad_loss).to(gradient.dtype)
 
 
-def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+def scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     """Multiply in place. A factor of 1 costs no pass over memory, and no wait for the GPU."""
     if is_batched_by_autograd(grad_loss):
         return _multiplied(gradient, grad_loss)

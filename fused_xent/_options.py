@@ -148,8 +148,8 @@ class StatisticsOptions(CrossEntropyOptions, total=False):
     label_smoothing: float
 
 
-class LinearOptions(LossOptions, total=False):
-    """The options of :func:`fused_xent.linear_cross_entropy` and its module."""
+class LinearLossOptions(LossOptions, total=False):
+    """The options of :class:`fused_xent.LinearCrossEntropyLoss`."""
 
     reduction: str
     ignore_index: int | None
@@ -159,6 +159,16 @@ class LinearOptions(LossOptions, total=False):
     shift: int
     drop_ignored: bool
     chunk_rows: int | None
+    process_group: ProcessGroup | None
+    vocab_start: int | None
+    sequence_parallel: bool
+    reduce_grad_hidden: bool
+
+
+class LinearOptions(LinearLossOptions, total=False):
+    """The options of :func:`fused_xent.linear_cross_entropy`."""
+
+    num_classes: int | None
 
 
 class Settings(NamedTuple):

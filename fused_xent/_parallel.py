@@ -79,11 +79,8 @@ def shard_of(
         name = "num_classes" if vocab_start is None else "vocab_start"
         value = num_classes if vocab_start is None else vocab_start
         raise ValueError(f"{name} must be None without a process_group, got {value}")
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a ProcessGroup, got {type(process_group).__name__}")
+    check_group(process_group)
     rank, n_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
-    if rank < 0:
-        raise ValueError("process_group must have this process, got a group without it")
     if vocab_start is None:
         start = rank * n_classes
         total = (
@@ -102,6 +99,14 @@ def shard_of(
         raise ValueError(f"num_classes must be at least 1, got {total}")
     start = min(start, total)
     return Shard(process_group, start, total), min(total - start, n_classes)
+
+
+def check_group(process_group: dist.ProcessGroup) -> None:
+    """Check that this is a group of processes which this process belongs to."""
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a ProcessGroup, got {type(process_group).__name__}")
+    if dist.get_rank(process_group) < 0:
+        raise ValueError("process_group must have this process, got a group without it")
 
 
 def of_shard(problem: Problem, shard: Shard) -> tuple[Tensor] | CrossEntropyStatistics:

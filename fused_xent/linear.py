@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,11 @@ from ._problem import (
 from ._torch_private import are_ordinary, has_values, is_under_torch_func
 from .reference import CrossEntropyStatistics
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from ._parallel_linear import Split
+
 FEW_LOGITS = 16384  # up to so many are computed at once, which is faster than chunks
 
 T = TypeVar("T")
@@ -69,6 +74,11 @@ def linear_cross_entropy(
     shift: int = 0,
     drop_ignored: bool = False,
     chunk_rows: int | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
+    sequence_parallel: bool = False,
+    reduce_grad_hidden: bool = True,
 ) -> Tensor:
     r"""Softmax cross-entropy of the logits ``input @ linear_weight.T``, which are never all stored.
 
@@ -122,6 +132,18 @@ def linear_cross_entropy(
             at most 512 rows and 100 MiB on a CPU, or 4096 rows and 1 GiB on a GPU. On a CPU, if
             there are few rows compared with features, all rows are one chunk, which is stored
             class by class in the memory of the weight's gradient.
+        process_group: the processes that the classes are split over, as in
+            :func:`fused_xent.cross_entropy`: ``linear_weight`` ``(C, H)``, ``linear_bias``,
+            ``weight`` and probabilities of all classes hold this rank's classes. All other
+            arguments, and the loss, are the same on all ranks of the group.
+        vocab_start: this rank's first class.
+        num_classes: the number of classes of all ranks.
+        sequence_parallel: ``input`` holds this rank's rows only: in its first dimension, an equal
+            part of the rows, in the order of the ranks. ``target``, ``target_indices``,
+            ``token_weight`` and the results have all rows. ``input``'s gradient is that of this
+            rank's rows.
+        reduce_grad_hidden: with ``process_group``, the gradient of ``input`` is the sum over the
+            ranks. False: it is this rank's part, whose sum over the ranks is the gradient.
 
     :func:`fused_xent.cross_entropy` describes what is not described here. The forward computes the
     gradients of ``input``, ``linear_weight`` and ``linear_bias`` that are required. The backward
@@ -132,6 +154,15 @@ def linear_cross_entropy(
     through statistics. All logits are stored for gradients of gradients, of ``weight``,
     ``token_weight``, ``normalizer`` and probabilities, and under ``torch.func`` and forward-mode
     differentiation.
+
+    With ``process_group``, each chunk gathers a few numbers of each row, and adds up ``input``'s
+    gradient over the ranks, in float32 or float64, while the next chunk is computed: ``4 * H``
+    bytes a row for 16-bit and float32 ``input``. With ``sequence_parallel``, it also gathers its
+    rows of ``input``, ahead of time, and each rank gets the gradient of its own rows. So
+    ``input``'s gradient has the same bits on all ranks, and every rank must call the same functions
+    in the same order, forward and backward; one that does not leaves the others waiting until the
+    group's timeout. Gradients of gradients and of ``target``, ``weight``, ``token_weight`` and
+    ``normalizer`` are refused.
 
     Returns:
         A scalar, or with ``"none"`` one loss for each position of a row.
@@ -151,6 +182,11 @@ def linear_cross_entropy(
         "shift": shift,
         "drop_ignored": drop_ignored,
         "chunk_rows": chunk_rows,
+        "process_group": process_group,
+        "vocab_start": vocab_start,
+        "num_classes": num_classes,
+        "sequence_parallel": sequence_parallel,
+        "reduce_grad_hidden": reduce_grad_hidden,
     }
     of_loss: dict[str, Any] = {
         "reduction": reduction,
@@ -167,8 +203,10 @@ def linear_cross_entropy(
     if ignore_index is not None:
         of_loss["ignore_index"] = ignore_index
     is_default = options is None and logits_dtype is None and chunk_rows is None
-    is_default = is_default and drop_ignored is False
-    if is_default and type(shift) is int and shift == 0 and _is_plain(*tensors, *others):
+    is_default = is_default and drop_ignored is False and type(shift) is int and shift == 0
+    is_whole = process_group is None and vocab_start is None and num_classes is None
+    is_whole = is_whole and sequence_parallel is False and reduce_grad_hidden is True
+    if is_default and is_whole and _is_plain(*tensors, *others):
         try:
             settings = resolve_once(2, False, tuple(of_loss), *of_loss.values())
             logits = F.linear(input, linear_weight, linear_bias)
@@ -273,6 +311,11 @@ def _evaluate(
     shift: int = 0,
     drop_ignored: bool = False,
     chunk_rows: int | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
+    sequence_parallel: bool = False,
+    reduce_grad_hidden: bool = True,
     **loss_options: Any,
 ) -> tuple[Tensor] | CrossEntropyStatistics:
     """Check the arguments and return the loss, or all statistics."""
@@ -280,9 +323,13 @@ def _evaluate(
     shift = _check_shift(shift, input)
     check_flag("drop_ignored", drop_ignored)
     chunk_rows = check_chunk_rows(chunk_rows, options)
+    of_shard = (process_group, vocab_start, num_classes, sequence_parallel, reduce_grad_hidden)
+    split = split_of(input, linear_weight, *of_shard)
+    if split is not None and sequence_parallel:
+        _check_sequence_parallel(shift, drop_ignored)
     layer = autocast(Layer(input, linear_weight, linear_bias))
     logits_dtype = check_dtypes(layer, logits_dtype)
-    rows, classes = layer.hidden.shape[:-1], layer.linear_weight.shape[:-1]
+    rows, classes = rows_of(input, split), layer.linear_weight.shape[:-1]
     if target_indices is None:
         _check_target(target, rows, classes, ignore_index, shift)
     else:
@@ -296,13 +343,15 @@ def _evaluate(
     problem = prepare(*tensors, statistics, loss_options)
     if shift > 0:
         problem = problem._replace(token_weight=_without_first(problem, shift))
-    check_range(problem)
+    check_range(problem, None if split is None else split.shard.n_classes)
     layer, problem = _flatten(layer, problem, shift)
     kept = None
     if drop_ignored and has_values(problem.target):
         kept = _kept_rows(problem)
         layer, problem = _select(layer, problem, kept)
-    if _has_few_logits(problem, chunk_rows) or _needs_all_logits(layer, problem):
+    if split is not None:
+        results = _of_split(layer, problem, chunk_rows, split)
+    elif _has_few_logits(problem, chunk_rows) or _needs_all_logits(layer, problem):
         logits = layer.logits(logits_dtype).to(problem.logits.dtype)
         results = _autograd.evaluate(problem._replace(logits=logits))
     else:
@@ -457,6 +506,87 @@ def check_chunk_rows(chunk_rows: int | None, options: Any) -> int | None:
     return chunk_rows
 
 
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def split_of(
+    input: Tensor,
+    linear_weight: Tensor,
+    process_group: ProcessGroup | None,
+    vocab_start: int | None,
+    num_classes: int | None,
+    sequence_parallel: bool,
+    reduce_grad_hidden: bool,
+) -> Split | None:
+    """Check the arguments of a layer that is split over processes; None for one that is not."""
+    check_flag("sequence_parallel", sequence_parallel)
+    check_flag("reduce_grad_hidden", reduce_grad_hidden)
+    if process_group is None:
+        if sequence_parallel:
+            raise ValueError("sequence_parallel must be False without a process_group, got True")
+        if not reduce_grad_hidden:
+            raise ValueError("reduce_grad_hidden must be True without a process_group, got False")
+        if vocab_start is None and num_classes is None:
+            return None
+    from . import _parallel, _parallel_linear  # need torch.distributed: see functional
+
+    n_classes = linear_weight.shape[0]
+    shard, n_own = _parallel.shard_of(n_classes, process_group, vocab_start, num_classes)
+    if linear_weight.dim() != 2:
+        raise ValueError(
+            "linear_weight must have shape (C, H) with process_group, got "
+            f"{tuple(linear_weight.shape)}: for several positions in a row, compute the logits for "
+            "cross_entropy"
+        )
+    if sequence_parallel and not reduce_grad_hidden:
+        raise ValueError(
+            "reduce_grad_hidden must be True with sequence_parallel, got False: each rank gets the "
+            "gradient of its own rows, which has parts of all ranks"
+        )
+    if sequence_parallel and input.dim() < 2:
+        raise ValueError(
+            "sequence_parallel must be False where input has no dimension of rows, got input of "
+            f"shape {tuple(input.shape)}"
+        )
+    _parallel.check_supported(input)
+    return _parallel_linear.Split(shard, n_own, sequence_parallel, reduce_grad_hidden)
+
+
+def _check_sequence_parallel(shift: int, drop_ignored: bool) -> None:
+    if shift:
+        raise ValueError(
+            f"shift must be 0 with sequence_parallel, got {shift}: sequences may go on on another "
+            "rank, so shift the target, with ignore_index at the end"
+        )
+    if drop_ignored:
+        raise ValueError(
+            "drop_ignored must be False with sequence_parallel, got True: every rank must keep as "
+            "many rows as the others"
+        )
+
+
+def rows_of(input: Tensor, split: Split | None) -> torch.Size:
+    """Return the shape of the rows of all ranks."""
+    rows = input.shape[:-1]
+    if split is None or not split.sequence_parallel:
+        return rows
+    return torch.Size([split.n_parts * rows[0], *rows[1:]])
+
+
+def _of_split(
+    layer: Layer, problem: Problem, chunk_rows: int | None, split: Split
+) -> tuple[Tensor] | CrossEntropyStatistics:
+    """Return the loss, or all statistics, of a layer that is split over processes."""
+    from . import _parallel_linear
+
+    if problem.logits.dtype == torch.float64 != layer.hidden.dtype:
+        raise ValueError(
+            "target and weight must not be float64 beside narrower input with process_group, got "
+            f"input of {layer.hidden.dtype}: round them, or make input float64"
+        )
+    return _parallel_linear.evaluate(layer, problem, chunk_rows, split)
+
+
 # ---- rows ----------------------------------------------------------------------------------------
 
 
@@ -493,17 +623,18 @@ def _flatten(layer: Layer, problem: Problem, shift: int) -> tuple[Layer, Problem
     n_row_dims = problem.settings.dim
     if n_row_dims == 1 and not shift:
         return layer, problem
-    n_rows = math.prod(layer.hidden.shape[:-1])
 
     def flat(tensor: Tensor) -> Tensor:
-        return tensor.reshape(n_rows, *tensor.shape[n_row_dims:])
+        return tensor.reshape(math.prod(tensor.shape[:n_row_dims]), *tensor.shape[n_row_dims:])
 
-    hidden = flat(layer.hidden)[: max(n_rows - shift, 0)]
+    hidden = flat(layer.hidden)
+    hidden = hidden[: max(len(hidden) - shift, 0)]
+    target = flat(problem.target)[shift:]
     tokens, indices = problem.token_weight, problem.target_indices
-    logits = problem.logits.new_zeros(()).expand(hidden.shape[0], *layer.linear_weight.shape[:-1])
+    logits = problem.logits.new_zeros(()).expand(len(target), *layer.linear_weight.shape[:-1])
     flattened = problem._replace(
         logits=logits,
-        target=flat(problem.target)[shift:],
+        target=target,
         token_weight=None if tokens is None else flat(tokens)[shift:],
         target_indices=None if indices is None else flat(indices)[shift:],
         settings=problem.settings._replace(dim=1),

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._options import CrossEntropyOptions, LinearOptions, check_names
+from ._options import CrossEntropyOptions, LinearLossOptions, check_names
 from ._torch_private import WeightedLoss
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch.distributed import ProcessGroup
 
 
 OF_A_BATCH = ("token_weight", "normalizer", "target_indices")  # go to forward
@@ -119,9 +121,14 @@ class LinearCrossEntropyLoss(_Loss):
     embedding, assign ``linear.weight``. All other arguments are options of the function;
     ``token_weight``, ``normalizer`` and ``target_indices`` belong to a batch and go to ``forward``.
     Options are checked when the loss is computed.
+
+    With ``process_group``, ``num_classes`` is the number of classes of all ranks. Each rank has a
+    layer of ``num_classes / n_ranks`` classes, rounded up; those beyond ``num_classes`` are padding
+    without a gradient. For other shards, assign ``linear.weight`` and give ``vocab_start``.
     """
 
     DEFAULTS = _defaults_of(linear_cross_entropy)
+    DEFAULTS.pop("num_classes")  # of the layer: not an option here
 
     def __init__(
         self,
@@ -133,13 +140,14 @@ class LinearCrossEntropyLoss(_Loss):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         weight: Tensor | None = None,
-        **options: Unpack[LinearOptions],
+        **options: Unpack[LinearLossOptions],
     ) -> None:
         """Make the layer, and keep the options of the function."""
         super().__init__(weight)
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
-        n_outputs = math.prod(self.out_features, start=num_classes)
+        n_own = -(-num_classes // _n_ranks(options.get("process_group")))
+        n_outputs = math.prod(self.out_features, start=n_own)
         self.linear = torch.nn.Linear(in_features, n_outputs, bias, device=device, dtype=dtype)
         self._keep({**options})
 
@@ -156,7 +164,7 @@ class LinearCrossEntropyLoss(_Loss):
         linear_bias: Tensor | None
         linear_weight, linear_bias = self.linear.weight, self.linear.bias
         if self.out_features:
-            shape = (self.num_classes, *self.out_features)
+            shape = (-1, *self.out_features)
             linear_weight = linear_weight.view(*shape, self.linear.in_features)
             linear_bias = None if linear_bias is None else linear_bias.view(shape)
         return linear_cross_entropy(
@@ -168,8 +176,21 @@ class LinearCrossEntropyLoss(_Loss):
             token_weight=token_weight,
             normalizer=normalizer,
             target_indices=target_indices,
+            num_classes=self._classes_of_all_ranks(),
             **self._options(),
         )
+
+    def _classes_of_all_ranks(self) -> int | None:
+        return None if self._options()["process_group"] is None else self.num_classes
+
+
+def _n_ranks(process_group: ProcessGroup | None) -> int:
+    if process_group is None:
+        return 1
+    from . import _parallel  # needs torch.distributed, which some builds of torch lack
+
+    _parallel.check_group(process_group)
+    return process_group.size()
 
 
 def _signature_of(module: type[_Loss], function: Callable[..., Any]) -> inspect.Signature:

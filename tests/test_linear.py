@@ -451,13 +451,13 @@ def test_slabs_fill_their_byte_limit():
 
 def test_one_chunk_needs_no_float32_gradient_sums(monkeypatch):
     """With one chunk, products go into the gradients; several chunks are summed in float32."""
-    dtypes, product = [], _linear._product
+    dtypes, product = [], _linear.product
 
     def noting(one, other, out, *bias, **beta):
         dtypes.append(out.dtype)
         return product(one, other, out, *bias, **beta)
 
-    monkeypatch.setattr(_linear, "_product", noting)
+    monkeypatch.setattr(_linear, "product", noting)
     half = torch.bfloat16
     layer = make_layer(half, (8,), bias=False)
     for chunk_rows, expected in ((8, [half] * 3), (4, [half, half, torch.float32] * 2)):
@@ -570,10 +570,10 @@ def test_next_tokens_without_weights():
 
 def test_dropped_rows_are_not_multiplied(monkeypatch):
     shapes = []
-    product = _linear._product
+    product = _linear.product
     monkeypatch.setattr(
         _linear,
-        "_product",
+        "product",
         lambda one, *others, **beta: shapes.append(one.shape[0]) or product(one, *others, **beta),
     )
     layer, target = make_layer(rows=(50,), bias=False), torch.full((50,), -100)

@@ -224,13 +224,13 @@ def test_second_derivatives_use_the_loss_dtype(logits_dtype):
 @pytest.fixture
 def multiplied(monkeypatch):
     """Records the first dimension (rows or classes) of each matrix product."""
-    found, product = [], _linear._product
+    found, product = [], _linear.product
 
     def noting(one, *others, **beta):
         found.append(one.shape[0])
         return product(one, *others, **beta)
 
-    monkeypatch.setattr(_linear, "_product", noting)
+    monkeypatch.setattr(_linear, "product", noting)
     return found
 
 

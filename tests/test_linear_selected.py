@@ -197,8 +197,8 @@ def test_all_logits_never_exist_at_once(chunk_rows, monkeypatch):
 def test_four_products(monkeypatch):
     in_chunks(monkeypatch)
     layer, index, calls = make_layer(rows=(8,)), make_index((8, 37), 37, 3), []
-    product = _linear._product
-    monkeypatch.setattr(_linear, "_product", lambda *x, **y: calls.append(0) or product(*x, **y))
+    product = _linear.product
+    monkeypatch.setattr(_linear, "product", lambda *x, **y: calls.append(0) or product(*x, **y))
     selected(layer, index, with_entropy=True).log_probs.sum().backward()
     assert len(calls) == 4 * 2  # in two chunks
 

@@ -1427,7 +1427,7 @@ PRODUCTS_FAULTS = {
         PRODUCTS, "    most = inputs.chunk_rows\n", "    most = None\n", CHUNKS
     ),
     "chunks of any number of bytes": Fault(
-        PRODUCTS, "most = max(1, min(most, n_bytes // row_bytes))", "most = max(1, most)", CHUNKS
+        PRODUCTS, "max(1, min(most, n_bytes // row_bytes))", "max(1, most)", CHUNKS
     ),
     "chunks of very unequal sizes": Fault(
         PRODUCTS, "    size = -(-n_rows // n_chunks)\n", "    size = most\n", CHUNKS
