@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from ._problem import (
 from ._torch_private import is_under_torch_func
 from .reference import SelectedLogProbs
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 @overload
 def selective_log_softmax(
@@ -35,6 +38,9 @@ def selective_log_softmax(
     logit_scale: float = 1.0,
     with_entropy: Literal[False] = False,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
 ) -> Tensor: ...
 
 
@@ -48,6 +54,9 @@ def selective_log_softmax(
     logit_scale: float = 1.0,
     with_entropy: Literal[True],
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
 ) -> SelectedLogProbs: ...
 
 
@@ -61,6 +70,9 @@ def selective_log_softmax(
     logit_scale: float = 1.0,
     with_entropy: bool,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
 ) -> Tensor | SelectedLogProbs: ...
 
 
@@ -73,6 +85,9 @@ def selective_log_softmax(
     logit_scale: float = 1.0,
     with_entropy: bool = False,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
 ) -> Tensor | SelectedLogProbs:
     r"""Log-probabilities of selected classes, from one pass over the logits.
 
@@ -96,6 +111,15 @@ def selective_log_softmax(
         with_entropy: return the entropy of each row too.
         inplace_backward: the backward writes the gradient over the logits: see
             :func:`fused_xent.cross_entropy`.
+        process_group: the processes that the classes are split over: ``input`` has this rank's
+            classes, and ``index`` classes of all ranks, the same on each. See
+            :func:`fused_xent.cross_entropy`.
+        vocab_start: this rank's first class.
+        num_classes: the number of classes of all ranks.
+
+    With ``process_group``, the forward gathers ``2 + K`` numbers of each row from each rank, one
+    more with the entropy, and results have the same bits on all ranks. The backward needs no
+    communication. Gradients of gradients are refused.
 
     Kernels compute results and gradient. Torch operations compute second derivatives, and
     everything under ``torch.func.vmap`` and forward-mode differentiation.
@@ -121,11 +145,17 @@ def selective_log_softmax(
         "logit_scale": logit_scale,
         "inplace_backward": inplace_backward,
     }
+    of_shard: dict[str, Any] = {
+        "process_group": process_group,
+        "vocab_start": vocab_start,
+        "num_classes": num_classes,
+    }
     if has_torch_function_variadic(input, index):
-        options["with_entropy"] = with_entropy
+        options |= {"with_entropy": with_entropy, **of_shard}
         return _overridden(selective_log_softmax, (input, index), input, index, **options)
+    is_whole = process_group is None and vocab_start is None and num_classes is None
     is_default = with_entropy is False and inplace_backward is False and dim is not None
-    if is_default and _autograd.is_plain(input, index, None, None, None, None):
+    if is_default and is_whole and _autograd.is_plain(input, index, None, None, None, None):
         try:
             settings = resolve_once(input.dim(), False, *_keys(input.dtype, options))
             return _selected.evaluate_plain(input, index, settings)
@@ -134,7 +164,7 @@ def selective_log_softmax(
     check_dense("input", input)
     check_floating("input", input)
     problem = _prepare(input, index, with_entropy, options)
-    return _results(_evaluate(problem))
+    return _results(_evaluate(problem) if is_whole else _of_shard(problem, **of_shard))
 
 
 @overload
@@ -149,6 +179,11 @@ def linear_selective_log_softmax(
     with_entropy: Literal[False] = False,
     logits_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
+    sequence_parallel: bool = False,
+    reduce_grad_hidden: bool = True,
 ) -> Tensor: ...
 
 
@@ -164,6 +199,11 @@ def linear_selective_log_softmax(
     with_entropy: Literal[True],
     logits_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
+    sequence_parallel: bool = False,
+    reduce_grad_hidden: bool = True,
 ) -> SelectedLogProbs: ...
 
 
@@ -179,6 +219,11 @@ def linear_selective_log_softmax(
     with_entropy: bool,
     logits_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
+    sequence_parallel: bool = False,
+    reduce_grad_hidden: bool = True,
 ) -> Tensor | SelectedLogProbs: ...
 
 
@@ -193,6 +238,11 @@ def linear_selective_log_softmax(
     with_entropy: bool = False,
     logits_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_classes: int | None = None,
+    sequence_parallel: bool = False,
+    reduce_grad_hidden: bool = True,
 ) -> Tensor | SelectedLogProbs:
     """Log-probabilities of selected classes of the logits ``input @ linear_weight.T``.
 
@@ -215,6 +265,14 @@ def linear_selective_log_softmax(
             16-bit ``input``, ``torch.float32`` keeps the logits in float32.
         chunk_rows: number of rows in a chunk of logits. None: as in
             :func:`fused_xent.linear_cross_entropy`.
+        process_group: the processes that the classes are split over: ``linear_weight`` and
+            ``linear_bias`` have this rank's classes. This and the following arguments are those of
+            :func:`fused_xent.linear_cross_entropy`.
+        vocab_start: this rank's first class.
+        num_classes: the number of classes of all ranks.
+        sequence_parallel: ``input`` has this rank's rows only, ``index`` and the results all rows.
+        reduce_grad_hidden: the gradient of ``input`` is the sum over the ranks. False: it is this
+            rank's part.
 
     :func:`fused_xent.selective_log_softmax` describes what is not described here. All logits are
     stored for gradients of gradients, and under ``torch.func`` and forward-mode differentiation.
@@ -241,6 +299,11 @@ def linear_selective_log_softmax(
             with_entropy=with_entropy,
             logits_dtype=logits_dtype,
             chunk_rows=chunk_rows,
+            process_group=process_group,
+            vocab_start=vocab_start,
+            num_classes=num_classes,
+            sequence_parallel=sequence_parallel,
+            reduce_grad_hidden=reduce_grad_hidden,
         )
     linear.check_linear(input, linear_weight, linear_bias)
     if linear_weight.dim() != 2:
@@ -251,18 +314,26 @@ def linear_selective_log_softmax(
     chunk_rows = linear.check_chunk_rows(chunk_rows, None)
     layer = linear.autocast(Layer(input, linear_weight, linear_bias))
     dtype = linear.check_dtypes(layer, logits_dtype)
-    rows, n_classes = input.shape[:-1], linear_weight.shape[0]
+    of_shard = (process_group, vocab_start, num_classes, sequence_parallel, reduce_grad_hidden)
+    split = linear.split_of(input, linear_weight, *of_shard)
+    rows, n_classes = linear.rows_of(input, split), linear_weight.shape[0]
     options = {"dim": len(rows), "softcap": softcap, "logit_scale": logit_scale}
     # Stands in for the logits: their shape, dtype and device, but one element of memory.
     logits = layer.hidden.new_zeros((), dtype=dtype).expand(*rows, n_classes)
     problem = _prepare(logits, index, with_entropy, options)
-    _selected.check_range(index, n_classes)
-    if _needs_all_logits(problem, chunk_rows):
+    _selected.check_range(index, n_classes if split is None else split.shard.n_classes)
+    if split is None and _needs_all_logits(problem, chunk_rows):
         return _results(_evaluate(problem._replace(logits=layer.logits(dtype))))
-    n_rows = math.prod(rows)
-    flat = problem._replace(target=index.reshape(n_rows, -1))
-    layer = layer._replace(hidden=layer.hidden.reshape(n_rows, input.shape[-1]))
-    log_probs, *entropy = _selected.evaluate_linear(layer, flat, chunk_rows)
+    n_labels = index.shape[-1] if index.dim() > len(rows) else 1
+    flat = problem._replace(target=index.reshape(math.prod(rows), n_labels))
+    n_hidden = math.prod(input.shape[:-1])
+    layer = layer._replace(hidden=layer.hidden.reshape(n_hidden, input.shape[-1]))
+    if split is None:
+        log_probs, *entropy = _selected.evaluate_linear(layer, flat, chunk_rows)
+    else:
+        from . import _parallel_selected  # needs torch.distributed: see functional
+
+        log_probs, *entropy = _parallel_selected.evaluate_linear(layer, flat, chunk_rows, split)
     return _results((log_probs.view(index.shape), *(x.view(rows) for x in entropy)))
 
 
@@ -289,6 +360,29 @@ def _evaluate(problem: Problem) -> tuple[Tensor, ...]:
     except IndexError:
         _selected.check_range(problem.target, problem.logits.shape[problem.settings.dim])
         raise
+
+
+def _of_shard(
+    problem: Problem,
+    process_group: ProcessGroup | None,
+    vocab_start: int | None,
+    num_classes: int | None,
+) -> tuple[Tensor, ...]:
+    """Compute the results where the logits are a shard of the classes."""
+    from . import _parallel, _parallel_selected  # need torch.distributed: see functional
+
+    logits, index, dim = problem.logits, problem.target, problem.settings.dim
+    shard, n_own = _parallel.shard_of(logits.shape[dim], process_group, vocab_start, num_classes)
+    _parallel.check_supported(logits)
+    _selected.check_range(index, shard.n_classes)
+    if n_own < logits.shape[dim]:  # the others are padding
+        problem = problem._replace(logits=logits.narrow(dim, 0, n_own))
+    is_one = index.dim() < logits.dim()
+    if not is_one:
+        return _parallel_selected.evaluate(problem, shard)
+    problem = problem._replace(target=index.unsqueeze(dim))
+    log_probs, *entropy = _parallel_selected.evaluate(problem, shard)
+    return log_probs.squeeze(dim), *entropy
 
 
 def _results(found: tuple[Tensor, ...]) -> Tensor | SelectedLogProbs:
