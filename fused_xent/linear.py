@@ -37,6 +37,7 @@ from ._problem import (
     is_labels_shape,
     labels_shape,
     prepare,
+    row_shape,
 )
 from ._torch_private import are_ordinary, has_values, is_under_torch_func
 from .reference import CrossEntropyStatistics
@@ -609,7 +610,7 @@ def _without_first(problem: Problem, shift: int) -> Tensor:
     logits, token_weight, dim = problem.logits, problem.token_weight, problem.settings.dim
     if token_weight is None:
         acc = accumulation_dtype(logits.dtype)
-        token_weight = logits.new_ones(logits.select(dim, 0).shape, dtype=acc)
+        token_weight = logits.new_ones(row_shape(logits, dim), dtype=acc)
     first, others = token_weight.tensor_split([shift], dim - 1)
     return torch.cat([torch.zeros_like(first), others], dim - 1)
 
