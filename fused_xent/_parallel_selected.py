@@ -119,6 +119,8 @@ def _own_rows(logits: Tensor, index: Index, settings: Settings) -> dict[str, Ten
     with below_autograd():
         found = _ops.selected_log_probs(logits, asked, _own_settings(settings))
     log_probs, state, _, entropy = found
+    # If all logits of the shard are -inf, so is its lse, and its own softmax is NaN.
+    log_probs = log_probs.masked_fill(state[1].isneginf().unsqueeze(dim), -torch.inf)
     log_probs = log_probs.masked_fill(index.own == NO_CLASS, NOT_OWN)
     rows = {"max": state[0], "log_sum": state[1], "log_probs": log_probs}
     return {**rows, "entropy": entropy} if settings.statistics else rows

@@ -325,7 +325,10 @@ def linear_selective_log_softmax(
     if split is None and _needs_all_logits(problem, chunk_rows):
         return _results(_evaluate(problem._replace(logits=layer.logits(dtype))))
     n_labels = index.shape[-1] if index.dim() > len(rows) else 1
-    flat = problem._replace(target=index.reshape(math.prod(rows), n_labels))
+    flat = problem._replace(
+        target=index.reshape(math.prod(rows), n_labels),
+        settings=problem.settings._replace(dim=1),
+    )
     n_hidden = math.prod(input.shape[:-1])
     layer = layer._replace(hidden=layer.hidden.reshape(n_hidden, input.shape[-1]))
     if split is None:
