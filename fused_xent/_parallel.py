@@ -65,7 +65,11 @@ def evaluate(
             weight = weight[:n_own]
         input = input.narrow(dim, 0, n_own)
     tensors = (input, target, weight, token_weight, normalizer, target_indices)
-    return of_shard(prepare(*tensors, statistics, options), shard)
+    problem = prepare(*tensors, statistics, options)
+    if problem.settings.grad_in_forward:  # the gradient needs the maximum and sum of all ranks
+        settings = problem.settings._replace(inplace_backward=True, grad_in_forward=False)
+        problem = problem._replace(settings=settings)
+    return of_shard(problem, shard)
 
 
 def shard_of(
@@ -104,9 +108,10 @@ def shard_of(
 def check_group(process_group: dist.ProcessGroup) -> None:
     """Check that this is a group of processes which this process belongs to."""
     if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a ProcessGroup, got {type(process_group).__name__}")
-    if dist.get_rank(process_group) < 0:
-        raise ValueError("process_group must have this process, got a group without it")
+        raise TypeError(
+            "process_group must be a ProcessGroup that this process belongs to, got "
+            f"{type(process_group).__name__}"
+        )
 
 
 def of_shard(problem: Problem, shard: Shard) -> tuple[Tensor] | CrossEntropyStatistics:
@@ -254,13 +259,14 @@ def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
 
 def _mass(own: Problem) -> Tensor:
     """Return the sum of q over the shard's classes, of sparse labels."""
-    smoothing: Any = own.settings.of_operators.get("label_smoothing", 0.0)
+    smoothing: float = own.settings.of_operators.get("label_smoothing", 0.0)
     sums = label_sums(own)
     if not smoothing:
         return sums
     n_classes = own.logits.shape[own.settings.dim]
     total = n_classes if own.weight is None else own.weight.sum(dtype=torch.float64)
-    return (1 - smoothing) * sums + smoothing / n_classes * total
+    of_smoothing = smoothing / n_classes * total
+    return (1 - smoothing) * sums + of_smoothing
 
 
 def _sent(problem: Problem, local: Local, start: int) -> dict[str, Tensor]:
@@ -515,13 +521,15 @@ class VocabularyParallel(torch.autograd.Function):
             return none
         *tensors, total, state, entropy, others = ctx.saved_tensors
         problem = Problem._make([*tensors, ctx.settings])
-        grad_target = None
+        saved, is_empty = Saved(total, state, entropy), problem.logits.shape[ctx.settings.dim] == 0
+        grad_target = grad_logits = None
         if ctx.needs_input_grad[1] and grad_loss is not None:
-            saved = Saved(total, state, entropy)
-            grad_target = ctx.label * _formulas.target_gradient(problem, saved, grad_loss)
-        grad_logits = None
+            if is_empty:
+                grad_target = torch.zeros_like(problem.target)
+            else:
+                grad_target = ctx.label * _formulas.target_gradient(problem, saved, grad_loss)
         if ctx.needs_input_grad[0]:
-            grad_logits = logits_gradient(problem, Saved(total, state, entropy), upstream, others)
+            grad_logits = logits_gradient(problem, saved, upstream, others)
         return grad_logits, grad_target, *none[2:]
 
 
@@ -531,10 +539,9 @@ def logits_gradient(problem: Problem, saved: Saved, upstream: Upstream, others: 
     The kernels multiply the probabilities by the mass of the shard's labels. What the labels of
     other shards add is a gradient of the lse.
     """
-    logits, settings = problem.logits, problem.settings
+    logits, settings, grad_lse = problem.logits, problem.settings, upstream.lse
     if logits.shape[settings.dim] == 0:
         return torch.zeros_like(logits)
-    grad_lse = upstream.lse
     if upstream.loss is not None:
         g = upstream.loss.to(others.dtype) * problem.token_weight  # type: ignore[operator]
         if settings.reduction == REDUCTIONS["mean"]:
