@@ -75,12 +75,8 @@ __device__ __forceinline__ LabelSums<Acc<T>> sums_of_row(const Arguments& a,
   LabelSums<A> sums;
   for (int first = L::lane(); first < labels.count; first += kLabelBatch * L::kCount) {
     const LabelBatch<T, L> batch(labels, logits, first);
-    A weight[kLabelBatch];
-#pragma unroll
-    for (int u = 0; u < kLabelBatch; ++u) {
-      const bool has_label = batch.y[u] >= 0 && sparse.labels != nullptr;
-      weight[u] = has_label ? labels.weight_of(batch.k(u), batch.y[u]) : A(0);
-    }
+    A weight[kLabelBatch] = {};
+    if (sparse.labels != nullptr) batch.read_weights(labels, weight);
 #pragma unroll
     for (int u = 0; u < kLabelBatch; ++u) {
       sums.is_bad |= batch.y[u] == kOutOfRange;

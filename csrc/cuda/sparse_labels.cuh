@@ -43,7 +43,9 @@ struct LabelsOfRow {
         labels(row_of<const A>(sparse.labels, sparse.labels_layout, row)) {}
 
   __device__ __forceinline__ int class_of(int k) const {
-    const int64_t y = class_of_label(sparse, first + k * sparse.classes_layout.class_stride);
+    return checked(class_of_label(sparse, first + k * sparse.classes_layout.class_stride));
+  }
+  __device__ __forceinline__ int checked(int64_t y) const {
     if (y == sparse.ignore_index) return kNotCounted;
     return 0 <= y && y < a.vocab_size ? static_cast<int>(y) : kOutOfRange;
   }
@@ -61,9 +63,10 @@ struct LabelBatch {
 
   __device__ __forceinline__ LabelBatch(const LabelsOfRow<T>& row, const T* logits, int first)
       : first(first) {
-#pragma unroll
-    for (int u = 0; u < kLabelBatch; ++u) {
-      y[u] = k(u) < row.count ? row.class_of(k(u)) : kNotCounted;
+    if (row.sparse.classes_kind == TargetKind::int64) {
+      read_classes<int64_t>(row);
+    } else {
+      read_classes<int32_t>(row);
     }
 #pragma unroll
     for (int u = 0; u < kLabelBatch; ++u) {
@@ -71,6 +74,34 @@ struct LabelBatch {
     }
   }
   __device__ int k(int u) const { return first + u * L::kCount; }
+  // The labels times their class weights; 0 of those that do not count.
+  __device__ __forceinline__ void read_weights(const LabelsOfRow<T>& row,
+                                               Acc<T> (&weight)[kLabelBatch]) const {
+#pragma unroll
+    for (int u = 0; u < kLabelBatch; ++u) {
+      weight[u] = y[u] < 0 ? Acc<T>(0) : row.labels[k(u) * row.sparse.labels_layout.class_stride];
+    }
+    if (row.a.weight == nullptr) return;
+#pragma unroll
+    for (int u = 0; u < kLabelBatch; ++u) {
+      weight[u] *= y[u] < 0 ? Acc<T>(0) : class_weight<Acc<T>>(row.a, y[u]);
+    }
+  }
+
+ private:
+  template <typename Index>
+  __device__ __forceinline__ void read_classes(const LabelsOfRow<T>& row) {
+    const auto* classes = static_cast<const Index*>(row.sparse.classes) + row.first;
+    Index given[kLabelBatch];
+#pragma unroll
+    for (int u = 0; u < kLabelBatch; ++u) {
+      given[u] = classes[min(k(u), row.count - 1) * row.sparse.classes_layout.class_stride];
+    }
+#pragma unroll
+    for (int u = 0; u < kLabelBatch; ++u) {
+      y[u] = k(u) < row.count ? row.checked(given[u]) : kNotCounted;
+    }
+  }
 };
 
 // ---- labels on one class ----------------------------------------------------------------------
