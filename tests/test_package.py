@@ -23,27 +23,41 @@ LAYERS = {
     "_ops": {"_options", "_problem", "_torch_private"},
     "_formulas": {"_options", "_problem", "reference"},
     "_autograd": {"_formulas", "_ops", "_options", "_problem", "_torch_private", "reference"},
-    "functional": {"_autograd", "_options", "_problem", "_torch_private", "reference"},
+    "_parallel": {
+        *("_autograd", "_formulas", "_ops", "_options", "_problem", "_torch_private", "reference"),
+    },
+    "functional": {
+        *("_autograd", "_options", "_parallel", "_problem", "_torch_private", "reference"),
+    },
     "_linear": {"_formulas", "_ops", "_options", "_problem", "_torch_private"},
     "_linear_autograd": {
         *("_autograd", "_linear", "_ops", "_options", "_problem", "_torch_private", "reference"),
     },
+    "_parallel_linear": {
+        *("_autograd", "_formulas", "_linear", "_linear_autograd", "_options", "_parallel"),
+        *("_problem", "_torch_private", "reference"),
+    },
     "linear": {
-        *("_autograd", "_linear_autograd", "_options", "_problem", "_torch_private", "reference"),
+        *("_autograd", "_linear_autograd", "_options", "_parallel", "_parallel_linear"),
+        *("_problem", "_torch_private", "reference"),
     },
     "_selected": {
         *("_autograd", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),
         *("_torch_private", "reference"),
     },
+    "_parallel_selected": {
+        *("_autograd", "_linear_autograd", "_ops", "_options", "_parallel", "_parallel_linear"),
+        *("_problem", "_torch_private", "reference"),
+    },
     "selected": {
-        *("_autograd", "_linear_autograd", "_options", "_problem", "_selected", "_torch_private"),
-        *("linear", "reference"),
+        *("_autograd", "_linear_autograd", "_options", "_parallel", "_parallel_selected"),
+        *("_problem", "_selected", "_torch_private", "linear", "reference"),
     },
     "_decompositions": {
         *("_autograd", "_formulas", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),
         *("_selected", "reference"),
     },
-    "nn": {"_options", "_torch_private", "functional", "linear"},
+    "nn": {"_options", "_parallel", "_torch_private", "functional", "linear"},
     "__init__": {
         *("_decompositions", "_ops", "functional", "linear", "nn", "reference", "selected"),
     },

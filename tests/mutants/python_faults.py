@@ -16,11 +16,17 @@ OPS = "fused_xent/_ops.py"
 REFERENCE = "fused_xent/reference.py"
 SELECTED = "fused_xent/selected.py"
 SELECTED_AUTOGRAD = "fused_xent/_selected.py"
+PARALLEL_LINEAR = "fused_xent/_parallel_linear.py"
+PARALLEL_SELECTED = "fused_xent/_parallel_selected.py"
 NN = "fused_xent/nn.py"
 MAIN = "fused_xent/__main__.py"
 
 SELECTED_TESTS = "tests/test_selected.py::"
 LINEAR_SELECTED = "tests/test_linear_selected.py::"
+SPLIT_LOSSES = ("tests/test_parallel_linear.py::test_losses[2]",)
+SPLIT_CALLS = ("tests/test_parallel_linear.py::test_calls[2]",)
+SPLIT_SELECTED = ("tests/test_parallel_selected.py::test_selected[2]",)
+SPLIT_ERRORS = ("tests/test_parallel_linear.py::test_errors",)
 TOKENS = ("tests/test_token_weight.py::test_token_weights",)
 CANCEL = ("tests/test_token_weight.py::test_mean_by_weights_that_cancel",)
 POSITION = ("tests/test_token_weight.py::test_position_of_a_target_out_of_range",)
@@ -3928,6 +3934,155 @@ SELECTED_FAULTS = {
     ),
 }
 
+SPLIT_FAULTS = {
+    "chunks of so many rows of each rank": Fault(
+        PARALLEL_LINEAR, "max(1, most // split.n_parts)", "max(1, most)", SPLIT_CALLS
+    ),
+    "chunks by the number of all classes": Fault(
+        PARALLEL_LINEAR,
+        "n_classes = -(-split.shard.n_classes // dist.get_world_size(split.shard.group))",
+        "n_classes = split.shard.n_classes",
+        SPLIT_CALLS,
+    ),
+    "gathered rows are taken in another order": Fault(
+        PARALLEL_LINEAR,
+        "return self._parts(tensor)[:, rows].flatten(0, 1)",
+        "return self._parts(tensor)[:, rows].transpose(0, 1).flatten(0, 1)",
+        SPLIT_LOSSES,
+    ),
+    "rows of chunks are joined one after another": Fault(
+        PARALLEL_LINEAR,
+        "return torch.cat([self._parts(chunk) for chunk in chunks], 1).flatten(0, 1)",
+        "return torch.cat(list(chunks))",
+        SPLIT_LOSSES,
+    ),
+    "padded classes have logits": Fault(
+        PARALLEL_LINEAR,
+        "own = linear_weight[: split.n_own].t()",
+        "own = linear_weight.t()",
+        SPLIT_CALLS,
+    ),
+    "the gradient of padded classes is not written": Fault(
+        PARALLEL_LINEAR,
+        "            self.grad_weight[split.n_own :] = 0\n",
+        "            self.grad_weight[split.n_own :] = torch.nan\n",
+        SPLIT_CALLS,
+    ),
+    "the next chunk's rows are those of this one": Fault(
+        PARALLEL_LINEAR,
+        "of_chunk, (found, work) = found, start(following)",
+        "of_chunk, (found, work) = found, start(slices[0])",
+        SPLIT_LOSSES,
+    ),
+    "autocast rounds float32 logits of split layers": Fault(
+        PARALLEL_LINEAR,
+        "torch.autocast(hidden.device.type, enabled=False)",
+        "torch.autocast(hidden.device.type, torch.bfloat16)",
+        SPLIT_LOSSES,
+        unseen="products that write into given memory are not cast",
+    ),
+    "parts of hidden's gradient are rounded before they are added": Fault(
+        PARALLEL_LINEAR,
+        "product = grad_hidden.new_empty(len(grad_logits), own.shape[1], dtype=self.sums)",
+        "product = grad_hidden.new_empty(len(grad_logits), own.shape[1])",
+        SPLIT_LOSSES,
+    ),
+    "chunks' weight gradients are not added": Fault(
+        PARALLEL_LINEAR, "beta = 0 if rows.start == 0 else 1", "beta = 0", SPLIT_LOSSES
+    ),
+    "the last chunk's sum is not waited for": Fault(
+        PARALLEL_LINEAR,
+        "        self._finish()\n        dtype",
+        "        dtype",
+        SPLIT_LOSSES,
+    ),
+    "hidden's gradient is summed where the caller does that": Fault(
+        PARALLEL_LINEAR,
+        "        if not self.split.reduce_grad_hidden:",
+        "        if False:",
+        SPLIT_CALLS,
+    ),
+    "float16 gradients of split layers are made in forward": Fault(
+        PARALLEL_LINEAR,
+        "is_fused = is_fused and layer.hidden.dtype != torch.float16",
+        "is_fused = is_fused and True",
+        SPLIT_LOSSES,
+        unseen="only gradients below float16's range differ",
+    ),
+    "a second backward of a split layer scales again": Fault(
+        PARALLEL_LINEAR,
+        "gradients, ctx.gradients = ctx.gradients, None",
+        "gradients = ctx.gradients",
+        SPLIT_CALLS,
+    ),
+    "gradients of statistics are left out": Fault(
+        PARALLEL_LINEAR,
+        "if gradients is None or not is_made or any(grad is not None for grad in of_statistics):",
+        "if gradients is None or not is_made:",
+        SPLIT_LOSSES,
+    ),
+    "a split layer takes a graph of gradients": Fault(
+        PARALLEL_LINEAR, "    if torch.is_grad_enabled():\n", "    if False:\n", SPLIT_CALLS
+    ),
+    "the mean divides by this rank's class weights": Fault(
+        PARALLEL_LINEAR,
+        "return _parallel.all_gather(weights.sum(dtype=torch.float64).view(1), shard.group).sum()",
+        "return weights.sum(dtype=torch.float64)",
+        SPLIT_LOSSES,
+    ),
+    "probabilities of a split layer may need a gradient": Fault(
+        PARALLEL_LINEAR, "    if needs_graph(problem.target):", "    if False:", SPLIT_ERRORS
+    ),
+    "rows whose classes are on other ranks are not read": Fault(
+        PARALLEL_SELECTED,
+        "    asked.select(dim, 0).masked_fill_(is_unread, 0)\n",
+        "",
+        SPLIT_SELECTED,
+    ),
+    "a shard of masked classes has no log-probability": Fault(
+        PARALLEL_SELECTED,
+        "log_probs.masked_fill(state[1].isneginf().unsqueeze(dim), -torch.inf)",
+        "log_probs.masked_fill(state[1].isneginf().unsqueeze(dim), 0)",
+        ("tests/test_parallel_selected.py::test_selected[3]",),
+    ),
+    "classes of other ranks add their shard's sums": Fault(
+        PARALLEL_SELECTED,
+        "masked_fill(sent == NOT_OWN, 0)",
+        "masked_fill(sent > 0, 1)",
+        SPLIT_SELECTED,
+    ),
+    "the entropy of padded rows is not 0": Fault(
+        PARALLEL_SELECTED,
+        "entropy = entropy.masked_fill(known.is_bad, torch.nan).masked_fill(~known.kept, 0)",
+        "entropy = entropy.masked_fill(known.is_bad, torch.nan)",
+        SPLIT_SELECTED,
+    ),
+    "selected classes of other ranks have no part in the gradient": Fault(
+        PARALLEL_SELECTED,
+        "others = labels.masked_fill(~known.is_other, 0).sum(dim)",
+        "others = labels.masked_fill(known.is_other, 0).sum(dim)",
+        SPLIT_SELECTED,
+    ),
+    "the gradient is not written over the logits of a chunk": Fault(
+        PARALLEL_SELECTED,
+        "settings = settings._replace(inplace_backward=True)\n",
+        "settings = settings._replace(inplace_backward=False)\n",
+        SPLIT_SELECTED,
+    ),
+    "shift goes on on another rank": Fault(
+        LINEAR,
+        "        _check_sequence_parallel(shift, drop_ignored)\n",
+        "        pass\n",
+        SPLIT_ERRORS,
+    ),
+    "the module's layer has all classes on each rank": Fault(
+        NN,
+        'n_own = -(-num_classes // _n_ranks(options.get("process_group")))',
+        "n_own = num_classes",
+        SPLIT_CALLS,
+    ),
+}
+
 FAULTS = (
     OPTIONS_FAULTS
     | PROBLEM_FAULTS
@@ -3942,6 +4097,7 @@ FAULTS = (
     | OPS_FAULTS
     | REFERENCE_FAULTS
     | SELECTED_FAULTS
+    | SPLIT_FAULTS
     | NN_FAULTS
     | MAIN_FAULTS
 )
