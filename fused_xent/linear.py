@@ -204,10 +204,11 @@ def linear_cross_entropy(
     if ignore_index is not None:
         of_loss["ignore_index"] = ignore_index
     is_default = options is None and logits_dtype is None and chunk_rows is None
-    is_default = is_default and drop_ignored is False and type(shift) is int and shift == 0
+    is_default = is_default and drop_ignored is False
     is_whole = process_group is None and vocab_start is None and num_classes is None
     is_whole = is_whole and sequence_parallel is False and reduce_grad_hidden is True
-    if is_default and is_whole and _is_plain(*tensors, *others):
+    is_default = is_default and is_whole
+    if is_default and type(shift) is int and shift == 0 and _is_plain(*tensors, *others):
         try:
             settings = resolve_once(2, False, tuple(of_loss), *of_loss.values())
             logits = F.linear(input, linear_weight, linear_bias)

@@ -1078,17 +1078,18 @@ LINEAR_FAULTS = {
         LINEAR,
         "    if shift > 0:\n"
         "        problem = problem._replace(token_weight=_without_first(problem, shift))\n"
-        "    check_range(problem)\n",
+        "    check_range(problem, None",
         "    check_range(problem)\n"
         "    if shift > 0:\n"
-        "        problem = problem._replace(token_weight=_without_first(problem, shift))\n",
+        "        problem = problem._replace(token_weight=_without_first(problem, shift))\n"
+        "    check_range(problem, None",
         ("tests/test_linear_errors.py::test_position_of_a_target_out_of_range",),
     ),
     "token weights are not shifted": Fault(
-        LINEAR, "flat(tokens)[shift:]", "flat(tokens)[: n_rows - shift]", SHIFT
+        LINEAR, "flat(tokens)[shift:]", "flat(tokens)[: len(target)]", SHIFT
     ),
     "targets are not shifted": Fault(
-        LINEAR, "flat(problem.target)[shift:]", "flat(problem.target)[: n_rows - shift]", SHIFT
+        LINEAR, "flat(problem.target)[shift:]", "flat(problem.target)[: len(hidden)]", SHIFT
     ),
     "argmax of a dropped row is 0": Fault(
         LINEAR, "restore(argmax, -1)", "restore(argmax)", STATISTICS
@@ -1257,8 +1258,8 @@ LINEAR_FAULTS = {
     ),
     "flattened rows have logits of the layer's dtype": Fault(
         LINEAR,
-        "problem.logits.new_zeros(()).expand(hidden.shape[0],",
-        "hidden.new_zeros(()).expand(hidden.shape[0],",
+        "problem.logits.new_zeros(()).expand(len(target),",
+        "hidden.new_zeros(()).expand(len(target),",
         ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
     ),
     "all logits at once are in the layer's dtype": Fault(
@@ -1578,8 +1579,8 @@ PRODUCTS_FAULTS = {
     ),
     "limits of the other device": Fault(
         PRODUCTS,
-        "(CPU_ROWS, CPU_BYTES) if inputs.hidden.is_cpu else (GPU_ROWS, GPU_BYTES)",
-        "(GPU_ROWS, GPU_BYTES) if inputs.hidden.is_cpu else (CPU_ROWS, CPU_BYTES)",
+        "(CPU_ROWS, CPU_BYTES) if is_cpu else (GPU_ROWS, GPU_BYTES)",
+        "(GPU_ROWS, GPU_BYTES) if is_cpu else (CPU_ROWS, CPU_BYTES)",
         CHUNKS,
     ),
     "the first chunk's gradient adds to what was in memory": Fault(
@@ -1680,14 +1681,14 @@ PRODUCTS_FAULTS = {
     ),
     "the rows' slabs are those of the first": Fault(
         PRODUCTS,
-        "out[slab] = product(one[slab], other, out[slab], beta)",
-        "out[slab] = product(one[slab], other, out[: slab.stop - slab.start], beta)",
+        "out[slab] = multiplied(one[slab], other, out[slab], beta)",
+        "out[slab] = multiplied(one[slab], other, out[: slab.stop - slab.start], beta)",
         ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "the columns' slabs add nothing": Fault(
         PRODUCTS,
-        "out[:, slab] = product(one, other[:, slab], out[:, slab], beta)",
-        "out[:, slab] = product(one, other[:, slab], out[:, slab], 0)",
+        "out[:, slab] = multiplied(one, other[:, slab], out[:, slab], beta)",
+        "out[:, slab] = multiplied(one, other[:, slab], out[:, slab], 0)",
         ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "products of 16 bits are summed in 16 bits": Fault(
@@ -1698,7 +1699,7 @@ PRODUCTS_FAULTS = {
     ),
     "slabs of any length": Fault(
         PRODUCTS,
-        "size = max(1, (GPU_SLAB_BYTES if is_cuda else SLAB_BYTES) // item_bytes)",
+        "size = max(1, (GPU_SLAB_BYTES if is_cuda else SLAB_BYTES) // max(1, item_bytes))",
         "size = length",
         ("tests/test_linear.py::test_slabs_fill_their_byte_limit",),
     ),
@@ -3493,8 +3494,8 @@ NN_FAULTS = {
     ),
     "a linear module of one position": Fault(
         NN,
-        "n_outputs = math.prod(self.out_features, start=num_classes)",
-        "n_outputs = num_classes",
+        "n_outputs = math.prod(self.out_features, start=n_own)",
+        "n_outputs = n_own",
         ("tests/test_nn.py::test_parameters_of_the_linear_module",),
     ),
     "a linear module on the default device": Fault(
@@ -3523,8 +3524,8 @@ NN_FAULTS = {
     ),
     "positions before classes": Fault(
         NN,
-        "shape = (self.num_classes, *self.out_features)",
-        "shape = (*self.out_features, self.num_classes)",
+        "shape = (-1, *self.out_features)",
+        "shape = (*self.out_features, -1)",
         ("tests/test_linear_autograd.py::test_module",),
     ),
     "repr shows defaults": Fault(
@@ -3583,12 +3584,8 @@ NN_FAULTS = {
         NN,
         "            normalizer=normalizer,\n"
         "            target_indices=target_indices,\n"
-        "            **self._options(),\n"
-        "        )\n"
-        "\n"
-        "\n"
-        "def _sig",
-        "            **self._options(),\n        )\n\n\ndef _sig",
+        "            num_classes=",
+        "            num_classes=",
         MODULES,
     ),
     "modules' signatures have no options": Fault(
@@ -3754,7 +3751,7 @@ SELECTED_FAULTS = {
     ),
     "the range is checked with the logits": Fault(
         SELECTED,
-        "    _selected.check_range(index, n_classes)\n",
+        "    _selected.check_range(index, n_classes if split is None else split.shard.n_classes)\n",
         "",
         (f"{LINEAR_SELECTED}test_refused",),
     ),
