@@ -369,8 +369,8 @@ PROBLEM_FAULTS = {
     ),
     "ignore_index of the range is the default": Fault(
         PROBLEM,
-        "n_classes, ignore_index = problem.logits.shape[settings.dim], settings.ignore_index",
-        "n_classes, ignore_index = problem.logits.shape[settings.dim], -100",
+        "    ignore_index = settings.ignore_index\n    index = index.to",
+        "    ignore_index = -100\n    index = index.to",
         TOKENS,
     ),
     "logits not promoted beside float64 probabilities": Fault(
@@ -696,8 +696,8 @@ PROBLEM_FAULTS = {
     ),
     "range of targets by the last dimension": Fault(
         PROBLEM,
-        "n_classes, ignore_index = problem.logits.shape[settings.dim], settings.ignore_index",
-        "n_classes, ignore_index = problem.logits.shape[-1], settings.ignore_index",
+        "n_classes = problem.logits.shape[settings.dim] if n_classes is None else n_classes",
+        "n_classes = problem.logits.shape[-1] if n_classes is None else n_classes",
         ("tests/test_linear.py::test_several_positions_per_row",),
     ),
     "a target that is not a tensor is accepted": Fault(
@@ -928,14 +928,14 @@ FUNCTIONAL_FAULTS = {
     ),
     "subclasses' deprecated arguments are lost": Fault(
         FUNCTIONAL,
-        "cross_entropy, *tensors, size_average=size_average, reduce=reduce, **options",
-        "cross_entropy, *tensors, **options",
+        "return _overridden(cross_entropy, *tensors, **legacy, **options, **of_shard)",
+        "return _overridden(cross_entropy, *tensors, **options, **of_shard)",
         ("tests/test_functional.py::test_torch_function_gets_all_arguments",),
     ),
     "modes take the fast path": Fault(
         FUNCTIONAL,
-        "if is_plain(*tensors) and not (inplace_backward or grad_in_forward):",
-        "if is_plain(*tensors):",
+        "is_whole and is_plain(*tensors) and not (inplace_backward or grad_in_forward):",
+        "is_whole and is_plain(*tensors):",
         ("tests/test_overwriting.py::test_gradient_equals_default_mode_and_overwrites_logits",),
     ),
     "the fast path's errors are the kernels'": Fault(
@@ -943,8 +943,8 @@ FUNCTIONAL_FAULTS = {
     ),
     "the loss alone is computed with statistics": Fault(
         FUNCTIONAL,
-        "    return evaluate(prepare(*tensors, False, options))[0]\n",
-        "    return evaluate(prepare(*tensors, True, options))[0].clone()\n",
+        "    return _evaluate(tensors, False, options, shard)[0]\n",
+        "    return _evaluate(tensors, True, options, shard)[0].clone()\n",
         ("tests/test_autograd.py::test_allocates_only_the_gradient",),
     ),
     "__torch_function__ gets no indices": Fault(
@@ -1907,7 +1907,7 @@ LINEAR_AUTOGRAD_FAULTS = {
     ),
     "correct is the place of the greatest sparse label": Fault(
         AUTOGRAD,
-        "        target = _formulas.top_label(problem)\n",
+        "        target = _formulas.top_label(problem, problem.logits.shape[settings.dim])\n",
         "        target = target.argmax(settings.dim)\n",
         ("tests/test_sparse_labels.py::test_correct",),
     ),
@@ -2796,10 +2796,10 @@ DECOMPOSITIONS_FAULTS = {
         DECOMPOSITIONS, "q = (1 - smoothing) * torch.where(", "q = torch.where(", DECOMPOSED
     ),
     "decomposed focal loss without the rise": Fault(
-        DECOMPOSITIONS, "one_minus_p**gamma * (1 + rise)", "one_minus_p**gamma", DECOMPOSED
+        FORMULAS, "one_minus_p**gamma * (1 + rise)", "one_minus_p**gamma", DECOMPOSED
     ),
     "decomposed focal loss without the mass": Fault(
-        DECOMPOSITIONS,
+        FORMULAS,
         "cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)",
         "cross_entropy.masked_fill(zero, 1)",
         DECOMPOSED,
