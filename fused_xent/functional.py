@@ -127,6 +127,18 @@ def cross_entropy(
             registered after the loss get None. Compiled code cannot raise that error: there
             this option means ``inplace_backward``.
 
+        process_group: the processes that the classes are split over. ``input`` has the classes of
+            this rank, in the order of the ranks; ``weight`` and probabilities of all classes are
+            split like it. Class indices, also those of ``target_indices``, count the classes of all
+            ranks. They and all values of rows are the same on each rank. All ranks must call. One
+            all-gather in the forward sends 12 bytes of each row, up to 8 more with weights,
+            probabilities or smoothing, and up to 16 more for statistics. The backward needs no
+            communication. All ranks get the same bits.
+        vocab_start: this rank's first class, if the ranks have different numbers of classes. A rank
+            may have none. Needs ``num_classes``. None: all ranks have as many as this one.
+        num_classes: the number of classes of all ranks. Classes from there on are padding: they
+            have probability and gradient 0, whatever their logits.
+
     Sparse labels are the top classes of a teacher, or the two labels of an image that mixup or
     CutMix has mixed. Then ``K`` is 2, and the probabilities are ``[lam, 1 - lam]``::
 
@@ -140,6 +152,12 @@ def cross_entropy(
     ``inplace_backward`` and ``grad_in_forward`` need an ``input`` that is not a leaf of the graph.
     They have no effect if no gradient is recorded. ``grad_in_forward`` refuses float16: without a
     loss scale, gradients underflow there.
+
+    With ``process_group``, ``grad_in_forward`` acts as ``inplace_backward``. Refused are gradients
+    of ``weight``, ``token_weight``, ``normalizer`` and sparse labels, gradients of gradients, and
+    ``torch.func``. Instead of ``process_group``, ``input`` may be a ``DTensor``: its placements say
+    how rows and classes are split. Other tensors are then DTensors on its mesh, or plain tensors of
+    the whole, and results are DTensors.
 
     Kernels compute the gradient of ``input``. Torch operations compute those of probabilities,
     ``weight``, ``token_weight`` and ``normalizer``, second derivatives, and everything under
