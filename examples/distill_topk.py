@@ -1,7 +1,7 @@
 """Distil a teacher's top-k log-probabilities into a student, without a log_softmax of all classes.
 
 A teacher with a large vocabulary is stored as its 64 most probable classes for each token and their
-log-probabilities. Four losses train a student on them:
+log-probabilities. Four losses, by two functions, train a student on them:
 
 - ``forward_kl``: KL(teacher || student) of the teacher's top-k, renormalised to sum to 1;
 - ``divergence``: forward KL, reverse KL or Jensen-Shannon divergence of the top-k and the tail, one
@@ -19,6 +19,8 @@ from torch import Tensor
 from fused_xent import cross_entropy, selective_log_softmax
 
 VOCAB_SIZE, K, N_TOKENS, N_FEATURES = 8192, 64, 512, 64
+PADDING = -100  # in top_indices, where a teacher has fewer classes than K
+NEVER = -1e4  # the log-probability of padding: finite, so that 0 times it is 0
 
 
 def forward_kl(logits: Tensor, top_log_probs: Tensor, top_indices: Tensor) -> Tensor:
@@ -26,14 +28,20 @@ def forward_kl(logits: Tensor, top_log_probs: Tensor, top_indices: Tensor) -> Te
 
     ``logits`` (N, V) are the student's; ``top_log_probs`` and ``top_indices`` (N, K) the teacher's.
     """
-    log_q = top_log_probs.float().log_softmax(-1)
+    log_q = without_padding(top_log_probs, top_indices).log_softmax(-1)
     q = log_q.exp()
     return cross_entropy(logits, q, target_indices=top_indices) + (q * log_q).sum(-1).mean()
 
 
+def without_padding(log_probs: Tensor, top_indices: Tensor) -> Tensor:
+    """Return log-probabilities in float32, in which padding has none."""
+    return log_probs.float().masked_fill(top_indices == PADDING, NEVER)
+
+
 def with_tail(log_probs: Tensor) -> Tensor:
     """Add the log-probability of all other classes: (N, K) becomes (N, K + 1)."""
-    inside = log_probs.float().logsumexp(-1, keepdim=True).clamp(max=-1e-6)
+    # Rounding may leave nothing for the others, whose logarithm would be -inf.
+    inside = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-6)
     return torch.cat([log_probs, torch.log(-torch.expm1(inside))], -1)
 
 
@@ -44,8 +52,9 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def divergence(kind: str, logits: Tensor, top_log_probs: Tensor, top_indices: Tensor) -> Tensor:
     """Return the mean divergence between teacher and student over the top-k and the tail."""
-    log_q = with_tail(top_log_probs)
-    log_p = with_tail(selective_log_softmax(logits, top_indices))
+    log_q = with_tail(without_padding(top_log_probs, top_indices))
+    log_p = selective_log_softmax(logits, top_indices)
+    log_p = with_tail(without_padding(log_p, top_indices))
     if kind == "forward":
         return kl(log_q, log_p).mean()
     if kind == "reverse":

@@ -186,15 +186,18 @@ def _check_target(
         raise ValueError(
             f"target must have shape {tuple(rows)} (class indices) or {tuple(input.shape)} "
             f"(probabilities) for logits of shape {tuple(input.shape)} with their classes in "
-            f"dimension {dim}, got {tuple(shape)}: {_target_hint(target, rows)}"
+            f"dimension {dim}, got {tuple(shape)}: {_target_hint(target, input, dim)}"
         )
 
 
-def _target_hint(target: Tensor, rows: Sequence[int]) -> str:
-    ones = [d for d in range(target.dim()) if target.shape[:d] + target.shape[d + 1 :] == rows]
+def _target_hint(target: Tensor, input: Tensor, dim: int) -> str:
+    shape, rows = target.shape, row_shape(input, dim)
+    ones = [d for d, size in enumerate(shape) if size == 1 and shape[:d] + shape[d + 1 :] == rows]
     if ones:
         return f"target.squeeze({ones[0]}) has the shape of class indices"
-    return "for classes elsewhere, see dim"
+    if target.dim() == input.dim() and row_shape(target, dim) == rows:
+        return SPARSE_HINT
+    return "if the classes are in another dimension, pass dim"
 
 
 def check_probabilities(target: Tensor, shape: str) -> None:
@@ -229,6 +232,12 @@ def _check_sparse_labels(input: Tensor, target: Tensor, target_indices: Tensor, 
             f"target must have target_indices' shape {tuple(target_indices.shape)}, one "
             f"probability for each index, got {tuple(target.shape)}"
         )
+
+
+# Of probabilities of some classes without their classes.
+SPARSE_HINT = (
+    "for the probabilities of K classes in each row, pass their classes by name, as target_indices"
+)
 
 
 def is_labels_shape(shape: Sequence[int], before: Sequence[int], after: Sequence[int]) -> bool:

@@ -98,16 +98,17 @@ def cross_entropy(
         normalizer: the divisor of ``mean``, a finite number or a tensor of one number. For one part
             of a batch (a micro-batch, or the rows of one process) pass the divisor of the whole
             batch: without weights, its number of rows that are not ignored. A mean by 0 is NaN.
-        target_indices: sparse labels: the classes (int64 or int32) of the probabilities in
-            ``target``, of ``target``'s shape. That is ``input``'s shape with ``K`` in the place of
-            ``C``, ``K`` from 1 to 1024: ``(N, K)`` for logits ``(N, C)``, ``(N, K, d1, ..., dk)``
-            for ``(N, C, d1, ..., dk)``. All other classes have probability 0: the loss is that of
-            ``torch.zeros_like(input).scatter_add(dim, target_indices, target)``, which is never
-            stored. So the probabilities of a repeated class add up, and nothing is normalized. An
-            index equal to ``ignore_index``, which may be any integer here, is padding: it adds
-            nothing. A row of padding alone counts in ``mean`` like a row whose probabilities are
-            all 0; to leave it out, give it a ``token_weight`` of 0. Probabilities of any
-            floating-point dtype are used in float32, or in float64 for float64 logits.
+        target_indices: sparse labels: the class of each probability in ``target``, int64 or int32.
+            Both have ``input``'s shape with ``K`` in the place of ``C``, ``K`` from 1 to 1024:
+            ``(N, K)`` for logits ``(N, C)``, ``(N, K, d1, ..., dk)`` for ``(N, C, d1, ..., dk)``.
+            All other classes have probability 0. The loss is that of the dense probabilities
+            ``torch.zeros(input.shape).scatter_add(dim, target_indices, target)``, which are never
+            stored. The probabilities of a repeated class are added. They need not sum to 1, and are
+            not normalized. An index equal to ``ignore_index``, which may be any integer here, is
+            padding: its probability is not used, and may be NaN. A row that is all padding still
+            counts in ``mean``, and has a loss with ``label_smoothing`` or z-loss. To leave a row
+            out, give it a ``token_weight`` of 0. Probabilities of any floating-point dtype are used
+            in float32, or in float64 for float64 logits.
         lse_square_scale: factor of the z-loss; class weights do not apply to it; in [0, 1e30].
         softcap: a number in [1e-30, 1e30]; None: no cap.
         logit_scale: a number in [1e-30, 1e30]. To learn a scale, multiply the logits by it.

@@ -26,6 +26,7 @@ from ._options import (
     resolve_once,
 )
 from ._problem import (
+    SPARSE_HINT,
     Problem,
     accumulation_dtype,
     check_dense,
@@ -441,11 +442,15 @@ def _check_target(
                 "to leave rows out, give them a token_weight of 0"
             )
     elif target.shape != of_indices:
-        is_shifted = shift and target.shape == (*_shifted(rows, shift), *classes[1:])
+        hint = ""
+        if shift and target.shape == (*_shifted(rows, shift), *classes[1:]):
+            hint = _hint(shift)
+        elif is_labels_shape(target.shape, tuple(rows), tuple(classes[1:])):
+            hint = f": {SPARSE_HINT}"
         raise ValueError(
             f"target must have shape {of_indices} (class indices) or {of_probabilities} "
             f"(probabilities) for input's rows and linear_weight's classes, got "
-            f"{tuple(target.shape)}{_hint(shift) if is_shifted else ''}"
+            f"{tuple(target.shape)}{hint}"
         )
 
 

@@ -49,7 +49,7 @@ class _Selected(NamedTuple):
 
 
 class SelectedLogProbs(_Selected):
-    """What :func:`fused_xent.selective_log_softmax` returns with ``with_entropy=True``."""
+    """``(log_probs, entropy)``: see :func:`fused_xent.selective_log_softmax`."""
 
     __slots__ = ()
 

@@ -91,20 +91,22 @@ def selective_log_softmax(
 ) -> Tensor | SelectedLogProbs:
     r"""Log-probabilities of selected classes, from one pass over the logits.
 
-    Equivalent to ``input.log_softmax(dim).gather(dim, index)``, which writes and reads the
-    log-probabilities of all classes. The gradient is one more read of the logits and one write. No
-    other memory of the logits' size is needed.
+    Equivalent to ``input.log_softmax(dim).gather(dim, index)``, or for one class in each row to
+    ``input.log_softmax(dim).gather(dim, index.unsqueeze(dim)).squeeze(dim)``, but without storing
+    the log-probabilities of all classes. The backward reads the logits once more and writes the
+    gradient.
 
-    The results are never rounded to 16 bits: in bfloat16, a log-probability of -8 is rounded by up
-    to 0.03, so that the ratio of two policies' probabilities, the exponential of a difference, is
-    off by 3 %. As the probability approaches 1, log-probabilities keep their relative precision.
+    The results are never rounded to 16 bits. In bfloat16, a log-probability of -8 is rounded by up
+    to 0.03: the ratio of two policies' probabilities would be off by up to 3 %. As the probability
+    approaches 1, log-probabilities keep their relative precision.
 
     Args:
         input: logits of any dimensions and strides; float32, float64, bfloat16 or float16.
-        index: classes, int64 or int32: ``input``'s shape without the class dimension, for one class
-            in each row, or with ``K`` in its place, for ``K`` from 1 to 1024. Classes may repeat.
-            -100 is padding: its log-probability is 0, without a gradient. Rows of padding only are
-            left out: their logits may hold anything, and their gradient is 0.
+        index: classes, int64 or int32. One class in each row: ``input``'s shape without dimension
+            ``dim``. ``K`` classes in each row, ``K`` from 1 to 1024: ``input``'s shape with size
+            ``K`` in dimension ``dim``. Classes may repeat. -100 is padding: its log-probability is
+            0, without a gradient. Rows of padding only are left out: their logits may hold
+            anything, their gradient and their entropy are 0.
         dim: the dimension of the classes.
         softcap: cap of the logits, as in :func:`fused_xent.cross_entropy`; None: no cap.
         logit_scale: factor of the logits: 1 / temperature.
@@ -248,8 +250,11 @@ def linear_selective_log_softmax(
 
     Equivalent to :func:`fused_xent.selective_log_softmax` of :func:`torch.nn.functional.linear`,
     but the logits are never all stored: the forward computes them one chunk of rows at a time, and
-    the backward computes them again. That makes four matrix products in total, and needs the
-    memory of one chunk besides the gradients.
+    the backward computes them again. This takes four matrix products instead of three. Besides the
+    gradients, it needs the memory of one chunk.
+
+    For next tokens pass ``input[:, :-1]`` and ``labels[:, 1:]``. Rows of padding take part in the
+    matrix products: their hidden states must be finite. To skip them, select the other rows first.
 
     Args:
         input: hidden states, ``(H,)``, ``(N, H)`` or with any more dimensions of rows, such as
@@ -274,8 +279,8 @@ def linear_selective_log_softmax(
         reduce_grad_hidden: the gradient of ``input`` is the sum over the ranks. False: it is this
             rank's part.
 
-    :func:`fused_xent.selective_log_softmax` describes what is not described here. All logits are
-    stored for gradients of gradients, and under ``torch.func`` and forward-mode differentiation.
+    For everything else, see :func:`fused_xent.selective_log_softmax`. All logits are stored for
+    gradients of gradients, and under ``torch.func`` and forward-mode differentiation.
 
     Returns:
         Log-probabilities of ``index``'s shape: float64 for float64 logits, float32 for all others.

@@ -43,14 +43,17 @@ def teacher_and_student():
     torch.manual_seed(0)
     teacher = (3 * torch.randn(6, 50)).log_softmax(-1)
     top_log_probs, top_indices = teacher.topk(7)
+    top_indices[1, 4:] = top_indices[2, 1:] = -100
+    top_log_probs[1, 4:], top_log_probs[2, 1:] = -torch.inf, 0
     return torch.randn(6, 50, requires_grad=True), top_log_probs, top_indices
 
 
 def test_forward_kl_is_that_of_dense_probabilities(teacher_and_student):
     logits, top_log_probs, top_indices = teacher_and_student
     (wide,) = wide_copies(logits)
-    top = top_log_probs.double().softmax(-1)
-    dense = torch.zeros_like(wide).scatter(-1, top_indices, top)
+    is_padding = top_indices == -100
+    top = top_log_probs.double().masked_fill(is_padding, -torch.inf).softmax(-1)
+    dense = torch.zeros_like(wide).scatter_add(-1, top_indices.clamp(min=0), top)
     wanted = F.kl_div(wide.log_softmax(-1), dense, reduction="batchmean")
     loss = load("distill_topk").forward_kl(logits, top_log_probs, top_indices)
     check(loss, wanted, [logits], [wide])
@@ -58,12 +61,13 @@ def test_forward_kl_is_that_of_dense_probabilities(teacher_and_student):
 
 def dense_divergence(kind, logits, top_log_probs, top_indices):
     """Return the divergence of distributions over the top-k and one class for all others."""
-    q = top_log_probs.double().exp()
-    p = logits.softmax(-1).gather(-1, top_indices)
+    is_padding = top_indices == -100
+    q = top_log_probs.double().exp().masked_fill(is_padding, 0)
+    p = logits.softmax(-1).gather(-1, top_indices.clamp(min=0)).masked_fill(is_padding, 0)
     q, p = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (q, p))
 
     def kl(p, q):
-        return (p * (p / q).log()).sum(-1).mean()
+        return torch.special.xlogy(p, p / torch.where(q == 0, 1, q)).sum(-1).mean()
 
     m = (p + q) / 2
     values = {"forward": kl(q, p), "reverse": kl(p, q), "jsd": (kl(p, m) + kl(q, m)) / 2}

@@ -647,7 +647,7 @@ PROBLEM_FAULTS = {
         TOKENS,
     ),
     "the remedy for a target's shape is lost": Fault(
-        PROBLEM, 'return "for classes elsewhere, see dim"', 'return ""', FULL
+        PROBLEM, 'return "if the classes are in another dimension, pass dim"', 'return ""', FULL
     ),
     "the dimension in a message is the last": Fault(
         PROBLEM, 'f"dimension {dim}, got', 'f"dimension {input.dim() - 1}, got', FULL
