@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kLabelThreads)
 
 // ---- gradients and log-probabilities ----------------------------------------------------------
 
-// The rounding of a softcap may put a logit above the row's maximum.
+// Beside label smoothing, whose rows have a maximum of faster arithmetic, the rounding of a softcap
+// may put a logit above it.
 template <typename A>
 __device__ __forceinline__ A limited(A z, A max) {
   return z > max ? max : z;
