@@ -307,11 +307,11 @@ IN_FULL = {  # with the remedy
     "(4, 9) with their classes in dimension 1, got (4, 3): for the probabilities of K classes in "
     "each row, pass their classes by name, as target_indices": {"target": torch.ones(4, 3)},
     "target must have shape (4,) (class indices) or (4, 9) (probabilities) for logits of shape "
-    "(4, 9) with their classes in dimension 1, got (9,): if the classes are in another dimension, pass "
-    "dim": {"target": torch.arange(9)},
+    "(4, 9) with their classes in dimension 1, got (9,): if the classes are in another "
+    "dimension, pass dim": {"target": torch.arange(9)},
     "target must have shape (9,) (class indices) or (4, 9) (probabilities) for logits of shape "
-    "(4, 9) with their classes in dimension 0, got (4,): if the classes are in another dimension, pass "
-    "dim": {"dim": -2},
+    "(4, 9) with their classes in dimension 0, got (4,): if the classes are in another "
+    "dimension, pass dim": {"dim": -2},
     "target must hold floating-point probabilities where it has input's shape (4, 9), got "
     "torch.int64": {"target": PROBABILITIES.long()},
     "ignore_index must be negative (without effect) where target holds probabilities, got 3: to "
