@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -87,6 +88,13 @@ def prepare(
     if settings.inplace_backward or settings.grad_in_forward:
         check_overwritable(problem)
     return problem
+
+
+def has_dtensor(*tensors: Any) -> bool:
+    """Return True if one of the tensors is a DTensor. Whoever has one has imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    of_dtensors = getattr(module, "DTensor", ())
+    return any(isinstance(tensor, of_dtensors) for tensor in tensors)
 
 
 def is_autocast(tensor: Tensor) -> bool:

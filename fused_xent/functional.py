@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from ._autograd import evaluate, evaluate_plain, is_plain
 from ._options import CALL_ERRORS, StatisticsOptions, check_names, resolve_once
-from ._problem import Arguments, prepare
+from ._problem import Arguments, has_dtensor, prepare
 from ._torch_private import legacy_reduction
 from .reference import CrossEntropyStatistics
 
@@ -256,6 +256,10 @@ def _evaluate(
     tensors: Arguments, statistics: bool, options: dict[str, Any], shard: tuple[Any, ...]
 ) -> tuple[Tensor] | CrossEntropyStatistics:
     """Return the loss, or all statistics, of all classes or of a shard of them."""
+    if has_dtensor(*tensors):
+        from . import _dtensor
+
+        return _dtensor.evaluate(tensors, statistics, options, shard)
     if shard == (None, None, None):
         return evaluate(prepare(*tensors, statistics, options))
     from . import _parallel  # needs torch.distributed, which some builds of torch lack
