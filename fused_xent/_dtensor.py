@@ -1,4 +1,4 @@
-"""Losses of DArguments: the placements of the logits say what each process computes.
+"""Losses of DTensors: the placements of the logits say what each process computes.
 
 For each dimension of the device mesh: where it shards the classes, its processes compute the loss
 of a split vocabulary together (see _parallel.py). Where it shards rows, each process has rows of
@@ -8,6 +8,7 @@ logits are replicated, each process computes the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,20 +18,39 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from . import _autograd, _parallel
-from ._options import REDUCTIONS, Settings, resolve
-from ._problem import Arguments, accumulation_dtype, check_dense, prepare, row_shape
+from ._options import DEFAULTS, REDUCTION_NAMES, Settings, resolve
+from ._problem import Arguments, check_dense, is_autocast, prepare, row_shape
 from ._torch_private import memory_of
 from .reference import CrossEntropyStatistics
 
 Placements = tuple[Placement, ...]
-NAMES = ("input", "target", "weight", "token_weight", "normalizer", "target_indices")
+Results = tuple[Tensor] | CrossEntropyStatistics
 INPLACE = ("inplace_backward", "grad_in_forward")
+OF_SHARD = ("process_group", "vocab_start", "num_classes")
+OF_LAYER = ("linear_weight", "linear_bias")
+# What to do with a sharded weight. Its full_tensor() is no remedy: the gradient would be wrong.
+ADVICE = (
+    ": if fully_shard has sharded it, call the loss in the forward of the module that was passed "
+    "to fully_shard, where it is whole (for LinearCrossEntropyLoss, pass it or its linear); for "
+    "tensor parallelism pass input as a DTensor too, or the local weight with process_group"
+)
+
+
+class Labels(NamedTuple):
+    """The tensors of a loss beside its logits, as users pass them."""
+
+    target: Any
+    weight: Any
+    token_weight: Any
+    normalizer: Any
+    target_indices: Any
 
 
 class Layout(NamedTuple):
     """The placements of a loss's tensors, one for each dimension of the mesh."""
 
     mesh: DeviceMesh
+    dim: int  # of the classes, in the logits
     logits: Placements  # also of probabilities of all classes
     labels: Placements  # of sparse labels, which have dimensions as the logits
     rows: Placements  # of one number a row
@@ -47,38 +67,44 @@ class Layout(NamedTuple):
         """The placements of what all processes have as a whole."""
         return (Replicate(),) * self.mesh.ndim
 
+    def shard(self, n_classes: int) -> _parallel.Shard | None:
+        """Return the classes of this process if they are split."""
+        for mesh_dim, placement in enumerate(self.classes):
+            if placement.is_shard():
+                start, _ = self._chunk(n_classes, mesh_dim)
+                return _parallel.Shard(self.mesh.get_group(mesh_dim), start, n_classes)
+        return None
 
-def layout_of(input: DTensor, dim: int) -> Layout:
-    """Return the layout of the tensors of a loss, given its logits."""
-    mesh, placements = input.device_mesh, input.placements
-    if mesh.get_coordinate() is None:
-        raise ValueError(f"input must be on a mesh with this process, got {mesh}")
-    whole = Replicate()
-    for placement in placements:
-        if placement.is_partial():
-            wanted = [whole if p.is_partial() else p for p in placements]
-            raise ValueError(
-                f"input must not be Partial, got placements {placements}: sum it up first, by "
-                f"input.redistribute(placements={wanted})"
-            )
-        if type(placement) not in (Shard, Replicate):
-            raise ValueError(f"input must be placed by Shard and Replicate, got {placement}")
+    def own_rows(self, shape: Sequence[int]) -> torch.Size:
+        """Return the shape of this process's part of one number a row."""
+        own = list(shape)
+        for mesh_dim, placement in enumerate(self.rows):
+            if isinstance(placement, Shard):
+                _, own[placement.dim] = self._chunk(own[placement.dim], mesh_dim)
+        return torch.Size(own)
+
+    def _chunk(self, size: int, mesh_dim: int) -> tuple[int, int]:
+        """Return start and length of this process's part: DTensors are split as by torch.chunk."""
+        coordinate: Any = self.mesh.get_coordinate()  # not None: _check_input has checked
+        most = -(-size // self.mesh.size(mesh_dim))
+        start = min(coordinate[mesh_dim] * most, size)
+        return start, min(most, size - start)
+
+
+def layout_of(mesh: DeviceMesh, placements: Placements, dim: int) -> Layout:
+    """Return the layout of the tensors of a loss, given the placements of its logits."""
     is_class = [placement.is_shard(dim) for placement in placements]
     if sum(is_class) > 1:
         raise ValueError(
             "input must have its classes sharded over one dimension of the mesh, got placements "
             f"{placements}: gather them over the others, by input.redistribute(placements=...)"
         )
-    labels = tuple(whole if place.is_shard(dim) else place for place in placements)
+    whole, pairs = Replicate(), list(zip(placements, is_class, strict=True))
+    labels = tuple(whole if of_class else placement for placement, of_class in pairs)
     rows = tuple(_of_row(placement, dim) for placement in labels)
-    return Layout(
-        mesh,
-        placements,
-        labels,
-        rows,
-        classes=tuple(Shard(0) if of_class else whole for of_class in is_class),
-        sums=tuple(Partial() if placement.is_shard() else whole for placement in rows),
-    )
+    classes = tuple(Shard(0) if of_class else whole for of_class in is_class)
+    sums = tuple(Partial() if placement.is_shard() else whole for placement in rows)
+    return Layout(mesh, dim, placements, labels, rows, classes, sums)
 
 
 def _of_row(placement: Placement, dim: int) -> Placement:
@@ -88,75 +114,132 @@ def _of_row(placement: Placement, dim: int) -> Placement:
     return Shard(placement.dim - (placement.dim > dim))
 
 
+# ---- losses --------------------------------------------------------------------------------------
+
+
 def evaluate(
     tensors: Arguments, statistics: bool, options: dict[str, Any], of_shard: tuple[Any, ...]
-) -> tuple[Tensor] | CrossEntropyStatistics:
-    """Check the arguments and return the loss, or all statistics, as DArguments."""
-    input = tensors[0]
-    _check_are_dtensors(tensors, of_shard)
+) -> Results:
+    """Check the arguments and return the loss, or all statistics, as DTensors."""
+    input, labels = tensors[0], Labels(*tensors[1:])
+    _check_input(input, labels._asdict())
+    _check_of_shard(of_shard)
     settings = resolve(input.dim(), statistics, options)
-    layout = layout_of(input, settings.dim)
-    check_dense("target", tensors[1])
-    _check_whole(tensors, settings, options, layout)
+    layout = layout_of(input.device_mesh, input.placements, settings.dim)
+    _check_labels(labels, input.shape, layout)
+    _check_whole(tensors, statistics, options)
+    own = _own(labels, labels.target.shape == input.shape, layout)
+    reduction = REDUCTION_NAMES[settings.reduction]
+    if _needs_divisor(labels, reduction, layout):
+        own = own._replace(normalizer=_divisor(labels, own, settings.ignore_index, layout))
     if settings.grad_in_forward:  # autograd would not notice later uses of the DTensor
         options = {**options, "grad_in_forward": False, "inplace_backward": True}
-    problem = prepare(*_own(tensors, settings, layout), statistics, options)
-    mesh_dims = [i for i, placement in enumerate(layout.classes) if placement.is_shard()]
-    if mesh_dims:
-        shard = _shard(layout.mesh, mesh_dims[0], input.shape[settings.dim])
-        results = _parallel.of_shard(problem, shard)
-    else:
-        results = _autograd.evaluate(problem)
-    loss, *of_rows = results
-    shape = row_shape(input, settings.dim)
-    if settings.reduction == REDUCTIONS["none"]:
-        loss = _of_all_rows(loss, shape, layout)
+    problem = prepare(_local_logits(input, settings), *own, statistics, options)
+    shard = layout.shard(input.shape[settings.dim])
+    results = _autograd.evaluate(problem) if shard is None else _parallel.of_shard(problem, shard)
+    return _distributed(results, row_shape(input, settings.dim), reduction, layout)
+
+
+def evaluate_linear(
+    function: Callable[..., Results],
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    linear_bias: Any,
+    *others: Any,
+    statistics: bool,
+    **options: Any,
+) -> Results:
+    """Return the loss, or all statistics, of hidden states and a linear layer, as DTensors.
+
+    ``function`` computes those of plain tensors.
+    """
+    labels = Labels(target, *others)
+    layer = dict(zip(OF_LAYER, (linear_weight, linear_bias), strict=True))
+    _check_input(input, {**layer, **labels._asdict()})
+    _check_of_shard([options.pop(name, None) for name in OF_SHARD])
+    layout = _layout_of_layer(input, linear_weight)
+    shift, reduction = options.get("shift", 0), options.get("reduction", "mean")
+    if shift and any(placement.is_shard(layout.dim - 1) for placement in layout.rows):
+        raise ValueError(
+            f"shift must be 0 where input's sequences are sharded, got {shift}: other processes "
+            "have the next labels, so shift the target before"
+        )
+    logits = torch.Size([*input.shape[:-1], *linear_weight.shape[:-1]])
+    _check_labels(labels, logits, layout)
+    tensors = (input, linear_weight, target, linear_bias, *others)
+    whole = function(*_of_layer_without_memory(tensors), statistics=statistics, **options)
+    own = _own(labels, target.shape == logits, layout)
+    if _needs_divisor(labels, reduction, layout):
+        ignore_index = options.get("ignore_index")
+        ignore_index = DEFAULTS["ignore_index"] if ignore_index is None else ignore_index
+        counted = _without_first(own, shift, layout)
+        own = own._replace(normalizer=_divisor(labels, counted, ignore_index, layout))
+    shard = layout.shard(linear_weight.shape[0])
+    if shard is not None:
+        options |= dict(zip(OF_SHARD, shard, strict=True))
+    hidden = _local(input, layout.rows, layout)
+    weight, bias = (_local(tensor, layout.classes, layout) for tensor in layer.values())
+    tensors = (hidden, weight, own.target, bias, *own[1:])
+    results = function(*tensors, statistics=statistics, **options)
+    return _distributed(results, whole[-1].shape, reduction, layout)
+
+
+def _layout_of_layer(input: DTensor, linear_weight: Any) -> Layout:
+    """Return the layout of the loss of a linear layer.
+
+    Where a dimension of the mesh shards rows and classes (sequence parallelism), the rows are
+    gathered over it.
+    """
+    features = input.dim() - 1  # in the logits, the classes
+    of_weight: Placements = (Replicate(),) * input.device_mesh.ndim
+    if isinstance(linear_weight, DTensor):
+        _check_placements("linear_weight", linear_weight)
+        of_weight = linear_weight.placements
+    for name, tensor, is_wrong in (
+        ("input", input, [place.is_shard(features) for place in input.placements]),
+        ("linear_weight", linear_weight, [p.is_shard() and not p.is_shard(0) for p in of_weight]),
+    ):
+        if any(is_wrong):
+            raise ValueError(
+                f"{name} must not have its features sharded, got placements {tensor.placements}: "
+                f"gather them, by {name}.redistribute(placements=...)"
+            )
+    pairs = zip(input.placements, of_weight, strict=True)
+    logits = tuple(Shard(features) if weight.is_shard() else rows for rows, weight in pairs)
+    return layout_of(input.device_mesh, logits, features)
+
+
+def _distributed(results: Results, rows: torch.Size, reduction: str, layout: Layout) -> Results:
+    """Return the results of all processes as DTensors, given those of this one."""
+    strides = torch.empty(rows, device="meta").stride()
+
+    def of_rows(values: Tensor) -> Tensor:
+        return DTensor.from_local(values, layout.mesh, layout.rows, shape=rows, stride=strides)
+
+    loss, *others = results
+    if reduction == "none":
+        loss = of_rows(loss)
     else:
         loss = DTensor.from_local(loss, layout.mesh, layout.sums)
-    if not statistics:
-        return (loss,)
-    return CrossEntropyStatistics(loss, *(_of_all_rows(row, shape, layout) for row in of_rows))
-
-
-def _shard(mesh: DeviceMesh, mesh_dim: int, n_classes: int) -> _parallel.Shard:
-    """Return the classes of this process: DArguments are split as torch.chunk splits."""
-    coordinate: Any = mesh.get_coordinate()  # not None: layout_of has checked
-    size = -(-n_classes // mesh.size(mesh_dim))
-    start = min(coordinate[mesh_dim] * size, n_classes)
-    return _parallel.Shard(mesh.get_group(mesh_dim), start, n_classes)
-
-
-def _of_all_rows(values: Tensor, shape: torch.Size, layout: Layout) -> DTensor:
-    """Return a DTensor of a shape, one number a row, given those of this process."""
-    strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(values, layout.mesh, layout.rows, shape=shape, stride=strides)
+    return CrossEntropyStatistics(loss, *map(of_rows, others)) if others else (loss,)
 
 
 # ---- the tensors of one process ------------------------------------------------------------------
 
 
-def _own(tensors: Arguments, settings: Settings, layout: Layout) -> Arguments:
+def _own(labels: Labels, is_dense: bool, layout: Layout) -> Labels:
     """Return what this process has of each tensor."""
-    input, target, weight, token_weight, normalizer, target_indices = tensors
-    of_target = layout.rows
-    if target_indices is not None:
+    of_target = layout.logits if is_dense else layout.rows
+    if labels.target_indices is not None:
         of_target = layout.labels
-    elif target.shape == input.shape:
-        of_target = layout.logits
-    target = _local(target, of_target, layout)
-    token_weight = _local(token_weight, layout.rows, layout)
-    if normalizer is None and layout.has_own_rows and settings.reduction == REDUCTIONS["mean"]:
-        weight_of_all = None if target.is_floating_point() else _local(weight, layout.whole, layout)
-        normalizer = _total_weight(input, target, weight_of_all, token_weight, settings, layout)
-    elif isinstance(normalizer, Tensor):
-        normalizer = _local(normalizer, layout.whole, layout)
-    return (
-        _local_logits(input, settings),
-        target,
-        _local(weight, layout.classes, layout),
-        token_weight,
-        normalizer,
-        _local(target_indices, layout.labels, layout),
+    is_tensor = isinstance(labels.normalizer, Tensor)
+    return Labels(
+        _local(labels.target, of_target, layout),
+        _local(labels.weight, layout.classes, layout),
+        _local(labels.token_weight, layout.rows, layout),
+        _local(labels.normalizer, layout.whole, layout) if is_tensor else labels.normalizer,
+        _local(labels.target_indices, layout.labels, layout),
     )
 
 
@@ -170,9 +253,8 @@ def _local(tensor: Any, placements: Placements, layout: Layout) -> Any:
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, layout.mesh, layout.whole)
     pairs = zip(placements, layout.sums, strict=True)
-    grads = [of_sum if of_sum.is_partial() and p.is_replicate() else p for p, of_sum in pairs]
-    tensor = tensor.redistribute(layout.mesh, placements)
-    return _waited(tensor.to_local(grad_placements=grads))
+    grads = [of_sum if of_sum.is_partial() and not p.is_shard() else p for p, of_sum in pairs]
+    return _waited(tensor.redistribute(placements=placements).to_local(grad_placements=grads))
 
 
 def _waited(local: Any) -> Any:
@@ -180,41 +262,58 @@ def _waited(local: Any) -> Any:
     return local.wait() if hasattr(local, "wait") else local
 
 
-def _total_weight(
-    input: DTensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    settings: Settings,
-    layout: Layout,
-) -> Tensor:
-    """Return the divisor of the mean over the rows of all processes. ``weight`` is of all classes.
+def _needs_divisor(labels: Labels, reduction: str, layout: Layout) -> bool:
+    return reduction == "mean" and labels.normalizer is None and layout.has_own_rows
 
-    Each process's own divisor would be wrong: they may ignore different numbers of rows.
+
+def _divisor(labels: Labels, own: Labels, ignore_index: Any, layout: Layout) -> Tensor:
+    """Return the divisor of the mean: the weights of the rows of all processes.
+
+    A process's own divisor would be wrong: they may ignore different numbers of rows.
     """
+    target, weights = own.target, own.token_weight
     is_index = not target.is_floating_point()
-    weights: Any = token_weight
-    if token_weight is None:
-        shape = target.shape if is_index else row_shape(target, settings.dim)
-        weights = target.new_ones(shape, dtype=accumulation_dtype(input.dtype))
+    if weights is None:
+        shape = target.shape if is_index else row_shape(target, layout.dim)
+        weights = target.new_ones(shape, dtype=torch.float64)
     if is_index:
         classes = target.long()
-        is_left_out = (classes == settings.ignore_index) | (weights == 0)
-        if weight is not None and weight.numel() > 0:
-            weights = weights * weight[classes.clamp(0, weight.numel() - 1)]
+        is_left_out = (classes == ignore_index) | (weights == 0)
+        of_classes = _local(labels.weight, layout.whole, layout)  # all classes, not only a shard's
+        if of_classes is not None and of_classes.numel() > 0:
+            weights = weights * of_classes[classes.clamp(0, of_classes.numel() - 1)]
         weights = weights.masked_fill(is_left_out, 0)
-    own = DTensor.from_local(weights.sum(dtype=torch.float64), layout.mesh, layout.sums)
-    return _local(own, layout.whole, layout)  # type: ignore[no-any-return]
+    total = DTensor.from_local(weights.sum(dtype=torch.float64), layout.mesh, layout.sums)
+    placements = list(layout.sums)
+    for mesh_dim in range(layout.mesh.ndim):  # one by one: torch warns of several
+        placements[mesh_dim] = Replicate()
+        total = total.redistribute(placements=placements)
+    return _local(total, layout.whole, layout)  # type: ignore[no-any-return]
 
 
-# ---- the logits ----------------------------------------------------------------------------------
+def _without_first(own: Labels, shift: int, layout: Layout) -> Labels:
+    """Return the labels without the first of each sequence, which belong to no row."""
+    if not shift:
+        return own
+    first = layout.dim - 1
+
+    def without_first(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.narrow(first, shift, tensor.shape[first] - shift)
+
+    token_weight = without_first(own.token_weight)
+    return own._replace(target=without_first(own.target), token_weight=token_weight)
+
+
+# ---- logits --------------------------------------------------------------------------------------
 
 
 def _local_logits(input: DTensor, settings: Settings) -> Tensor:
     """Return this process's logits. Their gradient has the placements of the DTensor."""
     is_inplace = settings.inplace_backward or settings.grad_in_forward
     if is_inplace:
-        _check_overwritable(input, "grad_in_forward" if settings.grad_in_forward else INPLACE[0])
+        _check_overwritable(input, INPLACE[settings.grad_in_forward])
     local = _waited(input.to_local())
     if not (torch.is_grad_enabled() and input.requires_grad) or torch.compiler.is_compiling():
         return local  # type: ignore[no-any-return]
@@ -247,52 +346,87 @@ class Local(torch.autograd.Function):
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_are_dtensors(tensors: Arguments, of_shard: tuple[Any, ...]) -> None:
-    """Check that the logits are a DTensor, and that no argument says what they say."""
-    if not isinstance(tensors[0], DTensor):
-        pairs = zip(NAMES, tensors, strict=True)
-        name = next(name for name, tensor in pairs if isinstance(tensor, DTensor))
-        raise TypeError(f"{name} must be a plain tensor where input is one, got a DTensor")
-    if of_shard != (None, None, None):
+def _check_input(input: Any, others: dict[str, Any]) -> None:
+    """Check that input is a DTensor, and that the other DTensors are on its mesh."""
+    dtensors = {name: tensor for name, tensor in others.items() if isinstance(tensor, DTensor)}
+    if not isinstance(input, DTensor):
+        name, tensor = next(iter(dtensors.items()))
+        advice = ADVICE if name in OF_LAYER else ""
         raise ValueError(
-            "process_group, vocab_start and num_classes must be None where input is a DTensor, "
-            f"which has a mesh, got {of_shard}"
+            f"{name} must be a plain tensor where input is one, got a DTensor with placements "
+            f"{tensor.placements}{advice}"
         )
+    mesh = input.device_mesh
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"input must be on a mesh with this process, got {mesh}")
+    _check_placements("input", input)
+    for name, tensor in dtensors.items():
+        if tensor.device_mesh != mesh:
+            raise ValueError(f"{name} must be on input's mesh {mesh}, got {tensor.device_mesh}")
 
 
-def _check_whole(
-    tensors: Arguments, settings: Settings, options: dict[str, Any], layout: Layout
-) -> None:
-    """Check the arguments by their global shapes, so that all processes raise the same errors."""
-    input = tensors[0]
-    for name, tensor in zip(NAMES, tensors, strict=True):
-        if isinstance(tensor, DTensor):
-            if tensor.device_mesh != layout.mesh:
-                raise ValueError(
-                    f"{name} must be on input's mesh {layout.mesh}, got {tensor.device_mesh}"
-                )
-        elif isinstance(tensor, Tensor) and name not in ("weight", "normalizer"):
-            _check_is_whole(name, tensor, input, settings.dim, layout)
+def _check_placements(name: str, tensor: DTensor) -> None:
+    """Check that a tensor is placed by Shard and Replicate."""
+    placements = tensor.placements
+    if any(placement.is_partial() for placement in placements):
+        wanted = [Replicate() if place.is_partial() else place for place in placements]
+        raise ValueError(
+            f"{name} must not be Partial, got placements {placements}: sum it up first, by "
+            f"{name}.redistribute(placements={wanted})"
+        )
+    for placement in placements:
+        if type(placement) not in (Shard, Replicate):
+            raise ValueError(f"{name} must be placed by Shard and Replicate, got {placement}")
+
+
+def _check_of_shard(given: Sequence[Any]) -> None:
+    """Check that no argument says what the placements say."""
+    for name, value in zip(OF_SHARD, given, strict=True):
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None where input is a DTensor, whose placements say which "
+                f"classes a process has, got {value}"
+            )
+
+
+def _check_labels(labels: Labels, logits: torch.Size, layout: Layout) -> None:
+    """Check that no plain tensor holds the rows of this process alone. ``logits`` is global."""
+    check_dense("target", labels.target)
+    dim = layout.dim
+    rows = logits[:dim] + logits[dim + 1 :]
+    for name in ("target", "token_weight", "target_indices"):
+        tensor = getattr(labels, name)
+        if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
+            continue
+        is_rows = tensor.dim() == len(rows)
+        shape = tensor.shape if is_rows else row_shape(tensor, dim)
+        if shape == layout.own_rows(rows) != rows:
+            raise ValueError(
+                f"{name} must have all rows or be a DTensor where input's rows are sharded, got "
+                f"shape {tuple(tensor.shape)} for logits of shape {tuple(logits)}: pass DTensor."
+                f"from_local({name}, mesh, {layout.rows if is_rows else layout.labels})"
+            )
+
+
+def _check_whole(tensors: Arguments, statistics: bool, options: dict[str, Any]) -> None:
+    """Check all arguments by their global shapes. So all processes have the same errors."""
     of_prepare = {name: value for name, value in options.items() if name not in INPLACE}
     whole = cast(Arguments, tuple(map(_without_memory, tensors)))
-    prepare(*whole, settings.statistics, of_prepare)
+    prepare(*whole, statistics, of_prepare)
 
 
-def _check_is_whole(name: str, tensor: Tensor, input: DTensor, dim: int, layout: Layout) -> None:
-    """Check that a plain tensor is not this process's part: all processes must have the whole."""
-    is_rows = tensor.dim() == input.dim() - 1
-    rows = tensor.shape if is_rows else row_shape(tensor, dim)
-    own = input.to_local().shape
-    if rows == own[:dim] + own[dim + 1 :] != row_shape(input, dim):
-        raise ValueError(
-            f"{name} must be a DTensor, or the whole, where input's rows are sharded, got shape "
-            f"{tuple(tensor.shape)} for logits of shape {tuple(input.shape)}: pass DTensor."
-            f"from_local({name}, input.device_mesh, {layout.rows if is_rows else layout.labels})"
-        )
+def _of_layer_without_memory(tensors: Sequence[Any]) -> list[Any]:
+    """Return such tensors of a layer and its loss, as autocast casts them."""
+    input, linear_weight, target, linear_bias, *others = map(_without_memory, tensors)
+    if is_autocast(tensors[0]):
+        dtype = torch.get_autocast_dtype(tensors[0].device.type)
+        layer = (input, linear_weight, linear_bias)
+        input, linear_weight, linear_bias = (None if x is None else x.to(dtype) for x in layer)
+    return [input, linear_weight, target, linear_bias, *others]
 
 
 def _without_memory(tensor: Any) -> Any:
-    """Return a tensor of the same global shape and dtype."""
+    """Return a tensor of the same global shape and dtype on the meta device."""
     if not isinstance(tensor, Tensor):
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -34,6 +34,7 @@ from ._problem import (
     check_floating,
     check_probabilities,
     check_range,
+    has_dtensor,
     is_autocast,
     is_labels_shape,
     labels_shape,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 FEW_LOGITS = 16384  # up to so many are computed at once, which is faster than chunks
 
 T = TypeVar("T")
+Results = tuple[Tensor] | CrossEntropyStatistics
 
 
 def linear_cross_entropy(
@@ -215,8 +217,8 @@ def linear_cross_entropy(
             logits = F.linear(input, linear_weight, linear_bias)
             return _autograd.evaluate_plain(logits, target, settings)
         except CALL_ERRORS:
-            pass  # _evaluate() checks everything and names the wrong argument
-    return _evaluate(*tensors, *others, statistics=False, **of_layer, **of_loss)[0]
+            pass  # _dispatch() checks everything and names the wrong argument
+    return _dispatch(*tensors, *others, statistics=False, **of_layer, **of_loss)[0]
 
 
 def linear_cross_entropy_with_statistics(
@@ -242,7 +244,7 @@ def linear_cross_entropy_with_statistics(
     others = (linear_bias, weight, token_weight, normalizer, target_indices)
     if has_torch_function_variadic(*tensors, *others):
         return _overridden(linear_cross_entropy_with_statistics, tensors, others, options)
-    results = _evaluate(*tensors, *others, statistics=True, **options)
+    results = _dispatch(*tensors, *others, statistics=True, **options)
     return cast(CrossEntropyStatistics, results)
 
 
@@ -296,6 +298,15 @@ def _is_plain(
     )
 
 
+def _dispatch(*tensors: Any, **options: Any) -> Results:
+    """Return the loss, or all statistics, of plain tensors or of DTensors."""
+    if has_dtensor(*tensors):
+        from . import _dtensor
+
+        return _dtensor.evaluate_linear(_evaluate, *tensors, **options)
+    return _evaluate(*tensors, **options)
+
+
 def _evaluate(
     input: Tensor,
     linear_weight: Tensor,
@@ -320,7 +331,7 @@ def _evaluate(
     sequence_parallel: bool = False,
     reduce_grad_hidden: bool = True,
     **loss_options: Any,
-) -> tuple[Tensor] | CrossEntropyStatistics:
+) -> Results:
     """Check the arguments and return the loss, or all statistics."""
     check_linear(input, linear_weight, linear_bias)
     shift = _check_shift(shift, input)
@@ -696,9 +707,7 @@ def _needs_all_logits(layer: Layer, problem: Problem) -> bool:
     )
 
 
-def _restore(
-    results: tuple[Tensor] | CrossEntropyStatistics, is_none: bool, restore: Callable[..., Tensor]
-) -> tuple[Tensor] | CrossEntropyStatistics:
+def _restore(results: Results, is_none: bool, restore: Callable[..., Tensor]) -> Results:
     """Give per-row results the shape of the caller's rows."""
     loss, *of_rows = results
     if is_none:

@@ -112,6 +112,18 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Loss):
         )
 
 
+class Linear(torch.nn.Linear):
+    """The layer of :class:`LinearCrossEntropyLoss`, whose loss is computed in its ``forward``.
+
+    So whatever hooks the layer has run at the right time: those of ``fully_shard`` make the
+    parameters whole for its ``forward`` and reduce their gradients afterwards.
+    """
+
+    def forward(self, input: Tensor, loss: Callable[..., Tensor] | None = None) -> Tensor:
+        """Return ``loss(input, weight, bias)``, or what a linear layer does."""
+        return super().forward(input) if loss is None else loss(input, self.weight, self.bias)
+
+
 class LinearCrossEntropyLoss(_Loss):
     """Module of :func:`fused_xent.linear_cross_entropy`: a linear layer and its loss.
 
@@ -148,7 +160,9 @@ class LinearCrossEntropyLoss(_Loss):
         self.out_features = tuple(out_features)
         n_own = -(-num_classes // _n_ranks(options.get("process_group")))
         n_outputs = math.prod(self.out_features, start=n_own)
-        self.linear = torch.nn.Linear(in_features, n_outputs, bias, device=device, dtype=dtype)
+        self.linear: torch.nn.Linear = Linear(
+            in_features, n_outputs, bias, device=device, dtype=dtype
+        )
         self._keep({**options})
 
     def forward(
@@ -160,25 +174,28 @@ class LinearCrossEntropyLoss(_Loss):
         target_indices: Tensor | None = None,
     ) -> Tensor:
         """Return the loss; shapes as in :func:`fused_xent.linear_cross_entropy`."""
-        linear_weight: Tensor
-        linear_bias: Tensor | None
-        linear_weight, linear_bias = self.linear.weight, self.linear.bias
-        if self.out_features:
-            shape = (-1, *self.out_features)
-            linear_weight = linear_weight.view(*shape, self.linear.in_features)
-            linear_bias = None if linear_bias is None else linear_bias.view(shape)
-        return linear_cross_entropy(
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=self.weight,
-            token_weight=token_weight,
-            normalizer=normalizer,
-            target_indices=target_indices,
-            num_classes=self._classes_of_all_ranks(),
-            **self._options(),
-        )
+
+        def loss(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+            if self.out_features:
+                shape = (-1, *self.out_features)
+                linear_weight = linear_weight.view(*shape, linear_weight.shape[-1])
+                linear_bias = None if linear_bias is None else linear_bias.view(shape)
+            return linear_cross_entropy(
+                input,
+                linear_weight,
+                target,
+                linear_bias=linear_bias,
+                weight=self.weight,
+                token_weight=token_weight,
+                normalizer=normalizer,
+                target_indices=target_indices,
+                num_classes=self._classes_of_all_ranks(),
+                **self._options(),
+            )
+
+        if isinstance(self.linear, Linear):
+            return self.linear(input, loss)  # type: ignore[no-any-return]
+        return loss(input, self.linear.weight, self.linear.bias)
 
     def _classes_of_all_ranks(self) -> int | None:
         return None if self._options()["process_group"] is None else self.num_classes
