@@ -11,11 +11,13 @@ and the log_sum of all shards for those of the row.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _autograd, _formulas, _ops, reference
 from ._autograd import Grads
@@ -31,7 +33,7 @@ from ._problem import (
     prepare,
     row_shape,
 )
-from ._torch_private import below_autograd, is_under_torch_func
+from ._torch_private import below_autograd, has_values, is_under_torch_func
 from .reference import CrossEntropyStatistics
 
 NO_CLASS = -1  # in target_indices of a shard, whose classes are never negative
@@ -129,7 +131,7 @@ def check_supported(logits: Tensor) -> None:
             "process_group must be None without native kernels for input's device: "
             "`python -m fused_xent` says why there are none"
         )
-    if is_under_torch_func():
+    if not is_compiling() and is_under_torch_func():
         raise RuntimeError("process_group must be None under the transforms of torch.func")
 
 
@@ -248,7 +250,7 @@ def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
             of_operators={name: value for name, value in options.items() if name not in of_all},
         )
         unweighted = own._replace(token_weight=local.kept.to(acc), settings=settings)
-        with below_autograd():
+        with nullcontext() if is_compiling() else below_autograd():
             part, _, state, *statistics = _ops.forward(unweighted)
         rows = {"max": state[0], "log_sum": state[1], "part": part}
         rows["mass"] = _mass(own) if own.target_indices is not None else state[2]
@@ -348,7 +350,7 @@ def _check_ranges(rows: dict[str, Tensor], starts: Tensor, ends: Tensor, n_class
     """
     wanted = torch.cat([ends.new_zeros(1), ends[:-1]])
     is_right = ((starts == wanted) | (starts == ends)).all() & (ends.max() == n_classes)
-    if starts.is_cpu:
+    if has_values(starts) and starts.is_cpu:
         if not is_right:
             pairs = [
                 f"[{start:.0f}, {end:.0f})"
@@ -551,7 +553,10 @@ def logits_gradient(problem: Problem, saved: Saved, upstream: Upstream, others: 
             g = g * saved.state[-1]
         of_others = (g * others).masked_fill(others == 0, 0)
         grad_lse = of_others if grad_lse is None else grad_lse + of_others
-    return _autograd.logits_gradient(problem, saved, upstream._replace(lse=grad_lse))
+    upstream = upstream._replace(lse=grad_lse)
+    if is_compiling():
+        return _ops.backward(problem, saved, upstream)
+    return _autograd.logits_gradient(problem, saved, upstream)
 
 
 def _own_mass(rows: dict[str, Tensor], group: dist.ProcessGroup) -> Tensor:
