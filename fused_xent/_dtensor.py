@@ -375,7 +375,9 @@ def _check_placements(name: str, tensor: DTensor) -> None:
             f"{name}.redistribute(placements={wanted})"
         )
     for placement in placements:
-        if type(placement) not in (Shard, Replicate):
+        # In some versions of torch a strided shard is a Shard too.
+        is_shard = placement.is_shard() and not hasattr(placement, "split_factor")
+        if not (is_shard or placement.is_replicate()):
             raise ValueError(f"{name} must be placed by Shard and Replicate, got {placement}")
 
 
