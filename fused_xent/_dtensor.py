@@ -348,6 +348,8 @@ class Local(torch.autograd.Function):
 
 def _check_input(input: Any, others: dict[str, Any]) -> None:
     """Check that input is a DTensor, and that the other DTensors are on its mesh."""
+    if not isinstance(others["target"], DTensor):
+        check_dense("target", others["target"])
     dtensors = {name: tensor for name, tensor in others.items() if isinstance(tensor, DTensor)}
     if not isinstance(input, DTensor):
         name, tensor = next(iter(dtensors.items()))
@@ -393,7 +395,6 @@ def _check_of_shard(given: Sequence[Any]) -> None:
 
 def _check_labels(labels: Labels, logits: torch.Size, layout: Layout) -> None:
     """Check that no plain tensor holds the rows of this process alone. ``logits`` is global."""
-    check_dense("target", labels.target)
     dim = layout.dim
     rows = logits[:dim] + logits[dim + 1 :]
     for name in ("target", "token_weight", "target_indices"):

@@ -141,7 +141,12 @@ def _promote(
 
 
 def check_dense(name: str, tensor: Any) -> None:
-    """Check that something is a dense tensor."""
+    """Check that something is a dense tensor of this process alone."""
+    if has_dtensor(tensor):
+        raise TypeError(
+            f"{name} must be a plain tensor here, got a DTensor: pass its to_local(), with "
+            "process_group where its classes are sharded"
+        )
     if isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested:
         return
     if not isinstance(tensor, Tensor):

@@ -194,7 +194,8 @@ class LinearCrossEntropyLoss(_Loss):
             )
 
         if isinstance(self.linear, Linear):
-            return self.linear(input, loss)  # type: ignore[no-any-return]
+            # By name: tensor parallelism's hooks pass on the first argument alone.
+            return self.linear(input, loss=loss)  # type: ignore[no-any-return]
         return loss(input, self.linear.weight, self.linear.bias)
 
     def _classes_of_all_ranks(self) -> int | None:
