@@ -121,6 +121,7 @@ def check_numbers():
     for dtype, chunk_rows in itertools.product(TOLERANCES, (None, 5)):
         _check_dtype(shards, dtype, chunk_rows)
     _check_sums_of_grad_hidden(shards)
+    _check_loss_scale(shards)
     _check_autocast(shards)
 
 
@@ -148,7 +149,8 @@ def _check_dtype(shards, dtype, chunk_rows):
 def _check_sums_of_grad_hidden(shards):
     """Parts of ranks that cancel are added before they are rounded to 16 bits."""
     layer, (target, _) = make_layer(shards.n_classes), make_labels("index", shards.n_classes)
-    layer[1] = layer[1] / 64 + 64  # all classes have almost the same weights
+    # All classes have almost the same weights, but a rank's part is not minus that of the others.
+    layer[1] = 64 + torch.linspace(0, 2, shards.n_classes).unsqueeze(1).expand_as(layer[1])
     layer = [x.bfloat16() for x in layer]
     layer[0] = layer[0] / 64
     given = {"logits_dtype": torch.float32, "reduction": "sum"}
@@ -159,6 +161,19 @@ def _check_sums_of_grad_hidden(shards):
     found = torch.autograd.grad(loss, own)
     # Rounded parts would be off by 2^-9 of 64.
     assert (found[0].double() - right[0]).abs().max() < 0.02
+
+
+def _check_loss_scale(shards):
+    """In float16, gradients that would be 0 without the upstream gradient are not."""
+    layer = make_layer(shards.n_classes, torch.float16)
+    target, scale = torch.randint(shards.n_classes, (N_ROWS,)), 1e9
+    wanted, exact = wanted_of(layer, target, reduction="sum")
+    right = torch.autograd.grad(wanted.loss, exact)
+    own = own_layer(shards, layer)
+    given = {"normalizer": scale, "loss_dtype": torch.float32}
+    loss = own_loss(linear_cross_entropy, shards, own, target, **given)
+    found = torch.autograd.grad(loss * scale, own)
+    assert_gradients(found, right, shards, 2e-3, ("scale",))
 
 
 def _check_autocast(shards):
