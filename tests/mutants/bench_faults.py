@@ -1647,6 +1647,28 @@ SPARSE_FAULTS = {
     ),
 }
 
+PARALLEL_TESTS = "tests/test_bench_parallel.py::"
+PARALLEL_FAULTS = {
+    "a wrong loss of a split vocabulary is timed": Fault(
+        "bench/parallel.py",
+        "if not error < max(tolerance, 1e-5):",
+        "if error < 0:",
+        (f"{PARALLEL_TESTS}test_a_wrong_provider_is_not_timed",),
+    ),
+    "the bytes of a split vocabulary are those of all processes": Fault(
+        "bench/parallel.py",
+        "n_logits = prod(result.shape) // n\n",
+        "n_logits = prod(result.shape)\n",
+        (f"{PARALLEL_TESTS}test_measures_every_provider_in_turn",),
+    ),
+    "three reductions take a target of another process": Fault(
+        "bench/parallel.py",
+        ".masked_fill(is_other, 0)\n        dist.all_reduce(target_logit)",
+        "\n        dist.all_reduce(target_logit)",
+        (f"{PARALLEL_TESTS}test_measures_every_provider_in_turn",),
+    ),
+}
+
 FAULTS = {
     **SPARSE_FAULTS,
     **CHECK_FAULTS,
@@ -1665,4 +1687,5 @@ FAULTS = {
     **CONFIDENT_FAULTS,
     **TOLERANCE_FAULTS,
     **FROM_OUTSIDE,
+    **PARALLEL_FAULTS,
 }
