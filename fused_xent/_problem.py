@@ -376,11 +376,11 @@ def check_overwritable(problem: Problem) -> None:
         refuse(f"several elements of input share memory, {strides}")
     if not _has_layout(input, settings.dim):
         refuse(f"input has more than 4 row dimensions that cannot be merged, {strides}")
-    for label, tensor in (("target", target), ("target_indices", target_indices)):
+    for other, tensor in zip(Problem._fields[1:-1], problem[1:-1], strict=True):
         if tensor is None or is_compiling:
             continue
         if _torch_private.share_memory(tensor, input):
-            refuse(f"{label} shares input's memory, which is overwritten", f"clone {label}")
+            refuse(f"{other} shares input's memory, which is overwritten", f"clone {other}")
     if settings.grad_in_forward:
         _check_grad_in_forward(problem, memory)
 

@@ -199,7 +199,7 @@ def _probability_loss(
     n_classes = log_prob.shape[dim]
     q = target
     if label_smoothing > 0:
-        q = q * (1 - label_smoothing) + label_smoothing / n_classes
+        q = q * (1 - label_smoothing) + label_smoothing / max(n_classes, 1)
     if weight is not None:
         q = q * weight
     row_loss = -_weighted_sum(q, log_prob, dim)

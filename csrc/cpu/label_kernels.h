@@ -9,23 +9,27 @@ XENT_INLINE void for_label_lanes(int64_t n_labels, const Body& body) {
 }
 
 // The classes of a row's labels; -1 for those that do not count.
-XENT_INLINE void read_classes(const SparseLabels& sparse, int64_t row, int64_t* classes) {
+XENT_INLINE void read_classes(const Params& p, const SparseLabels& sparse, int64_t row,
+                              int64_t* classes) {
   int64_t at = row_offset(sparse.classes_layout, row);
   for (int64_t k = 0; k < sparse.n_labels; ++k, at += sparse.classes_layout.class_stride) {
     const int64_t y = class_of_label(sparse, at);
-    classes[k] = y == sparse.ignore_index ? -1 : y;
+    classes[k] = y == sparse.ignore_index ? -1 : checked_class(p, y);
   }
 }
 
-// The labels times their class weights; 0 for those that do not count.
+// The labels times their class weights, 0 for those that do not count. Returns their sum.
 template <typename A>
-XENT_INLINE void read_weights(const Params& p, const SparseLabels& sparse, int64_t row,
-                              const int64_t* classes, A* weights) {
+XENT_INLINE double read_weights(const Params& p, const SparseLabels& sparse, int64_t row,
+                                const int64_t* classes, double* weights) {
   const A* label = static_cast<const A*>(sparse.labels) + row_offset(sparse.labels_layout, row);
+  double sum = 0;
   for (int64_t k = 0; k < sparse.n_labels; ++k, label += sparse.labels_layout.class_stride) {
     const int64_t y = classes[k];
-    weights[k] = y < 0 ? A(0) : *label * static_cast<A>(class_weight(p, y));
+    weights[k] = y < 0 ? 0 : *label * class_weight(p, y);
+    sum += weights[k];
   }
+  return sum;
 }
 
 template <typename T>
@@ -51,21 +55,22 @@ void read_labels_of_row(const Params& p, const SparseLabels& sparse, int64_t row
     static_cast<A*>(sparse.token_weight)[row] = top < 0 ? A(0) : A(1);
     return;
   }
-  A weights[kMaxLabels], z[kMaxLabels];
-  read_weights(p, sparse, row, classes, weights);
+  double weights[kMaxLabels];
+  A z[kMaxLabels];
+  const double weight = read_weights<A>(p, sparse, row, classes, weights);
   for_label_lanes<A>(sparse.n_labels, [&](int64_t k, int n) {
     const Vec<A> x = load_first(logits + k, n);
     store_first(z + k, has_transform(p) ? transform(x).logit : x, n);
   });
-  double weight = 0, extra_loss = 0;
+  double extra_loss = 0;
   for (int64_t k = 0; k < sparse.n_labels; ++k) {
-    weight += weights[k];
     // Two infinite logits are not subtracted.
-    if (weights[k] != 0 && z[k] != z[top])
-      extra_loss += double{weights[k]} * (double{z[top]} - z[k]);
+    if (weights[k] != 0 && z[k] != z[top]) extra_loss += weights[k] * (double{z[top]} - z[k]);
   }
   static_cast<A*>(sparse.label_weight)[row] = static_cast<A>(weight);
-  static_cast<A*>(sparse.extra_loss)[row] = static_cast<A>(smoothing_of(p).keep * extra_loss);
+  // Smoothing may keep nothing of an infinite loss.
+  const double keep = smoothing_of(p).keep;
+  static_cast<A*>(sparse.extra_loss)[row] = static_cast<A>(keep == 0 ? 0 : keep * extra_loss);
 }
 
 template <typename T>
@@ -81,15 +86,14 @@ void read_labels(const Params& p, const SparseLabels& sparse, int64_t begin, int
     }
     A* kept = static_cast<A*>(sparse.logits);
     A* logits = kept == nullptr ? scratch : kept + row * sparse.n_labels;
-    read_classes(sparse, row, classes);
+    read_classes(p, sparse, row, classes);
     read_logits<T>(p, sparse, row, classes, logits);
     read_labels_of_row(p, sparse, row, classes, logits);
   }
 }
 
 // Adds the weights of labels on one class up at the first of them, and gives the others class -1.
-template <typename A>
-XENT_INLINE void add_up_labels(int64_t n_labels, int64_t* classes, A* weights) {
+XENT_INLINE void add_up_labels(int64_t n_labels, int64_t* classes, double* weights) {
   int16_t slots[2 * kMaxLabels];  // of a hash table with open addressing: a label, or -1
   const int bits = std::bit_width(2 * static_cast<uint64_t>(n_labels) - 1);
   const int mask = (1 << bits) - 1;
@@ -112,11 +116,16 @@ template <typename T>
 void write_label_gradients_of_row(const Params& p, const SparseLabels& sparse, int64_t row) {
   using A = Acc<T>;
   int64_t classes[kMaxLabels];
-  A weights[kMaxLabels], class_weights[kMaxLabels], gradients[kMaxLabels];
-  read_classes(sparse, row, classes);
-  read_weights(p, sparse, row, classes, weights);
+  double weights[kMaxLabels];
+  // q_k, and the sum of those of other classes: in double, since both may be far greater than it.
+  A on_label[kMaxLabels], on_others[kMaxLabels], class_weights[kMaxLabels], gradients[kMaxLabels];
+  const Smoothing<double> smoothing = smoothing_of(p);
+  read_classes(p, sparse, row, classes);
+  const double sum = read_weights<A>(p, sparse, row, classes, weights);
   add_up_labels(sparse.n_labels, classes, weights);
   for (int64_t k = 0; k < sparse.n_labels; ++k) {
+    on_label[k] = static_cast<A>(smoothing.keep * weights[k]);
+    on_others[k] = static_cast<A>(smoothing.keep * (sum - weights[k]));
     class_weights[k] = classes[k] < 0 ? A(0) : static_cast<A>(class_weight(p, classes[k]));
   }
   const Transform<A> transform(p);
@@ -124,10 +133,8 @@ void write_label_gradients_of_row(const Params& p, const SparseLabels& sparse, i
   const RowResults<double> results = saved_results<double>(p, row);
   Upstream<double> upstream = upstream_of(p, row, grad_loss_of(p, row), results);
   add_entropy_gradient(upstream, p, row, results);
-  const Smoothing<double> smoothing = smoothing_of(p);
   const A g = static_cast<A>(upstream.g), spread = static_cast<A>(smoothing.uniform);
-  const A keep = static_cast<A>(smoothing.keep), mass = static_cast<A>(p.weight_sum);
-  const A total = static_cast<A>(smoothing.keep * label_weight(p, row, 0));
+  const A mass = static_cast<A>(p.weight_sum);
   for_label_lanes<A>(sparse.n_labels, [&](int64_t k, int n) {
     const Vec<A> x = load_first(logits + k, n);
     Vec<A> z = x, slope = Vec<A>{} + 1;
@@ -139,10 +146,10 @@ void write_label_gradients_of_row(const Params& p, const SparseLabels& sparse, i
     const Vec<A> difference = z - static_cast<A>(results.max);
     const Vec<A> d = difference > 0 ? Vec<A>{} : difference;
     const Vec<A> log_prob = d - static_cast<A>(results.log_sum), prob = exp_nonpositive(log_prob);
-    const Vec<A> on_label = keep * load_first(weights + k, n);
-    Vec<A> gradient = target_gradient(on_label, spread, prob, expm1_nonpositive(log_prob),
-                                      mass - Vec<A>{}, load_first(class_weights + k, n));
-    gradient = g * (gradient + (total - on_label) * prob);
+    Vec<A> gradient =
+        target_gradient(load_first(on_label + k, n), spread, prob, expm1_nonpositive(log_prob),
+                        mass - Vec<A>{}, load_first(class_weights + k, n));
+    gradient = g * (gradient + load_first(on_others + k, n) * prob);
     gradient = add_softmax_part(gradient, static_cast<A>(upstream.softmax) - Vec<A>{},
                                 static_cast<A>(upstream.shifted) - Vec<A>{}, prob, d);
     store_first(gradients + k, gradient * slope, n);
@@ -168,7 +175,7 @@ void write_log_probs(const Params& p, const SparseLabels& sparse, int64_t begin,
   int64_t classes[kMaxLabels];
   A logits[kMaxLabels];
   for (int64_t row = begin; row < end; ++row) {
-    read_classes(sparse, row, classes);
+    read_classes(p, sparse, row, classes);
     read_logits<T>(p, sparse, row, classes, logits);
     const A max = static_cast<const A*>(p.row_max)[row];
     const A log_sum = static_cast<const A*>(p.log_sum)[row];

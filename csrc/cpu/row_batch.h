@@ -11,7 +11,8 @@ void read_targets(const Params& p, RowBatch& batch) {
     const bool is_kept = i < batch.n && !is_left_out(p, row);
     if (!is_kept) batch.stats[i] = {};
     batch.kept[i] = is_kept ? -1 : 0;
-    batch.target[i] = is_kept && has_indices(p) ? target_index(p, row) : -1;
+    const bool has_target = is_kept && has_indices(p);
+    batch.target[i] = has_target ? checked_class(p, target_index(p, row)) : -1;
     const int64_t y = batch.target[i];
     if (y < 0) {
       batch.target_weight[i] = batch.label_weight[i] = 0;

@@ -26,9 +26,15 @@ XENT_INLINE bool is_left_out(const Params& p, int64_t row) {
   return (has_indices(p) && target_index(p, row) == p.ignore_index) || token_weight(p, row) == 0;
 }
 
+// An index that kernels may address by: -1 in place of one that is no class. Targets have been
+// checked before, but another thread may write to them at the same time.
+XENT_INLINE int64_t checked_class(const Params& p, int64_t index) {
+  return static_cast<uint64_t>(index) < static_cast<uint64_t>(p.vocab_size) ? index : -1;
+}
+
 // The class that row kernels keep out of a row's sums, see finish_batch; -1: none.
 XENT_INLINE int64_t class_apart(const Params& p, int64_t row) {
-  return has_spread(p) ? -1 : target_index(p, row);
+  return has_spread(p) ? -1 : checked_class(p, target_index(p, row));
 }
 
 // True if a row's loss is more than its cross-entropy, or its gradient more than that of its loss.

@@ -81,7 +81,7 @@ struct TileLabels {
     spread = static_cast<A>(smoothing.uniform);
     for (int i = 0; i < n_rows; ++i) {
       const int64_t y = target[begin + i];
-      index[i] = y == p.ignore_index ? -1 : y;
+      index[i] = y == p.ignore_index ? -1 : checked_class(p, y);
     }
     set_kept(p, begin);
     for (int i = 0; i < n_rows; ++i) target_weight[i] = 1;

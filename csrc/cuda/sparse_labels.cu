@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(kLabelThreads)
   if (L::lane() != 0) return;
   sparse.target[row] = sums.is_bad ? -1 : max(sums.target, 0);
   set_acc(sparse.label_weight, row, sums.weight);
-  set_acc(sparse.extra_loss, row, smoothing_of<A>(a).keep * sums.extra_loss);
+  const A keep = smoothing_of<A>(a).keep;  // it may keep nothing of an infinite loss
+  set_acc(sparse.extra_loss, row, keep == 0 ? A(0) : keep * sums.extra_loss);
   set_acc(sparse.token_weight, row, A(sums.is_bad || sums.target >= 0));
 }
 
@@ -120,26 +121,37 @@ struct GradientAtLabels {
   const RowResults<A> results;
   Upstream<A> upstream;
   const Smoothing<A> smoothing;
-  const A mass, on_labels;  // on_labels: the sum of all q_k but those of smoothing
+  const A mass;
 
   __device__ GradientAtLabels(const Arguments& a, A scale, int64_t row)
       : results(saved_results<A>(a, row)),
         upstream(upstream_of(a, row, grad_loss_of(a, scale, row), results)),
         smoothing(smoothing_of<A>(a)),
-        mass(mass_of(a, results.mass)),
-        on_labels(smoothing.keep * label_weight<A>(a, row, 0)) {
+        mass(mass_of(a, results.mass)) {
     add_entropy_gradient(upstream, a, row, results);
   }
-  // By a transformed logit z. label: the sum of w_k t_k on its class. Those on other classes are
-  // like a part of the softmax.
-  __device__ __forceinline__ A at(A z, A label, A class_weight) const {
-    const A on_label = smoothing.keep * label;
+  // By a transformed logit z. label: the sum of w_k t_k on its class; those on other classes are
+  // like a part of the softmax. In double, since both may be far greater than the difference.
+  __device__ __forceinline__ A at(A z, double label, double all_labels, A class_weight) const {
+    const A on_label = smoothing.keep * static_cast<A>(label);
     Upstream<A> here = upstream;
-    here.softmax += upstream.g * (on_labels - on_label);
+    here.softmax += upstream.g * (smoothing.keep * static_cast<A>(all_labels - label));
     return gradient_at_target(here, {class_weight, on_label, smoothing.uniform}, mass, results,
                               limited(z, results.max));
   }
 };
+
+// The sum of all w_k t_k, in every lane.
+template <typename T, typename L>
+__device__ __forceinline__ double sum_of_labels(const LabelsOfRow<T>& labels,
+                                                const LabelClasses<L>& classes) {
+  double sum = 0;
+  for (int k = L::lane(); k < labels.count; k += L::kCount) {
+    if (classes.at(k) >= 0) sum += labels.weight_of(k, classes.at(k));
+  }
+  for (int lane = L::kCount / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
+  return sum;
+}
 
 template <typename T, typename L>
 __global__ void __launch_bounds__(kLabelThreads)
@@ -153,6 +165,7 @@ __global__ void __launch_bounds__(kLabelThreads)
   const LabelClasses<L> classes(memory, labels);
   const GradientAtLabels<A> gradient(a, upstream_scale<A>(a), row);
   const Transform<A>& transform = transform_of<A>(a);
+  const double all_labels = sum_of_labels<T, L>(labels, classes);
   const A* logits = static_cast<const A*>(sparse.logits) + row * sparse.n_labels;
   T* out = row_of<T>(a.grad_logits, a.grad_layout, row);
   for (int k = L::lane(); k < labels.count; k += L::kCount) {
@@ -160,12 +173,13 @@ __global__ void __launch_bounds__(kLabelThreads)
     if (y < 0) continue;
     const FirstLabel first = classes.first_on(y);
     if (first.k != k) continue;
-    A label = labels.weight_of(k, y);
+    double label = labels.weight_of(k, y);
     for (int i = k + 1; !first.is_alone && i < labels.count; ++i) {
       if (classes.at(i) == y) label += labels.weight_of(i, y);
     }
     const A x = logits[k];
-    const A by_z = gradient.at(transformed(transform, x), label, class_weight<A>(a, y));
+    const A z = transformed(transform, x);
+    const A by_z = gradient.at(z, label, all_labels, class_weight<A>(a, y));
     out[y * a.grad_layout.class_stride] = from_acc<T>(by_z * slope_at(transform, x));
   }
 }

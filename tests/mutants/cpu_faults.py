@@ -213,8 +213,8 @@ TARGET_APART = {
     ),
     "the target's exponential hides the others": Fault(
         "csrc/cpu/row_inputs.h",
-        "return has_spread(p) ? -1 : target_index(p, row);",
-        "return has_spread(p) || row >= 0 ? -1 : target_index(p, row);",
+        "return has_spread(p) ? -1 : checked_class(p, target_index(p, row));",
+        "return has_spread(p) || row >= 0 ? -1 : checked_class(p, target_index(p, row));",
         NEAR_1,
     ),
     "the others' sum is added to 1 before its logarithm": Fault(
@@ -1378,8 +1378,8 @@ NUMBERS = {
 CHOICE = {
     "the target's logit of a dropped row is read": Fault(
         "csrc/cpu/row_batch.h",
-        "is_kept && has_indices(p) ? target_index(p, row) : -1",
-        "i < batch.n && has_indices(p) ? target_index(p, row) : -1",
+        "const bool has_target = is_kept && has_indices(p);",
+        "const bool has_target = i < batch.n && has_indices(p);",
         ("tests/test_out_of_bounds.py",),
     ),
     "a block's maximum may be far above what it is guessed to be": Fault(
@@ -1469,19 +1469,19 @@ SPARSE = {
     ),
     "sparse labels: labels of other classes have no part of the softmax": Fault(
         "csrc/cpu/label_kernels.h",
-        "(total - on_label) * prob",
-        "total * prob",
+        "smoothing.keep * (sum - weights[k])",
+        "smoothing.keep * sum",
         (f"{SPARSE_LABELS}test_layouts",),
     ),
     "sparse labels of padding count": Fault(
         "csrc/cpu/label_kernels.h",
-        "classes[k] = y == sparse.ignore_index ? -1 : y;",
-        "classes[k] = y == sparse.ignore_index ? 0 : y;",
+        "classes[k] = y == sparse.ignore_index ? -1 : checked_class(p, y);",
+        "classes[k] = y == sparse.ignore_index ? 0 : checked_class(p, y);",
         (f"{SPARSE_LABELS}test_padding",),
     ),
     "sparse labels: smoothing keeps all of the extra loss": Fault(
         "csrc/cpu/label_kernels.h",
-        "smoothing_of(p).keep * extra_loss",
+        "keep == 0 ? 0 : keep * extra_loss",
         "extra_loss",
         (f"{SPARSE_LABELS}test_options",),
     ),

@@ -1299,7 +1299,7 @@ SPARSE_LABELS = {
     "a gradient forgets the labels on other classes": fault(
         "sparse_labels.cu",
         "sparse_labels",
-        "    here.softmax += upstream.g * (on_labels - on_label);\n",
+        "    here.softmax += upstream.g * (smoothing.keep * static_cast<A>(all_labels - label));\n",
         "",
     ),
     "a label's gradient is by its transformed logit": fault(
