@@ -536,27 +536,38 @@ class VocabularyParallel(torch.autograd.Function):
 
 
 def logits_gradient(problem: Problem, saved: Saved, upstream: Upstream, others: Tensor) -> Tensor:
-    """Return the gradient of a shard's logits. ``others`` is the mass of the other shards.
+    """Return the gradient of a shard's logits. ``others`` is the mass of the other shards."""
+    if problem.logits.shape[problem.settings.dim] == 0:
+        return torch.zeros_like(problem.logits)
+    upstream = _upstream_of(problem, saved, upstream, others)
+    if is_compiling():
+        return _ops.backward(problem, saved, upstream)
+    return _autograd.logits_gradient(problem, saved, upstream)
+
+
+def write_gradient_(problem: Problem, saved: Saved, upstream: Upstream, others: Tensor) -> None:
+    """Write the gradient of a shard's logits over them."""
+    if problem.logits.numel():
+        _ops.backward_(problem, saved, _upstream_of(problem, saved, upstream, others))
+
+
+def _upstream_of(problem: Problem, saved: Saved, upstream: Upstream, others: Tensor) -> Upstream:
+    """Return the upstream gradients of a shard.
 
     The kernels multiply the probabilities by the mass of the shard's labels. What the labels of
     other shards add is a gradient of the lse.
     """
-    logits, settings, grad_lse = problem.logits, problem.settings, upstream.lse
-    if logits.shape[settings.dim] == 0:
-        return torch.zeros_like(logits)
-    if upstream.loss is not None:
-        g = upstream.loss.to(others.dtype) * problem.token_weight  # type: ignore[operator]
-        if settings.reduction == REDUCTIONS["mean"]:
-            total = saved.total_weight
-            g = g / total.masked_fill(total == 0, torch.nan).to(g.dtype)
-        if "focal_gamma" in settings.of_operators:
-            g = g * saved.state[-1]
-        of_others = (g * others).masked_fill(others == 0, 0)
-        grad_lse = of_others if grad_lse is None else grad_lse + of_others
-    upstream = upstream._replace(lse=grad_lse)
-    if is_compiling():
-        return _ops.backward(problem, saved, upstream)
-    return _autograd.logits_gradient(problem, saved, upstream)
+    if upstream.loss is None:
+        return upstream
+    settings, grad_lse = problem.settings, upstream.lse
+    g = upstream.loss.to(others.dtype) * problem.token_weight  # type: ignore[operator]
+    if settings.reduction == REDUCTIONS["mean"]:
+        total = saved.total_weight
+        g = g / total.masked_fill(total == 0, torch.nan).to(g.dtype)
+    if "focal_gamma" in settings.of_operators:
+        g = g * saved.state[-1]
+    of_others = (g * others).masked_fill(others == 0, 0)
+    return upstream._replace(lse=of_others if grad_lse is None else grad_lse + of_others)
 
 
 def _own_mass(rows: dict[str, Tensor], group: dist.ProcessGroup) -> Tensor:

@@ -257,7 +257,7 @@ class LinearVocabularyParallel(torch.autograd.Function):
             found.append(results)
             if any(needs):
                 one = Upstream(results.others.new_ones(()), None, None)
-                _parallel.logits_gradient(local.problem, results.saved, one, results.others)
+                _parallel.write_gradient_(local.problem, results.saved, one, results.others)
 
         ctx.gradients = multiply(layer, problem.logits.dtype, chunks, needs, turn)
         ctx.chunks, ctx.made, ctx.settings = chunks, needs, settings
@@ -322,19 +322,18 @@ def _recomputed(ctx: Any, upstream: Upstream, needs: Needs) -> Grads:
         own = _parallel.local_problem(of_rows, chunks.split.shard).problem
         of_row = [chunks.take(grad, rows) for grad in (state, entropy, others, *upstream)]
         saved = Saved(total, of_row[0].t().contiguous(), of_row[1])
-        _parallel.logits_gradient(own, saved, Upstream(*of_row[3:]), of_row[2])
+        _parallel.write_gradient_(own, saved, Upstream(*of_row[3:]), of_row[2])
 
     return multiply(layer, problem.logits.dtype, chunks, needs, turn)
 
 
 def _problem_of(problem: Problem, logits: Tensor, chunks: Chunks, rows: slice) -> Problem:
-    """Return the problem of a chunk, whose gradient overwrites its logits."""
+    """Return the problem of a chunk."""
     return problem._replace(
         logits=logits,
         target=chunks.take(problem.target, rows),
         token_weight=chunks.take(problem.token_weight, rows),
         target_indices=chunks.take(problem.target_indices, rows),
-        settings=problem.settings._replace(inplace_backward=True),
     )
 
 

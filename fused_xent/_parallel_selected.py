@@ -132,7 +132,16 @@ def _own_settings(settings: Settings) -> Settings:
     return settings._replace(of_operators=options, ignore_index=NO_CLASS)
 
 
-def logits_gradient(
+class Gradient(NamedTuple):
+    """The gradient of a shard's logits, as that of a loss: the arguments of ``_parallel``."""
+
+    problem: Problem
+    saved: Saved
+    upstream: Upstream
+    others: Tensor
+
+
+def gradient_of(
     logits: Tensor,
     index: Tensor,
     settings: Settings,
@@ -141,8 +150,8 @@ def logits_gradient(
     entropy: Tensor,
     grad_log_probs: Tensor | None,
     grad_entropy: Tensor | None,
-) -> Tensor:
-    """Return the gradient of a shard's logits."""
+) -> Gradient:
+    """Return what the gradient of a shard's logits is computed from."""
     dim = settings.dim
     known = index_of(index, dim, logits.shape[dim], shard)
     labels = state.new_zeros(index.shape) if grad_log_probs is None else grad_log_probs
@@ -154,8 +163,7 @@ def logits_gradient(
     minus_one = state.new_full((), -1).expand(others.shape)
     total_weight: Any = None  # there is no mean
     saved = Saved(total_weight, state, None if grad_entropy is None else entropy)
-    upstream = Upstream(minus_one, None, grad_entropy)
-    return _parallel.logits_gradient(problem, saved, upstream, others)
+    return Gradient(problem, saved, Upstream(minus_one, None, grad_entropy), others)
 
 
 class SelectedOfShard(torch.autograd.Function):
@@ -180,7 +188,8 @@ class SelectedOfShard(torch.autograd.Function):
         _parallel_linear.check_backward(*upstream)
         logits, index, state, entropy = ctx.saved_tensors
         inputs = (logits, index, ctx.settings, ctx.shard, state, entropy)
-        return logits_gradient(*inputs, *upstream), None, None, None
+        gradient = _parallel.logits_gradient(*gradient_of(*inputs, *upstream))
+        return gradient, None, None, None
 
 
 class LinearSelectedOfShard(torch.autograd.Function):
@@ -222,13 +231,12 @@ class LinearSelectedOfShard(torch.autograd.Function):
         *of_layer, index, state, entropy = ctx.saved_tensors
         settings, logits_dtype, chunks = ctx.others
         entropy = entropy if settings.statistics else None
-        settings = settings._replace(inplace_backward=True)
 
         def turn(logits: Tensor, rows: slice) -> None:
             of_rows = [chunks.take(x, rows) for x in (index, state, entropy, *upstream)]
             of_state = of_rows[1].t().contiguous()
             inputs = (logits, of_rows[0], settings, chunks.split.shard, of_state, *of_rows[2:])
-            logits_gradient(*inputs)
+            _parallel.write_gradient_(*gradient_of(*inputs))
 
         layer, needs = Layer(*of_layer), ctx.needs_input_grad[:3]
         return *_parallel_linear.multiply(layer, logits_dtype, chunks, needs, turn), *(None,) * 4

@@ -26,7 +26,12 @@ from shards import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_xent
-from fused_xent import linear_cross_entropy, linear_cross_entropy_with_statistics, reference
+from fused_xent import (
+    linear_cross_entropy,
+    linear_cross_entropy_with_statistics,
+    linear_selective_log_softmax,
+    reference,
+)
 
 pytestmark = pytest.mark.cpu("uses gloo between processes")
 
@@ -359,6 +364,8 @@ def check_autograd():
     assert_near(loss, wanted.loss, 1e-6, "no_grad")
     _check_parts_of_grad_hidden(shards, layer, target, right[0] / 3)
     _check_graphs(shards, layer, target)
+    if shards.n_ranks == 2:  # compiling takes seconds
+        _check_compiled(shards, layer, target)
 
 
 def _check_parts_of_grad_hidden(shards, layer, target, right):
@@ -382,6 +389,22 @@ def _check_graphs(shards, layer, target):
     loss = own_loss(linear_cross_entropy, shards, own, target, reduction="none")
     with pytest.raises(RuntimeError, match="process_group must be None for is_grads_batched=True"):
         torch.autograd.grad(loss, own, torch.eye(N_ROWS), is_grads_batched=True)
+
+
+def _check_compiled(shards, layer, target):
+    """Compiled code has the same results: it breaks its graph at the collectives."""
+
+    def function(hidden, linear_weight, bias):
+        given = {"linear_bias": bias, "chunk_rows": 5, **shards.given}
+        loss = linear_cross_entropy(hidden * 2, linear_weight, target, **given)
+        selected = linear_selective_log_softmax(hidden, linear_weight, target, **given)
+        return loss * 2 + selected.sum()
+
+    own = own_layer(shards, layer)
+    right, found = function(*own), torch.compile(function, backend="eager")(*own)
+    assert_near(found, right, 1e-6, "compiled")
+    for one, other in zip(*(torch.autograd.grad(x, own) for x in (found, right)), strict=True):
+        assert_near(one, other, 1e-6, "compiled")
 
 
 # ---- communication and memory --------------------------------------------------------------------
