@@ -16,6 +16,7 @@ OPS = "fused_xent/_ops.py"
 REFERENCE = "fused_xent/reference.py"
 SELECTED = "fused_xent/selected.py"
 SELECTED_AUTOGRAD = "fused_xent/_selected.py"
+PARALLEL = "fused_xent/_parallel.py"
 PARALLEL_LINEAR = "fused_xent/_parallel_linear.py"
 PARALLEL_SELECTED = "fused_xent/_parallel_selected.py"
 NN = "fused_xent/nn.py"
@@ -4037,7 +4038,7 @@ SPLIT_FAULTS = {
     "a shard of masked classes has no log-probability": Fault(
         PARALLEL_SELECTED,
         "log_probs.masked_fill(state[1].isneginf().unsqueeze(dim), -torch.inf)",
-        "log_probs.masked_fill(state[1].isneginf().unsqueeze(dim), 0)",
+        "log_probs.masked_fill(state[1].isneginf().unsqueeze(dim), torch.nan)",
         ("tests/test_parallel_selected.py::test_selected[3]",),
     ),
     "classes of other ranks add their shard's sums": Fault(
@@ -4057,6 +4058,12 @@ SPLIT_FAULTS = {
         "others = labels.masked_fill(~known.is_other, 0).sum(dim)",
         "others = labels.masked_fill(known.is_other, 0).sum(dim)",
         SPLIT_SELECTED,
+    ),
+    "the gradient of a chunk is not written in compiled code": Fault(
+        PARALLEL,
+        "    if problem.logits.numel():\n        _ops.backward_(",
+        "    if problem.logits.numel() and not is_compiling():\n        _ops.backward_(",
+        SPLIT_CALLS,
     ),
     "shift goes on on another rank": Fault(
         LINEAR,
