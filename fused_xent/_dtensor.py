@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from . import _autograd, _parallel
-from ._options import DEFAULTS, REDUCTION_NAMES, Settings, resolve
+from ._options import DEFAULTS, REDUCTION_NAMES, resolve
 from ._problem import Arguments, check_dense, is_autocast, prepare, row_shape
 from ._torch_private import memory_of
 from .reference import CrossEntropyStatistics
@@ -132,9 +133,11 @@ def evaluate(
     reduction = REDUCTION_NAMES[settings.reduction]
     if _needs_divisor(labels, reduction, layout):
         own = own._replace(normalizer=_divisor(labels, own, settings.ignore_index, layout))
-    if settings.grad_in_forward:  # autograd would not notice later uses of the DTensor
-        options = {**options, "grad_in_forward": False, "inplace_backward": True}
-    problem = prepare(_local_logits(input, settings), *own, statistics, options)
+    is_inplace = settings.inplace_backward or settings.grad_in_forward
+    if is_inplace:  # grad_in_forward is not used: autograd would not notice later uses of input
+        _check_overwritable(input, INPLACE[settings.grad_in_forward])
+        options = {**options, "grad_in_forward": False, "inplace_backward": not is_compiling()}
+    problem = prepare(_local_logits(input, is_inplace), *own, statistics, options)
     shard = layout.shard(input.shape[settings.dim])
     results = _autograd.evaluate(problem) if shard is None else _parallel.of_shard(problem, shard)
     return _distributed(results, row_shape(input, settings.dim), reduction, layout)
@@ -275,7 +278,8 @@ def _divisor(labels: Labels, own: Labels, ignore_index: Any, layout: Layout) -> 
     is_index = not target.is_floating_point()
     if weights is None:
         shape = target.shape if is_index else row_shape(target, layout.dim)
-        weights = target.new_ones(shape, dtype=torch.float64)
+        weights = target.new_ones(shape)
+    weights = weights.double()
     if is_index:
         classes = target.long()
         is_left_out = (classes == ignore_index) | (weights == 0)
@@ -283,7 +287,7 @@ def _divisor(labels: Labels, own: Labels, ignore_index: Any, layout: Layout) -> 
         if of_classes is not None and of_classes.numel() > 0:
             weights = weights * of_classes[classes.clamp(0, of_classes.numel() - 1)]
         weights = weights.masked_fill(is_left_out, 0)
-    total = DTensor.from_local(weights.sum(dtype=torch.float64), layout.mesh, layout.sums)
+    total = DTensor.from_local(weights.sum(), layout.mesh, layout.sums)
     placements = list(layout.sums)
     for mesh_dim in range(layout.mesh.ndim):  # one by one: torch warns of several
         placements[mesh_dim] = Replicate()
@@ -309,13 +313,10 @@ def _without_first(own: Labels, shift: int, layout: Layout) -> Labels:
 # ---- logits --------------------------------------------------------------------------------------
 
 
-def _local_logits(input: DTensor, settings: Settings) -> Tensor:
+def _local_logits(input: DTensor, is_inplace: bool) -> Tensor:
     """Return this process's logits. Their gradient has the placements of the DTensor."""
-    is_inplace = settings.inplace_backward or settings.grad_in_forward
-    if is_inplace:
-        _check_overwritable(input, INPLACE[settings.grad_in_forward])
     local = _waited(input.to_local())
-    if not (torch.is_grad_enabled() and input.requires_grad) or torch.compiler.is_compiling():
+    if not (torch.is_grad_enabled() and input.requires_grad) or is_compiling():
         return local  # type: ignore[no-any-return]
     return Local.apply(local, input, is_inplace)  # type: ignore[no-any-return]
 
@@ -436,7 +437,9 @@ def _without_memory(tensor: Any) -> Any:
 
 
 def _check_overwritable(input: DTensor, name: str) -> None:
-    """Check that the logits' memory is not that of a leaf."""
+    """Check that the logits' memory is not that of a leaf. Compiled code does not overwrite it."""
+    if is_compiling():
+        return
     with torch.no_grad():
         local = input.to_local()
     for memory in (memory_of(input), memory_of(local)):

@@ -150,6 +150,13 @@ def cross_entropy(
         p = torch.tensor([lam, 1 - lam]).expand(len(labels), 2)
         loss = fused_xent.cross_entropy(logits, p, target_indices=classes)
 
+    The placements of an ``input`` that is a DTensor say what each process computes. A mesh
+    dimension that shards the classes splits the vocabulary, as ``process_group`` does. One that
+    shards rows leaves each process its own: the loss is sharded too or, where it is a mean or a
+    sum, ``Partial``: ``loss.full_tensor()`` adds it up. A mean divides by the weights of the rows
+    of all processes. Other tensors are DTensors, or plain tensors that all processes have as a
+    whole. ``grad_in_forward`` then means ``inplace_backward``.
+
     ``inplace_backward`` and ``grad_in_forward`` need an ``input`` that is not a leaf of the graph.
     They have no effect if no gradient is recorded. ``grad_in_forward`` refuses float16: without a
     loss scale, gradients underflow there.

@@ -168,6 +168,11 @@ def linear_cross_entropy(
     group's timeout. Gradients of gradients and of ``target``, ``weight``, ``token_weight`` and
     ``normalizer`` are refused.
 
+    An ``input`` and ``linear_weight`` that are DTensors share the work as their placements say:
+    rows, or classes, or both, where rows are gathered. A ``linear_weight`` that ``fully_shard`` has
+    sharded is whole in the forward of its module alone: call the loss there, or use
+    :class:`fused_xent.LinearCrossEntropyLoss`. The gradient of its ``full_tensor()`` is wrong.
+
     Returns:
         A scalar, or with ``"none"`` one loss for each position of a row.
 

@@ -149,6 +149,19 @@ def test_placements(n_processes):
     processes.run(check_placements, n_processes)
 
 
+def test_plain_calls_do_not_import_dtensor(run_python):
+    """The import takes longer than a small loss, and some builds of torch lack it."""
+    code = (
+        "import sys, torch, fused_xent\n"
+        "x, t = torch.randn(4, 9, requires_grad=True), torch.arange(4)\n"
+        "fused_xent.cross_entropy(x, t, label_smoothing=0.1).backward()\n"
+        "fused_xent.linear_cross_entropy(x, torch.randn(5, 9), t, chunk_rows=2).backward()\n"
+        "assert 'torch.distributed.tensor' not in sys.modules\n"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
 # ---- calls ---------------------------------------------------------------------------------------
 
 
@@ -694,7 +707,11 @@ def check_compiled():
         check(loss, labels_given, logits[:, own], options)
     for placement in PLACEMENTS[:2]:
         mine = distributed(logits, mesh, [placement])
-        check(lambda x, target: fused_xent.cross_entropy(x * 2, target), target, mine, placement)
+
+        def loss(x, target):
+            return fused_xent.cross_entropy(x * 2, target, inplace_backward=True)
+
+        check(loss, target, mine, placement)
 
 
 def test_compiled():

@@ -26,8 +26,12 @@ LAYERS = {
     "_parallel": {
         *("_autograd", "_formulas", "_ops", "_options", "_problem", "_torch_private", "reference"),
     },
-    "functional": {
+    "_dtensor": {
         *("_autograd", "_options", "_parallel", "_problem", "_torch_private", "reference"),
+    },
+    "functional": {
+        *("_autograd", "_dtensor", "_options", "_parallel", "_problem", "_torch_private"),
+        "reference",
     },
     "_linear": {"_formulas", "_ops", "_options", "_problem", "_torch_private"},
     "_linear_autograd": {
@@ -38,7 +42,7 @@ LAYERS = {
         *("_problem", "_torch_private", "reference"),
     },
     "linear": {
-        *("_autograd", "_linear_autograd", "_options", "_parallel", "_parallel_linear"),
+        *("_autograd", "_dtensor", "_linear_autograd", "_options", "_parallel", "_parallel_linear"),
         *("_problem", "_torch_private", "reference"),
     },
     "_selected": {

@@ -17,6 +17,7 @@ REFERENCE = "fused_xent/reference.py"
 SELECTED = "fused_xent/selected.py"
 SELECTED_AUTOGRAD = "fused_xent/_selected.py"
 PARALLEL = "fused_xent/_parallel.py"
+DTENSOR = "fused_xent/_dtensor.py"
 PARALLEL_LINEAR = "fused_xent/_parallel_linear.py"
 PARALLEL_SELECTED = "fused_xent/_parallel_selected.py"
 NN = "fused_xent/nn.py"
@@ -4079,6 +4080,91 @@ SPLIT_FAULTS = {
     ),
 }
 
+OF_DTENSORS = ("tests/test_dtensor.py::test_placements[2]",)
+DTENSOR_CALLS = ("tests/test_dtensor.py::test_calls",)
+DTENSOR_LINEAR = ("tests/test_dtensor.py::test_linear[2]",)
+PARALLEL_MODULES = ("tests/test_dtensor.py::test_parallel_modules",)
+DTENSOR_FAULTS = {
+    "each process divides by the weight of its own rows": Fault(
+        DTENSOR,
+        'return reduction == "mean" and labels.normalizer is None and layout.has_own_rows',
+        "return False",
+        OF_DTENSORS,
+    ),
+    "ignored rows count in the mean of split rows": Fault(
+        DTENSOR,
+        "is_left_out = (classes == ignore_index) | (weights == 0)",
+        "is_left_out = weights == 0",
+        OF_DTENSORS,
+    ),
+    "the mean of split rows leaves class weights out": Fault(
+        DTENSOR,
+        "            weights = weights * of_classes[classes.clamp(0, of_classes.numel() - 1)]\n",
+        "            pass\n",
+        OF_DTENSORS,
+    ),
+    "shards of DTensors are of rounded down sizes": Fault(
+        DTENSOR,
+        "most = -(-size // self.mesh.size(mesh_dim))",
+        "most = size // self.mesh.size(mesh_dim)",
+        OF_DTENSORS,
+    ),
+    "a row dimension after the classes keeps its number": Fault(
+        DTENSOR,
+        "Shard(placement.dim - (placement.dim > dim))",
+        "Shard(placement.dim)",
+        DTENSOR_CALLS,
+    ),
+    "gradients of replicated tensors are not summed": Fault(
+        DTENSOR,
+        "[of_sum if of_sum.is_partial() and not p.is_shard() else p for p, of_sum in pairs]",
+        "[p for p, _ in pairs]",
+        DTENSOR_CALLS,
+    ),
+    "the version of overwritten DTensors stays": Fault(
+        DTENSOR,
+        "            torch.autograd.graph.increment_version(input)\n",
+        "            pass\n",
+        DTENSOR_CALLS,
+    ),
+    "the version of a DTensor is not checked": Fault(
+        DTENSOR,
+        "if not (torch.is_grad_enabled() and input.requires_grad)",
+        "if True",
+        DTENSOR_CALLS,
+    ),
+    "Partial logits are taken as they are": Fault(
+        DTENSOR,
+        "    if any(placement.is_partial() for placement in placements):\n",
+        "    if False:\n",
+        DTENSOR_CALLS,
+    ),
+    "the rows of a process are taken for all rows": Fault(
+        DTENSOR,
+        "        if shape == layout.own_rows(rows) != rows:\n",
+        "        if False:\n",
+        DTENSOR_CALLS,
+    ),
+    "shift counts the first labels in a mean of split rows": Fault(
+        DTENSOR,
+        "counted = _without_first(own, shift, layout)",
+        "counted = own",
+        DTENSOR_LINEAR,
+    ),
+    "the loss module reads the weight outside of its layer": Fault(
+        NN,
+        "        if isinstance(self.linear, Linear):\n",
+        "        if False:\n",
+        PARALLEL_MODULES,
+    ),
+    "compiled code waits for the ranges of the shards": Fault(
+        PARALLEL,
+        "    if has_values(starts) and starts.is_cpu:\n",
+        "    if starts.is_cpu:\n",
+        ("tests/test_dtensor.py::test_compiled",),
+    ),
+}
+
 FAULTS = (
     OPTIONS_FAULTS
     | PROBLEM_FAULTS
@@ -4094,6 +4180,7 @@ FAULTS = (
     | REFERENCE_FAULTS
     | SELECTED_FAULTS
     | SPLIT_FAULTS
+    | DTENSOR_FAULTS
     | NN_FAULTS
     | MAIN_FAULTS
 )
