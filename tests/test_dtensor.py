@@ -415,9 +415,10 @@ def check_linear():
             if placements[1].count(Shard(0)) < 2:
                 for shift in (0, 1):
                     seed += 1
-                    torch.manual_seed(seed)
-                    options = {"reduction": REDUCTIONS[seed % 3], "shift": shift}
-                    _check_layer(mesh, *placements, **options, is_plain=seed % 4 < 2)
+                    for reduction in REDUCTIONS if mesh.ndim == 1 else [REDUCTIONS[seed % 3]]:
+                        torch.manual_seed(seed)
+                        options = {"reduction": reduction, "shift": shift}
+                        _check_layer(mesh, *placements, **options, is_plain=seed % 4 < 2)
 
 
 def _check_layer(mesh, of_input, of_weight, reduction, shift, is_plain):
