@@ -346,7 +346,7 @@ def check_range(problem: Problem, n_classes: int | None = None) -> None:
 
 def check_overwritable(problem: Problem) -> None:
     """Check that the in-place mode that is on may overwrite the logits."""
-    input, target, *_, target_indices, settings = problem
+    input, *_, settings = problem
     name = "grad_in_forward" if settings.grad_in_forward else "inplace_backward"
 
     def refuse(why: str, advice: str = "clone it") -> None:

@@ -66,3 +66,44 @@ def test_logits_between_guards(dtype, run_python):
     """The row at the edge is dropped, and its target points beyond the edge."""
     result = run_python("-c", BETWEEN_GUARDS, dtype)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+CHANGING = """
+import threading, time
+import torch
+from fused_xent import cross_entropy, selective_log_softmax
+
+def sparse(logits, index):
+    cross_entropy(logits, torch.ones(index.shape), target_indices=index)
+
+CALLS = (
+    (sparse, (256, 16), (256, 64)),
+    (selective_log_softmax, (256, 16), (256, 64)),
+    (cross_entropy, (16384, 300), (16384,)),
+    (cross_entropy, (16384, 16), (16384,)),
+)
+for call, of_logits, of_index in CALLS:
+    logits, index, is_done = torch.zeros(of_logits), torch.zeros(of_index).long(), False
+
+    def change():
+        while not is_done:
+            index.fill_(2**40)
+            index.zero_()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        try:
+            call(logits, index)
+        except IndexError:
+            pass
+    is_done = True
+    thread.join()
+"""
+
+
+def test_classes_that_another_thread_changes(run_python):
+    """Kernels check a class where they use it, not only before: it may have been changed since."""
+    result = run_python("-c", CHANGING)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -234,3 +234,14 @@ def test_view_of_an_unrecorded_tensor(mode):
     expected = gradient_of(lambda: F.cross_entropy(leaf * 1, target), leaf)
     loss = fused_xent.cross_entropy(Gathered.apply(leaf).clone(), target, **MODES[mode])
     torch.testing.assert_close(gradient_of(lambda: loss, leaf), expected)
+
+
+@pytest.mark.parametrize("mode", ["inplace_backward", "grad_in_forward"])
+@pytest.mark.parametrize("name", ["weight", "token_weight", "normalizer"])
+def test_other_tensors_in_the_memory_of_the_logits(name, mode):
+    """Kernels may read them after the logits have been overwritten."""
+    logits = torch.rand(4, 4, dtype=torch.float64)
+    part = logits[0, 0] if name == "normalizer" else logits[0]
+    message = f"{mode} must be False where {name} shares input's memory, .*: clone {name}"
+    with pytest.raises(RuntimeError, match=message):
+        fused_xent.cross_entropy(logits, torch.arange(4), **{name: part, mode: True})

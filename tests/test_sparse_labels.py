@@ -259,6 +259,25 @@ def test_several_labels_near_1(gap):
     torch.testing.assert_close(loss, 0.75 * others.log1p(), rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("k", [2, 10, 100, 1000])
+def test_gradient_at_a_repeated_class_near_1(k):
+    """What labels of other classes add there is a difference of sums: 0, if there are none."""
+    logits = torch.zeros(1, 50)
+    logits[0, 7] = 20
+    exact = logits.double().requires_grad_()
+    F.cross_entropy(exact, torch.tensor([7])).backward()
+    leaf = logits.requires_grad_()
+    index, p = torch.full((1, k), 7), torch.full((1, k), 1 / k)
+    (cross_entropy(leaf, p, target_indices=index) / p.double().sum()).backward()
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=2e-6, atol=0)
+
+
+def test_smoothing_that_keeps_nothing_of_an_infinite_loss():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    p, index = torch.tensor([[0.5, 0.5]]), torch.tensor([[1, 2]])
+    assert cross_entropy(logits, p, target_indices=index, label_smoothing=1.0) == torch.inf
+
+
 # ---- dtypes --------------------------------------------------------------------------------------
 
 

@@ -854,8 +854,8 @@ PROBLEM_FAULTS = {
     ),
     "indices in the logits' memory": Fault(
         PROBLEM,
-        '(("target", target), ("target_indices", target_indices))',
-        '(("target", target),)',
+        "if _torch_private.share_memory(tensor, input):",
+        'if other != "target_indices" and _torch_private.share_memory(tensor, input):',
         ("tests/test_sparse_labels.py::test_labels_in_the_memory_of_the_logits",),
     ),
     "the range of sparse labels is that of targets": Fault(
@@ -1215,8 +1215,8 @@ LINEAR_FAULTS = {
     ),
     "labels that are shifted already have no hint": Fault(
         LINEAR,
-        "is_shifted = shift and target.shape == (*_shifted(rows, shift), *classes[1:])",
-        "is_shifted = False",
+        "if shift and target.shape == (*_shifted(rows, shift), *classes[1:]):",
+        "if False:",
         LINEAR_ERRORS,
     ),
     "the hint for shifted labels forgets positions": Fault(
