@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -252,3 +253,4 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     work(argparse.Namespace(**json.loads(sys.argv[1])))
+    os._exit(0)  # a torch thread that waits for the GIL at exit would abort the process

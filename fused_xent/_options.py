@@ -19,9 +19,10 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup as ProcessGroup
     from torch.nn import LinearCrossEntropyOptions as LinearCrossEntropyOptions
-else:  # typing.get_type_hints needs the name; torch has the class from 2.13 on
+else:  # typing.get_type_hints needs the names; some builds of torch do not have the classes
+    ProcessGroup = getattr(torch.distributed, "ProcessGroup", object)
     LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", object)
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,13 +12,10 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from typing_extensions import Unpack
 
 from ._autograd import evaluate, evaluate_plain, is_plain
-from ._options import CALL_ERRORS, StatisticsOptions, check_names, resolve_once
+from ._options import CALL_ERRORS, ProcessGroup, StatisticsOptions, check_names, resolve_once
 from ._problem import Arguments, has_dtensor, prepare
 from ._torch_private import legacy_reduction
 from .reference import CrossEntropyStatistics
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 OF_SHARD = ("process_group", "vocab_start", "num_classes")

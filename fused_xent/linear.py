@@ -20,6 +20,7 @@ from ._options import (
     REDUCTIONS,
     LinearCrossEntropyOptions,
     LinearOptions,
+    ProcessGroup,
     check_flag,
     check_index,
     check_names,
@@ -45,8 +46,6 @@ from ._torch_private import are_ordinary, has_values, is_under_torch_func
 from .reference import CrossEntropyStatistics
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from ._parallel_linear import Split
 
 FEW_LOGITS = 16384  # up to so many are computed at once, which is faster than chunks

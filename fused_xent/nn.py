@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._options import CrossEntropyOptions, LinearLossOptions, check_names
+from ._options import CrossEntropyOptions, LinearLossOptions, ProcessGroup, check_names
 from ._torch_private import WeightedLoss
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch.distributed import ProcessGroup
 
 
 OF_A_BATCH = ("token_weight", "normalizer", "target_indices")  # go to forward
@@ -177,7 +175,7 @@ class LinearCrossEntropyLoss(_Loss):
 
         def loss(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
             if self.out_features:
-                shape = (-1, *self.out_features)
+                shape = (self.num_classes, *self.out_features)
                 linear_weight = linear_weight.view(*shape, linear_weight.shape[-1])
                 linear_bias = None if linear_bias is None else linear_bias.view(shape)
             return linear_cross_entropy(

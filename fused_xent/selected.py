@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _autograd, _selected, linear
 from ._linear_autograd import Layer
-from ._options import CALL_ERRORS, check_flag, check_index, resolve, resolve_once
+from ._options import CALL_ERRORS, ProcessGroup, check_flag, check_index, resolve, resolve_once
 from ._problem import (
     Problem,
     accumulation_dtype,
@@ -23,9 +23,6 @@ from ._problem import (
 )
 from ._torch_private import is_under_torch_func
 from .reference import SelectedLogProbs
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 @overload

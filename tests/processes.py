@@ -1,7 +1,7 @@
 """Runs a function of a test module in several processes, which form a group of torch.distributed.
 
-The processes use gloo, on the CPU. If one of them fails, or if they take too long, all are stopped
-and the error names the process. A function of a module ``test_x`` is run by
+The processes use gloo on the CPU, or NCCL on GPUs. If one of them fails, or if they take too long,
+all are stopped and the error names the process. A function of a module ``test_x`` is run by
 ``run(function, n_processes)``; it can ask ``torch.distributed`` for its rank.
 """
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 TESTS = Path(__file__).parent
 
 
-def run(function, n_processes, *arguments, timeout=240):
+def run(function, n_processes, *arguments, timeout=240, backend="gloo"):
     """Run function(*arguments) in each process; arguments are strings."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
@@ -28,7 +28,8 @@ def run(function, n_processes, *arguments, timeout=240):
         logs = [Path(folder) / f"log{rank}" for rank in range(n_processes)]
         processes = []
         for rank, log in enumerate(logs):
-            of_rank = [str(rank), str(n_processes), str(Path(folder) / "store"), *arguments]
+            store = str(Path(folder) / "store")
+            of_rank = [backend, str(rank), str(n_processes), store, *arguments]
             with log.open("w") as output:
                 processes.append(
                     subprocess.Popen(
@@ -61,11 +62,11 @@ def _wait(processes, logs, end):
             raise AssertionError(f"process {rank} has not ended in time:\n{text}")
 
 
-def _main(module, function, rank, n_processes, store, *arguments):
+def _main(module, function, backend, rank, n_processes, store, *arguments):
     torch.set_num_threads(1)
     torch.manual_seed(0)  # the same numbers in each process
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=int(rank),
         world_size=int(n_processes),
