@@ -3526,8 +3526,8 @@ NN_FAULTS = {
     ),
     "positions before classes": Fault(
         NN,
-        "shape = (-1, *self.out_features)",
-        "shape = (*self.out_features, -1)",
+        "shape = (self.num_classes, *self.out_features)",
+        "shape = (*self.out_features, self.num_classes)",
         ("tests/test_linear_autograd.py::test_module",),
     ),
     "repr shows defaults": Fault(
