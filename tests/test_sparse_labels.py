@@ -272,6 +272,23 @@ def test_gradient_at_a_repeated_class_near_1(k):
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=2e-6, atol=0)
 
 
+def test_labels_on_classes_of_minus_infinity_alone():
+    logits = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    p, index = torch.tensor([[0.5, 0.25]]), torch.tensor([[1, 2]])
+    assert cross_entropy(logits, p, target_indices=index) == torch.inf
+
+
+def test_rows_left_out_have_no_gradient_of_statistics():
+    logits, index = torch.randn(2, 9).requires_grad_(), torch.tensor([[1, 2], [3, 4]])
+    tokens = torch.tensor([0.0, 1.0])
+    results = cross_entropy_with_statistics(
+        logits, torch.ones(2, 2), target_indices=index, token_weight=tokens
+    )
+    (results.loss + results.lse.sum() + results.entropy.sum()).backward()
+    assert not logits.grad[0].any()
+    assert logits.grad[1].all()
+
+
 def test_smoothing_that_keeps_nothing_of_an_infinite_loss():
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
     p, index = torch.tensor([[0.5, 0.5]]), torch.tensor([[1, 2]])
