@@ -91,7 +91,10 @@ def prepare(
 
 
 def has_dtensor(*tensors: Any) -> bool:
-    """Return True if one of the tensors is a DTensor. Whoever has one has imported its module."""
+    """Return True if one of the tensors is a DTensor.
+
+    The module of DTensors is slow to import. Without it there are none.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     of_dtensors = getattr(module, "DTensor", ())
     return any(isinstance(tensor, of_dtensors) for tensor in tensors)

@@ -396,6 +396,17 @@ def test_class_far_above_earlier_ones(rise, dtype):
 
 @by_dtype
 @pytest.mark.parametrize("n_classes", [20, 129, 5000])
+def test_loss_of_probabilities_is_never_below_0(n_classes, dtype):
+    """The class with almost all of the probability is the label: their sum may be below 1."""
+    logits = torch.randn(400, n_classes).to(dtype)
+    target = torch.zeros_like(logits)
+    logits[:, 7], target[:, 7] = torch.arange(400).div(20).to(dtype) + 5, 1
+    loss, _ = loss_and_gradient(logits, target, 1.0, reduction="none")
+    assert (loss >= 0).all()
+
+
+@by_dtype
+@pytest.mark.parametrize("n_classes", [20, 129, 5000])
 def test_loss_is_never_below_0(n_classes, dtype):
     """One class has all of the probability."""
     top = torch.arange(1, 401).div(4).unsqueeze(1) + 20

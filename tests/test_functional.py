@@ -214,6 +214,16 @@ def test_ignore_index(shape, ignore_index, dtype):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_uint8_targets_above_127(strided):
+    input, target = make_logits((20, 256), torch.float32), torch.arange(236, 256)
+    if strided:
+        input = input.t().contiguous().t()
+    expected = with_gradients(F.cross_entropy, input, target, {})
+    actual = with_gradients(fused_xent.cross_entropy, input, target.to(torch.uint8), {})
+    torch.testing.assert_close(actual, expected)
+
+
 @by_dtype
 @pytest.mark.parametrize("options", ["", "weight", "token_weight", "weight and token_weight"])
 @pytest.mark.parametrize("labels", ["index", "probabilities"])

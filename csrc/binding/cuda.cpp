@@ -157,8 +157,8 @@ struct Call {
                           loss == nullptr ? DType::float32 : dtype_of("loss", loss->scalar_type()),
                           problem.reduction == kMean};
     cuda::Arguments rows = params;
-    if (is_sparse())
-      rows.target_kind = TargetKind::probabilities;  // rows weigh their token weights
+    // Rows of sparse labels weigh their token weights, whatever their classes.
+    if (is_sparse()) rows.target_kind = TargetKind::probabilities;
     check_cuda(cuda::sum_rows(rows, sums, sums_workspace(), stream), "sum over rows");
   }
 

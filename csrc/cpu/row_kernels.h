@@ -159,7 +159,7 @@ XENT_INLINE SegmentStats sweep(const T* x, const Spread& spread, int64_t begin, 
     const bool is_apart = !Spread::kExists && j <= apart && apart < j + kSample;
     const int64_t sample = is_apart ? j + kSample : j;
     const int64_t sample_end = sample + kSample < block_end ? sample + kSample : block_end;
-    guess = block_max(x, sample, sample_end, guess > max ? guess : max);
+    guess = block_max(x, sample, sample_end, max);
     while (true) {
       const RowExp<Acc<T>, Spread> exp(guess);
       const RowStats<double> block = block_stats(x, exp, spread, j, block_end, apart, saved);
