@@ -351,7 +351,7 @@ ONE_ROW = {
         "csrc/cpu/row_batch.h",
         "log_sum = (0 < sum) & (sum < 1) ? F64{} : log_sum;",
         "",
-        (f"{ACCURACY}test_loss_of_probabilities_is_never_below_0",),
+        (f"{ACCURACY}test_log_sum_is_never_below_0",),
     ),
     "a target's class weight is that of class 0": Fault(
         "csrc/cpu/row_batch.h",
