@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from . import _autograd, _parallel
-from ._options import DEFAULTS, REDUCTION_NAMES, resolve
+from ._options import DEFAULTS, OF_SHARD, REDUCTION_NAMES, resolve
 from ._problem import Arguments, check_dense, is_autocast, prepare, row_shape
 from ._torch_private import memory_of
 from .reference import CrossEntropyStatistics
@@ -27,7 +27,6 @@ from .reference import CrossEntropyStatistics
 Placements = tuple[Placement, ...]
 Results = tuple[Tensor] | CrossEntropyStatistics
 INPLACE = ("inplace_backward", "grad_in_forward")
-OF_SHARD = ("process_group", "vocab_start", "num_classes")
 OF_LAYER = ("linear_weight", "linear_bias")
 # What to do with a sharded weight. Its full_tensor() is no remedy: the gradient would be wrong.
 ADVICE = (

@@ -112,6 +112,7 @@ class Options(NamedTuple):
 DEFAULTS = Options._field_defaults
 # Options that the operators do not take, or take as positional arguments of another type.
 OF_PYTHON = ("reduction", "dim", "loss_dtype", "inplace_backward", "grad_in_forward")
+OF_SHARD = ("process_group", "vocab_start", "num_classes")  # arguments that say which classes
 CHECKS: dict[str, Check] = {
     name: hint.__metadata__[0]
     for name, hint in get_type_hints(Options, include_extras=True).items()

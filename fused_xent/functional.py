@@ -12,13 +12,19 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from typing_extensions import Unpack
 
 from ._autograd import evaluate, evaluate_plain, is_plain
-from ._options import CALL_ERRORS, ProcessGroup, StatisticsOptions, check_names, resolve_once
+from ._options import (
+    CALL_ERRORS,
+    OF_SHARD,
+    ProcessGroup,
+    StatisticsOptions,
+    check_names,
+    resolve_once,
+)
 from ._problem import Arguments, has_dtensor, prepare
 from ._torch_private import legacy_reduction
 from .reference import CrossEntropyStatistics
 
 T = TypeVar("T")
-OF_SHARD = ("process_group", "vocab_start", "num_classes")
 
 
 def cross_entropy(

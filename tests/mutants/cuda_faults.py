@@ -1327,7 +1327,7 @@ SPARSE_LABELS = {
     "rows of sparse labels weigh a class": emulated(
         "binding/cuda.cpp",
         "test_cuda_sparse.py::test_options",
-        "rows.target_kind = TargetKind::probabilities;  // rows weigh their token weights",
+        "rows.target_kind = TargetKind::probabilities;",
         "{}",
     ),
     "the mean's divisor is gone before the gradients at the labels": emulated(
