@@ -103,7 +103,8 @@ struct Params : Options {
 // So such a row is one with the target a, whose weight is sum_k w_k t_k, and with an extra loss
 // that needs no lse. read_labels computes these three numbers of each row; then the kernels for
 // class indices run; then write_label_gradients replaces the gradients at the labels, which are the
-// only ones that differ.
+// only ones that differ. One label needs neither extra_loss nor that last step: its row is one of a
+// class index.
 struct SparseLabels {
   int64_t n_labels;         // K, from 1 to kMaxLabels; 0: no sparse labels
   const void* classes;      // by classes_layout, whose class stride is that of k
@@ -117,7 +118,7 @@ struct SparseLabels {
   // range; token_weight is written only for selected classes: 0 where none of them counts.
   int32_t* target;
   void* label_weight;
-  void* extra_loss;
+  void* extra_loss;  // null where n_labels is 1
   void* token_weight;
   void* logits;  // acc (n_rows, K): the input logits of the labels, for write_label_gradients
 

@@ -22,6 +22,9 @@ is recorded. Options are those of ``csrc/xent_params.h``, by name.
 ``selected_log_probs`` returns log-probabilities of selected classes, then ``state``, token weights
 (0 for rows of padding) and the entropy. For their gradient ``backward`` takes upstream gradients as
 sparse labels: see ``_selected``.
+
+``add_up_shards`` adds up what the ranks of a split vocabulary have sent of each row: see
+``csrc/xent_shards.h`` and ``_parallel``.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from __future__ import annotations
 import importlib.machinery
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,6 +117,12 @@ def empty_cache() -> int:
 OPERATORS = (
     *("loss", "forward", "forward_with_statistics", "backward", "backward_", "forward_backward_"),
     *("forward_backward_with_statistics_", "selected_log_probs", "scale_gradient_", "multiply_"),
+    "add_up_shards",
+)
+# What ranks send of each row: the first arguments of add_up_shards.
+SENT = (
+    *("max", "log_sum", "part", "label_mass", "entropy", "argmax"),
+    *("first_class", "end_class"),
 )
 OVERWRITING = tuple(name for name in OPERATORS if name.endswith("_"))  # their first argument
 
@@ -197,6 +206,50 @@ def _meta_selected(
     return tuple(logits.new_empty(shape, dtype=acc) for shape in shapes)
 
 
+class AddedUp(NamedTuple):
+    """The rows of a split vocabulary: of shape (rows,) if nothing else is said.
+
+    With the parts of the loss: ``loss`` and ``other_mass``; without them, ``rise``. ``lse``,
+    ``entropy`` and ``argmax`` are those of statistics. What is not wanted is empty.
+    """
+
+    state: Tensor  # (k, rows): what backward reads
+    rise: Tensor  # (n_ranks, rows): the lse of all classes minus that of each shard
+    loss: Tensor
+    other_mass: Tensor  # the mass of other ranks' labels: by it, their loss has a gradient of lse
+    lse: Tensor
+    entropy: Tensor
+    argmax: Tensor
+
+
+def _meta_shards(
+    max: Tensor,
+    log_sum: Tensor,
+    part: Tensor | None,
+    label_mass: Tensor | None,
+    entropy: Tensor | None,
+    argmax: Tensor | None,
+    *others: Any,
+    focal_gamma: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Return memory for the results of ``add_up_shards``."""
+    n_ranks, n_rows = max.shape
+    *_, keeps_mass = others
+    has_loss = part is not None
+    n_state = 2 + (has_loss and keeps_mass) + (has_loss and focal_gamma != 0)
+    of_loss, of_argmax = n_rows * has_loss, n_rows * (argmax is not None)
+    return AddedUp(
+        max.new_empty(n_state, n_rows),
+        max.new_empty(0) if has_loss else max.new_empty(n_ranks, n_rows),
+        max.new_empty(of_loss),
+        max.new_empty(of_loss),
+        max.new_empty(of_argmax),
+        max.new_empty(n_rows * (entropy is not None)),
+        max.new_empty(of_argmax, dtype=torch.int64),
+    )
+
+
 def _in_turn(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
     """Return the vmap rule of an operator that returns one tensor: one call per sample."""
 
@@ -275,7 +328,7 @@ def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[
 
 
 def _refusal(name: str) -> Callable[..., Any]:
-    """Return the formula of an operator that overwrites its first argument."""
+    """Return the formula of an operator that has no derivative."""
     operator = getattr(_ops, name).default
 
     def formula(*arguments: Any, **options: Any) -> Any:
@@ -294,11 +347,14 @@ def _refusal(name: str) -> Callable[..., Any]:
 if LOAD_ERROR is None:
     _library = torch.library.Library("fused_xent", "IMPL")
     _definitions = torch.library.Library("fused_xent", "FRAGMENT")
+    _metas: dict[str, Callable[..., Any]]
+    _metas = {"selected_log_probs": _meta_selected, "add_up_shards": _meta_shards}
     for _name in OPERATORS:
-        _fake = _meta_selected if _name == "selected_log_probs" else _meta(_schema(_name))
+        _fake = _metas.get(_name) or _meta(_schema(_name))
         torch.library.register_fake(f"fused_xent::{_name}", _fake)
     for _name in OVERWRITING:
         _count_version(_name)
+    for _name in (*OVERWRITING, "add_up_shards"):
         register_formula(_name, _refusal(_name))
     torch.library.register_vmap("fused_xent::backward", _in_turn(_ops.backward.default))
 
@@ -390,6 +446,21 @@ def _call_selected(
 ) -> T:
     dim, with_entropy = settings.dim, settings.statistics
     return operator(logits, index, dim, with_entropy, **inplace, **settings.of_operators)
+
+
+def add_up_shards(
+    rows: dict[str, Tensor],
+    n_classes: int,
+    rank: int,
+    token_weight: Tensor | None = None,
+    is_bad: Tensor | None = None,
+    keeps_mass: bool = False,
+    **options: float,
+) -> AddedUp:
+    """Add up the rows that the ranks have sent, each (n_ranks, rows), for this rank."""
+    sent = [rows.get(name) for name in SENT]
+    known = (token_weight, is_bad, rank, n_classes, keeps_mass)
+    return AddedUp._make(_ops.add_up_shards.default(*sent, *known, **options))
 
 
 # ---- class indices beside logits, and nothing else: most calls, see _autograd.is_plain -----------

@@ -30,6 +30,7 @@ from ._problem import (
     accumulation_dtype,
     check_dense,
     check_range,
+    is_checked,
     prepare,
     row_shape,
 )
@@ -192,20 +193,23 @@ def local_problem(problem: Problem, shard: Shard) -> Local:
     options["ignore_index"] = NO_CLASS
     if own:
         options["label_smoothing"] = own
-    kept = logits.new_ones(row_shape(logits, dim), dtype=torch.bool)
-    if token_weight is not None:
-        kept = token_weight != 0
+    kept = None if token_weight is None else token_weight != 0
     is_bad = None
     if target_indices is not None or not target.is_floating_point():
         classes = (target.unsqueeze(dim) if target_indices is None else target_indices).long()
-        is_label = (classes != settings.ignore_index) & kept.unsqueeze(dim)
-        is_bad = (is_label & ((classes < 0) | (classes >= shard.n_classes))).any(dim)
+        is_label = classes != settings.ignore_index
+        if kept is not None:
+            is_label &= kept.unsqueeze(dim)
+        if not is_checked(classes):
+            is_bad = (is_label & ((classes < 0) | (classes >= shard.n_classes))).any(dim)
         if target_indices is None:
             kept = is_label.squeeze(dim)
-            target = target.new_ones((), dtype=acc).expand(classes.shape)
+            target = logits.new_ones((), dtype=acc).expand(classes.shape)
         classes = classes - shard.start
         is_own = is_label & (classes >= 0) & (classes < logits.shape[dim])
         target, target_indices = target.to(acc), torch.where(is_own, classes, NO_CLASS)
+    if kept is None:
+        kept = logits.new_ones(row_shape(logits, dim), dtype=torch.bool)
     own_settings = settings._replace(of_operators=options, ignore_index=NO_CLASS)
     of_shard = problem._replace(
         target=target if factor == 1 else target * factor,
@@ -240,7 +244,9 @@ def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
     n_classes = logits.shape[dim]
     if n_classes == 0:
         zeros = logits.new_zeros(row_shape(logits, dim), dtype=acc)
-        rows = {"max": zeros - torch.inf, "log_sum": zeros, "part": zeros, "mass": zeros}
+        rows = {"max": zeros - torch.inf, "log_sum": zeros, "part": zeros}
+        if own.target_indices is None:
+            rows["label_mass"] = zeros
         statistics: Any = [zeros, zeros, zeros.long()]
     else:
         of_all = ("lse_square_scale", "focal_gamma")  # these need the whole cross-entropy
@@ -253,7 +259,8 @@ def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
         with nullcontext() if is_compiling() else below_autograd():
             part, _, state, *statistics = _ops.forward(unweighted)
         rows = {"max": state[0], "log_sum": state[1], "part": part}
-        rows["mass"] = _mass(own) if own.target_indices is not None else state[2]
+        if own.target_indices is None:
+            rows["label_mass"] = state[2]
     if own.settings.statistics:
         rows["entropy"], rows["argmax"] = statistics[1], statistics[2]
     return rows
@@ -266,6 +273,8 @@ def _mass(own: Problem) -> Tensor:
     if not smoothing:
         return sums
     n_classes = own.logits.shape[own.settings.dim]
+    if n_classes == 0:
+        return sums
     total = n_classes if own.weight is None else own.weight.sum(dtype=torch.float64)
     of_smoothing = smoothing / n_classes * total
     return (1 - smoothing) * sums + of_smoothing
@@ -277,7 +286,11 @@ def _sent(problem: Problem, local: Local, start: int) -> dict[str, Tensor]:
     settings, is_index = problem.settings, has_indices(problem)
     if is_index and problem.weight is None and "label_smoothing" not in settings.of_operators:
         # The mass is 0 or 1, and no part is negative: a negative part says that the mass is 0.
-        rows["part"] = torch.where(rows.pop("mass") == 0, -1.0, rows["part"])
+        own_class: Any = local.problem.target_indices
+        is_elsewhere = (own_class == NO_CLASS).squeeze(settings.dim)
+        rows["part"] = rows["part"].masked_fill(is_elsewhere, -1)
+    elif local.problem.target_indices is not None:
+        rows["label_mass"] = _mass(local.problem)
     is_mean = settings.reduction == REDUCTIONS["mean"] and problem.normalizer is None
     if is_index and is_mean and problem.weight is not None:
         own = local.problem
@@ -317,20 +330,19 @@ def _as_classes(values: Tensor) -> Tensor:
 
 
 def gather(rows: dict[str, Tensor], shard: Shard, n_own: int) -> dict[str, Tensor]:
-    """Return the rows of all ranks, in the order of the ranks: the only communication.
+    """Return what all ranks have sent, each (n_ranks, numel): the only communication.
 
-    Every rank sends the range of its classes too, so that wrong ranges are found.
+    Every rank sends the range of its classes too, so that wrong ranges are found: here, or on GPUs,
+    where the host would have to wait, by the kernel, which then returns NaN.
     """
     ends = [rows["max"].new_full((1,), end) for end in (shard.start, shard.start + n_own)]
     packed = torch.cat([*(row.flatten() for row in rows.values()), *ends])
     found = all_gather(packed, shard.group)
-    *of_rows, starts, ends = found.split([*(row.numel() for row in rows.values()), 1, 1], 1)
-    all_rows = {
-        name: x.reshape(len(x), *row.shape)
-        for (name, row), x in zip(rows.items(), of_rows, strict=True)
-    }
-    _check_ranges(all_rows, starts.squeeze(1), ends.squeeze(1), shard.n_classes)
-    return all_rows
+    parts = found.split([*(row.numel() for row in rows.values()), 1, 1], 1)
+    if found.is_cpu and has_values(found):
+        _check_ranges(found[:, -2:].tolist(), shard.n_classes)
+        return dict(zip(rows, parts, strict=False))
+    return dict(zip([*rows, "first_class", "end_class"], parts, strict=True))
 
 
 def all_gather(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -343,98 +355,22 @@ def all_gather(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
     return found.view(n_ranks, -1)
 
 
-def _check_ranges(rows: dict[str, Tensor], starts: Tensor, ends: Tensor, n_classes: int) -> None:
-    """Check that the shards are all classes, in the order of the ranks.
-
-    On a GPU the host would have to wait: there results are NaN if they are not.
-    """
-    wanted = torch.cat([ends.new_zeros(1), ends[:-1]])
-    is_right = ((starts == wanted) | (starts == ends)).all() & (ends.max() == n_classes)
-    if has_values(starts) and starts.is_cpu:
-        if not is_right:
-            pairs = [
-                f"[{start:.0f}, {end:.0f})"
-                for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-            ]
-            raise ValueError(
-                f"the ranks' shards must be [0, {n_classes}) in the order of the ranks, got "
-                f"{', '.join(pairs)}: give each rank its vocab_start, and num_classes to all"
-            )
-        return
-    rows["log_sum"] = rows["log_sum"].masked_fill(~is_right, torch.nan)
+def _check_ranges(ranges: list[list[float]], n_classes: int) -> None:
+    """Check that the shards are all classes, in the order of the ranks."""
+    last = 0.0
+    is_right = True
+    for start, end in ranges:
+        is_right = is_right and start in (last, end)
+        last = max(last, end)
+    if not is_right or last != n_classes:
+        found = ", ".join(f"[{start:.0f}, {end:.0f})" for start, end in ranges)
+        raise ValueError(
+            f"the ranks' shards must be [0, {n_classes}) in the order of the ranks, got {found}: "
+            "give each rank its vocab_start, and num_classes to all"
+        )
 
 
 # ---- what all ranks know -------------------------------------------------------------------------
-
-
-class Whole(NamedTuple):
-    """The rows of all classes."""
-
-    max: Tensor
-    log_sum: Tensor
-    cross_entropy: Tensor
-    mass: Tensor  # the sum of q over all classes
-    entropy: Tensor | None
-    argmax: Tensor | None
-
-
-class Softmax(NamedTuple):
-    """The softmax over the classes of all ranks."""
-
-    max: Tensor
-    log_sum: Tensor
-    rise: Tensor  # (n_ranks, ...): the lse of all minus that of each shard
-    rank: Tensor  # the first whose shard has the maximum
-
-
-def softmax(max: Tensor, log_sum: Tensor) -> Softmax:
-    """Add up the shards' sums (n_ranks, ...)."""
-    top, rank = max.max(0)  # of equal maxima the first
-    shift = max - top
-    is_top = torch.arange(len(max), device=max.device).view(-1, *[1] * rank.dim()) == rank
-    # The maximum's own shard adds what its classes have beside the maximum: it may be far below 1.
-    others = torch.where(is_top, torch.expm1(log_sum), torch.exp(shift + log_sum)).sum(0)
-    log_sum_of_all = torch.log1p(others)
-    return Softmax(top, log_sum_of_all, (log_sum_of_all - log_sum) - shift, rank)
-
-
-def entropy_of(entropy: Tensor, rise: Tensor) -> Tensor:
-    """Return the entropy over all classes from those of the shards (n_ranks, ...)."""
-    share = torch.exp(-rise)
-    return (share * (entropy + rise)).masked_fill(share == 0, 0).sum(0)
-
-
-def whole(rows: dict[str, Tensor]) -> Whole:
-    """Add up the shards' rows (n_ranks, ...)."""
-    log_sum, part = rows["log_sum"], rows["part"]
-    top, log_sum_of_all, rise, rank = softmax(rows["max"], log_sum)
-    mass = rows.get("mass")
-    if mass is None:
-        mass, part = (~(part < 0)).to(part.dtype), part.clamp(min=0)
-    cross_entropy = (part + (mass * rise).masked_fill(mass == 0, 0)).sum(0)
-    entropy = argmax = None
-    if "entropy" in rows:
-        entropy = entropy_of(rows["entropy"], rise)
-        is_nan = log_sum.isnan()  # the shard's argmax is the class with NaN or inf
-        rank = torch.where(is_nan.any(0), is_nan.long().argmax(0), rank)
-        argmax = _as_classes(rows["argmax"]).gather(0, rank.unsqueeze(0)).squeeze(0)
-    return Whole(top, log_sum_of_all, cross_entropy, mass.sum(0), entropy, argmax)
-
-
-def _losses(problem: Problem, local: Local, row: Whole) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of each row, and the slope of the focal loss."""
-    options, own = problem.settings.of_operators, local.problem
-    loss, slope = row.cross_entropy, None
-    gamma: Any = options.get("focal_gamma", 0.0)
-    scale: Any = options.get("lse_square_scale", 0.0)
-    if gamma:
-        slope = _formulas.focal_slope(loss, row.mass, gamma)
-        loss = reference.focal(loss, row.mass, gamma)
-    if scale:
-        loss = loss + scale * (row.max + row.log_sum).square()
-    if local.is_bad is not None:
-        loss = loss.masked_fill(local.is_bad, torch.nan)
-    return (loss * own.token_weight).masked_fill(~local.kept, 0), slope  # type: ignore[operator]
 
 
 def _total_weight(problem: Problem, local: Local, rows: dict[str, Tensor]) -> Tensor:
@@ -443,7 +379,7 @@ def _total_weight(problem: Problem, local: Local, rows: dict[str, Tensor]) -> Te
         return problem.normalizer
     weights: Any = local.problem.token_weight
     if "class_weight" in rows:
-        weights = weights * rows["class_weight"].sum(0)
+        weights = weights * rows["class_weight"].sum(0).view(weights.shape)
     return weights.sum(dtype=torch.float64)  # type: ignore[no-any-return]
 
 
@@ -452,7 +388,7 @@ class Rows(NamedTuple):
 
     losses: Tensor
     saved: Saved
-    others: Tensor  # the mass of the other shards' labels
+    others: Tensor  # what the mass of the other shards' labels adds to the gradient of the lse
     statistics: tuple[Tensor, ...]  # lse, entropy, argmax and, for probabilities, the top label
 
 
@@ -461,27 +397,27 @@ def exchange(problem: Problem, local: Local, shard: Shard) -> Rows:
     settings = problem.settings
     n_own = problem.logits.shape[settings.dim]
     rows = gather(_sent(problem, local, shard.start), shard, n_own)
-    row = whole(rows)
-    losses, slope = _losses(problem, local, row)
-    mass = _own_mass(rows, shard.group)
-    state = [row.max, row.log_sum]
-    if local.problem.target_indices is None:
-        state.append(mass)
-    if slope is not None:
-        state.append(slope)
-    others = row.mass - mass
-    if local.is_bad is not None:
-        others = others.masked_fill(local.is_bad, torch.nan)
-    saved = Saved(_total_weight(problem, local, rows), torch.stack(state), row.entropy)
+    shape, options = row_shape(problem.logits, settings.dim), settings.of_operators
+    token_weight: Any = local.problem.token_weight  # never None here
+    added = _ops.add_up_shards(
+        rows,
+        shard.n_classes,
+        dist.get_rank(shard.group),
+        token_weight.flatten(),
+        None if local.is_bad is None else local.is_bad.flatten(),
+        keeps_mass=local.problem.target_indices is None,
+        lse_square_scale=options.get("lse_square_scale", 0.0),
+        focal_gamma=options.get("focal_gamma", 0.0),
+    )
+    losses, others = added.loss.view(shape), added.other_mass.view(shape)
+    total, state = _total_weight(problem, local, rows), added.state.view(len(added.state), *shape)
     if not settings.statistics:
-        return Rows(losses, saved, others, ())
-    left_out = ~local.kept
-    entropy: Any = row.entropy  # these two are never None here
-    argmax: Any = row.argmax
-    lse = (row.max + row.log_sum).masked_fill(left_out, 0)
-    entropy, argmax = entropy.masked_fill(left_out, 0), argmax.masked_fill(left_out, -1)
-    top_label = [_label_of_all(rows)] if "top_label" in rows else []
-    return Rows(losses, saved, others, (lse, entropy, argmax, *top_label))
+        return Rows(losses, Saved(total, state, None), others, ())
+    entropy = added.entropy.view(shape)
+    statistics = [added.lse.view(shape), entropy, added.argmax.view(shape)]
+    if "top_label" in rows:
+        statistics.append(_label_of_all(rows).view(shape))
+    return Rows(losses, Saved(total, state, entropy), others, tuple(statistics))
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -536,7 +472,7 @@ class VocabularyParallel(torch.autograd.Function):
 
 
 def logits_gradient(problem: Problem, saved: Saved, upstream: Upstream, others: Tensor) -> Tensor:
-    """Return the gradient of a shard's logits. ``others`` is the mass of the other shards."""
+    """Return the gradient of a shard's logits. ``others`` is that of :class:`Rows`."""
     if problem.logits.shape[problem.settings.dim] == 0:
         return torch.zeros_like(problem.logits)
     upstream = _upstream_of(problem, saved, upstream, others)
@@ -559,22 +495,12 @@ def _upstream_of(problem: Problem, saved: Saved, upstream: Upstream, others: Ten
     """
     if upstream.loss is None:
         return upstream
-    settings, grad_lse = problem.settings, upstream.lse
-    g = upstream.loss.to(others.dtype) * problem.token_weight  # type: ignore[operator]
-    if settings.reduction == REDUCTIONS["mean"]:
+    g, grad_lse = upstream.loss.to(others.dtype), upstream.lse
+    if problem.settings.reduction == REDUCTIONS["mean"]:
         total = saved.total_weight
         g = g / total.masked_fill(total == 0, torch.nan).to(g.dtype)
-    if "focal_gamma" in settings.of_operators:
-        g = g * saved.state[-1]
     of_others = (g * others).masked_fill(others == 0, 0)
     return upstream._replace(lse=of_others if grad_lse is None else grad_lse + of_others)
-
-
-def _own_mass(rows: dict[str, Tensor], group: dist.ProcessGroup) -> Tensor:
-    rank = dist.get_rank(group)
-    if "mass" in rows:
-        return rows["mass"][rank]
-    return (~(rows["part"][rank] < 0)).to(rows["part"].dtype)
 
 
 def _label_of_all(rows: dict[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import _ops, _parallel, _parallel_linear
@@ -92,16 +93,18 @@ def exchange(logits: Tensor, index: Tensor, settings: Settings, shard: Shard) ->
     dim, n_own = settings.dim, logits.shape[settings.dim]
     known = index_of(index, dim, n_own, shard)
     rows = _parallel.gather(_own_rows(logits, known, settings), shard, n_own)
-    softmax = _parallel.softmax(rows["max"], rows["log_sum"])
-    sent = rows["log_probs"]
-    of_all = (sent - softmax.rise.unsqueeze(dim + 1)).masked_fill(sent == NOT_OWN, 0).sum(0)
+    added = _ops.add_up_shards(rows, shard.n_classes, dist.get_rank(shard.group))
+    shape = row_shape(logits, dim)
+    rise = added.rise.view(len(added.rise), *shape).unsqueeze(dim + 1)
+    sent = rows["log_probs"].reshape(len(added.rise), *index.shape)
+    of_all = (sent - rise).masked_fill(sent == NOT_OWN, 0).sum(0)
     log_probs = of_all.masked_fill(known.is_bad.unsqueeze(dim), torch.nan)
     log_probs = log_probs.masked_fill(index == PADDING, 0)
     entropy = log_probs.new_empty(0)
     if settings.statistics:
-        entropy = _parallel.entropy_of(rows["entropy"], softmax.rise)
+        entropy = added.entropy.view(shape)
         entropy = entropy.masked_fill(known.is_bad, torch.nan).masked_fill(~known.kept, 0)
-    return Found(log_probs, entropy, torch.stack([softmax.max, softmax.log_sum]))
+    return Found(log_probs, entropy, added.state.view(len(added.state), *shape))
 
 
 def _own_rows(logits: Tensor, index: Index, settings: Settings) -> dict[str, Tensor]:

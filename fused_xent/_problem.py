@@ -316,6 +316,11 @@ def _check_normalizer(normalizer: Any, reduction: int, input: Tensor) -> Tensor:
     return input.new_full((), float(normalizer), dtype=torch.float64)
 
 
+def is_checked(index: Tensor) -> bool:
+    """Return True if :func:`check_range` reads class indices: not on a GPU, nor in traced code."""
+    return index.is_cpu and _torch_private.has_values(index)
+
+
 def check_range(problem: Problem, n_classes: int | None = None) -> None:
     """Check the class indices of the rows that count; not on a GPU, where the host would wait.
 
@@ -325,9 +330,7 @@ def check_range(problem: Problem, n_classes: int | None = None) -> None:
     name, index = "target", target
     if target_indices is not None:
         name, index = "target_indices", target_indices
-    if index.is_floating_point() or index.device.type != "cpu":
-        return
-    if not _torch_private.has_values(index):
+    if index.is_floating_point() or not is_checked(index):
         return
     n_classes = problem.logits.shape[settings.dim] if n_classes is None else n_classes
     ignore_index = settings.ignore_index

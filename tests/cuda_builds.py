@@ -66,7 +66,7 @@ def module(folder: Path, arch: str):
     library = Path(torch.__file__).parent / "lib"
     includes = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
     path = Harness(
-        [CSRC / "cuda" / f"{name}.cu" for name in KERNELS],
+        [CSRC / "cuda" / f"{name}.cu" for name in (*KERNELS, "shards")],
         host_sources=[
             CSRC / "cuda" / "launch.cpp",
             CSRC / "cuda" / "plan.cpp",

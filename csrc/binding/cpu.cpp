@@ -5,6 +5,7 @@
 #include "../cpu/launch.h"
 #include "gradient_memory.h"
 #include "operators.h"
+#include "shards.h"
 
 namespace fused_xent::binding {
 namespace {
@@ -61,7 +62,7 @@ struct Call {
   }
 
   void write_label_gradients() const {
-    if (problem.sparse.n_labels == 0) return;
+    if (problem.sparse.logits == nullptr) return;
     cpu::write_label_gradients(params, problem.sparse, threads);
   }
 
@@ -149,11 +150,16 @@ struct Call {
   }
 };
 
+void add_up(const Shards& shards, const Tensor&) { cpu::add_up_shards(shards, torch_threads()); }
+
 std::string cpu_capability() { return cpu::capability_name(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_xent, CPU, m) { Operators<Call>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_xent, CPU, m) {
+  Operators<Call>::implement(m);
+  m.impl("add_up_shards", &add_up_shards<add_up>);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_xent, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));

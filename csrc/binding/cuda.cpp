@@ -7,6 +7,7 @@
 #include "../cuda/launch.h"
 #include "cuda_device.h"
 #include "operators.h"
+#include "shards.h"
 
 namespace fused_xent::binding {
 namespace {
@@ -78,7 +79,7 @@ struct Call {
   }
 
   void write_label_gradients() const {
-    if (!is_sparse()) return;
+    if (problem.sparse.logits == nullptr) return;
     check_cuda(cuda::write_label_gradients(params, problem.sparse, stream),
                "write_label_gradients");
   }
@@ -171,9 +172,18 @@ struct Call {
   }
 };
 
+void add_up(const Shards& shards, const Tensor& tensor) {
+  const DeviceGuard guard(tensor);
+  const auto stream = static_cast<cudaStream_t>(current_stream(tensor));
+  check_cuda(cuda::add_up_shards(shards, stream), "add_up_shards");
+}
+
 }  // namespace
 
-void implement_on_cuda(torch::stable::detail::StableLibrary& m) { Operators<Call>::implement(m); }
+void implement_on_cuda(torch::stable::detail::StableLibrary& m) {
+  Operators<Call>::implement(m);
+  m.impl("add_up_shards", &add_up_shards<add_up>);
+}
 
 void force_cuda_plan(const std::string& operation, const std::vector<int64_t>& plan) {
   const std::lock_guard<std::mutex> lock(forced_mutex);

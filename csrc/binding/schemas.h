@@ -50,6 +50,12 @@ void define_operators(Library& m) {
   define(
       "scale_gradient_(Tensor(a!) grad_logits, Tensor grad_loss, Tensor target, "
       "Tensor? token_weight, int dim, int ignore_index) -> ()");
+  define(
+      "add_up_shards(Tensor max, Tensor log_sum, Tensor? part, Tensor? label_mass, "
+      "Tensor? entropy, Tensor? argmax, Tensor? first_class, Tensor? end_class, "
+      "Tensor? token_weight, Tensor? is_bad, int rank, int n_classes, bool keeps_mass, *, "
+      "float lse_square_scale=0.0, float focal_gamma=0.0) -> (Tensor state, Tensor rise, "
+      "Tensor loss, Tensor other_mass, Tensor lse, Tensor entropy, Tensor argmax)");
   define("multiply_(Tensor(a!) gradient, Tensor factor) -> ()");
 }
 

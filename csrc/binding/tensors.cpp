@@ -294,6 +294,7 @@ void Problem::allocate_labels(Params& p, bool keep_logits) {
   p.target = sparse.target = static_cast<int32_t*>(allocate(p.n_rows, ScalarType::Int));
   if (sparse.labels == nullptr) return;
   p.label_weight = sparse.label_weight = allocate(p.n_rows, acc_dtype);
+  if (sparse.n_labels == 1) return;
   p.extra_loss = sparse.extra_loss = allocate(p.n_rows, acc_dtype);
   if (keep_logits) sparse.logits = allocate(p.n_rows * sparse.n_labels, acc_dtype);
 }
@@ -306,15 +307,15 @@ Tensor Problem::new_log_probs() {
   return log_probs;
 }
 
-Tensor Problem::empty(Sizes sizes, ScalarType dtype) const {
+Tensor empty_on(const Tensor& like, Sizes sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
     strides[d] = stride;
   }
   int32_t device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(logits.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(logits.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),

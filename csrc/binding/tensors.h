@@ -28,6 +28,8 @@ enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };  // torch.nn._reduc
   if (!(condition)) throw std::invalid_argument(message)
 
 std::string tuple_of(Sizes values);
+// Unwritten contiguous memory on the device of `like`.
+Tensor empty_on(const Tensor& like, Sizes sizes, ScalarType dtype);
 
 // What the operators of a loss take besides options, in the order of their schemas.
 struct Inputs {
@@ -56,7 +58,7 @@ struct Problem {
   Problem(const Tensor& logits, const Tensor& classes, int64_t dim, const Options& options);
 
   // Unwritten memory on the logits' device.
-  Tensor empty(Sizes sizes, ScalarType dtype) const;
+  Tensor empty(Sizes sizes, ScalarType dtype) const { return empty_on(logits, sizes, dtype); }
   Tensor scalar(ScalarType dtype) const { return empty({}, dtype); }
   // A per-row tensor that a caller passes, of shape row_shape: contiguous, of the accumulation
   // type.

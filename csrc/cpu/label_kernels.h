@@ -58,6 +58,8 @@ void read_labels_of_row(const Params& p, const SparseLabels& sparse, int64_t row
   double weights[kMaxLabels];
   A z[kMaxLabels];
   const double weight = read_weights<A>(p, sparse, row, classes, weights);
+  static_cast<A*>(sparse.label_weight)[row] = static_cast<A>(weight);
+  if (sparse.extra_loss == nullptr) return;
   for_label_lanes<A>(sparse.n_labels, [&](int64_t k, int n) {
     const Vec<A> x = load_first(logits + k, n);
     store_first(z + k, has_transform(p) ? transform(x).logit : x, n);
@@ -67,7 +69,6 @@ void read_labels_of_row(const Params& p, const SparseLabels& sparse, int64_t row
     // Two infinite logits are not subtracted.
     if (weights[k] != 0 && z[k] != z[top]) extra_loss += weights[k] * (double{z[top]} - z[k]);
   }
-  static_cast<A*>(sparse.label_weight)[row] = static_cast<A>(weight);
   // Smoothing may keep nothing of an infinite loss.
   const double keep = smoothing_of(p).keep;
   static_cast<A*>(sparse.extra_loss)[row] = static_cast<A>(keep == 0 ? 0 : keep * extra_loss);
@@ -81,13 +82,14 @@ void read_labels(const Params& p, const SparseLabels& sparse, int64_t begin, int
   for (int64_t row = begin; row < end; ++row) {
     if (token_weight(p, row) == 0) {
       sparse.target[row] = 0;
-      static_cast<A*>(sparse.label_weight)[row] = static_cast<A*>(sparse.extra_loss)[row] = 0;
+      set_acc<A>(sparse.label_weight, row, 0);
+      set_acc<A>(sparse.extra_loss, row, 0);
       continue;
     }
     A* kept = static_cast<A*>(sparse.logits);
     A* logits = kept == nullptr ? scratch : kept + row * sparse.n_labels;
     read_classes(p, sparse, row, classes);
-    read_logits<T>(p, sparse, row, classes, logits);
+    if (sparse.n_labels > 1) read_logits<T>(p, sparse, row, classes, logits);
     read_labels_of_row(p, sparse, row, classes, logits);
   }
 }

@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "../xent_params.h"
+#include "../xent_shards.h"
 
 namespace fused_xent::cpu {
 
@@ -44,6 +45,9 @@ void forward_backward(const Params& p, const Threads& threads);
 void scale_gradient(const Params& p, const Threads& threads);
 
 double sum_rows(const Params& p, const Threads& threads);  // of row_loss
+
+// Adds up the rows of a split vocabulary.
+void add_up_shards(const Shards& shards, const Threads& threads);
 
 // The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable". It is the best that
 // the processor and FUSED_XENT_CPU_CAPABILITY, which is read once, allow.

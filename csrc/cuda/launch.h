@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../xent_rows.h"
+#include "../xent_shards.h"
 #include "plan.h"
 
 namespace fused_xent::cuda {
@@ -108,5 +109,8 @@ struct Sums {
 constexpr int kMaxSumBlocks = 256;  // two doubles of workspace each
 cudaError_t sum_rows(const Arguments& a, const Sums& sums, double* workspace, cudaStream_t stream);
 cudaError_t sum_class_weights(const Params& p, double* sum, double* workspace, cudaStream_t stream);
+
+// Adds up the rows of a split vocabulary.
+cudaError_t add_up_shards(const Shards& shards, cudaStream_t stream);
 
 }  // namespace fused_xent::cuda

@@ -1541,6 +1541,122 @@ SPARSE = {
     ),
 }
 
+
+def shards(old: str, new: str, *tests: str, path: str = "csrc/xent_shards.h") -> Fault:
+    """Return a fault of the operator that adds up shards, and the tests of test_shards."""
+    return Fault(path, old, new, tuple(f"tests/test_shards.py::{test}" for test in tests))
+
+
+ROWS_OF_TWO = "test_rows[native-two-torch.float64]"
+SHARDS = {
+    "shards: of equal maxima the last is the argmax": shards(
+        "if (at(s.max, r) > at(s.max, top)) top = r;",
+        "if (at(s.max, r) >= at(s.max, top)) top = r;",
+        "test_ties_go_to_the_first_rank[native]",
+    ),
+    "shards: a gap between the ranks' classes passes": shards(
+        "(first == end || first == next)",
+        "(first >= end || first == next)",
+        "test_wrong_ranges_are_nan[native-ranges0]",
+    ),
+    "shards: empty shards must begin where the last one ends": shards(
+        "(first == end || first == next)",
+        "(first == end)",
+        "test_empty_shards_may_begin_anywhere[native]",
+    ),
+    "shards: the last classes may be missing": shards(
+        "return is_right && end == static_cast<Acc>(s.n_classes);",
+        "return is_right;",
+        "test_wrong_ranges_are_nan[native-ranges2]",
+    ),
+    "shards: sums of confident rows lose their digits": shards(
+        "others += r == top ? std::expm1(log_sum) : std::exp(",
+        "others += r == top ? std::exp(log_sum) - 1 : std::exp(",
+        "test_digits_of_confident_targets[native-30]",
+    ),
+    "shards: a class of another rank counts here": shards(
+        "return at(s.part, rank) < 0 ? Acc(0) : Acc(1);",
+        "return 1;",
+        ROWS_OF_TWO,
+    ),
+    "shards: the argmax is not the class that is NaN": shards(
+        "if (at(s.log_sum, r) != at(s.log_sum, r)) top = r;", "", "test_infinite_logits[native]"
+    ),
+    "shards: the rise is not that of the maximum": shards(
+        "(log_sum - shards.at(s.log_sum, r)) - (shards.at(s.max, r) - max);",
+        "log_sum - shards.at(s.log_sum, r);",
+        ROWS_OF_TWO,
+    ),
+    "shards: a shard of -inf makes the entropy NaN": shards(
+        "entropy += share == 0 ? Acc(0) : share",
+        "entropy += share",
+        "test_infinite_logits[native]",
+    ),
+    "shards: a shard of -inf without labels makes the loss NaN": shards(
+        "(q == 0 ? Acc(0) : q * rise);", "q * rise;", "test_infinite_logits[native]"
+    ),
+    "shards: the part of a class that is elsewhere is added": shards(
+        "(is_elsewhere ? Acc(0) : part)", "part", ROWS_OF_TWO
+    ),
+    "shards: the other shards' mass has this one's": shards(
+        "r == s.rank ? Acc(0) : q;", "q;", ROWS_OF_TWO
+    ),
+    "shards: the own mass is that of another rank": shards(
+        "if (r == s.rank) set(s.own_mass, q);",
+        "set(s.own_mass, q);",
+        "test_labels_on_all_classes[native-torch.float64]",
+    ),
+    "shards: the focal loss is by one label": shards(
+        "focal_loss<ScalarMath>(cross_entropy, mass,",
+        "focal_loss<ScalarMath>(cross_entropy, Acc(2),",
+        "test_options[native]",
+    ),
+    "shards: the z-loss is missing": shards(
+        "const Acc lse_square_scale = static_cast<Acc>(s.lse_square_scale);",
+        "const Acc lse_square_scale = 0;",
+        "test_options[native]",
+    ),
+    "shards: the gradient of the others has no token weight": shards(
+        "of_others = weight * focal.slope * other_mass;",
+        "of_others = focal.slope * other_mass;",
+        "test_options[native]",
+    ),
+    "shards: a row with a class out of range has a loss": shards(
+        "is_unread ? Acc(0) : is_bad ? nan : loss);",
+        "is_unread ? Acc(0) : loss);",
+        "test_options[native]",
+    ),
+    "shards: a row that is left out has an entropy": shards(
+        "set(s.row_entropy, is_unread ? Acc(0) : entropy);",
+        "set(s.row_entropy, entropy);",
+        "test_options[native]",
+    ),
+    "shards: the last rows of a task are left out": shards(
+        "std::min(shards.n_rows, (task + 1) * kTaskRows);",
+        "std::min(shards.n_rows - 1, (task + 1) * kTaskRows);",
+        ROWS_OF_TWO,
+        path="csrc/cpu/shards.cpp",
+    ),
+    "shards: the stride of ranks is not checked": shards(
+        "(shards.n_ranks == 1 || tensor.stride(0) == shards.rank_stride);",
+        "true;",
+        "test_errors[native-case5]",
+        path="csrc/binding/shards.h",
+    ),
+    "shards: rows of another length pass": shards(
+        "given->dim() == 1 && given->size(0) == shards.n_rows &&",
+        "given->dim() == 1 &&",
+        "test_errors[native-case8]",
+        path="csrc/binding/shards.h",
+    ),
+    "shards: a rank beyond the last passes": shards(
+        "0 <= shards.rank && shards.rank < shards.n_ranks",
+        "0 <= shards.rank",
+        "test_errors[native-case0]",
+        path="csrc/binding/shards.h",
+    ),
+}
+
 FAULTS = {
     **LAUNCH,
     **SCAN,
@@ -1557,4 +1673,5 @@ FAULTS = {
     **CHOICE,
     **FROM_OUTSIDE,
     **SPARSE,
+    **SHARDS,
 }

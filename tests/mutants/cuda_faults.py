@@ -1509,6 +1509,21 @@ HOST = {
     ),
 }
 
+SHARDS = {
+    "the rows of all blocks but the first are left out": emulated(
+        "cuda/shards.cu",
+        "test_shards.py::test_rows[emulated-two-torch.float32]",
+        "row = int64_t{blockIdx.x} * kShardThreads + threadIdx.x;",
+        "row = threadIdx.x;",
+    ),
+    "a GPU adds up shards in float32 alone": emulated(
+        "cuda/shards.cu",
+        "test_shards.py::test_rows[emulated-two-torch.float64]",
+        "shards.acc == DType::float64",
+        "false",
+    ),
+}
+
 FAULTS = {
     **TEAMS,
     **SWEEPS,
@@ -1522,6 +1537,7 @@ FAULTS = {
     **LAUNCHERS,
     **SUMS,
     **SPARSE_LABELS,
+    **SHARDS,
     **BINDING,
     **HOST,
 }
