@@ -3,6 +3,10 @@
 Each process has one thread, an equal part of the classes, and all targets. `local part` is the loss
 of a process's own classes alone, without communication: no loss of all classes is faster. A time is
 that of the slowest process. The logits are random, so that their maximum may be in any part.
+
+The case `linear` has hidden states and a linear layer whose classes are split. Its bare products
+are the three of the layer, of all rows at once, and the sum of the gradient of the hidden states
+over the processes, in float32: no loss is computed.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,15 +34,19 @@ import fused_xent
 from .cases import DTYPES
 from .check import WrongResult
 from .command import Job, Parser, at_least, measure_all, names_of
+from .linear import BARE, STEP
 from .results import EAGER, Result, Timing
 
-CASES = {"128k": (256, 128256), "8k": (2048, 8192)}  # rows and classes
+# Rows and classes; of a linear layer rows, features and classes.
+CASES = {"128k": (256, 128256), "8k": (2048, 8192), "linear": (1024, 512, 32000)}
 QUICK_ROUNDS, ROUNDS = 3, 15
 TIMEOUT = 600  # seconds
-Loss = Callable[[Tensor, Tensor], Tensor]
+BOUNDS = ("local part", BARE)  # they compute no loss of all classes
+Loss = Callable[..., Tensor]
 
 
 # ---- providers: losses of a process's logits (N, C / processes) and all targets (N,) ----------
+# ---- or of hidden states (N, H), a process's weights (C / processes, H) and all targets --------
 
 
 class _Gathered(torch.autograd.Function):
@@ -109,6 +118,45 @@ def local_part(logits: Tensor, target: Tensor) -> Tensor:
     return fused_xent.cross_entropy(logits, target % logits.shape[1])
 
 
+class _Copied(torch.autograd.Function):
+    """Hidden states that all processes have; the sum of their gradients, in at least float32."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        dist.all_reduce(total)
+        return total.to(gradient.dtype)
+
+
+class _Products(torch.autograd.Function):
+    """The products of a linear layer's forward and backward, with its logits as their gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden @ weight.t()
+        ctx.gradients = logits @ weight, logits.t() @ hidden
+        return logits[0, 0].clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        return ctx.gradients
+
+
+def of_layer(loss: Loss) -> Loss:
+    """Returns a loss of hidden states and a process's weights, which stores its logits."""
+    return lambda hidden, weight, target: loss(_Copied.apply(hidden) @ weight.t(), target)
+
+
+def split_layer(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """This package's loss of a linear layer."""
+    group = dist.group.WORLD
+    return fused_xent.linear_cross_entropy(hidden, weight, target, process_group=group)
+
+
 PROVIDERS: dict[str, Loss] = {
     EAGER: gathered(F.cross_entropy),
     "torch loss_parallel": loss_parallel,
@@ -118,48 +166,74 @@ PROVIDERS: dict[str, Loss] = {
     "fused_xent inplace": partial(split, inplace_backward=True),
     "local part": local_part,
 }
+LINEAR_PROVIDERS: dict[str, Loss] = {
+    "three all-reduces": of_layer(PROVIDERS["three all-reduces"]),
+    "linear, then fused_xent": of_layer(split),
+    "fused_xent": split_layer,
+    BARE: lambda hidden, weight, target: _Products.apply(_Copied.apply(hidden), weight),
+}
+
+
+def providers_of(shape: Sequence[int]) -> dict[str, Loss]:
+    """Returns the providers of a case."""
+    return PROVIDERS if len(shape) == 2 else LINEAR_PROVIDERS
 
 
 # ---- one process -----------------------------------------------------------------------------
 
 
-def run(provider: str, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Returns the loss, the gradient, and the seconds of the slowest process."""
+def run(loss_of: Loss, inputs: Sequence[Tensor], target: Tensor) -> tuple[Any, ...]:
+    """Returns the loss, the gradients, and the seconds of the slowest process."""
     from torch.distributed.tensor.parallel import loss_parallel as context
 
-    leaf = logits.clone().requires_grad_()
-    computed = leaf * 1
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    # In-place modes need logits that were computed.
+    computed = [leaf * 1 for leaf in leaves] if len(leaves) == 1 else leaves
     dist.barrier()
     start = perf_counter()
-    if provider == "torch loss_parallel":
+    if loss_of is loss_parallel:
         with context():
-            loss = PROVIDERS[provider](computed, target)
-            (gradient,) = torch.autograd.grad(loss, computed)
+            loss = loss_of(*computed, target)
+            gradients = torch.autograd.grad(loss, computed)
         loss = loss.full_tensor()
     else:
-        loss = PROVIDERS[provider](computed, target)
-        (gradient,) = torch.autograd.grad(loss, computed)
+        loss = loss_of(*computed, target)
+        gradients = torch.autograd.grad(loss, computed)
     seconds = torch.tensor(perf_counter() - start)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return loss.detach(), gradient, seconds.item()
+    return loss.detach(), gradients, seconds.item()
 
 
-def check(provider: str, logits: Tensor, target: Tensor) -> None:
+def check(loss_of: Loss, inputs: Sequence[Tensor], target: Tensor) -> None:
     """Compares a provider with the loss of all classes in float64.
 
     Raises:
         WrongResult: a result is wrong.
     """
-    loss, gradient, _ = run(provider, logits, target)
-    whole = _Gathered.apply(logits).double().requires_grad_()
-    right = F.cross_entropy(whole, target)
-    right.backward()
-    own = whole.grad.chunk(dist.get_world_size(), 1)[dist.get_rank()]
-    tolerance = 2 * torch.finfo(logits.dtype).eps
-    for name, found, wanted in (("loss", loss, right), ("gradient", gradient, own)):
-        error = ((found.double() - wanted).abs().max() / wanted.abs().max()).item()
+    loss, found, _ = run(loss_of, inputs, target)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    own = leaves[0] if len(leaves) == 1 else _Copied.apply(leaves[0]) @ leaves[1].t()
+    right = F.cross_entropy(_Gathered.apply(own), target)
+    wanted = torch.autograd.grad(right, leaves)
+    tolerance = 2 * torch.finfo(inputs[0].dtype).eps
+    pairs = [(loss, right), *zip(found, wanted, strict=True)]
+    for name, pair in zip(["loss", *["gradient"] * len(found)], pairs, strict=True):
+        error = ((pair[0].double() - pair[1]).abs().max() / pair[1].abs().max()).item()
         if not error < max(tolerance, 1e-5):
             raise WrongResult(f"{name} differs by {error:.1e}, relative to the largest")
+
+
+def make_inputs(options: argparse.Namespace) -> tuple[list[Tensor], Tensor]:
+    """Returns this process's inputs, and all targets."""
+    torch.manual_seed(0)
+    rows, *features, classes = options.shape
+    target = torch.randint(classes, (rows,))
+    n_own = classes // options.n
+    hidden = [torch.randn(rows, size) for size in features]  # the same in all processes
+    torch.manual_seed(1 + options.rank)
+    own = [2 * torch.randn(n_own, size) / size**0.5 for size in features]
+    inputs = [*hidden, *own] if features else [2 * torch.randn(rows, n_own)]
+    return [x.to(DTYPES[options.dtype]) for x in inputs], target
 
 
 def work(options: argparse.Namespace) -> None:
@@ -168,23 +242,20 @@ def work(options: argparse.Namespace) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{options.store}", rank=options.rank, world_size=options.n
     )
-    torch.manual_seed(0)
-    rows, classes = options.shape
-    target = torch.randint(classes, (rows,))
-    torch.manual_seed(options.rank)
-    logits = (2 * torch.randn(rows, classes // options.n)).to(DTYPES[options.dtype])
+    inputs, target = make_inputs(options)
+    losses = providers_of(options.shape)
     failures: dict[str, str] = {}
     for name in options.providers:
         try:
-            if name != "local part":
-                check(name, logits, target)
+            if name not in BOUNDS:
+                check(losses[name], inputs, target)
         except Exception as error:  # the others are still measured
             failures[name] = f"{type(error).__name__}: {error}"
     samples: dict[str, list[float]] = {}
     for _ in range(options.rounds):
         for name in options.providers:
             if name not in failures:
-                samples.setdefault(name, []).append(run(name, logits, target)[2])
+                samples.setdefault(name, []).append(run(losses[name], inputs, target)[2])
     if options.rank == 0:
         Path(options.out).write_text(json.dumps({"samples": samples, "failures": failures}))
     dist.barrier()
@@ -198,6 +269,7 @@ def measure(options: argparse.Namespace, result: Result, show: Callable[[str], N
     """Starts the processes, and takes the samples of the first."""
     n, size = options.processes, DTYPES[result.dtype].itemsize
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    chosen = [x for x in providers_of(result.shape) if x in (options.provider or [x])]
     show(f"{n} processes")
     with tempfile.TemporaryDirectory() as folder:
         given = {
@@ -207,7 +279,7 @@ def measure(options: argparse.Namespace, result: Result, show: Callable[[str], N
             "dtype": result.dtype,
             "n": n,
             "rounds": rounds,
-            "providers": options.provider or list(PROVIDERS),
+            "providers": chosen,
         }
         command = [sys.executable, "-W", "ignore", "-m", "bench.parallel"]
         processes = [
@@ -223,10 +295,13 @@ def measure(options: argparse.Namespace, result: Result, show: Callable[[str], N
                 process.kill()
         found = json.loads(Path(given["out"]).read_text())
     result.failures.update(found["failures"])
-    n_logits = prod(result.shape) // n
+    rows, classes = result.shape[0], result.shape[-1]
+    # Of each process: its logits are read twice and written, and its products are computed.
+    traffic = 3 * rows * classes // n * size
+    is_linear = len(result.shape) == 3
+    mode, operations = (STEP, 3 * 2 * prod(result.shape) // n) if is_linear else ("both", 0)
     for name, seconds in found["samples"].items():
-        traffic = 3 * n_logits * size  # of each process: read twice, and written
-        result.timings.append(Timing("both", name, traffic, 0, None, seconds))
+        result.timings.append(Timing(mode, name, traffic, operations, None, seconds))
 
 
 def main(arguments: list[str]) -> int:
@@ -234,7 +309,7 @@ def main(arguments: list[str]) -> int:
     command = Parser(prog="python -m bench parallel", description=__doc__)
     command.add_argument("case", nargs="*", help=names_of({"cpu": CASES}))
     command.add_argument("--processes", type=at_least(2), default=2, metavar="N", help="default 2")
-    command.add_common(list(PROVIDERS))
+    command.add_common(list(dict.fromkeys([*PROVIDERS, *LINEAR_PROVIDERS])))
     options = command.parse_args(arguments)
     if options.device != "cpu":
         command.error("--device must be cpu: gloo does the communication")
@@ -245,8 +320,9 @@ def main(arguments: list[str]) -> int:
     for name in dict.fromkeys(options.case or CASES):
         for dtype in dict.fromkeys(options.dtype or ["float32", "bfloat16"]):
             shape = CASES[name]
-            result = Result("loss", name, shape, dtype, options={"processes": options.processes})
-            needed = prod(shape) * (8 + 4 * 6)
+            kind = "loss" if len(shape) == 2 else "linear"
+            result = Result(kind, name, shape, dtype, options={"processes": options.processes})
+            needed = shape[0] * shape[-1] * (8 + 4 * 6)
             jobs.append(Job(result, needed, partial(measure, options)))
     return measure_all(command, options, jobs)[1]
 

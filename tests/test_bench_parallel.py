@@ -12,7 +12,7 @@ pytestmark = pytest.mark.cpu("uses gloo between processes")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(parallel, "CASES", {"tiny": (5, 64)})
+    monkeypatch.setattr(parallel, "CASES", {"tiny": (5, 64), "linear": (6, 8, 64)})
 
 
 def test_measures_every_provider_in_turn(tiny, tmp_path):
@@ -28,6 +28,18 @@ def test_measures_every_provider_in_turn(tiny, tmp_path):
         assert all(len(timing.seconds) == 2 for timing in result.timings)
         size = 4 if result.dtype == "float32" else 2
         assert {timing.bytes for timing in result.timings} == {3 * 5 * 32 * size}
+
+
+def test_measures_a_linear_layer(tiny, tmp_path):
+    file = tmp_path / "results.json"
+    options = ["--dtype", "float32", "--rounds", "2", "--json", str(file)]
+    assert parallel.main(["linear", *options]) == 0
+    (result,) = Run.read_json(file).results
+    assert result.benchmark == "linear"
+    assert not result.failures
+    assert [timing.provider for timing in result.timings] == list(parallel.LINEAR_PROVIDERS)
+    # Three products of 6 rows, 8 features and half of the classes.
+    assert {timing.operations for timing in result.timings} == {3 * 2 * 6 * 8 * 32}
 
 
 WRONG = """
@@ -55,7 +67,7 @@ def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, run_python):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["32k"], "case must be one of 128k, 8k, got '32k'"),
+        (["32k"], "case must be one of 128k, 8k, linear, got '32k'"),
         (["--processes", "1"], "must be an integer of at least 2, got '1'"),
         (["--device", "cuda"], "--device must be cpu"),
     ],

@@ -1657,9 +1657,15 @@ PARALLEL_FAULTS = {
     ),
     "the bytes of a split vocabulary are those of all processes": Fault(
         "bench/parallel.py",
-        "n_logits = prod(result.shape) // n\n",
-        "n_logits = prod(result.shape)\n",
+        "traffic = 3 * rows * classes // n * size",
+        "traffic = 3 * rows * classes * size",
         (f"{PARALLEL_TESTS}test_measures_every_provider_in_turn",),
+    ),
+    "the bare products have no communication": Fault(
+        "bench/parallel.py",
+        "        dist.all_reduce(total)\n        return total.to",
+        "        return total.to",
+        (f"{PARALLEL_TESTS}test_measures_a_linear_layer",),
     ),
     "three reductions take a target of another process": Fault(
         "bench/parallel.py",
