@@ -1,0 +1,1 @@
+"""One-line use of this library in other frameworks; each module needs its framework."""
