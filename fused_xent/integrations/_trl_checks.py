@@ -131,7 +131,7 @@ def compare_logits(trainer: Any, model: Any, forward: Any, role: str) -> list[st
     tokens = torch.randint(vocab_size, (1, N_CHECKED + 1), generator=numbers).to(model.device)
     with torch.no_grad(), _in_eval_mode(model):
         try:
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            logits = forward(input_ids=tokens, use_cache=False).logits[:, :-1]
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             return [f"trainer.{role} does not run on token ids alone ({why}): logits not compared"]

@@ -1,8 +1,6 @@
 """Tiny models, a tokenizer and datasets for runs of TRL's trainers; nothing is downloaded."""
 
-import contextlib
 import random
-import warnings
 
 import torch
 from datasets import Dataset
@@ -76,12 +74,13 @@ def completions(n=24):
 
 
 def preferences(n=24):
-    prompts, chosen, rejected = (sentences(n, 7, i) for i in (3, 4, 5))
+    prompts, *answers = (sentences(n, 7, i) for i in (3, 4, 5))
+    chosen, rejected = ([" " + text for text in texts] for texts in answers)
     return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected})
 
 
 def labelled(n=24):
-    answers = {"prompt": sentences(n, 6, 6), "completion": sentences(n, 8, 7)}
+    answers = {"prompt": sentences(n, 6, 6), "completion": [" " + x for x in sentences(n, 8, 7)]}
     return Dataset.from_dict({**answers, "label": [i % 2 == 0 for i in range(n)]})
 
 
@@ -112,23 +111,14 @@ IGNORED = ("runtime", "per_second", "step_time", "total_flos", "mfu")  # times
 
 def train(trainer, evaluates=False):
     """Train; return the logs, without times, and the parameters."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.train()
-        if evaluates:
-            trainer.evaluate()
+    trainer.train()
+    if evaluates:
+        trainer.evaluate()
     logs = [
         {key: value for key, value in entry.items() if not any(word in key for word in IGNORED)}
         for entry in trainer.state.log_history
     ]
     return logs, {name: x.detach().clone() for name, x in trainer.model.named_parameters()}
-
-
-@contextlib.contextmanager
-def quietly():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def assert_same(found, wanted, tolerance=2e-4):
