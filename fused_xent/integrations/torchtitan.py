@@ -22,7 +22,7 @@ from typing import Any
 import spmd_types as spmd  # type: ignore[import-not-found, unused-ignore]
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torchtitan.components.loss import (  # type: ignore[import-not-found, unused-ignore]
     ChunkedLossWrapper,
     CrossEntropyLoss,
@@ -161,7 +161,7 @@ def _loss_of_logits(
     loss = cross_entropy(
         pred, labels, dim=-1, reduction="sum", loss_dtype=torch.float32, **options
     )
-    return _as_labels(loss, labels)
+    return _like(loss, labels)
 
 
 def _loss_of_hidden(
@@ -173,26 +173,65 @@ def _loss_of_hidden(
 ) -> Tensor:
     """Return the sum of the losses of hidden states (B, T, H), in the forward of lm_head."""
     weight: Any = lm_head.weight
-    if isinstance(weight, DTensor):
-        if not isinstance(hidden, DTensor):
-            mesh = weight.device_mesh
-            hidden = DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    else:
-        split = _split_of(global_vocab_size, weight.shape[0])
-        # As in torchtitan: where hidden states are gathered from the ranks, their gradient is the
-        # sum of the ranks' parts.
-        options |= {**split, "reduce_grad_hidden": False} if split else {}
     bias: Any = lm_head.bias
+    options |= {"reduction": "sum", "loss_dtype": torch.float32, "linear_bias": bias}
+    if isinstance(weight, DTensor):
+        return _like(_loss_of_dtensors(hidden, weight, labels, **options), hidden)
+    split = _split_of(global_vocab_size, weight.shape[0])
+    # As in torchtitan: where hidden states are gathered from the ranks, their gradient is the sum
+    # of the ranks' parts.
+    options |= {**split, "reduce_grad_hidden": False} if split else {}
+    return linear_cross_entropy(hidden, weight, labels, **options)
+
+
+def _loss_of_dtensors(
+    hidden: Tensor, weight: DTensor, labels: Tensor, linear_bias: Any, **options: Any
+) -> Tensor:
+    """Return the loss of DTensors, computed from what this process has of them.
+
+    Gradients of weights that all processes have, computed from a part of the rows, stay ``Partial``:
+    FSDP adds them up. Those of hidden states that all have, from a part of the classes, as well.
+    """
+    mesh, placements = weight.device_mesh, weight.placements
+    if not isinstance(hidden, DTensor):
+        hidden = DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    is_split = [placement.is_shard(0) for placement in placements]
+    for i, (of_weight, of_rows) in enumerate(zip(placements, hidden.placements, strict=True)):
+        is_known = of_rows.is_replicate() if is_split[i] else of_weight.is_replicate()
+        if not is_known or of_rows.is_partial() or sum(is_split) > 1:
+            raise ValueError(
+                "lm_head.weight and hidden states must share their work as in torchtitan: on each "
+                "mesh dimension one of them is replicated, and the weight is split on at most one; "
+                f"got placements {placements} and {hidden.placements}"
+            )
+    if any(is_split):
+        axis = is_split.index(True)
+        n_classes = weight.shape[0]
+        group = mesh.get_group(axis)
+        start = min(-(-n_classes // group.size()) * group.rank(), n_classes)
+        options |= {"process_group": group, "vocab_start": start, "num_classes": n_classes}
+        options["reduce_grad_hidden"] = False
+    of_weight_grad = [Shard(0) if split else Partial() for split in is_split]
+    own_labels = labels.to_local() if isinstance(labels, DTensor) else labels
     loss = linear_cross_entropy(
-        hidden,
-        weight,
-        labels,
-        linear_bias=bias,
-        reduction="sum",
-        loss_dtype=torch.float32,
+        hidden.to_local(grad_placements=_partial_where(is_split, hidden.placements)),
+        weight.to_local(grad_placements=of_weight_grad),
+        own_labels,
+        linear_bias=_local(linear_bias, of_weight_grad),
         **options,
     )
-    return _as_labels(loss, labels)
+    of_loss = [
+        Partial() if placement.is_shard() else Replicate() for placement in hidden.placements
+    ]
+    return DTensor.from_local(loss, mesh, of_loss, run_check=False)
+
+
+def _partial_where(is_split: list[bool], placements: tuple[Any, ...]) -> list[Any]:
+    return [Partial() if split else x for split, x in zip(is_split, placements, strict=True)]
+
+
+def _local(tensor: Any, grad_placements: list[Any]) -> Any:
+    return tensor.to_local(grad_placements=grad_placements) if tensor is not None else None
 
 
 def _split_of(global_vocab_size: int | None, n_own: int) -> dict[str, Any]:
@@ -215,8 +254,8 @@ def _split_of(global_vocab_size: int | None, n_own: int) -> dict[str, Any]:
     return {"process_group": group, "vocab_start": start, "num_classes": global_vocab_size}
 
 
-def _as_labels(loss: Tensor, labels: Tensor) -> Tensor:
-    """Return a plain tensor for plain labels, as torchtitan's loss does."""
-    if isinstance(loss, DTensor) and not isinstance(labels, DTensor):
+def _like(loss: Tensor, other: Tensor) -> Tensor:
+    """Return the loss as a plain tensor where another tensor is one, as torchtitan's losses do."""
+    if isinstance(loss, DTensor) and not isinstance(other, DTensor):
         return loss.to_local()
     return loss
