@@ -29,8 +29,8 @@ def forward_kl(logits: Tensor, top_log_probs: Tensor, top_indices: Tensor) -> Te
     ``logits`` (N, V) are the student's; ``top_log_probs`` and ``top_indices`` (N, K) the teacher's.
     """
     log_q = without_padding(top_log_probs, top_indices).log_softmax(-1)
-    q = log_q.exp()
-    return cross_entropy(logits, q, target_indices=top_indices) + (q * log_q).sum(-1).mean()
+    loss = cross_entropy(logits, log_q.exp(), target_indices=top_indices)
+    return loss + (log_q.exp() * log_q).sum(-1).mean()
 
 
 def without_padding(log_probs: Tensor, top_indices: Tensor) -> Tensor:
@@ -40,8 +40,7 @@ def without_padding(log_probs: Tensor, top_indices: Tensor) -> Tensor:
 
 def with_tail(log_probs: Tensor) -> Tensor:
     """Add the log-probability of all other classes: (N, K) becomes (N, K + 1)."""
-    # Rounding may leave nothing for the others, whose logarithm would be -inf.
-    inside = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-6)
+    inside = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-6)  # else -inf, by rounding
     return torch.cat([log_probs, torch.log(-torch.expm1(inside))], -1)
 
 
@@ -52,9 +51,8 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def divergence(kind: str, logits: Tensor, top_log_probs: Tensor, top_indices: Tensor) -> Tensor:
     """Return the mean divergence between teacher and student over the top-k and the tail."""
-    log_q = with_tail(without_padding(top_log_probs, top_indices))
     log_p = selective_log_softmax(logits, top_indices)
-    log_p = with_tail(without_padding(log_p, top_indices))
+    log_p, log_q = (with_tail(without_padding(x, top_indices)) for x in (log_p, top_log_probs))
     if kind == "forward":
         return kl(log_q, log_p).mean()
     if kind == "reverse":
@@ -75,23 +73,19 @@ def train(loss_function: Callable[..., Tensor], steps: int = 60) -> tuple[float,
     """Train a student; return KL(teacher || student) over all classes before and after."""
     torch.manual_seed(0)
     hidden = torch.randn(N_TOKENS, N_FEATURES)
-    teacher = torch.nn.Linear(N_FEATURES, VOCAB_SIZE, bias=False)
-    student = torch.nn.Linear(N_FEATURES, VOCAB_SIZE, bias=False)
-    with torch.no_grad():
-        all_log_probs = (6 * teacher(hidden)).log_softmax(-1)
-        top_log_probs, top_indices = all_log_probs.topk(K)
+    teacher, student = (torch.nn.Linear(N_FEATURES, VOCAB_SIZE, bias=False) for _ in range(2))
+    all_log_probs = (6 * teacher(hidden)).log_softmax(-1).detach()
+    top_log_probs, top_indices = all_log_probs.topk(K)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
-
-    def of_all_classes() -> float:
-        with torch.no_grad():
-            return kl(all_log_probs, student(hidden).log_softmax(-1)).mean().item()
-
-    before = of_all_classes()
-    for _ in range(steps):
+    values = []  # before and after
+    for i in range(steps + 1):
+        logits = student(hidden)
+        if i in (0, steps):
+            values.append(kl(all_log_probs, logits.detach().log_softmax(-1)).mean().item())
         optimizer.zero_grad()
-        loss_function(student(hidden), top_log_probs, top_indices).backward()
+        loss_function(logits, top_log_probs, top_indices).backward()
         optimizer.step()
-    return before, of_all_classes()
+    return values[0], values[1]
 
 
 def main() -> None:

@@ -54,27 +54,26 @@ class Policy(torch.nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Return hidden states (B, T, H) that predict ``tokens``; the first follows token 0."""
-        before = torch.nn.functional.pad(tokens.clamp(min=0)[:, :-1], (1, 0))
-        return self.embedding(before).tanh()
+        return self.embedding(torch.nn.functional.pad(tokens.clamp(min=0)[:, :-1], (1, 0))).tanh()
 
     def log_probs(self, tokens: Tensor) -> Tensor:
         """Return the log-probability of each token at the sampling temperature."""
-        hidden, scale = self.hidden(tokens), 1 / TEMPERATURE
-        return linear_selective_log_softmax(hidden, self.head.weight, tokens, logit_scale=scale)
+        of_layer = self.hidden(tokens), self.head.weight
+        return linear_selective_log_softmax(*of_layer, tokens, logit_scale=1 / TEMPERATURE)
 
     def sample(self) -> Tensor:
         """Return GROUP sequences of LENGTH tokens."""
         tokens = torch.zeros(GROUP, 0, dtype=torch.int64)
-        last = torch.zeros(GROUP, dtype=torch.int64)
+        last = torch.zeros(GROUP, 1, dtype=torch.int64)
         for _ in range(LENGTH):
-            logits = self.head(self.embedding(last).tanh()) / TEMPERATURE
-            last = logits.softmax(-1).multinomial(1).squeeze(1)
-            tokens = torch.cat([tokens, last.unsqueeze(1)], 1)
+            logits = self.head(self.embedding(last[:, 0]).tanh()) / TEMPERATURE
+            last = logits.softmax(-1).multinomial(1)
+            tokens = torch.cat([tokens, last], 1)
         return tokens
 
 
 def main() -> tuple[float, float]:
-    """Train; return the mean reward of the first and the last step."""
+    """Train; return the mean rewards of the first and the last step."""
     torch.manual_seed(0)
     policy, reference = Policy(), Policy()
     reference.load_state_dict(policy.state_dict())
@@ -88,9 +87,9 @@ def main() -> tuple[float, float]:
             of_policies = policy.log_probs(tokens), reference.log_probs(tokens)
         batch = Batch(tokens, advantages, *of_policies)
         for _ in range(2):
-            optimizer.zero_grad()
             policy_loss(policy.hidden(tokens), policy.head.weight, batch).backward()
             optimizer.step()
+            optimizer.zero_grad()
         rewards.append(reward.mean().item())
     print(f"share of even tokens: {rewards[0]:.2f} at first, {rewards[-1]:.2f} at last")
     return rewards[0], rewards[-1]

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -148,3 +149,54 @@ def test_preferences_are_learned():
     first, last = load("dpo").main()
     assert first < 0.7
     assert last > 0.95
+
+
+# ---- segmentation --------------------------------------------------------------------------------
+
+
+def test_segmentation_learns():
+    before, after = load("segmentation").main()
+    assert before < 0.5
+    assert after > 0.8
+
+
+def test_mean_iou():
+    segmentation = load("segmentation")
+    labels = torch.tensor([[[0, 0, 1], [1, 2, segmentation.UNLABELLED]]])
+    found = torch.tensor([[[0, 1, 1], [1, 2, 2]]])
+    logits = F.one_hot(found, 3).permute(0, 3, 1, 2)
+    torch.testing.assert_close(segmentation.mean_iou(logits, labels), (1 / 2 + 2 / 3 + 1) / 3)
+    images, labels = segmentation.make_batch(2)
+    assert images.shape == (2, 1, 32, 32)
+    assert set(labels.unique().tolist()) == {0, 1, 2, segmentation.UNLABELLED}
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def check_tensor_parallel():
+    """The curve is that of one process with torch's loss."""
+    example = load("train_tp_fsdp")
+    losses = example.main()
+    torch.manual_seed(0)
+    model = example.Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    wanted = []
+    for _ in losses:
+        tokens = torch.randint(example.VOCAB_SIZE, (example.BATCH, 1))
+        tokens = tokens + 3 * torch.arange(example.LENGTH + 1)
+        labels = tokens[:, 1:] % example.VOCAB_SIZE
+        is_padding = (torch.rand(example.BATCH, 1) < 0.5) & (torch.arange(example.LENGTH) >= 20)
+        labels = labels.masked_fill(is_padding, example.PADDING)
+        logits = model(tokens[:, :-1] % example.VOCAB_SIZE)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted.append(loss.item())
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted), rtol=1e-2, atol=1e-2)
+    assert losses[-1] < losses[0] / 10
+
+
+def test_tensor_parallel_and_fsdp():
+    processes.run(check_tensor_parallel, 4)
