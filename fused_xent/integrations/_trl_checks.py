@@ -87,8 +87,9 @@ def fused_forward(model: Any, role: str) -> Any:
 def check_head(model: Any, head: _trl_head.Head, role: str) -> None:
     """Refuse a head whose output is not a linear layer's: TRL and fused_xent read its weight."""
     layer = model.get_output_embeddings()
-    saved = getattr(layer, "modules_to_save", None)  # PEFT's: a trained copy of the layer
-    layers = list(saved.values()) if type(layer).__name__ == "ModulesToSaveWrapper" else [layer]
+    layers = [layer]
+    if type(layer).__name__ == "ModulesToSaveWrapper":  # PEFT's: trained copies of the layer
+        layers = list(layer.modules_to_save.values())
     for layer in layers:
         what = type(layer).__name__
         if type(layer) is not nn.Linear:

@@ -36,7 +36,7 @@ def fused_jsd_loss(of_trl: Callable[..., Tensor]) -> Callable[..., Tensor]:
             )
         total = _sum_of_kl(student_logits, teacher_logits, labels, 1 / temperature)
         if num_items_in_batch is not None:
-            return total / num_items_in_batch
+            return total.div(num_items_in_batch)
         if reduction == "sum":
             return total
         n_rows = max(len(student_logits), 1) if labels is None else (labels != -100).sum()

@@ -168,9 +168,10 @@ def _differentiable(
         found = {"log_probs": -results.loss, "entropy": results.entropy, "is_top1": results.correct}
         return {name: value for name, value in found.items() if name in ("log_probs", *outputs)}
     if "entropy" in outputs:
-        return linear_selective_log_softmax(
+        both = linear_selective_log_softmax(
             hidden, weight, targets, linear_bias=bias, with_entropy=True, **logits
-        )._asdict()
+        )
+        return {"log_probs": both.log_probs, "entropy": both.entropy}
     log_probs = linear_selective_log_softmax(hidden, weight, targets, linear_bias=bias, **logits)
     return {"log_probs": log_probs}
 

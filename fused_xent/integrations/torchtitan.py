@@ -19,19 +19,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import spmd_types as spmd  # type: ignore[import-not-found, unused-ignore]
+import spmd_types as spmd  # type: ignore[import, unused-ignore]
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torchtitan.components.loss import (  # type: ignore[import-not-found, unused-ignore]
+from torchtitan.components.loss import (  # type: ignore[import, unused-ignore]
     ChunkedLossWrapper,
     CrossEntropyLoss,
 )
-from torchtitan.distributed.spmd_types import (  # type: ignore[import-not-found, unused-ignore]
+from torchtitan.distributed.spmd_types import (  # type: ignore[import, unused-ignore]
     current_spmd_mesh,
     spmd_mesh_size,
 )
-from torchtitan.distributed.utils import (  # type: ignore[import-not-found, unused-ignore]
+from torchtitan.distributed.utils import (  # type: ignore[import, unused-ignore]
     get_spmd_backend,
 )
 
@@ -158,9 +158,7 @@ def _loss_of_logits(
     """Return the sum of the losses of logits (B, T, V), of which a rank may have some classes."""
     if not isinstance(pred, DTensor):
         options |= _split_of(global_vocab_size, pred.shape[-1])
-    loss = cross_entropy(
-        pred, labels, dim=-1, reduction="sum", loss_dtype=torch.float32, **options
-    )
+    loss = cross_entropy(pred, labels, dim=-1, reduction="sum", loss_dtype=torch.float32, **options)
     return _like(loss, labels)
 
 

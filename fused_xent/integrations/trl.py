@@ -84,8 +84,8 @@ def apply(trainer: Any) -> Handle:
     if handle is not None and handle.is_applied:
         return handle
     _trl_checks.check_trainer(trainer, TRAINERS)
-    name, trl = type(trainer).__name__, importlib.import_module("trl")
-    handle = Handle(f"fused_xent in {name} of TRL {trl.__version__}")  # type: ignore[attr-defined]
+    trl: Any = importlib.import_module("trl")
+    handle = Handle(f"fused_xent in {type(trainer).__name__} of TRL {trl.__version__}")
     if _trl_checks.is_gkd(trainer):
         _apply_to_gkd(trainer, handle)
     else:

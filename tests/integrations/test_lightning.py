@@ -1,10 +1,9 @@
 """A LightningModule trains with CrossEntropyLoss as with torch's."""
 
+import lightning
 import pytest
 import torch
 from torch import nn
-
-lightning = pytest.importorskip("lightning")
 
 import fused_xent
 

@@ -1,10 +1,8 @@
 """Losses of timm's training, by fused_xent's module and its sparse labels."""
 
 import pytest
+import timm
 import torch
-
-timm = pytest.importorskip("timm")
-
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 

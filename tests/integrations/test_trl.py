@@ -5,9 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-
-pytest.importorskip("trl")
-
 import trl
 import trl_runs as runs
 from peft import LoraConfig, inject_adapter_in_model
@@ -176,9 +173,9 @@ def test_values_and_gradients(softcap, bias, few_logits_in_chunks):
             log_p.argmax(1) == targets,
         )
 
-    targets[0] = wanted(hidden, weight, offset)[4].shape[0] and F.linear(
-        hidden, weight, offset
-    )[0].argmax()
+    targets[0] = (
+        wanted(hidden, weight, offset)[4].shape[0] and F.linear(hidden, weight, offset)[0].argmax()
+    )
     leaves = [x.double().requires_grad_() for x in (hidden, weight, offset) if x is not None]
     right = wanted(*leaves, *[None] * (not bias))
     for outputs in (("log_probs",), ("log_probs", "entropy"), _trl_head.OUTPUTS):
@@ -196,7 +193,10 @@ def test_values_and_gradients(softcap, bias, few_logits_in_chunks):
             assert value.requires_grad == (name in ("log_probs", "entropy")), name
             if value.requires_grad:
                 factors = torch.linspace(1, 2, 7)
-                total, of_right = total + (value * factors).sum(), of_right + (truth * factors).sum()
+                total, of_right = (
+                    total + (value * factors).sum(),
+                    of_right + (truth * factors).sum(),
+                )
         gradients = torch.autograd.grad(total, own)
         for one, other in zip(
             gradients, torch.autograd.grad(of_right, leaves, retain_graph=True), strict=True
@@ -221,12 +221,14 @@ def test_labels(tmp_path):
     calls = [{"labels": labels}, {"labels": none}, {"labels": None, "shift_labels": labels}]
     calls += [{"labels": labels, "num_items_in_batch": torch.tensor(5)}]
     results = []
-    for handle in (None, apply(trainer)):
+    for is_ours in (False, True):
+        if is_ours:
+            apply(trainer)
+        assert is_applied(model) == is_ours
         for call in calls:
             found = fused(model, tokens, **call)
             gradients = torch.autograd.grad(found.loss, list(model.parameters()))
             results.append([found.loss, found.log_probs, found.entropy, found.is_top1, *gradients])
-    del handle
     for one, other in zip(results[4:], results[:4], strict=True):
         for value, right in zip(one, other, strict=True):
             torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
@@ -282,7 +284,7 @@ def test_undo_refuses_where_the_forward_was_replaced(tmp_path):
     handle = apply(trainer)
     own = trainer.model.forward
     trainer.model.forward = lambda *args, **kwargs: own(*args, **kwargs)
-    with pytest.raises(RuntimeError, match="forward of trainer.model must be TRL's fused head"):
+    with pytest.raises(RuntimeError, match=r"forward of trainer.model must be TRL's fused head"):
         handle.undo()
     trainer.model.forward = own
     handle.undo()

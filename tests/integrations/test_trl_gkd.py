@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-
-pytest.importorskip("trl")
-
 import trl_runs as runs
 from datasets import Dataset
 from trl.experimental.gkd import GKDConfig, GKDTrainer
