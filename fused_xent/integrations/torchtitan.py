@@ -1,4 +1,4 @@
-"""Losses for torchtitan 0.3: in a trainer's configuration, put one of them in the place of its loss.
+"""Losses for torchtitan 0.3. In a trainer's configuration, they take the place of its loss.
 
     from fused_xent.integrations.torchtitan import FusedLinearCrossEntropyLoss
 
@@ -40,7 +40,7 @@ from ..linear import linear_cross_entropy
 
 
 class FusedCrossEntropyLoss(CrossEntropyLoss):  # type: ignore[misc, unused-ignore]
-    """:func:`fused_xent.cross_entropy` of the model's logits, summed, as torchtitan's losses are."""
+    """:func:`fused_xent.cross_entropy` of the model's logits, summed as in torchtitan's losses."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CrossEntropyLoss.Config):  # type: ignore[misc, unused-ignore]
@@ -187,8 +187,8 @@ def _loss_of_dtensors(
 ) -> Tensor:
     """Return the loss of DTensors, computed from what this process has of them.
 
-    Gradients of weights that all processes have, computed from a part of the rows, stay ``Partial``:
-    FSDP adds them up. Those of hidden states that all have, from a part of the classes, as well.
+    A weight that all processes have, with rows that they do not, gets a ``Partial`` gradient, which
+    FSDP adds up. So do hidden states that all processes have, with classes that they do not.
     """
     mesh, placements = weight.device_mesh, weight.placements
     if not isinstance(hidden, DTensor):

@@ -36,6 +36,7 @@ class Handle:
         self.done: list[str] = []
         self.not_done: list[str] = []
         self.is_applied = True
+        self._models: dict[str, Any] = {}  # by their role in the trainer
         self._undo: list[Callable[[], None]] = []
 
     def undo(self) -> None:
@@ -81,7 +82,7 @@ def apply(trainer: Any) -> Handle:
             has been replaced.
     """
     handle: Handle | None = trainer.__dict__.get("_fused_xent_handle")
-    if handle is not None and handle.is_applied:
+    if handle is not None and handle.is_applied and _is_current(trainer, handle):
         return handle
     _trl_checks.check_trainer(trainer, TRAINERS)
     trl: Any = importlib.import_module("trl")
@@ -92,6 +93,14 @@ def apply(trainer: Any) -> Handle:
         _apply_to_models(trainer, handle)
     trainer._fused_xent_handle = handle
     return handle
+
+
+def _is_current(trainer: Any, handle: Handle) -> bool:
+    """Return False if the trainer has got other models since."""
+    return all(
+        _trl_checks.base_model(trainer, getattr(trainer, role)) is model and is_applied(model)
+        for role, model in handle._models.items()
+    )
 
 
 def _apply_to_gkd(trainer: Any, handle: Handle) -> None:
@@ -133,6 +142,7 @@ def _apply_to_models(trainer: Any, handle: Handle) -> None:
             found.append((role, model, forward, ours))
     for role, model, forward, ours in found:  # nothing is changed before all checks are done
         _exchange(trainer, model, forward, ours)
+        handle._models[role] = model
         handle._undo.append(_undo_of(trainer, model, forward, ours, role))
         handle.done.append(f"trainer.{role}: {_describe(_trl_head.head_of(forward))}")
     handle.not_done += _trl_checks.left_to_trl(trainer)

@@ -258,6 +258,16 @@ def test_undo(tmp_path):
     assert is_applied(trainer.model)
 
 
+def test_another_model(tmp_path):
+    """A trainer that gets another model needs another apply()."""
+    trainer = sft(tmp_path)
+    handle = apply(trainer)
+    trainer.model = runs.make_model()
+    utils.add_fused_lm_head(trainer.model)
+    assert apply(trainer) is not handle
+    assert is_applied(trainer.model)
+
+
 def test_undo_after_training_in_mixed_precision(tmp_path):
     """accelerate's forward lies over that of the model then, and stays."""
     trainer = dpo(tmp_path, bf16=True, max_steps=1)

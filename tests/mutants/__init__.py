@@ -3,10 +3,18 @@
 A table is a module `<name>_faults` with FAULTS, which maps descriptions to a Fault.
 """
 
-from . import bench_faults, binding_faults, cpu_faults, cuda_faults, python_faults
+from . import (
+    bench_faults,
+    binding_faults,
+    cpu_faults,
+    cuda_faults,
+    framework_faults,
+    python_faults,
+)
 
 TABLES = {
     "python": python_faults.FAULTS,
+    "frameworks": framework_faults.FAULTS,
     "bench": bench_faults.FAULTS,
     "binding": binding_faults.FAULTS,
     "cpu": cpu_faults.FAULTS,
