@@ -1,18 +1,20 @@
 """torchtitan's llama with fused_xent's losses has the losses and gradients of torchtitan's own."""
 
+import contextlib
 from pathlib import Path
 
 import processes
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims, parallel_dims
 from torchtitan.distributed.full_dtensor import parallelize_inputs
-from torchtitan.distributed.spmd_types import annotate_input_spmd_types
+from torchtitan.distributed.spmd_types import annotate_input_spmd_types, set_current_spmd_mesh
 from torchtitan.distributed.utils import get_spmd_context, set_spmd_backend
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.linear import Linear
@@ -172,6 +174,8 @@ def check_backends(n_tensor, n_data):
             check_vocab_size(run)
         if backend == "full_dtensor":
             check(Run(n_tensor, n_data, backend, "bfloat16"), 3e-2)
+    if n_tensor == 1:
+        check_split_head()
 
 
 def check_vocab_size(run):
@@ -180,6 +184,50 @@ def check_vocab_size(run):
             run.step(cls.Config())
         with pytest.raises(ValueError, match=r"global_vocab_size must be .* got 3000: rank"):
             run.step(cls.Config(global_vocab_size=3000))
+
+
+def check_split_head():
+    """Classes that do not divide by the processes, a bias, plain tensors and DTensors."""
+    n_classes, mesh = 41, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    torch.manual_seed(0)
+    whole, hidden = torch.nn.Linear(8, n_classes), torch.randn(2, 6, 8)
+    labels = torch.randint(n_classes, (2, 6))
+    labels[0, :3] = -100
+    leaf = hidden.clone().requires_grad_()
+    logits = whole(leaf).flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+    wanted.backward()
+    own = slice(21 * dist.get_rank(), 21 * dist.get_rank() + 21)
+    for options in ({}, {"drop_ignored": True}, {"chunk_rows": 3}):
+        config = FusedLinearCrossEntropyLoss.Config(global_vocab_size=n_classes, **options)
+        for kind in ("plain", "weight", "both"):
+            layer, loss_function = torch.nn.Linear(8, 41), config.build()
+            for name, value in whole.named_parameters():
+                mine = distribute_tensor(value.data, mesh, [Shard(0)], src_data_rank=None)
+                value = value.data[own].clone() if kind == "plain" else mine
+                setattr(layer, name, torch.nn.Parameter(value))
+            loss_function.set_lm_head(layer)
+            x = hidden.clone()
+            x = distribute_tensor(x, mesh, [Replicate()]) if kind == "both" else x
+            x.requires_grad_()
+            set_spmd_backend("spmd_types" if kind == "plain" else "partial_dtensor")
+            with set_current_spmd_mesh(mesh) if kind == "plain" else contextlib.nullcontext():
+                loss, _ = loss_function(x, labels)
+                loss.backward()
+                nothing, _ = loss_function(x.detach(), torch.full_like(labels, -100))
+            assert isinstance(loss, DTensor) == (kind == "both")
+            if kind == "plain":
+                dist.all_reduce(x.grad)  # each rank has its part
+            found = [loss, x.grad, nothing, layer.weight.grad, layer.bias.grad]
+            found = [x.full_tensor() if isinstance(x, DTensor) else x for x in found]
+            rows = own if kind == "plain" else slice(None)
+            right = [wanted.detach(), leaf.grad, torch.tensor(0.0)]
+            right += [whole.weight.grad[rows], whole.bias.grad[rows]]
+            for one, other in zip(found, right, strict=True):
+                torch.testing.assert_close(one.detach(), other, rtol=1e-4, atol=1e-5)
+    layer.weight = torch.nn.Parameter(distribute_tensor(whole.weight.data, mesh, [Shard(1)]))
+    with pytest.raises(ValueError, match="must share their work as in torchtitan"):
+        loss_function(x, labels)
 
 
 @pytest.mark.parametrize(("n_tensor", "n_data"), [(2, 2), (1, 2)])
