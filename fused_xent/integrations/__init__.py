@@ -1,1 +1,1 @@
-"""One-line use of this library in other frameworks; each module needs its framework."""
+"""The losses in training frameworks: one module for each. Each imports its framework when used."""

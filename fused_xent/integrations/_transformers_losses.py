@@ -1,0 +1,200 @@
+"""Losses with the contract of transformers' own, as ``model.loss_function`` calls them.
+
+Each is an object and no closure, so that models with it can be copied and pickled. Values are those
+of ``transformers.loss.loss_utils``. Logits are not converted to float32: the loss alone is computed
+and returned in float32.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import cross_entropy
+
+NumItems = Tensor | float | None
+# Computes a loss of the captured hidden states, see _transformers_head: of labels, already aligned
+# or to be shifted by the number of the second argument.
+HeadLoss = Callable[..., Tensor]
+
+
+def reduced(
+    logits: Tensor,
+    labels: Tensor,
+    num_items: NumItems,
+    ignore_index: int,
+    options: dict[str, Any],
+    loss_dtype: torch.dtype | None = torch.float32,
+) -> Tensor:
+    """Return the mean loss of logits (..., V), or their summed loss divided by ``num_items``."""
+    labels = labels.to(logits.device)
+    if labels.shape != logits.shape[:-1]:  # transformers compares the number of rows alone
+        logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+        check_rows(len(logits), len(labels))
+    loss = cross_entropy(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        dim=-1,
+        normalizer=num_items,
+        loss_dtype=loss_dtype,
+        **options,
+    )
+    return of_shape(loss, num_items)
+
+
+def check_rows(n_rows: int, n_labels: int) -> None:
+    """Raise an error unless there is a label for each row of logits."""
+    if n_rows != n_labels:
+        raise ValueError(
+            f"labels must have one label for each of the {n_rows} rows of logits, got {n_labels}: "
+            "with logits_to_keep, pass the labels of those positions as labels and shift_labels"
+        )
+
+
+def of_shape(loss: Tensor, num_items: NumItems) -> Tensor:
+    """Give a scalar the shape of a quotient by ``num_items``, such as (1,)."""
+    return loss.reshape(num_items.shape) if isinstance(num_items, Tensor) else loss
+
+
+def next_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    """Return each position's next label; the last position has none."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+class Loss:
+    """A loss function of a model: its options, and its head if that is fused."""
+
+    name: str  # of the function of transformers that has the same contract
+
+    def __init__(self, options: dict[str, Any], head: HeadLoss | None = None) -> None:
+        """Keep the options of :func:`fused_xent.cross_entropy`."""
+        self.options = options
+        self.head = head
+
+
+class LanguageLoss(Loss):
+    """A loss of all positions."""
+
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items: NumItems,
+        ignore_index: int,
+        shift: int,
+    ) -> Tensor:
+        if self.head is not None and logits.shape[-1] == 0:  # the stand-in for logits
+            return self.head(logits, labels, num_items, ignore_index, shift)
+        if logits.shape[-1] != vocab_size:
+            raise ValueError(
+                f"logits must have vocab_size = {vocab_size} classes, got shape "
+                f"{tuple(logits.shape)}: set the vocab_size of the model and of its config"
+            )
+        if shift:
+            labels = next_labels(labels, ignore_index)
+        return reduced(logits, labels, num_items, ignore_index, self.options)
+
+
+class CausalLoss(LanguageLoss):
+    """The loss of the next token: ForCausalLMLoss."""
+
+    name = "ForCausalLMLoss"
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: NumItems = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the loss; ``shift_labels`` are aligned with the logits already."""
+        shift = int(shift_labels is None)
+        aligned = labels if shift_labels is None else shift_labels
+        return self._loss(logits, aligned, vocab_size, num_items_in_batch, ignore_index, shift)
+
+
+class MaskedLoss(LanguageLoss):
+    """The loss of labels that are aligned with the logits: ForMaskedLMLoss."""
+
+    name = "ForMaskedLMLoss"
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: NumItems = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the loss."""
+        return self._loss(logits, labels, vocab_size, num_items_in_batch, ignore_index, 0)
+
+
+class TokenClassificationLoss(Loss):
+    """The loss of one class for each token: ForTokenClassification."""
+
+    name = "ForTokenClassification"
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        config: Any,
+        num_items_in_batch: NumItems = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the loss."""
+        logits = logits.reshape(-1, config.num_labels)
+        return reduced(logits, labels.reshape(-1), num_items_in_batch, ignore_index, self.options)
+
+
+class SequenceClassificationLoss(Loss):
+    """ForSequenceClassificationLoss: this package computes that of single labels alone."""
+
+    name = "ForSequenceClassificationLoss"
+
+    def __call__(
+        self,
+        labels: Tensor,
+        pooled_logits: Tensor,
+        config: Any,
+        num_items_in_batch: NumItems = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the loss. Sets ``config.problem_type`` as transformers does if it is None."""
+        if config.problem_type is None:
+            config.problem_type = _problem_type(labels, config.num_labels)
+        if config.problem_type != "single_label_classification":
+            stock = importlib.import_module("transformers.loss.loss_utils")
+            loss: Tensor = stock.ForSequenceClassificationLoss(labels, pooled_logits, config)
+            return loss
+        logits = pooled_logits.reshape(-1, config.num_labels)
+        labels = labels.reshape(-1)
+        return reduced(logits, labels, num_items_in_batch, ignore_index, self.options, None)
+
+
+def _problem_type(labels: Tensor, num_labels: int) -> str:
+    if num_labels == 1:
+        return "regression"
+    if labels.dtype in (torch.long, torch.int):
+        return "single_label_classification"
+    return "multi_label_classification"
+
+
+LOSSES: dict[str, type[Loss]] = {
+    loss.name: loss
+    for loss in (CausalLoss, MaskedLoss, TokenClassificationLoss, SequenceClassificationLoss)
+}
