@@ -313,7 +313,7 @@ def measure_tail(model: Any, head: nn.Linear) -> Tail:
     except Exception as error:
         raise ValueError(
             f"fuse_head must be False for {name}, got True: its forward could not be tried with "
-            f"random hidden states ({type(error).__name__}: {error}). Apply before fully_shard; "
+            f"stand-ins for its modules ({type(error).__name__}: {error}). Apply before fully_shard; "
             f"otherwise {NEVER_DONE}"
         ) from error
     reason = "its forward returns no logits of the head's shape"
@@ -355,11 +355,12 @@ def _fitted(found: Tensor) -> Tail | None:
 def _logits_of(model: Any, head: nn.Linear, logits: Tensor) -> Any:
     """Run the forward of the model's class with stand-ins for its backbone and its head."""
     weight = head.weight
-    backbone = model.base_model
-    if backbone is model:
-        raise ValueError("it has no base_model")
-    n_features = head.in_features
-    hidden = torch.randn(1, 2, n_features, device=logits.device).to(weight.dtype)
+    backbone = model.base_model if model.base_model is not model else model.get_decoder()
+    if backbone is None or backbone is model:
+        raise ValueError("it has neither a base_model nor a decoder")
+    # The head of BERT and its like starts with a layer of another size.
+    n_features = getattr(model.config.get_text_config(), "hidden_size", head.in_features)
+    hidden = torch.ones(1, 2, n_features, device=weight.device, dtype=weight.dtype)
     places = [*_places(model, backbone), *_places(model, head)]
     stand_ins = {backbone: _StandIn(backbone, _Output([hidden])), head: _StandIn(head, logits)}
     was_training = model.training
