@@ -16,6 +16,7 @@ COMMANDS = {
         "several labels in a row, and log-probabilities of selected classes",
     ),
     "parallel": ("parallel:main", "a vocabulary that is split over processes, on the CPU"),
+    "transformers": ("transformers:main", "training steps of a small Llama of transformers"),
     "overhead": ("overhead:main", "the overhead of a call, on tiny inputs and one thread"),
     "sweep": ("loss:sweep_main", "the loss at 1000 to 262144 classes"),
     "roofline": ("roofline:main", "how close losses come to the limits of this machine"),
@@ -31,7 +32,7 @@ NEEDED = {"rich", "matplotlib"}
 
 def usage() -> str:
     """Returns the help text: all commands."""
-    commands = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:14}{text}" for name, (_, text) in COMMANDS.items())
     return (
         f"usage: python -m bench [COMMAND] ...\n\n{__doc__}\n\n{commands}\n\n"
         "python -m bench COMMAND --help lists the options of a command."
