@@ -26,6 +26,9 @@ collect_ignore = [
     if not all(importlib.util.find_spec(package) for package in packages)
 ]
 
+if importlib.util.find_spec("transformers") is None:
+    collect_ignore_glob = ["test_transformers*.py"]
+
 # The torchvision on PyPI is built for a torch with CUDA. Beside a torch without, its library does
 # not load, and the import fails because two operators have no schema. No test uses them.
 if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
@@ -33,6 +36,12 @@ if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
             LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(autouse=True)
+def two_threads(threads):
+    """Tiny models are faster with few threads."""
+    threads(2)
 
 
 @pytest.hookimpl(wrapper=True)
