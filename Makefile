@@ -10,7 +10,7 @@ ARCH ?= 9.0
 CHECK ?= $(patsubst %,tests/test_%.py,functional nn errors layouts autograd overwriting linear_errors) \
 	"tests/test_cuda_native.py::test_part[forward]"
 
-.PHONY: setup build check test mutants demo bench readme-tables gpu cuda-check lint format clean
+.PHONY: setup build check test integrations mutants demo bench readme-tables gpu cuda-check lint format clean
 
 setup: build/full
 
@@ -29,6 +29,10 @@ check: build
 # the files with few tests, which build, should not be the last ones.
 test: setup
 	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
+# The tests of fused_xent.integrations, with the frameworks that the extra of that name pins.
+integrations: setup .venv-integrations/ready
+	.venv-integrations/bin/python -m pytest --durations=5 tests/integrations
 
 # Puts faults into copies of the code, one at a time, and reports those that no test finds. Takes
 # about an hour on two cores.
@@ -67,11 +71,18 @@ format: .venv/ready
 	.venv/bin/clang-format -i $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:
-	rm -rf .venv .venv-cuda build dist fused_xent/_C*.so *.egg-info compile_commands.json .mypy_cache
+	rm -rf .venv .venv-cuda .venv-integrations build dist fused_xent/_C*.so *.egg-info compile_commands.json .mypy_cache
 
 .venv/ready: requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv-integrations/ready: requirements-dev.txt pyproject.toml build/full
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	PATH="$(CURDIR)/.venv-integrations/bin:$$PATH" FUSED_XENT_CUDA=0 .venv-integrations/bin/pip \
+		install --quiet --disable-pip-version-check --no-build-isolation --editable '.[integrations]'
 	touch $@
 
 .venv-cuda/ready:  # torch from PyPI includes CUDA: 5 GB

@@ -41,7 +41,7 @@ def make_sequences() -> list[dict[str, Tensor]]:
     tokens = first + torch.arange(LENGTH)
     labels = tokens.clone()
     labels[:, :PROMPT] = -100
-    return [{"input_ids": t, "labels": l} for t, l in zip(tokens, labels, strict=True)]
+    return [{"input_ids": x, "labels": y} for x, y in zip(tokens, labels, strict=True)]
 
 
 def main(fuse_head: bool = True, max_steps: int = 60) -> list[float]:

@@ -11,7 +11,14 @@ from mutants.runner import NATIVE, Runner
 pytestmark = pytest.mark.cpu("independent of the device")
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = {"python": 4, "bench": 2, "binding": 2, "cpu": 3, "cuda": 8}  # `make mutants` tries all
+SAMPLE = {
+    "python": 4,
+    "integrations": 0,
+    "bench": 2,
+    "binding": 2,
+    "cpu": 3,
+    "cuda": 8,
+}  # `make mutants` tries all
 # Files without a fault: declarations, the file of each instruction set, code that only a GPU runs.
 WITHOUT_FAULTS = {
     *("bench/__init__.py", "fused_xent/__init__.py", "fused_xent/integrations/__init__.py"),

@@ -66,7 +66,21 @@ LAYERS = {
         *("_decompositions", "_ops", "functional", "linear", "nn", "reference", "selected"),
     },
     "__main__": {"__init__", "_ops", "_options", "reference"},
+    "integrations.__init__": set(),
+    "integrations._transformers_losses": {"__init__"},
+    "integrations._transformers_head": {"__init__", "integrations._transformers_losses"},
+    "integrations.transformers": {
+        *("__init__", "integrations._transformers_head", "integrations._transformers_losses"),
+    },
 }
+
+
+def name_of(path):
+    """Return the name of a module of the package, as in LAYERS."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def package_imports(path):
@@ -77,22 +91,25 @@ def package_imports(path):
             node.level or (node.module or "").split(".")[0] == "fused_xent"
         ):
             module = (node.module or "").removeprefix("fused_xent").strip(".")
-            found |= {module} if module else {alias.name for alias in node.names}
+            folder = path.parents[node.level - 1] if node.level else PACKAGE
+            prefix = ".".join(folder.relative_to(PACKAGE).parts)
+            names = {module} if module else {alias.name for alias in node.names}
+            found |= {f"{prefix}.{name}".strip(".") for name in names}
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name.startswith("fused_xent")]
             found |= {name.partition(".")[2] or "__init__" for name in names}
-    return {name if (PACKAGE / f"{name}.py").exists() else "__init__" for name in found}
+    return {name if name in LAYERS else "__init__" for name in found}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_modules_import_only_lower_layers(path):
-    assert package_imports(path) <= LAYERS[path.stem]
+    assert package_imports(path) <= LAYERS[name_of(path)]
 
 
 def test_layers_have_no_cycles():
     """Allowed imports come earlier in the table, so there are no cycles."""
     modules = list(LAYERS)
-    assert sorted(modules) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+    assert sorted(modules) == sorted(map(name_of, FILES))
     for i, module in enumerate(modules):
         assert LAYERS[module] <= set(modules[:i]), module
 
@@ -100,7 +117,7 @@ def test_layers_have_no_cycles():
 def test_only_one_module_uses_private_names_of_torch():
     """Only _torch_private uses them, since torch changes them without notice."""
     private = re.compile(r"torch(\.\w+)*(\._[a-zA-Z]|\S* import _)")
-    files = [path for path in PACKAGE.glob("*.py") if path.stem != "_torch_private"]
+    files = [path for path in FILES if path.stem != "_torch_private"]
     assert len(files) > 10
     code = {path.name: re.sub(r"#.*", "", path.read_text()) for path in files}
     assert not [name for name, text in code.items() if private.search(text)]

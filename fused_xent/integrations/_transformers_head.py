@@ -41,7 +41,11 @@ class Tail(NamedTuple):
     def __str__(self) -> str:
         """Return the formula."""
         scaled = "x" if self.logit_scale == 1 else f"{self.logit_scale:g} x"
-        return scaled if self.softcap is None else f"{self.softcap:g} tanh({scaled} / {self.softcap:g})"
+        return (
+            scaled
+            if self.softcap is None
+            else f"{self.softcap:g} tanh({scaled} / {self.softcap:g})"
+        )
 
 
 # ---- the head ------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def apply(
 
     Args:
         model: a ``PreTrainedModel``, also inside of PEFT, DistributedDataParallel or
-            ``torch.compile``. Apply before or after these, and before ``fully_shard``.
+            ``torch.compile``. Apply before or after these and ``fully_shard``;
+            before ``fully_shard`` if the head has other layers before the linear one, as BERT's.
         fuse_head: whether to compute the loss from hidden states. The head must be exactly a
             ``torch.nn.Linear``: no LoRA on it, not quantized, no hooks. What the model does to its
             logits (scale, softcap) is measured once, and must be
@@ -169,7 +170,10 @@ def _checked_options(
             raise TypeError(f"an option of apply must be one of {', '.join(known)}{hint}: {name!r}")
     of_logits = {name: options[name] for name in (*OF_LOSS, *OF_LOGITS) if name in options}
     of_head = {name: options[name] for name in (*OF_LOSS, *OF_HEAD) if name in options}
-    numbers, label = torch.zeros(1, 2, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")
+    numbers, label = (
+        torch.zeros(1, 2, device="cpu"),
+        torch.zeros(1, dtype=torch.int64, device="cpu"),
+    )
     cross_entropy(numbers, label, **of_logits)  # checks values
     linear_cross_entropy(numbers, torch.zeros(2, 2, device="cpu"), label, **of_head)
     return of_logits, of_head
@@ -317,8 +321,10 @@ def compute_loss_func(
     ``loss_function``, such as T5 and BERT's classifiers, and in place of ``label_smoothing_factor``,
     for which Trainer computes log-probabilities of all classes. Leave that at 0: Trainer prefers
     this loss. Trainer passes the number of labels of all accumulated batches, and the sum of the
-    losses is divided by it. The loss is float32. The model computes logits: ``fuse_head`` of
-    :func:`apply` has no effect, since Trainer keeps the labels from the model.
+    losses is divided by it. The loss is float32. Trainer keeps the labels from the model, which
+    therefore computes logits, also with ``fuse_head`` of :func:`apply`, and leaves out auxiliary
+    losses. An encoder-decoder then needs ``decoder_input_ids`` in its batches:
+    ``DataCollatorForSeq2Seq(tokenizer, model=model)`` makes them.
 
     Args:
         label_smoothing: as in :func:`fused_xent.cross_entropy`; so are the next two.
@@ -334,11 +340,14 @@ def compute_loss_func(
     """
     if shift is not None and not isinstance(shift, bool):
         raise TypeError(f"shift must be a bool or None, got {type(shift).__name__}")
-    options = {
+    options: dict[str, Any] = {
         "label_smoothing": label_smoothing,
         "lse_square_scale": lse_square_scale,
         "focal_gamma": focal_gamma,
     }
-    numbers, label = torch.zeros(1, 2, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")
+    numbers, label = (
+        torch.zeros(1, 2, device="cpu"),
+        torch.zeros(1, dtype=torch.int64, device="cpu"),
+    )
     cross_entropy(numbers, label, ignore_index=ignore_index, **options)  # checks values
     return LossOfOutputs(shift, ignore_index, options)

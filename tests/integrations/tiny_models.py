@@ -58,7 +58,11 @@ LANGUAGE = {
 }
 ALL = LANGUAGE | {
     "bert_mlm": ("BertForMaskedLM", "BertConfig", NO_DROPOUT),
-    "bert_classes": ("BertForSequenceClassification", "BertConfig", {"num_labels": 3, **NO_DROPOUT}),
+    "bert_classes": (
+        "BertForSequenceClassification",
+        "BertConfig",
+        {"num_labels": 3, **NO_DROPOUT},
+    ),
     "sequences": ("LlamaForSequenceClassification", "LlamaConfig", {"num_labels": 3}),
     "tokens": (
         "LlamaForTokenClassification",

@@ -10,11 +10,12 @@ from . import (
     cuda_faults,
     framework_faults,
     python_faults,
+    transformers_faults,
 )
 
 TABLES = {
     "python": python_faults.FAULTS,
-    "frameworks": framework_faults.FAULTS,
+    "integrations": {**framework_faults.FAULTS, **transformers_faults.FAULTS},
     "bench": bench_faults.FAULTS,
     "binding": binding_faults.FAULTS,
     "cpu": cpu_faults.FAULTS,
