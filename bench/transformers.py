@@ -1,4 +1,4 @@
-"""Measures training steps of a small Llama of Hugging Face transformers, with its own loss and ours.
+"""Measures training steps of a small Llama of transformers, with its own loss and with ours.
 
 A step is forward, backward, and an update by SGD. `setter` is `apply(model)`, `fuse_head` is
 `apply(model, fuse_head=True)`, `drop_ignored` the same with that option. Every provider runs in

@@ -1,8 +1,8 @@
 """Trains a small Llama of Hugging Face transformers with this package's loss: one line.
 
-``apply(model, fuse_head=True)`` makes the training steps of ``Trainer`` compute the loss from hidden
-states: the logits, here of 20000 classes, are never stored. Evaluation and generation are those of
-transformers. The model learns to count: each token is the one before it plus a step.
+``apply(model, fuse_head=True)`` makes the training steps of ``Trainer`` compute the loss from
+hidden states: the logits, here of 20000 classes, are never stored. Evaluation and generation are
+those of transformers. The model learns to count: each token is the one before it plus a step.
 
 Run it: ``python examples/train_transformers.py``. It needs ``pip install transformers accelerate``,
 downloads nothing, and takes about half a minute on a CPU.

@@ -317,23 +317,17 @@ def measure_tail(model: Any, head: nn.Linear) -> Tail:
     except Exception as error:
         raise ValueError(
             f"fuse_head must be False for {name}, got True: its forward could not be tried with "
-            f"stand-ins for its modules ({type(error).__name__}: {error}). Apply before fully_shard; "
-            f"otherwise {NEVER_DONE}"
+            f"stand-ins for its modules ({type(error).__name__}: {error}). Apply before "
+            f"fully_shard; otherwise {NEVER_DONE}"
         ) from error
     reason = "its forward returns no logits of the head's shape"
     if isinstance(found, Tensor) and found.shape == probe.shape:
         reason = "it does more to its logits than a scale and a softcap"
+        tail = _fitted(probe, found.detach())
         if found.requires_grad:
             reason = "it multiplies its logits by a parameter, or adds one"
-        else:
-            tail = _fitted(found.detach().to("cpu", torch.float64).flatten())
-            wanted = None if tail is None else tail(probe.to("cpu", torch.float64))
-            limit = 1e-5
-            if wanted is not None and torch.allclose(
-                found.to("cpu", torch.float64), wanted, rtol=limit, atol=limit
-            ):
-                assert tail is not None  # for mypy
-                return tail
+        elif tail is not None:
+            return tail
     raise ValueError(f"fuse_head must be False for {name}, got True: {reason}. {NEVER_DONE}")
 
 
@@ -341,19 +335,24 @@ def _probe(head: nn.Linear) -> Tensor:
     """Return logits of two positions: SMALL, LARGE, and random ones."""
     device = head.weight.device if head.weight.device.type in ("cpu", "cuda") else "cpu"
     numbers = torch.Generator().manual_seed(0)
-    probe = 20 * torch.randn(1, 2, head.out_features, dtype=torch.float64, generator=numbers)
+    probe = 20 * torch.randn(
+        1, 2, head.out_features, dtype=torch.float64, device="cpu", generator=numbers
+    )
     probe.view(-1)[:2] = torch.tensor([SMALL, LARGE], dtype=torch.float64)
     return probe.to(device)
 
 
-def _fitted(found: Tensor) -> Tail | None:
-    """Return the scale and the cap that the first two logits tell."""
+def _fitted(probe: Tensor, found: Tensor) -> Tail | None:
+    """Return the scale and the cap that the first two logits tell, if they explain all logits."""
+    probe, found = (logits.to("cpu", torch.float64).flatten() for logits in (probe, found))
     scale, most = found[0].item() / SMALL, found[1].item()
     if abs(scale - 1) < 1e-6:
         scale = 1.0
     softcap = None if abs(most / LARGE - scale) <= 1e-5 * abs(scale) else most
-    in_range = 1e-30 <= scale <= 1e30 and (softcap is None or 1e-30 <= softcap <= 1e30)
-    return Tail(scale, softcap) if in_range else None
+    if not (1e-30 <= scale <= 1e30 and (softcap is None or 1e-30 <= softcap <= 1e30)):
+        return None
+    tail = Tail(scale, softcap)
+    return tail if torch.allclose(found, tail(probe), rtol=1e-5, atol=1e-5) else None
 
 
 def _logits_of(model: Any, head: nn.Linear, logits: Tensor) -> Any:

@@ -141,7 +141,7 @@ class Handle:
         given = "".join(f", {name}={value!r}" for name, value in fused.options.items())
         yield f"head: {fused.tail} of x = a linear layer, by fused_xent.linear_cross_entropy{given}"
         if self.model.__dict__.get("forward") is not fused.forward:
-            yield "the forward has been replaced or wrapped since: the head is fused if it is called"
+            yield "the forward has been replaced or wrapped since, and may not be in use"
         yield "in training with labels and gradients enabled; outputs.logits is None there"
         where = "training mode without gradients, calls without labels, generation"
         if fused.in_evaluation:
@@ -185,10 +185,11 @@ def _unwrapped(model: Any) -> Any:
     while isinstance(model, nn.Module):
         if isinstance(model, _transformers("modeling_utils").PreTrainedModel):
             return model
-        if callable(getattr(model, "get_base_model", None)):  # PEFT
-            model = model.get_base_model()
+        wrapper: Any = model
+        if callable(getattr(wrapper, "get_base_model", None)):  # PEFT
+            model = wrapper.get_base_model()
         else:  # torch.compile; DistributedDataParallel
-            model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+            model = getattr(wrapper, "_orig_mod", None) or getattr(wrapper, "module", None)
     raise TypeError(f"model must be a PreTrainedModel of transformers, or wrap one, got {given}")
 
 
@@ -318,10 +319,10 @@ def compute_loss_func(
     """Return a loss for ``transformers.Trainer(compute_loss_func=...)``.
 
     It serves every model whose outputs have logits of classes: also those that do not call
-    ``loss_function``, such as T5 and BERT's classifiers, and in place of ``label_smoothing_factor``,
-    for which Trainer computes log-probabilities of all classes. Leave that at 0: Trainer prefers
-    this loss. Trainer passes the number of labels of all accumulated batches, and the sum of the
-    losses is divided by it. The loss is float32. Trainer keeps the labels from the model, which
+    ``loss_function``, such as T5 and BERT's classifiers. It also takes the place of
+    ``label_smoothing_factor``, for which Trainer computes log-probabilities of all classes. Leave
+    that at 0: Trainer prefers this loss. Trainer passes the number of labels of all accumulated
+    batches, and the sum of the losses is divided by it. The loss is float32. Trainer keeps the labels from the model, which
     therefore computes logits, also with ``fuse_head`` of :func:`apply`, and leaves out auxiliary
     losses. An encoder-decoder then needs ``decoder_input_ids`` in its batches:
     ``DataCollatorForSeq2Seq(tokenizer, model=model)`` makes them.

@@ -258,7 +258,7 @@ def test_errors_of_outputs():
     loss = compute_loss_func()
     with pytest.raises(ValueError, match="labels must be a tensor, got None"):
         loss(output, None)
-    with pytest.raises(ValueError, match="shift must be True .* for outputs of class tuple"):
+    with pytest.raises(ValueError, match=r"shift must be True .* for outputs of class tuple"):
         loss(output.to_tuple()[1:], torch.ones(2, 9, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"class indices of at least 2 classes, got torch.float32"):
         loss(output, torch.ones(2, 9))
