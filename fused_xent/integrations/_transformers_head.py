@@ -162,7 +162,8 @@ class FusedHead:
     def undo(self) -> None:
         """Put both forwards back. One that was replaced since is left; it finds this one off."""
         self.is_enabled = False
-        if isinstance(self.module.__dict__.get("forward"), HeadForward):
+        forward = self.module.__dict__.get("forward")
+        if isinstance(forward, HeadForward) and forward.fused is self:
             del self.module.__dict__["forward"]
         if self.model.__dict__.get("forward") is self.forward:
             del self.model.__dict__["forward"]
@@ -172,7 +173,11 @@ class FusedHead:
     def _checked(self) -> tuple[nn.Linear, Tail]:
         """Return the head, and what the model does to its logits."""
         head = self.model.get_output_embeddings()
-        if reason := why_not_linear(head):
+        reason = why_not_linear(head)
+        forward = None if reason else head.__dict__.get("forward")
+        if isinstance(forward, HeadForward) and forward.fused is not self:
+            reason = f"its head is fused into another {type(forward.fused.model).__name__} already"
+        if reason:
             raise ValueError(
                 f"fuse_head must be False for this {type(self.model).__name__}, got True: "
                 f"{reason}. Its logits may not be input @ weight.T + bias; {NEVER_DONE}"

@@ -49,6 +49,9 @@ def apply(
     states, attentions, auxiliary losses of routers. Every other call, such as evaluation,
     generation, and training mode under ``torch.no_grad()``, runs the model's own forward.
 
+    ``torch.nn.DataParallel`` cannot replicate a model with a fused head: it raises an error about
+    devices. A ``num_items_in_batch`` of 0 gives NaN.
+
     A second call replaces the first. Copies and pickles of the model keep what was applied.
 
     Args:
@@ -322,10 +325,11 @@ def compute_loss_func(
     ``loss_function``, such as T5 and BERT's classifiers. It also takes the place of
     ``label_smoothing_factor``, for which Trainer computes log-probabilities of all classes. Leave
     that at 0: Trainer prefers this loss. Trainer passes the number of labels of all accumulated
-    batches, and the sum of the losses is divided by it. The loss is float32. Trainer keeps the labels from the model, which
-    therefore computes logits, also with ``fuse_head`` of :func:`apply`, and leaves out auxiliary
-    losses. An encoder-decoder then needs ``decoder_input_ids`` in its batches:
-    ``DataCollatorForSeq2Seq(tokenizer, model=model)`` makes them.
+    batches, and the sum of the losses is divided by it. The loss is float32. Trainer keeps the
+    labels from the model, which therefore computes logits, also with ``fuse_head`` of
+    :func:`apply`, and leaves out auxiliary losses. An encoder-decoder then needs
+    ``decoder_input_ids`` in its batches: ``DataCollatorForSeq2Seq(tokenizer, model=model)`` makes
+    them.
 
     Args:
         label_smoothing: as in :func:`fused_xent.cross_entropy`; so are the next two.

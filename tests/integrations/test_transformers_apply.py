@@ -1,6 +1,7 @@
 """What apply changes of a model, what it refuses, and what works together with it."""
 
 import copy
+import inspect
 import io
 import pickle
 import types
@@ -296,6 +297,39 @@ def test_measured_scale_and_cap(change, scale, softcap):
     assert tail.logit_scale == pytest.approx(scale, rel=1e-6)
     assert tail.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-6))
     compare(step(model, inputs), wanted)
+
+
+def test_a_head_of_two_models():
+    model, other = make("llama"), make("llama")
+    other.lm_head = model.lm_head
+    handle = apply(model, fuse_head=True)
+    with pytest.raises(ValueError, match="its head is fused into another LlamaForCausalLM already"):
+        apply(other, fuse_head=True)
+    assert model(**batch()).logits is None
+    assert other(**batch()).logits is not None
+    handle.undo()
+    apply(other, fuse_head=True)
+    assert other(**batch()).logits is None
+
+
+def test_continued_sequences():
+    """Labels for the tokens after those in a cache."""
+    model = make("llama")
+    inputs = batch()
+
+    def continued():
+        start = model(inputs["input_ids"][:, :4], use_cache=True).to_tuple()[1]
+        rest = {"past_key_values": start} if "past_key_values" in parameters else {"cache": start}
+        rest |= {name: tensor[:, 4:] for name, tensor in inputs.items()}
+        return step(model, rest)
+
+    parameters = inspect.signature(model.forward).parameters
+    wanted = continued()
+    apply(model, fuse_head=True)
+    assert inspect.signature(model.forward).parameters == parameters
+    found = continued()
+    assert found[0].logits is None
+    compare(found, wanted)
 
 
 def test_calls_that_cannot_be_fused():

@@ -46,7 +46,7 @@ FAULTS = {
         LOSSES,
         "    if n_rows != n_labels:\n",
         "    if False:\n",
-        (f"{OF_LOSSES}test_labels_without",),
+        (f"{OF_LOSSES}test_labels_without_a_row",),
     ),
     "vocab_size is not compared": Fault(
         LOSSES,
@@ -136,6 +136,12 @@ FAULTS = {
         '            del self.module.__dict__["forward"]\n',
         "            pass\n",
         (f"{OF_APPLY}test_undo_restores_everything",),
+    ),
+    "a head of two models is taken": Fault(
+        HEAD,
+        "if isinstance(forward, HeadForward) and forward.fused is not self:",
+        "if False:",
+        (f"{OF_APPLY}test_a_head_of_two_models",),
     ),
     "undo does not switch off": Fault(
         HEAD,
