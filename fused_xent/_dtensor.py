@@ -248,7 +248,8 @@ def _own(labels: Labels, is_dense: bool, layout: Layout) -> Labels:
 def _local(tensor: Any, placements: Placements, layout: Layout) -> Any:
     """Return this process's part. A plain tensor is the whole, which each process cuts.
 
-    Each process that has rows of its own computes a part of the gradient of what is replicated.
+    Each process that has rows of its own computes a part of the gradient of what is replicated: a
+    ``Partial`` gradient, as torch's own operations leave it.
     """
     if tensor is None:
         return None
@@ -256,7 +257,9 @@ def _local(tensor: Any, placements: Placements, layout: Layout) -> Any:
         tensor = DTensor.from_local(tensor, layout.mesh, layout.whole)
     pairs = zip(placements, layout.sums, strict=True)
     grads = [of_sum if of_sum.is_partial() and not p.is_shard() else p for p, of_sum in pairs]
-    return _waited(tensor.redistribute(placements=placements).to_local(grad_placements=grads))
+    if tensor.placements != placements:  # the backward of redistribute would add the parts up
+        tensor = tensor.redistribute(placements=placements)
+    return _waited(tensor.to_local(grad_placements=grads))
 
 
 def _waited(local: Any) -> Any:

@@ -4157,6 +4157,12 @@ DTENSOR_FAULTS = {
         "        if False:\n",
         PARALLEL_MODULES,
     ),
+    "the gradient of a replicated weight is added up twice": Fault(
+        "fused_xent/_dtensor.py",
+        "if tensor.placements != placements:",
+        "if True:",
+        ("tests/test_dtensor.py::test_linear[2]",),
+    ),
     "compiled code waits for the ranges of the shards": Fault(
         PARALLEL,
         "    if found.is_cpu and has_values(found):\n",
