@@ -2,7 +2,8 @@
 
 Each process has one thread, an equal part of the classes, and all targets. `local part` is the loss
 of a process's own classes alone, without communication: no loss of all classes is faster. A time is
-that of the slowest process. The logits are random, so that their maximum may be in any part.
+that of the slowest process, in a step that follows another of the same loss. The logits are random,
+so that their maximum may be in any part.
 
 The case `linear` has hidden states and a linear layer whose classes are split. Its bare products
 are the three of the layer, of all rows at once, and the sum of the gradient of the hidden states
@@ -255,6 +256,7 @@ def work(options: argparse.Namespace) -> None:
     for _ in range(options.rounds):
         for name in options.providers:
             if name not in failures:
+                run(losses[name], inputs, target)  # the step before, as in a training loop
                 samples.setdefault(name, []).append(run(losses[name], inputs, target)[2])
     if options.rank == 0:
         Path(options.out).write_text(json.dumps({"samples": samples, "failures": failures}))

@@ -1,4 +1,8 @@
-"""Lets the tests of a framework be collected where it is installed, and be left out elsewhere."""
+"""Lets the tests of a framework be collected where it is installed, and be left out elsewhere.
+
+`make integrations` installs all of them. `make test` has transformers alone, for the tests of its
+losses, which take seconds.
+"""
 
 import importlib.util
 import os
@@ -16,6 +20,12 @@ PACKAGES = {
     "test_segmentation_models.py": ["segmentation_models_pytorch"],
     "test_timm.py": ["timm"],
     "test_torchtitan.py": ["torchtitan", "triton"],
+    "test_transformers_apply.py": ["transformers", "peft"],
+    "test_transformers_bench.py": ["transformers", "peft"],
+    "test_transformers_distributed.py": ["transformers", "peft"],
+    "test_transformers_example.py": ["transformers", "peft"],
+    "test_transformers_losses.py": ["transformers"],
+    "test_transformers_trainer.py": ["transformers", "peft"],
     "test_trl.py": ["trl", "peft"],
     "test_trl_example.py": ["trl"],
     "test_trl_gkd.py": ["trl"],
@@ -25,9 +35,6 @@ collect_ignore = [
     for file, packages in PACKAGES.items()
     if not all(importlib.util.find_spec(package) for package in packages)
 ]
-
-if importlib.util.find_spec("transformers") is None:
-    collect_ignore_glob = ["test_transformers*.py"]
 
 # The torchvision on PyPI is built for a torch with CUDA. Beside a torch without, its library does
 # not load, and the import fails because two operators have no schema. No test uses them.

@@ -3,7 +3,7 @@
     make mutants                                      all of them: about an hour on two cores
     make mutants ARGS="--table cuda softcap"          those of one table whose names say softcap
 
-The table `integrations` needs the frameworks, and is left out where transformers is not installed:
+The table `integrations` needs the frameworks, and is left out where they are not installed:
 
     make integrations; make mutants RUN=.venv-integrations/bin/python ARGS="--table integrations"
 
@@ -24,7 +24,7 @@ from .runner import Runner
 
 def can_run(table: str) -> bool:
     """Return False for a table whose tests need packages that are not installed."""
-    return table != "integrations" or importlib.util.find_spec("transformers") is not None
+    return table != "integrations" or importlib.util.find_spec("peft") is not None
 
 
 def main() -> int:
