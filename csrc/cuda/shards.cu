@@ -7,9 +7,10 @@ namespace fused_xent::cuda {
 namespace {
 
 constexpr int kShardThreads = 128;
+constexpr int kShardBlocks = 4;  // on a multiprocessor: without it, sm_100 spills a register
 
 template <typename A>
-__global__ void __launch_bounds__(kShardThreads)
+__global__ void __launch_bounds__(kShardThreads, kShardBlocks)
     add_up_rows(const __grid_constant__ Shards shards) {
   const int64_t row = int64_t{blockIdx.x} * kShardThreads + threadIdx.x;
   if (row < shards.n_rows) add_up_row<A>(shards, row);
