@@ -79,6 +79,9 @@ void read_labels(const Params& p, const SparseLabels& sparse, int64_t begin, int
   using A = Acc<T>;
   int64_t classes[kMaxLabels];
   A scratch[kMaxLabels];
+  // One label needs none, unless its logit or extra loss is wanted.
+  const bool reads_logits =
+      sparse.n_labels > 1 || sparse.logits != nullptr || sparse.extra_loss != nullptr;
   for (int64_t row = begin; row < end; ++row) {
     if (token_weight(p, row) == 0) {
       sparse.target[row] = 0;
@@ -89,7 +92,7 @@ void read_labels(const Params& p, const SparseLabels& sparse, int64_t begin, int
     A* kept = static_cast<A*>(sparse.logits);
     A* logits = kept == nullptr ? scratch : kept + row * sparse.n_labels;
     read_classes(p, sparse, row, classes);
-    if (sparse.n_labels > 1) read_logits<T>(p, sparse, row, classes, logits);
+    if (reads_logits) read_logits<T>(p, sparse, row, classes, logits);
     read_labels_of_row(p, sparse, row, classes, logits);
   }
 }
