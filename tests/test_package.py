@@ -72,6 +72,13 @@ LAYERS = {
     "integrations.transformers": {
         *("__init__", "integrations._transformers_head", "integrations._transformers_losses"),
     },
+    "integrations._trl_head": {"linear", "selected"},
+    "integrations._trl_checks": {"integrations._trl_head"},
+    "integrations._trl_gkd": {"functional", "selected"},
+    "integrations.trl": {
+        *("integrations._trl_checks", "integrations._trl_gkd", "integrations._trl_head"),
+    },
+    "integrations.torchtitan": {"functional", "linear"},
 }
 
 
