@@ -24,7 +24,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     Then no operator of fused_xent is left in the program, and ONNX and other backends can run it:
     ``torch.onnx.export(program.run_decompositions(table), dynamo=True)``.
 
-    The table has the operators of losses and of their gradients, but none that overwrites its
+    The table has all operators of losses and of their gradients, but none that overwrites its
     argument. Exported programs have such an operator only for a loss with ``inplace_backward``.
     """
     if _ops.LOAD_ERROR is not None:  # without operators, programs have torch operations already
@@ -36,6 +36,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         operators.forward_with_statistics.default: partial(_forward, statistics=True),
         operators.backward.default: _backward,
         operators.selected_log_probs.default: _selected_log_probs,
+        operators.add_up_shards.default: _add_up_shards,
         operators.linear_forward.default: _linear_forward,
         operators.linear_backward.default: _linear_backward,
         operators.linear_selected_log_probs.default: _linear_selected_log_probs,
@@ -201,6 +202,86 @@ def _linear_selected_log_probs(*arguments: Any, **options: Any) -> tuple[Tensor,
         logits, inputs.target_indices, 1, inputs.with_entropy, **options
     )
     return log_probs, entropy
+
+
+def _add_up_shards(
+    max: Tensor,
+    log_sum: Tensor,
+    part: Tensor | None,
+    label_mass: Tensor | None,
+    entropy: Tensor | None,
+    argmax: Tensor | None,
+    first_class: Tensor | None,
+    end_class: Tensor | None,
+    token_weight: Tensor | None,
+    is_bad: Tensor | None,
+    rank: int,
+    n_classes: int,
+    keeps_mass: bool,
+    *,
+    lse_square_scale: float = 0.0,
+    focal_gamma: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """Add up as ``csrc/xent_shards.h`` does: its comments say why."""
+    if first_class is not None and end_class is not None:
+        is_right = _has_all_classes(first_class[:, 0], end_class[:, 0], n_classes)
+        log_sum = log_sum.masked_fill(~is_right, torch.nan)
+    top, top_rank = max.max(0)
+    shift = max - top
+    is_top = torch.arange(len(max), device=max.device).unsqueeze(1) == top_rank
+    others = torch.where(is_top, torch.expm1(log_sum), torch.exp(shift + log_sum)).sum(0)
+    log_sum_of_all = torch.log1p(others)
+    rise = (log_sum_of_all - log_sum) - shift
+    weight = torch.ones_like(top) if token_weight is None else token_weight
+    is_unread, lse = weight == 0, top + log_sum_of_all
+    state, none = [top, log_sum_of_all], max.new_empty(0)
+    loss = other_mass = none
+    if part is not None:
+        q = (~(part < 0)).to(part.dtype) if label_mass is None else label_mass
+        part = part.clamp(min=0) if label_mass is None else part
+        cross_entropy, mass = (part + (q * rise).masked_fill(q == 0, 0)).sum(0), q.sum(0)
+        loss, slope = cross_entropy, torch.ones_like(mass)
+        state += [q[rank]] if keeps_mass else []
+        if focal_gamma:
+            slope = _formulas.focal_slope(cross_entropy, mass, focal_gamma)
+            loss = reference.focal(cross_entropy, mass, focal_gamma)
+            state.append(slope)
+        loss = weight * (loss + lse_square_scale * lse**2 if lse_square_scale else loss)
+        others = torch.cat([q[:rank], q[rank + 1 :]]).sum(0)
+        other_mass = (weight * slope * others).masked_fill(is_unread | (others == 0), 0)
+        loss = loss.masked_fill(is_unread, 0)
+        if is_bad is not None:
+            is_nan = is_bad & ~is_unread
+            loss = loss.masked_fill(is_nan, torch.nan)
+            other_mass = other_mass.masked_fill(is_bad, torch.nan)
+    of_entropy = none
+    if entropy is not None:
+        share = torch.exp(-rise)
+        of_entropy = (share * (entropy + rise)).masked_fill(share == 0, 0).sum(0)
+        of_entropy = of_entropy.masked_fill(is_unread, 0)
+    of_argmax = none.long()
+    if argmax is not None:
+        is_nan = log_sum.isnan()
+        top_rank = torch.where(is_nan.any(0), is_nan.long().argmax(0), top_rank)
+        bits = argmax.view(torch.int32 if argmax.dtype == torch.float32 else torch.int64)
+        of_argmax = bits.long().gather(0, top_rank.unsqueeze(0)).squeeze(0)
+        of_argmax = of_argmax.masked_fill(is_unread, -1)
+    has_loss = part is not None
+    return _ops.AddedUp(
+        torch.stack(state),
+        none if has_loss else rise,
+        loss,
+        other_mass,
+        lse.masked_fill(is_unread, 0) if argmax is not None else none,
+        of_entropy,
+        of_argmax,
+    )
+
+
+def _has_all_classes(first: Tensor, end: Tensor, n_classes: int) -> Tensor:
+    """Return whether the ranks have the classes [0, n_classes), in the order of the ranks."""
+    before = torch.cat([end.new_zeros(1), torch.cummax(end, 0).values[:-1]])
+    return ((first == before) | (first == end)).all() & (end.max() == n_classes)
 
 
 for _operator, _function in decompositions().items():
