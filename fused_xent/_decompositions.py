@@ -227,55 +227,58 @@ def _add_up_shards(
         is_right = _has_all_classes(first_class[:, 0], end_class[:, 0], n_classes)
         log_sum = log_sum.masked_fill(~is_right, torch.nan)
     top, top_rank = max.max(0)
-    shift = max - top
     is_top = torch.arange(len(max), device=max.device).unsqueeze(1) == top_rank
-    others = torch.where(is_top, torch.expm1(log_sum), torch.exp(shift + log_sum)).sum(0)
-    log_sum_of_all = torch.log1p(others)
-    rise = (log_sum_of_all - log_sum) - shift
+    others = torch.where(is_top, torch.expm1(log_sum), torch.exp(max - top + log_sum)).sum(0)
+    of_all = torch.log1p(others)
+    rise = (of_all - log_sum) - (max - top)
     weight = torch.ones_like(top) if token_weight is None else token_weight
-    is_unread, lse = weight == 0, top + log_sum_of_all
-    state, none = [top, log_sum_of_all], max.new_empty(0)
-    loss = other_mass = none
+    is_unread, lse, none = weight == 0, top + of_all, max.new_empty(0)
+    state, loss, other_mass = [top, of_all], none, none
     if part is not None:
         q = (~(part < 0)).to(part.dtype) if label_mass is None else label_mass
         part = part.clamp(min=0) if label_mass is None else part
-        cross_entropy, mass = (part + (q * rise).masked_fill(q == 0, 0)).sum(0), q.sum(0)
-        loss, slope = cross_entropy, torch.ones_like(mass)
-        state += [q[rank]] if keeps_mass else []
-        if focal_gamma:
-            slope = _formulas.focal_slope(cross_entropy, mass, focal_gamma)
-            loss = reference.focal(cross_entropy, mass, focal_gamma)
-            state.append(slope)
+        loss = (part + (q * rise).masked_fill(q == 0, 0)).sum(0)
+        loss, slope = _focal(loss, q.sum(0), focal_gamma)
+        state += ([q[rank]] if keeps_mass else []) + ([slope] if focal_gamma else [])
         loss = weight * (loss + lse_square_scale * lse**2 if lse_square_scale else loss)
         others = torch.cat([q[:rank], q[rank + 1 :]]).sum(0)
         other_mass = (weight * slope * others).masked_fill(is_unread | (others == 0), 0)
-        loss = loss.masked_fill(is_unread, 0)
         if is_bad is not None:
-            is_nan = is_bad & ~is_unread
-            loss = loss.masked_fill(is_nan, torch.nan)
-            other_mass = other_mass.masked_fill(is_bad, torch.nan)
-    of_entropy = none
-    if entropy is not None:
-        share = torch.exp(-rise)
-        of_entropy = (share * (entropy + rise)).masked_fill(share == 0, 0).sum(0)
-        of_entropy = of_entropy.masked_fill(is_unread, 0)
-    of_argmax = none.long()
-    if argmax is not None:
-        is_nan = log_sum.isnan()
-        top_rank = torch.where(is_nan.any(0), is_nan.long().argmax(0), top_rank)
-        bits = argmax.view(torch.int32 if argmax.dtype == torch.float32 else torch.int64)
-        of_argmax = bits.long().gather(0, top_rank.unsqueeze(0)).squeeze(0)
-        of_argmax = of_argmax.masked_fill(is_unread, -1)
-    has_loss = part is not None
+            loss, other_mass = (x.masked_fill(is_bad, torch.nan) for x in (loss, other_mass))
+        loss = loss.masked_fill(is_unread, 0)
     return _ops.AddedUp(
         torch.stack(state),
-        none if has_loss else rise,
+        rise if part is None else none,
         loss,
         other_mass,
-        lse.masked_fill(is_unread, 0) if argmax is not None else none,
-        of_entropy,
-        of_argmax,
+        none if argmax is None else lse.masked_fill(is_unread, 0),
+        none if entropy is None else _entropy(entropy, rise).masked_fill(is_unread, 0),
+        none.long()
+        if argmax is None
+        else _argmax(argmax, log_sum, top_rank).masked_fill(is_unread, -1),
     )
+
+
+def _focal(cross_entropy: Tensor, mass: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Return the focal loss, and its derivative by the cross-entropy."""
+    if not gamma:
+        return cross_entropy, torch.ones_like(mass)
+    slope = _formulas.focal_slope(cross_entropy, mass, gamma)
+    return reference.focal(cross_entropy, mass, gamma), slope
+
+
+def _entropy(entropy: Tensor, rise: Tensor) -> Tensor:
+    """Return the entropy over all classes from those of the shards (n_ranks, rows)."""
+    share = torch.exp(-rise)
+    return (share * (entropy + rise)).masked_fill(share == 0, 0).sum(0)
+
+
+def _argmax(argmax: Tensor, log_sum: Tensor, top_rank: Tensor) -> Tensor:
+    """Return the argmax over all classes from those of the shards, which are bits of integers."""
+    is_nan = log_sum.isnan()
+    rank = torch.where(is_nan.any(0), is_nan.long().argmax(0), top_rank)
+    classes = argmax.view(torch.int32 if argmax.dtype == torch.float32 else torch.int64).long()
+    return classes.gather(0, rank.unsqueeze(0)).squeeze(0)
 
 
 def _has_all_classes(first: Tensor, end: Tensor, n_classes: int) -> Tensor:

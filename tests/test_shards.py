@@ -280,3 +280,20 @@ def test_has_no_derivative():
     leaf = torch.zeros(2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="add_up_shards has no derivative"):
         _ops.add_up_shards({"max": leaf, "log_sum": leaf}, 5, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"keeps_mass": True, "focal_gamma": 1.5}], ids=str)
+@pytest.mark.parametrize("without", [(), ("argmax",), ("part", "argmax", "entropy")], ids=str)
+def test_opcheck(options, without):
+    """The schema says what the operator does, and its fake results are like the real ones."""
+
+    def check(*arguments, **given):
+        torch.library.opcheck(
+            operator, arguments, given, test_utils=("test_schema", "test_faketensor")
+        )
+        return operator(*arguments, **given)
+
+    operator = _ops._ops.add_up_shards.default
+    labels = torch.rand(N_ROWS, sum(SIZES["two"]))
+    case = Case(SIZES["two"], torch.float32, labels=labels)
+    case.run(check, "cpu", without=without, **options)

@@ -4157,6 +4157,24 @@ DTENSOR_FAULTS = {
         "        if False:\n",
         PARALLEL_MODULES,
     ),
+    "fake states of shards have no own mass": Fault(
+        "fused_xent/_ops.py",
+        "n_state = 2 + (has_loss and keeps_mass) +",
+        "n_state = 2 +",
+        ("tests/test_shards.py::test_opcheck",),
+    ),
+    "decomposed: the others have this rank's mass": Fault(
+        "fused_xent/_decompositions.py",
+        "torch.cat([q[:rank], q[rank + 1 :]]).sum(0)",
+        "q.sum(0)",
+        ("tests/test_shards.py::test_rows[decomposed-two-torch.float64]",),
+    ),
+    "decomposed: a shard of -inf makes the entropy NaN": Fault(
+        "fused_xent/_decompositions.py",
+        "(share * (entropy + rise)).masked_fill(share == 0, 0).sum(0)",
+        "(share * (entropy + rise)).sum(0)",
+        ("tests/test_shards.py::test_infinite_logits[decomposed]",),
+    ),
     "the gradient of a replicated weight is added up twice": Fault(
         "fused_xent/_dtensor.py",
         "if tensor.placements != placements:",
