@@ -52,22 +52,9 @@ namespace fused_xent {
 
 XENT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+#include "xent_formulas.h"
+
 // ---- sums -------------------------------------------------------------------------------------
-
-// Adds value to sum, and the rounding error of that addition to lost (Knuth's two-sum). Real is a
-// scalar or a vector of lanes.
-template <typename Real>
-XENT_INLINE void add_to(Real& sum, Real& lost, Real value) {
-  const Real total = sum + value, added = total - sum;
-  lost += (sum - (total - added)) + (value - added);
-  sum = total;
-}
-
-// The sum with its rounding errors. Where the sum is not finite, lost is NaN and does not count.
-template <typename Real>
-XENT_INLINE Real with_lost(Real sum, Real lost) {
-  return lost - lost == 0 ? sum + lost : sum;
-}
 
 // The statistics of some or all classes of a row.
 template <typename Acc>
@@ -181,27 +168,6 @@ XENT_INLINE Acc entropy_of(const FullStats<Acc>& stats, Acc log_sum) {
 
 // ---- losses -----------------------------------------------------------------------------------
 
-// In the functions below, Real is a scalar, or a vector with one row in each lane; spread is a
-// scalar of the same type. shifted_target is z_target - m; mass and dot are those of RowStats.
-template <typename Real, typename Acc>
-XENT_INLINE Real index_loss(Real on_target, Acc spread, Real shifted_target, Real log_sum,
-                            Real mass, Real dot) {
-  // A target of weight 0 does not hide a row that is not finite: the loss is NaN then.
-  const Real loss = on_target == 0 ? log_sum - log_sum : on_target * (log_sum - shifted_target);
-  return spread == 0 ? loss : loss + spread * (mass * log_sum - dot);
-}
-
-// Q. Without smoothing the class weights of other classes do not count, even infinite ones.
-template <typename Real, typename Acc>
-XENT_INLINE Real label_mass(Real on_target, Acc spread, Real mass) {
-  return spread == 0 ? on_target : on_target + spread * mass;
-}
-
-template <typename Real>
-XENT_INLINE Real probability_loss(Real log_sum, Real mass, Real dot) {
-  return mass * log_sum - dot;
-}
-
 // What focal_loss computes with.
 struct ScalarMath {
   template <typename Real>
@@ -217,15 +183,6 @@ struct ScalarMath {
     return std::log(x);
   }
 };
-
-#include "xent_focal.h"
-
-// A row's loss from its focal loss.
-template <typename Real, typename Acc>
-XENT_INLINE Real loss_of_row(Real focal_loss, Real token_weight, Acc lse_square_scale, Real lse) {
-  if (lse_square_scale != 0) focal_loss += lse_square_scale * lse * lse;
-  return token_weight * focal_loss;
-}
 
 // The mean of losses by the sum of the targets' weights. It is NaN where that sum is 0, as in
 // torch, which divides the target's part of the loss (0 then) and smoothing's part separately.
@@ -261,23 +218,6 @@ XENT_INLINE FullGradient<Real> row_gradient(const Upstream<Real>& upstream, Real
   const Real one_over_sum = std::exp(-log_sum);
   return {{max, (upstream.g * mass + upstream.softmax) * one_over_sum, upstream.g * spread},
           upstream.shifted * one_over_sum};
-}
-
-// Q p - q at the target. Near p = 1 the difference cancels, and expm1(log p) is exact; near p = 0
-// p is exact and 1 + expm1(log p) is not: so both are needed. mass is the sum of t_j, t is
-// t_target.
-template <typename Real, typename Acc>
-XENT_INLINE Real target_gradient(Real on_target, Acc spread, Real p, Real expm1_log_p, Real mass,
-                                 Real t) {
-  const Real gradient = on_target * expm1_log_p;
-  return spread == 0 ? gradient : gradient + spread * (mass * p - t);
-}
-
-// Adds the part of softmax and shifted to a gradient at the target. d is z_target - m.
-template <typename Real>
-XENT_INLINE Real add_softmax_part(Real gradient, Real softmax, Real shifted, Real p, Real d) {
-  const Real part = p * (softmax + shifted * d);
-  return p == 0 ? gradient : gradient + part;
 }
 
 }  // namespace fused_xent

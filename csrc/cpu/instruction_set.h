@@ -34,8 +34,8 @@ namespace {
 
 // clang-format off: each file uses those before it
 #include "simd.h"
+#include "../xent_formulas.h"
 #include "elementary.h"
-#include "../xent_focal.h"
 #include "row_labels.h"
 #include "row_kernels.h"
 #include "transform.h"

@@ -85,7 +85,7 @@ void finish_batch(const Params& p, RowBatch& batch) {
     F64 log_sum = log_positive(sum);
     log_sum = sum == 0 ? log_sum : log_sum + lost / sum;
     // The sum is at least 1, the maximum's own term, but rounding may leave it a little below.
-    log_sum = (0 < sum) & (sum < 1) ? F64{} : log_sum;
+    log_sum = ((0 < sum) & (sum < 1)) ? F64{} : log_sum;
 
     const LabelLanes labels = labels_of_batch(p, batch, lane, smoothing, mass);
     // The transformed target may be rounded differently than in the loop over all classes.

@@ -223,14 +223,16 @@ XENT_INLINE void write_gradient(T* out, const Spread& spread, int64_t begin, int
 }
 
 // Writes the gradient of whole pairs of vectors from begin on, and returns where they end.
-XENT_INLINE int64_t write_rounded_gradient(BFloat16* out, const BFloat16* x, int64_t begin,
-                                           int64_t end, const RoundedExp& exp) {
+// T is BFloat16. clang looks the function up for other types too, so it has to be a template.
+template <typename T>
+XENT_INLINE int64_t write_rounded_gradient(T* out, const T* x, int64_t begin, int64_t end,
+                                           const RoundedExp& exp) {
   constexpr int64_t kPair = 2 * kLanes<float>;
   int64_t j = begin;
 #pragma GCC unroll 2
   for (; j + kPair <= end; j += kPair) {
     fetch_ahead(x + j);
-    const Pair<float> logits = load_pair<BFloat16>(x + j);
+    const Pair<float> logits = load_pair<T>(x + j);
     store_bits(out + j, join_halves(exp(logits.first), exp(logits.second)));
   }
   return j;

@@ -206,7 +206,7 @@ NEAR_1_CASE = f"{ACCURACY}test_loss_and_target_gradient_as_p_approaches_1"
 NEAR_1 = (NEAR_1_CASE,)
 TARGET_APART = {
     "a large gamma loses the digits of p": Fault(
-        "csrc/xent_focal.h",
+        "csrc/xent_formulas.h",
         "p < Acc(0.5) ? (1 - rounded) - p : Real{};",
         "Real{};",
         ("tests/test_options.py::test_focal_loss_of_a_large_gamma",),
@@ -349,7 +349,7 @@ ONE_ROW = {
     ),
     "log_sum may be below 0": Fault(
         "csrc/cpu/row_batch.h",
-        "log_sum = (0 < sum) & (sum < 1) ? F64{} : log_sum;",
+        "log_sum = ((0 < sum) & (sum < 1)) ? F64{} : log_sum;",
         "",
         (f"{ACCURACY}test_log_sum_is_never_below_0",),
     ),
@@ -378,7 +378,7 @@ ONE_ROW = {
         (option("rows", "focal_gamma", "index, smoothed"),),
     ),
     "the z-loss is multiplied by no token weight": Fault(
-        "csrc/xent_math.h",
+        "csrc/xent_formulas.h",
         "return token_weight * focal_loss;",
         "return lse_square_scale != 0 ? focal_loss : token_weight * focal_loss;",
         (option("rows", "rows", "index"),),
@@ -414,7 +414,7 @@ ONE_ROW = {
         (option("rows", "none", "index"),),
     ),
     "0 times infinity at a target of probability 0": Fault(
-        "csrc/xent_math.h",
+        "csrc/xent_formulas.h",
         "return p == 0 ? gradient : gradient + part;",
         "return gradient + part;",
         ("tests/test_regimes.py::test_statistics_with_a_masked_target[rows-2-0-float32]",),
@@ -510,49 +510,49 @@ FORMULAS = {
         (option("rows of several blocks", "all", "probabilities"),),
     ),
     "a target of weight 0 hides NaN": Fault(
-        "csrc/xent_math.h",
+        "csrc/xent_formulas.h",
         "on_target == 0 ? log_sum - log_sum : on_target",
         "on_target == 0 ? Real{} : on_target",
         (f"{ACCURACY}test_target_of_weight_0_does_not_hide_nan",),
     ),
     "infinite weights of other classes enter the gradient": Fault(
-        "csrc/xent_math.h",
+        "csrc/xent_formulas.h",
         "return spread == 0 ? on_target : on_target + spread * mass;",
         "return on_target + spread * mass;",
         (f"{ACCURACY}test_weight_of_an_absent_class[inf-3-default-float32]",),
     ),
     "the gradient at a confident target cancels": Fault(
-        "csrc/xent_math.h",
+        "csrc/xent_formulas.h",
         "const Real gradient = on_target * expm1_log_p;",
         "const Real gradient = on_target * (p - 1);",
         (f"{NEAR_0}[100-0.0-False-torch.float32]",),
     ),
     "the spread's part of the target's gradient is lost": Fault(
-        "csrc/xent_math.h",
+        "csrc/xent_formulas.h",
         "return spread == 0 ? gradient : gradient + spread * (mass * p - t);",
         "return gradient;",
         (option("rows", "none", "index, smoothed"),),
     ),
     "a focal loss of 0 is NaN": Fault(
-        "csrc/xent_focal.h",
+        "csrc/xent_formulas.h",
         "(cross_entropy == 0) | (factor == 0)",
         "factor == 0",
         (f"{OPTIONS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
     ),
     "the slope of an infinite focal loss is NaN": Fault(
-        "csrc/xent_focal.h",
+        "csrc/xent_formulas.h",
         "const Real rise = p == 0 ? Real{} : gamma * p * minus_log_p / rest;",
         "const Real rise = gamma * p * minus_log_p / rest;",
         (f"{OPTIONS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
     ),
     "the focal loss forgets the mass of its labels": Fault(
-        "csrc/xent_focal.h",
+        "csrc/xent_formulas.h",
         "const Real minus_log_p = cross_entropy / mass, p",
         "const Real minus_log_p = cross_entropy, p",
         (option("rows", "focal_gamma", "index, weighted"),),
     ),
     "the focal loss of a certain target loses its digits": Fault(
-        "csrc/xent_focal.h",
+        "csrc/xent_formulas.h",
         "exact = -Math::expm1(-minus_log_p);",
         "exact = rounded;",
         (f"{OPTIONS}test_focal_loss_of_certain_and_impossible_targets[9-torch.float64]",),
@@ -657,7 +657,7 @@ SWEEPS = {
         (f"{OPS}test_fused_mode_returns_the_results_of_forward[(3, 5000)-plain]",),
     ),
     "long sums lack their compensation term": Fault(
-        "csrc/xent_math.h",
+        "csrc/xent_formulas.h",
         "return lost - lost == 0 ? sum + lost : sum;",
         "return sum;",
         (
@@ -666,7 +666,7 @@ SWEEPS = {
         ),
     ),
     "an infinite long sum is NaN": Fault(
-        "csrc/xent_math.h",
+        "csrc/xent_formulas.h",
         "return lost - lost == 0 ? sum + lost : sum;",
         "return sum + lost;",
         (
@@ -1279,7 +1279,7 @@ TILES = {
         (masked("tile", "0", "every other", "index"),),
     ),
     "0 times infinity at a target of probability 0 in tiles": Fault(
-        "csrc/xent_math.h",
+        "csrc/xent_formulas.h",
         "return p == 0 ? gradient : gradient + part;",
         "return gradient + part;",
         ("tests/test_regimes.py::test_statistics_with_a_masked_target[tile-2-0-float32]",),

@@ -162,7 +162,7 @@ SWEEPS = {
         "if (this->mass == 0) add_labels(0, shift);",
     ),
     "an infinite sum becomes NaN by its compensation term": fault(
-        "xent_math.h",
+        "xent_formulas.h",
         "per_class_options",
         "return lost - lost == 0 ? sum + lost : sum;",
         "return sum + lost;",
@@ -526,13 +526,13 @@ LABELS = {
         "return a.vocab_size > 0 ? static_cast<A>(a.vocab_size)",
     ),
     "a target's gradient forgets the softmax's own terms": fault(
-        "xent_math.h",
+        "xent_formulas.h",
         "backward",
         "return p == 0 ? gradient : gradient + part;",
         "return gradient;",
     ),
     "a target of probability 0 has a gradient of NaN": fault(
-        "xent_math.h",
+        "xent_formulas.h",
         "per_class_options",
         "return p == 0 ? gradient : gradient + part;",
         "return gradient + part;",
