@@ -10,7 +10,8 @@ ARCH ?= 9.0
 CHECK ?= $(patsubst %,tests/test_%.py,functional nn errors layouts autograd overwriting linear_errors) \
 	"tests/test_cuda_native.py::test_part[forward]"
 
-.PHONY: setup build check test integrations mutants demo bench readme-tables gpu cuda-check lint format clean
+.PHONY: setup build check test integrations mutants demo bench readme-tables gpu cuda-check \
+	aarch64-check clang-check lint format clean
 
 setup: build/full
 
@@ -58,6 +59,23 @@ cuda-check: setup .venv-cuda/ready
 	.venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	.venv-cuda/bin/pip install --quiet --no-deps --no-index --find-links dist --force-reinstall fused_xent
 	.venv-cuda/bin/python tests/cuda_check.py
+
+# Runs the CPU kernels of other processors and compilers, without torch. On Debian:
+# apt-get install g++-aarch64-linux-gnu qemu-user clang.
+KERNEL_CHECK := -std=c++20 -O3 -Wall -Wextra -Werror -Wno-psabi -pthread csrc/cpu/*.cpp \
+	tests/native/kernel_check.cpp
+
+aarch64-check:
+	mkdir -p build/aarch64
+	aarch64-linux-gnu-g++ -static $(KERNEL_CHECK) -o build/aarch64/kernel_check
+	qemu-aarch64 build/aarch64/kernel_check --small
+	$(PYTHON) tests/aarch64_code.py build/aarch64/kernel_check
+
+clang-check:
+	mkdir -p build/clang
+	clang++ $(KERNEL_CHECK) -o build/clang/kernel_check
+	for name in avx512_bf16 avx512 avx2 portable; do \
+		FUSED_XENT_CPU_CAPABILITY=$$name build/clang/kernel_check --small || exit 1; done
 
 lint: .venv/ready
 	.venv/bin/ruff check
