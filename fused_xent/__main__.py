@@ -2,7 +2,9 @@
 
 import argparse
 import itertools
+import os
 import platform
+import re
 import signal
 import sys
 from pathlib import Path
@@ -22,6 +24,8 @@ NUMBERS = {
     "focal_gamma": 1.5,
 }
 MODES: tuple[dict[str, bool], ...] = ({}, {"inplace_backward": True}, {"grad_in_forward": True})
+# They change the kernels that run or the number of threads, beside those of this package.
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_PROC_BIND")
 EPILOG = (
     "Each error is the largest of three modes, relative to values above 1. WRONG means more than "
     "5e-6 for the loss, or the dtype's rounding for a gradient (float64: 1e-12); a thousand times "
@@ -120,11 +124,51 @@ def gpus() -> list[str]:
     return lines
 
 
+def first_match(pattern: str, path: str, otherwise: str) -> str:
+    """Return the first match in a file of the system, or something else if it is not there."""
+    try:
+        found = re.search(pattern, Path(path).read_text())
+    except OSError:
+        return otherwise
+    return found[1].strip() if found else otherwise
+
+
+def processor() -> str:
+    """Return the name of the processor and the number of its logical cores."""
+    name = first_match(r"model name\s*:(.*)", "/proc/cpuinfo", platform.processor())
+    return f"{name or platform.machine()}, {os.cpu_count()} logical cores"
+
+
+def libraries() -> list[str]:
+    """Return a line for each native library: its name and compiler, which compilers write there."""
+    lines = []
+    for path in sorted(Path(__file__).parent.glob("_C*")):
+        pattern = rb"(?:GCC: \([^)\0]*\)|clang version) \d[\d.]*"
+        found = re.search(pattern, path.read_bytes())
+        compiler = found[0].decode(errors="replace") if found else "unknown compiler"
+        lines.append(f"  {path.name}: {path.stat().st_size} bytes, {compiler}")
+    return lines
+
+
+def print_system() -> None:
+    """Print the versions of all below this package, and the environment variables that matter."""
+    system = first_match(r'PRETTY_NAME="(.*)"', "/etc/os-release", platform.system())
+    print(f"{system}, {platform.platform()}")
+    driver = first_match(r"Module.*?(\d+\.[\d.]+)", "/proc/driver/nvidia/version", "none")
+    print(f"torch {torch.__version__}, its CUDA {torch.version.cuda}, NVIDIA driver {driver}")
+    print(f"processor: {processor()}")
+    names = [name for name in sorted(os.environ) if name.startswith("FUSED_XENT_")]
+    names += [name for name in VARIABLES if name in os.environ]
+    variables = [f"{name}={os.environ[name]}" for name in names]
+    print("environment:", ", ".join(variables) or "no variables set")
+
+
 def print_report() -> None:
     """Print what is installed and what will run. Raises ValueError for an unknown capability."""
-    torchs = f"torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"fused_xent {__version__} in {Path(__file__).parent}, {torchs}")
-    print(platform.platform())
+    python = f"Python {platform.python_version()}"
+    print(f"fused_xent {__version__} in {Path(__file__).parent}, {python}")
+    print("\n".join(libraries()) or "  no native libraries")
+    print_system()
     if _ops.LOAD_ERROR is None:
         capability, threads = _ops.cpu_capability(), torch.get_num_threads()
         print(f"CPU: native kernels, instruction set {capability}, {threads} threads")

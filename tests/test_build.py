@@ -1,6 +1,7 @@
 """The built libraries: symbols, dependencies, GPU architectures; and the options of setup.py."""
 
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -16,6 +17,7 @@ from torch.torch_version import TorchVersion
 from torch.utils import cpp_extension
 
 import fused_xent
+from fused_xent import __main__
 
 pytestmark = pytest.mark.cpu("the build is the same for all devices")
 
@@ -284,3 +286,38 @@ def test_invalid_options_give_one_line_errors(wrong, toolkit, run_python):
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == message
     assert "Traceback" not in result.stderr
+
+
+def test_report_has_what_a_bug_report_needs(monkeypatch, capsys):
+    monkeypatch.setenv("FUSED_XENT_KEEP_GRADIENT", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("UNRELATED", "secret")
+    __main__.print_report()
+    report = capsys.readouterr().out
+    versions = {fused_xent.__version__, torch.__version__, platform.python_version()}
+    assert not [version for version in versions if version not in report]
+    assert platform.platform() in report  # with the versions of kernel and glibc
+    assert f"{os.cpu_count()} logical cores" in report
+    assert "environment: FUSED_XENT_KEEP_GRADIENT=0, OMP_NUM_THREADS=7\n" in report
+    for path in Path(fused_xent.__file__).parent.glob("_C*"):
+        size = path.stat().st_size
+        assert re.search(rf"\n  {path.name}: {size} bytes, .*(GCC|clang).* \d+\.\d", report)
+
+
+DRIVERS = {
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.10  Fri Jan 24 2025\n": "570.86.10",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release\n": "580.65.06",
+    "": "none",
+}
+
+
+@pytest.mark.parametrize("text", DRIVERS)
+def test_driver_in_the_report(text, monkeypatch, capsys):
+    real = Path.read_text
+
+    def read_text(path):
+        return text if str(path) == "/proc/driver/nvidia/version" else real(path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    __main__.print_report()
+    assert f", NVIDIA driver {DRIVERS[text]}\n" in capsys.readouterr().out
