@@ -59,7 +59,10 @@ def evaluate(
     """Check the arguments and return the loss, or all statistics. The input is a shard."""
     input, target, weight, token_weight, normalizer, target_indices = tensors
     check_dense("input", input)
-    dim = resolve(input.dim(), statistics, options).dim
+    settings = resolve(input.dim(), statistics, options)
+    if settings.grad_in_forward:  # the gradient needs the maximum and sum of all ranks
+        options = {**options, "grad_in_forward": False, "inplace_backward": True}
+    dim = settings.dim
     shard, n_own = shard_of(input.shape[dim], process_group, vocab_start, num_classes)
     if n_own < input.shape[dim]:  # the others are padding: they have probability and gradient 0
         if isinstance(target, Tensor) and target.shape == input.shape:
@@ -68,11 +71,7 @@ def evaluate(
             weight = weight[:n_own]
         input = input.narrow(dim, 0, n_own)
     tensors = (input, target, weight, token_weight, normalizer, target_indices)
-    problem = prepare(*tensors, statistics, options)
-    if problem.settings.grad_in_forward:  # the gradient needs the maximum and sum of all ranks
-        settings = problem.settings._replace(inplace_backward=True, grad_in_forward=False)
-        problem = problem._replace(settings=settings)
-    return of_shard(problem, shard)
+    return of_shard(prepare(*tensors, statistics, options), shard)
 
 
 def shard_of(
