@@ -65,7 +65,8 @@ def evaluate(
     dim = settings.dim
     shard, n_own = shard_of(input.shape[dim], process_group, vocab_start, num_classes)
     if n_own < input.shape[dim]:  # the others are padding: they have probability and gradient 0
-        if isinstance(target, Tensor) and target.shape == input.shape:
+        is_dense = target_indices is None and isinstance(target, Tensor)
+        if is_dense and target.shape == input.shape:
             target = target.narrow(dim, 0, n_own)
         if isinstance(weight, Tensor) and weight.shape == input.shape[dim : dim + 1]:
             weight = weight[:n_own]

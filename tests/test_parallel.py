@@ -257,6 +257,10 @@ def _check_padding(logits, target, shards, wanted):
         torch.testing.assert_close(loss.double(), wanted)
         (gradient,) = torch.autograd.grad(loss, own)
         _check_padded_gradient(gradient, logits, target, shards, size)
+    sparse = {"target_indices": target.unsqueeze(1).expand(2, size, 3, 5)}  # as many as classes
+    labels = torch.full((2, size, 3, 5), 1 / size)
+    loss = fused_xent.cross_entropy(own, labels, **sparse, **options)
+    torch.testing.assert_close(loss.double(), wanted)
 
 
 def _check_padded_gradient(gradient, logits, target, shards, size):
