@@ -258,6 +258,9 @@ def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
         unweighted = own._replace(token_weight=local.kept.to(acc), settings=settings)
         with nullcontext() if is_compiling() else below_autograd():
             part, _, state, *statistics = _ops.forward(unweighted)
+        # If all logits of the shard are -inf, so is its lse, and part is NaN: the rise of the lse
+        # makes the loss inf.
+        part = part.masked_fill(state[1].isneginf(), 0)
         rows = {"max": state[0], "log_sum": state[1], "part": part}
         if own.target_indices is None:
             rows["label_mass"] = state[2]

@@ -136,6 +136,7 @@ def check_numbers():
     for gap in (5, 10, 20, 30):
         _check_near_1(gap)
     _check_other_values()
+    _check_masked_shards()
 
 
 def _check_dtype(dtype, offset):
@@ -202,6 +203,25 @@ def _check_other_values():
     assert torch.isfinite(gradient[0]).all()
     assert gradient[1].isnan().all()
     assert (gradient[3] == 0).all()
+
+
+def _check_masked_shards():
+    """A shard whose logits are all -inf: a label on it makes the loss inf, as in one process."""
+    shards = Shards()
+    logits = torch.randn(N_ROWS, shards.n_classes)
+    logits[:4, -SIZES[dist.get_world_size()][-1] :] = -torch.inf
+    target = torch.zeros(N_ROWS, dtype=torch.int64)
+    target[2:4] = shards.n_classes - 1
+    weight = torch.ones(shards.n_classes)
+    cases = [{}, {"focal_gamma": 2.0}, {"label_smoothing": 0.1}, {"weight": weight}]
+    weight[-1] = 0  # and where its weight is 0, nothing
+    for options in cases:
+        wanted = reference.cross_entropy(logits.double(), target, reduction="none", **options)
+        own = {**options, **shards.given, "reduction": "none"}
+        if "weight" in own:
+            own["weight"] = weight[shards.own]
+        loss = fused_xent.cross_entropy(logits[:, shards.own], target, **own)
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_processes", SIZES)
