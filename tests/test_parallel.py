@@ -259,6 +259,7 @@ def check_calls():
         if own.numel():
             assert_near(computed.detach(), grad, 1e-7, mode)
     _check_padding(logits, target, shards, wanted)
+    _check_one_row(shards)
     _check_target_gradient(shards)
     _check_communication(shards)
 
@@ -290,6 +291,17 @@ def _check_padded_gradient(gradient, logits, target, shards, size):
     whole = logits.double().requires_grad_()
     (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(whole, target), whole)
     assert_near(gradient[:, :n_own], grad[:, rank * size : rank * size + n_own], 1e-7, "padding")
+
+
+def _check_one_row(shards):
+    """Logits (C,): the row is a scalar, and the float64 sum of the weights must not promote it."""
+    logits, weight = torch.randn(shards.n_classes), torch.rand(shards.n_classes)
+    target = torch.tensor(shards.n_classes - 1)
+    wanted = torch.nn.functional.cross_entropy(logits, target, weight, label_smoothing=0.1)
+    own, of_own = logits[shards.own], weight[shards.own]
+    options = {"label_smoothing": 0.1, **shards.given}
+    loss = fused_xent.cross_entropy(own, target, of_own, **options)
+    torch.testing.assert_close(loss, wanted)
 
 
 def _check_target_gradient(shards):
