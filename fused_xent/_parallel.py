@@ -182,7 +182,8 @@ def local_problem(problem: Problem, shard: Shard) -> Local:
     """Return the problem of a shard.
 
     Smoothing gives each class an equal part: the shard's classes have ``own`` of it. What else the
-    labels keep differs by a factor, which the labels are multiplied by.
+    labels keep differs by a factor, which the labels are multiplied by: in the accumulation dtype,
+    since 16-bit labels would be rounded again.
     """
     logits, target, _, token_weight, _, target_indices, settings = problem
     dim, options = settings.dim, dict(settings.of_operators)
@@ -212,7 +213,7 @@ def local_problem(problem: Problem, shard: Shard) -> Local:
         kept = logits.new_ones(row_shape(logits, dim), dtype=torch.bool)
     own_settings = settings._replace(of_operators=options, ignore_index=NO_CLASS)
     of_shard = problem._replace(
-        target=target if factor == 1 else target * factor,
+        target=target if factor == 1 else target.to(acc) * factor,
         token_weight=_product(token_weight, kept, acc),
         normalizer=None,
         target_indices=target_indices,

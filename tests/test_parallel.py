@@ -137,6 +137,7 @@ def check_numbers():
         _check_near_1(gap)
     _check_other_values()
     _check_masked_shards()
+    _check_16_bit_probabilities()
 
 
 def _check_dtype(dtype, offset):
@@ -222,6 +223,21 @@ def _check_masked_shards():
             own["weight"] = weight[shards.own]
         loss = fused_xent.cross_entropy(logits[:, shards.own], target, **own)
         torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def _check_16_bit_probabilities():
+    """Smoothing multiplies a shard's labels by a factor, which does not round them again."""
+    shards = Shards()
+    logits = (torch.randn(N_ROWS, shards.n_classes) * 3).bfloat16()
+    target = torch.randn(N_ROWS, shards.n_classes).softmax(1).bfloat16()
+    options = {"label_smoothing": 0.5, "reduction": "none"}
+    wanted = reference.cross_entropy(logits.double(), target.double(), **options)
+    own = target[:, shards.own].clone().requires_grad_()
+    options |= {"loss_dtype": torch.float32, **shards.given}
+    loss = fused_xent.cross_entropy(logits[:, shards.own], own, **options)
+    torch.testing.assert_close(loss.detach().double(), wanted, rtol=2e-6, atol=2e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), own)
+    assert gradient.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("n_processes", SIZES)
