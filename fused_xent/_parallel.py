@@ -344,7 +344,7 @@ def gather(rows: dict[str, Tensor], shard: Shard, n_own: int) -> dict[str, Tenso
     found = all_gather(packed, shard.group)
     parts = found.split([*(row.numel() for row in rows.values()), 1, 1], 1)
     if found.is_cpu and has_values(found):
-        _check_ranges(found[:, -2:].tolist(), shard.n_classes)
+        _check_ranges(found[:, -2:], shard.n_classes)
         return dict(zip(rows, parts, strict=False))
     return dict(zip([*rows, "first_class", "end_class"], parts, strict=True))
 
@@ -359,15 +359,16 @@ def all_gather(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
     return found.view(n_ranks, -1)
 
 
-def _check_ranges(ranges: list[list[float]], n_classes: int) -> None:
+def _check_ranges(ranges: Tensor, n_classes: int) -> None:
     """Check that the shards are all classes, in the order of the ranks."""
     last = 0.0
     is_right = True
-    for start, end in ranges:
+    rounded = torch.tensor(n_classes, dtype=ranges.dtype).item()  # float32 from 2^24 on
+    for start, end in ranges.tolist():
         is_right = is_right and start in (last, end)
         last = max(last, end)
-    if not is_right or last != n_classes:
-        found = ", ".join(f"[{start:.0f}, {end:.0f})" for start, end in ranges)
+    if not is_right or last != rounded:
+        found = ", ".join(f"[{start:.0f}, {end:.0f})" for start, end in ranges.tolist())
         raise ValueError(
             f"the ranks' shards must be [0, {n_classes}) in the order of the ranks, got {found}: "
             "give each rank its vocab_start, and num_classes to all"

@@ -372,6 +372,19 @@ def test_calls(n_processes):
     processes.run(check_calls, n_processes)
 
 
+def check_large():
+    """Class numbers are sent as float32, which does not have all integers from 2^24 on."""
+    shards = Shards((2**23, 2**23 + 1))
+    target = torch.tensor([shards.n_classes - 1])
+    own = torch.zeros(1, shards.own.stop - shards.own.start)
+    loss = fused_xent.cross_entropy(own, target, **shards.given)
+    torch.testing.assert_close(loss, torch.tensor(float(shards.n_classes)).log())
+
+
+def test_large():
+    processes.run(check_large, 2)
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
