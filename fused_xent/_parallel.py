@@ -371,7 +371,8 @@ def _check_ranges(ranges: Tensor, n_classes: int) -> None:
         found = ", ".join(f"[{start:.0f}, {end:.0f})" for start, end in ranges.tolist())
         raise ValueError(
             f"the ranks' shards must be [0, {n_classes}) in the order of the ranks, got {found}: "
-            "give each rank its vocab_start, and num_classes to all"
+            "give each rank its vocab_start, and num_classes to all; call with the same rows, "
+            "dtype and options on all ranks"
         )
 
 
