@@ -45,7 +45,7 @@ demo: setup
 bench: setup
 	$(RUN) -m bench
 
-# Writes the tables in README.md from bench/results.
+# Writes the tables in README.md and docs/ from bench/results.
 readme-tables: setup
 	$(RUN) -m bench.readme
 

@@ -372,21 +372,26 @@ def test_files_of_plots(tmp_path, capsys):
     assert "--out must be an existing folder" in capsys.readouterr().err
 
 
+PAGE = "docs/guides/page.md"
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project folder with a file of results, and a README with two tables made from it."""
+    """A folder with a file of results, and a README and a page of docs with tables made from it."""
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     (tmp_path / "bench/results").mkdir(parents=True)
     Run(environment("cpu"), [loss_result()]).write_json(tmp_path / "bench/results/x.json")
     text = "# Name\n<!-- bench/results/x.json forward -->\nold\n<!-- end -->\nbetween\n"
     text += "<!-- bench/results/x.json -->\n<!-- end -->\nlast\n"
     (tmp_path / "README.md").write_text(text)
+    (tmp_path / "docs/guides").mkdir(parents=True)
+    (tmp_path / PAGE).write_text("<!-- bench/results/x.json both -->\n<!-- end -->\n")
     return tmp_path
 
 
 def test_tables_of_a_readme(project, capsys):
     assert readme.main() == 0
-    assert capsys.readouterr().out == "2 tables, changed\n"
+    assert capsys.readouterr().out == "3 tables, changed\n"
     results = [loss_result()]
     assert (project / "README.md").read_text().splitlines() == [
         *("# Name", "<!-- bench/results/x.json forward -->", ""),
@@ -394,19 +399,27 @@ def test_tables_of_a_readme(project, capsys):
         *("between", "<!-- bench/results/x.json -->", ""),
         *(*tables.markdown(results), "", "<!-- end -->", "last"),
     ]
+    assert (project / PAGE).read_text().splitlines() == [
+        *("<!-- bench/results/x.json both -->", ""),
+        *(*tables.markdown(results, "both"), "", "<!-- end -->"),
+    ]
     assert readme.main() == 0
-    assert capsys.readouterr().out == "2 tables, unchanged\n"
+    assert capsys.readouterr().out == "3 tables, unchanged\n"
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
-def test_readme_is_unchanged_if_a_file_is_broken(content, project, capsys):
-    file, text = project / "bench/results/x.json", (project / "README.md").read_text()
-    file.unlink()
+def test_pages_are_unchanged_if_a_file_is_broken(content, project, capsys):
+    """Not even the README is written, whose own file is whole."""
+    file, texts = project / "bench/results/y.json", {}
+    (project / PAGE).write_text("<!-- bench/results/y.json -->\n<!-- end -->\n")
     if content:
         file.write_text(content)
+    for page in readme.pages():
+        texts[page] = page.read_text()
+    assert len(texts) == 2
     assert readme.main() == 2
     assert "python -m bench.readme: error: " in capsys.readouterr().err
-    assert (project / "README.md").read_text() == text
+    assert {page: page.read_text() for page in texts} == texts
 
 
 def test_width_without_a_terminal(monkeypatch):

@@ -1242,7 +1242,20 @@ SHOWN_FAULTS = {
         "bench/readme.py",
         "file=sys.stderr)\n        return 2",
         "file=sys.stderr)\n        return 0",
-        of_tables("readme_is_unchanged_if_a_file_is_broken"),
+        of_tables("pages_are_unchanged_if_a_file_is_broken"),
+    ),
+    "tables of a page are written before those of the next are made": Fault(
+        "bench/readme.py",
+        "written = {page: with_tables(text) for page, text in texts.items()}",
+        "written = {page: page.write_text(t) and t for page, t in\n"
+        "                   ((page, with_tables(text)) for page, text in texts.items())}",
+        of_tables("pages_are_unchanged_if_a_file_is_broken"),
+    ),
+    "pages in folders of docs/ have no tables": Fault(
+        "bench/readme.py",
+        '.rglob("*.md")',
+        '.glob("*.md")',
+        of_tables("tables_of_a_readme"),
     ),
     "a plot has the classes in the order of the file": Fault(
         "bench/plots.py",
