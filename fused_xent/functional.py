@@ -52,7 +52,7 @@ def cross_entropy(
     vocab_start: int | None = None,
     num_classes: int | None = None,
 ) -> Tensor:
-    r"""Softmax cross-entropy, equivalent to :func:`torch.nn.functional.cross_entropy`.
+    r"""Softmax cross-entropy, equivalent to ``torch.nn.functional.cross_entropy``.
 
     With :math:`p = \mathrm{softmax}(z)` over the ``C`` classes and class weights ``w`` (1 without
     ``weight``), the loss of a row with class index ``y`` is, for label smoothing ``e``,
@@ -229,7 +229,7 @@ def cross_entropy_with_statistics(
 ) -> CrossEntropyStatistics:
     """Return the loss and statistics of each row, from one pass over the logits.
 
-    Takes the arguments of :func:`fused_xent.cross_entropy`, all but the first three by name. The
+    Takes the arguments of ``fused_xent.cross_entropy``, all but the first three by name. The
     statistics have the shape of the unreduced loss. They are float64 for float64 logits and float32
     for all others. Rows that are ignored or have token weight 0 get 0, ``argmax`` -1 and
     ``correct`` False: ``correct.sum() / (argmax >= 0).sum()`` is the accuracy of all other rows.
@@ -237,7 +237,7 @@ def cross_entropy_with_statistics(
     Returns:
         A named tuple:
 
-        - ``loss``: that of :func:`fused_xent.cross_entropy`, with all of its terms.
+        - ``loss``: that of ``fused_xent.cross_entropy``, with all of its terms.
         - ``lse``: :math:`\\log \\sum_j \\exp z_j`; differentiable.
         - ``z_loss``: the row's ``lse_square_scale * lse^2`` times its token weight: a term of its
           loss; differentiable.
