@@ -83,7 +83,7 @@ def linear_cross_entropy(
     sequence_parallel: bool = False,
     reduce_grad_hidden: bool = True,
 ) -> Tensor:
-    r"""Softmax cross-entropy of the logits ``input @ linear_weight.T``, which are never all stored.
+    """Softmax cross-entropy of the logits ``input @ linear_weight.T``, which are never all stored.
 
     Equivalent to ``torch.nn.functional.linear_cross_entropy`` of torch 2.13, and to
     ``fused_xent.cross_entropy`` of ``torch.nn.functional.linear``, in values, dtypes and

@@ -31,9 +31,9 @@ class SparseClasses(NamedTuple):
 
 
 class CrossEntropyStatistics(_Statistics):
-    """What ``fused_xent.cross_entropy_with_statistics`` returns; all but the loss a row each.
+    """``(loss, lse, z_loss, entropy, argmax, correct)``: all but the loss have a value per row.
 
-    Rows that are ignored, or of token weight 0, have 0, -1 and False.
+    ``fused_xent.cross_entropy_with_statistics`` returns it, and describes the fields.
     """
 
     __slots__ = ()
@@ -49,7 +49,10 @@ class _Selected(NamedTuple):
 
 
 class SelectedLogProbs(_Selected):
-    """``(log_probs, entropy)``: see ``fused_xent.selective_log_softmax``."""
+    """``(log_probs, entropy)``, which ``fused_xent.selective_log_softmax`` describes.
+
+    It is what the functions of log-probabilities return with ``with_entropy=True``.
+    """
 
     __slots__ = ()
 

@@ -86,7 +86,7 @@ def selective_log_softmax(
     vocab_start: int | None = None,
     num_classes: int | None = None,
 ) -> Tensor | SelectedLogProbs:
-    r"""Log-probabilities of selected classes, from one pass over the logits.
+    """Log-probabilities of selected classes, from one pass over the logits.
 
     Equivalent to ``input.log_softmax(dim).gather(dim, index)``, or for one class in each row to
     ``input.log_softmax(dim).gather(dim, index.unsqueeze(dim)).squeeze(dim)``, but without storing
@@ -124,9 +124,9 @@ def selective_log_softmax(
     everything under ``torch.func.vmap`` and forward-mode differentiation.
 
     Returns:
-        Log-probabilities of ``index``'s shape: float64 for float64 logits, float32 for all others.
-        With ``with_entropy``, a named tuple ``(log_probs, entropy)``: entropies
-        :math:`-\sum_j p_j \log p_j` have the rows' shape, and 0 for rows of padding. Both are
+        Log-probabilities of ``index``'s shape, float64 for float64 logits and float32 for all
+        others. With ``with_entropy``, a named tuple ``(log_probs, entropy)``. Entropies,
+        ``-sum_j p[j] * log p[j]``, have the rows' shape, and are 0 for rows of padding. Both are
         differentiable.
 
     Raises:
