@@ -280,8 +280,8 @@ def linear_selective_log_softmax(
     gradients of gradients, and under ``torch.func`` and forward-mode differentiation.
 
     Returns:
-        Log-probabilities of ``index``'s shape: float64 for float64 logits, float32 for all others.
-        With ``with_entropy``, a named tuple ``(log_probs, entropy)``.
+        Log-probabilities of ``index``'s shape, float64 for float64 logits and float32 for all
+        others. With ``with_entropy``, a named tuple ``(log_probs, entropy)``.
 
     Raises:
         IndexError: an index is out of range and not padding. On CUDA devices the check would wait
