@@ -77,7 +77,7 @@ def plot(curves: dict[str, list[float]], steps: int, summary: str, path: Path) -
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for name, curve in curves.items():
         at = range(0, steps, max(steps // SHOWN, 1))
-        colour = "#0b4f8a" if name == "fused_xent" else COLOURS[name]
+        colour = COLOURS[name]
         axis.plot(at, curve, color=colour)
         axis.annotate(f" {name}", (at[-1], curve[-1]), color=colour, va="center", fontsize=9)
     axis.set_yscale("log")

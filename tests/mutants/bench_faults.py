@@ -1287,6 +1287,36 @@ SHOWN_FAULTS = {
         "for seconds in (t.median, t.median)]",
         of_tables("plots_of_a_sweep"),
     ),
+    "names of lines overlap": Fault(
+        "bench/plots.py",
+        "at = max(at + line_height, line.get_ydata()[-1])",
+        "at = line.get_ydata()[-1]",
+        of_tables("names_of_lines_do_not_overlap"),
+    ),
+    "names are at the first points of lines": Fault(
+        "bench/plots.py",
+        "key=lambda line: line.get_ydata()[-1])",
+        "key=lambda line: line.get_ydata()[0])",
+        of_tables("names_of_lines_do_not_overlap"),
+    ),
+    "every mode is plotted": Fault(
+        "bench/plots.py",
+        "of_mode = not modes or timing.mode in modes",
+        "of_mode = True",
+        of_tables("timings_of_one_mode_and_provider"),
+    ),
+    "a chosen provider leaves out the copy": Fault(
+        "bench/plots.py",
+        "return timing.mode in BASELINES or (",
+        "return timing.mode is None or (",
+        of_tables("timings_of_one_mode_and_provider"),
+    ),
+    "a roofline has lost its roof": Fault(
+        "bench/plots.py",
+        "*rooflines(run)):",
+        "*rooflines(swept)):",
+        of_tables("plots_of_one_mode_and_provider"),
+    ),
     "only the first file is plotted": Fault(
         "bench/plots.py",
         "for one in runs for result in one.results",
