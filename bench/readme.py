@@ -1,9 +1,13 @@
 """Writes the tables of README.md and docs/ from the result files in bench/results.
 
 A table stands between two comments. The first one names the file that `python -m bench --json`
-wrote and, to show only one mode, that mode:
+wrote and, to show only one mode, that mode. With the word memory, losses have a line for each
+provider, with its memory:
 
     <!-- bench/results/machine.json both -->
+    <!-- end -->
+
+    <!-- bench/results/machine.json both memory -->
     <!-- end -->
 """
 
@@ -17,7 +21,9 @@ from . import tables
 from .results import Run
 
 ROOT = Path(__file__).parents[1]
-TABLE = re.compile(r"(<!-- (bench/results/\S+\.json)(?: (\w+))? -->\n).*?(<!-- end -->)", re.S)
+TABLE = re.compile(
+    r"(<!-- (bench/results/\S+\.json)(?: (\w+))?(?: (memory))? -->\n).*?(<!-- end -->)", re.S
+)
 
 
 def pages() -> list[Path]:
@@ -29,8 +35,8 @@ def with_tables(text: str) -> str:
     """Returns the text of a page with its tables written again."""
 
     def table(match: re.Match[str]) -> str:
-        begin, file, mode, end = match.groups()
-        lines = tables.markdown(Run.read_json(ROOT / file).results, mode)
+        begin, file, mode, memory, end = match.groups()
+        lines = tables.markdown(Run.read_json(ROOT / file).results, mode, bool(memory))
         return "\n".join([begin, *lines, "", end])
 
     return TABLE.sub(table, text)

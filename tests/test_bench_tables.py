@@ -127,6 +127,18 @@ def test_markdown_of_losses():
     ]
 
 
+def test_markdown_of_memory():
+    """One row per provider; a dash where memory was not measured."""
+    case = "own 100x1000 float32, forward + backward"
+    assert list(tables.markdown([loss_result()], "both", has_memory=True)) == [
+        "| case | | ms | memory, MB |",
+        "|---|---|---:|---:|",
+        f"| {case} | torch eager | 100.00 | 90.0 |",
+        "|  | torch.compile | 60.00 | - |",
+        "|  | fused_xent | 30.00 | 80.0 |",
+    ]
+
+
 def test_markdown_of_losses_and_linear_layers():
     lines = list(tables.markdown([linear_result(), loss_result()], "both"))
     assert lines[3] == ""
@@ -436,7 +448,8 @@ def project(tmp_path, monkeypatch):
     text += "<!-- bench/results/x.json -->\n<!-- end -->\nlast\n"
     (tmp_path / "README.md").write_text(text)
     (tmp_path / "docs/guides").mkdir(parents=True)
-    (tmp_path / PAGE).write_text("<!-- bench/results/x.json both -->\n<!-- end -->\n")
+    text = "<!-- bench/results/x.json both memory -->\n<!-- end -->\n"
+    (tmp_path / PAGE).write_text(text)
     return tmp_path
 
 
@@ -451,8 +464,8 @@ def test_tables_of_a_readme(project, capsys):
         *(*tables.markdown(results), "", "<!-- end -->", "last"),
     ]
     assert (project / PAGE).read_text().splitlines() == [
-        *("<!-- bench/results/x.json both -->", ""),
-        *(*tables.markdown(results, "both"), "", "<!-- end -->"),
+        *("<!-- bench/results/x.json both memory -->", ""),
+        *(*tables.markdown(results, "both", has_memory=True), "", "<!-- end -->"),
     ]
     assert readme.main() == 0
     assert capsys.readouterr().out == "3 tables, unchanged\n"

@@ -1228,14 +1228,26 @@ SHOWN_FAULTS = {
     ),
     "the README has every mode": Fault(
         "bench/readme.py",
-        ".results, mode)",
-        ".results)",
+        ".results, mode, ",
+        ".results, None, ",
+        of_tables("tables_of_a_readme"),
+    ),
+    "a table of memory has every mode": Fault(
+        "bench/tables.py",
+        "if timing.mode == mode:",
+        "if timing.mode:",
+        of_tables("markdown_of_memory"),
+    ),
+    "the README has no memory": Fault(
+        "bench/readme.py",
+        "bool(memory)",
+        "False",
         of_tables("tables_of_a_readme"),
     ),
     "the README's first table is in all places": Fault(
         "bench/readme.py",
-        "begin, file, mode, end = match.groups()",
-        "begin, file, mode, end = TABLE.search(text).groups()",
+        "begin, file, mode, memory, end = match.groups()",
+        "begin, file, mode, memory, end = TABLE.search(text).groups()",
         of_tables("tables_of_a_readme"),
     ),
     "a README that cannot be made is no error": Fault(
