@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cpu("pages compute on the CPU")
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^(?:<!-- (not run|needs):(.*)-->\n)?```python\n(.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^(?:<!-- (not run|needs):([^\n]*)-->\n)?```python\n(.*?)^```$", re.M | re.S)
 PRINTS = re.compile(r"^ *print\(.*\)  # (.+)$")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -85,6 +85,8 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
+# Of torch.compile and torch.export.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -104,6 +106,10 @@ FENCED = "```python\n{}\n```\n"
         (FENCED.format("if False:\n    print(2)  # 2"), AssertionError),
         (FENCED.format("for x in 2, 3:\n    print(x)  # 2"), AssertionError),
         ("<!-- not run: two GPUs -->\n" + FENCED.format("x = y"), None),
+        (
+            2 * ("<!-- not run: two GPUs -->\n" + FENCED.format("x = y") + FENCED.format("z")),
+            NameError,
+        ),
         ("<!-- not run: -->\n" + FENCED.format("x = 1"), AssertionError),
         ("<!-- needs: no_such_module -->\n" + FENCED.format("x = y"), None),
         ("<!-- needs: torch -->\n" + FENCED.format("x = y"), NameError),
