@@ -86,7 +86,7 @@ def plot(curves: dict[str, list[float]], steps: int, summary: str, path: Path) -
     axis.set_ylabel("training loss, computed exactly")
     axis.set_title("Modular addition in float32, no weight decay", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.text(0.01, -0.02, summary, fontsize=6, color="#707070")
+    figure.text(0.01, -0.07, summary, fontsize=6, color="#707070")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
