@@ -12,7 +12,7 @@ from emulator.build import ROOT
 from .fault import Fault
 from .library import build_library
 
-IGNORED = shutil.ignore_patterns(*(".*", "build", "dist", "site", "__pycache__", "*.egg-info"))
+IGNORED = shutil.ignore_patterns(*(".*", "build", "dist", "__pycache__", "*.egg-info"))
 LONGEST = 1800  # seconds for the tests of one fault, which may loop forever
 LIBRARY = "fused_xent/_C.abi3.so"
 
