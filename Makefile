@@ -10,7 +10,7 @@ ARCH ?= 9.0
 CHECK ?= $(patsubst %,tests/test_%.py,functional nn errors layouts autograd overwriting linear_errors) \
 	"tests/test_cuda_native.py::test_part[forward]"
 
-.PHONY: setup build check test integrations mutants demo bench readme-tables gpu cuda-check lint format clean
+.PHONY: setup build check test integrations mutants demo bench readme-tables docs gpu cuda-check lint format clean
 
 setup: build/full
 
@@ -45,9 +45,13 @@ demo: setup
 bench: setup
 	$(RUN) -m bench
 
-# Writes the tables in README.md from bench/results.
+# Writes the tables in README.md and docs/ from bench/results.
 readme-tables: setup
 	$(RUN) -m bench.readme
+
+# Builds the pages of docs/ into site/. A warning, such as a link to nothing, is an error.
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 # Builds, tests and measures on this machine's GPU, with $(PYTHON): no .venv, no network.
 gpu:
@@ -71,7 +75,8 @@ format: .venv/ready
 	.venv/bin/clang-format -i $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:
-	rm -rf .venv .venv-cuda .venv-integrations build dist fused_xent/_C*.so *.egg-info compile_commands.json .mypy_cache
+	rm -rf .venv .venv-cuda .venv-docs .venv-integrations build dist site fused_xent/_C*.so *.egg-info \
+		compile_commands.json .mypy_cache
 
 .venv/ready: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -83,6 +88,12 @@ clean:
 	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	PATH="$(CURDIR)/.venv-integrations/bin:$$PATH" FUSED_XENT_CUDA=0 .venv-integrations/bin/pip \
 		install --quiet --disable-pip-version-check --no-build-isolation --editable '.[integrations]'
+	touch $@
+
+.venv-docs/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	sed -n '/^docs = \[/,/^]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml | \
+		.venv-docs/bin/pip install --quiet --disable-pip-version-check -r /dev/stdin
 	touch $@
 
 .venv-cuda/ready:  # torch from PyPI includes CUDA: 5 GB

@@ -329,7 +329,7 @@ def _as_float(classes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _as_classes(values: Tensor) -> Tensor:
-    """Undo :func:`_as_float`."""
+    """Undo ``_as_float``."""
     return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64).long()
 
 
@@ -478,7 +478,7 @@ class VocabularyParallel(torch.autograd.Function):
 
 
 def logits_gradient(problem: Problem, saved: Saved, upstream: Upstream, others: Tensor) -> Tensor:
-    """Return the gradient of a shard's logits. ``others`` is that of :class:`Rows`."""
+    """Return the gradient of a shard's logits. ``others`` is that of ``Rows``."""
     if problem.logits.shape[problem.settings.dim] == 0:
         return torch.zeros_like(problem.logits)
     upstream = _upstream_of(problem, saved, upstream, others)

@@ -317,7 +317,7 @@ def _check_normalizer(normalizer: Any, reduction: int, input: Tensor) -> Tensor:
 
 
 def is_checked(index: Tensor) -> bool:
-    """Return True if :func:`check_range` reads class indices: not on a GPU, nor in traced code."""
+    """Return True if ``check_range`` reads class indices: not on a GPU, nor in traced code."""
     return index.is_cpu and _torch_private.has_values(index)
 
 
