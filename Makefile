@@ -30,9 +30,10 @@ check: build
 test: setup
 	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-# The tests of fused_xent.integrations, with the frameworks that the extra of that name pins.
+# The tests of fused_xent.integrations and of the docs' code, with the frameworks that the extra of
+# that name pins.
 integrations: setup .venv-integrations/ready
-	.venv-integrations/bin/python -m pytest --durations=5 tests/integrations
+	.venv-integrations/bin/python -m pytest --durations=5 tests/integrations tests/test_docs.py
 
 # Puts faults into copies of the code, one at a time, and reports those that no test finds. Takes
 # about an hour on two cores.
