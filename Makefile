@@ -15,7 +15,7 @@ WHEEL_CHECKS ?= python3.10:2.10.0 python3:
 CHECK ?= $(patsubst %,tests/test_%.py,functional nn errors layouts autograd overwriting linear_errors) \
 	"tests/test_cuda_native.py::test_part[forward]"
 
-.PHONY: setup build check test integrations mutants demo bench readme-tables gpu cuda-check \
+.PHONY: setup build check test integrations mutants demo bench readme-tables docs gpu cuda-check \
 	wheel wheel-check sdist aarch64-check clang-check lint format clean
 
 setup: build/full
@@ -36,9 +36,10 @@ check: build
 test: setup
 	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-# The tests of fused_xent.integrations, with the frameworks that the extra of that name pins.
+# The tests of fused_xent.integrations and of the docs' code, with the frameworks that the extra of
+# that name pins.
 integrations: setup .venv-integrations/ready
-	.venv-integrations/bin/python -m pytest --durations=5 tests/integrations
+	.venv-integrations/bin/python -m pytest --durations=5 tests/integrations tests/test_docs.py
 
 # Puts faults into copies of the code, one at a time, and reports those that no test finds. Takes
 # about an hour on two cores.
@@ -51,9 +52,13 @@ demo: setup
 bench: setup
 	$(RUN) -m bench
 
-# Writes the tables in README.md from bench/results.
+# Writes the tables in README.md and docs/ from bench/results.
 readme-tables: setup
 	$(RUN) -m bench.readme
+
+# Builds the pages of docs/ into site/. A warning, such as a link to nothing, is an error.
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 # Builds, tests and measures on this machine's GPU, with $(PYTHON): no .venv, no network.
 gpu:
@@ -120,7 +125,8 @@ format: .venv/ready
 	.venv/bin/clang-format -i $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:
-	rm -rf .venv .venv-cuda .venv-integrations .venv-wheel build dist fused_xent/_C*.so *.egg-info compile_commands.json .mypy_cache
+	rm -rf .venv .venv-cuda .venv-docs .venv-integrations .venv-wheel build dist site fused_xent/_C*.so *.egg-info \
+		compile_commands.json .mypy_cache
 
 .venv/ready: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -132,6 +138,12 @@ clean:
 	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	PATH="$(CURDIR)/.venv-integrations/bin:$$PATH" FUSED_XENT_CUDA=0 .venv-integrations/bin/pip \
 		install --quiet --disable-pip-version-check --no-build-isolation --editable '.[integrations]'
+	touch $@
+
+.venv-docs/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	sed -n '/^docs = \[/,/^]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml | \
+		.venv-docs/bin/pip install --quiet --disable-pip-version-check -r /dev/stdin
 	touch $@
 
 .venv-wheel/ready:

@@ -77,7 +77,7 @@ def plot(curves: dict[str, list[float]], steps: int, summary: str, path: Path) -
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for name, curve in curves.items():
         at = range(0, steps, max(steps // SHOWN, 1))
-        colour = "#0b4f8a" if name == "fused_xent" else COLOURS[name]
+        colour = COLOURS[name]
         axis.plot(at, curve, color=colour)
         axis.annotate(f" {name}", (at[-1], curve[-1]), color=colour, va="center", fontsize=9)
     axis.set_yscale("log")
@@ -86,7 +86,7 @@ def plot(curves: dict[str, list[float]], steps: int, summary: str, path: Path) -
     axis.set_ylabel("training loss, computed exactly")
     axis.set_title("Modular addition in float32, no weight decay", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.text(0.01, -0.02, summary, fontsize=6, color="#707070")
+    figure.text(0.01, -0.07, summary, fontsize=6, color="#707070")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 

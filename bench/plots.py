@@ -6,7 +6,8 @@ roofline those of `roofline`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -18,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .cases import SWEPT
+from .cases import MODES, SWEPT
 from .command import Parser
-from .results import LABELS, Result, Run
+from .results import BASELINES, LABELS, Result, Run, Timing
 from .roofline import points, roofs
 from .tables import MODE_TITLES
 
@@ -28,9 +29,9 @@ FORMATS = ("png", "svg")
 plt.rcParams["svg.hashsalt"] = "bench"  # otherwise the ids in an SVG are random
 # One colour per provider, the same in every plot. The modes of fused_xent are shades of blue.
 COLOURS = {
-    "fused_xent fused": "#0b4f8a",
+    "fused_xent": "#0b4f8a",
     "fused_xent inplace": "#2f8fd0",
-    "fused_xent": "#8cc4ea",
+    "fused_xent fused": "#70b0de",
     "torch eager": "#c0392b",
     "torch.compile": "#e67e22",
     "torch chunked": "#e67e22",
@@ -74,13 +75,15 @@ def against_classes(run: Run) -> Iterator[tuple[str, Figure]]:
         title = f"{dtype} {what}".strip()
         for kind, draw in (("throughput", draw_throughput), ("memory", draw_memory)):
             figure, axes = plt.subplots(
-                1, len(modes), figsize=(1.2 + 4.6 * len(modes), 4.4), sharey=True, squeeze=False
+                1, len(modes), figsize=(0.8 + 5.4 * len(modes), 3.8), sharey=True, squeeze=False
             )
             for mode, axis in zip(modes, axes[0], strict=True):
                 draw(axis, results, mode)
                 axis.set_title(f"{MODE_TITLES[mode]}, {title}", fontsize=10)
                 classes_axis(axis, results)
             axes[0][0].set_ylim(bottom=0)
+            for axis in axes[0]:
+                label_lines(axis)
             finish(figure, axes[0], run)
             yield f"{kind}-{name}", figure
 
@@ -125,6 +128,25 @@ def draw_memory(axis: Axes, results: list[Result], mode: str) -> None:
             style |= {"color": COLOURS.get(name), "linewidth": 1, "clip_on": False}
             axis.plot(*zip(*known, strict=True), **style, label=name)
     axis.set_ylabel("MB at once beyond logits and target")
+
+
+def label_lines(axis: Axes) -> None:
+    """Writes the name of each line at its right end; moves names up that would overlap."""
+    lowest, highest = axis.get_ylim()
+    line_height = 0.06 * (highest - lowest)
+    lines = sorted(axis.get_lines(), key=lambda line: line.get_ydata()[-1])
+    at = lowest - line_height
+    for line in lines:
+        at = max(at + line_height, line.get_ydata()[-1])
+        axis.annotate(
+            line.get_label(),
+            (1.01, at),
+            xycoords=("axes fraction", "data"),
+            color=line.get_color(),
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+        )
 
 
 def classes_axis(axis: Axes, results: list[Result]) -> None:
@@ -183,35 +205,43 @@ def rooflines(run: Run) -> Iterator[tuple[str, Figure]]:
         axis.set_xlabel("operations for a byte that must be moved")
         axis.set_ylabel("GFLOP/s")
         axis.set_title(f"roofline, {dtype}", fontsize=10)
+        axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1))
         finish(figure, [axis], run)
         yield f"roofline-{dtype}", figure
 
 
-def finish(figure: Figure, axes: list[Axes], run: Run) -> None:
-    """Adds grids, a legend beside the last axis, and a line about the machine."""
-    handles: dict[str, object] = {}
+def finish(figure: Figure, axes: Iterable[Axes], run: Run) -> None:
+    """Adds grids, and a line about the machine."""
     for axis in axes:
         axis.grid(True, which="major", color="#e0e0e0", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    axes[-1].legend(
-        handles.values(),
-        handles,
-        fontsize=8,
-        frameon=False,
-        loc="upper left",
-        bbox_to_anchor=(1.02, 1),
-    )
     figure.text(0.01, 0.01, run.summary, fontsize=6, color="#707070")
+
+
+def chosen(run: Run, modes: list[str] | None, providers: list[str] | None) -> Run:
+    """Returns the timings of these modes and providers, or of all, and the baselines."""
+
+    def is_chosen(timing: Timing) -> bool:
+        of_mode = not modes or timing.mode in modes
+        return timing.mode in BASELINES or (
+            of_mode and (not providers or timing.provider in providers)
+        )
+
+    results = [
+        replace(result, timings=list(filter(is_chosen, result.timings))) for result in run.results
+    ]
+    return Run(run.environment, results)
 
 
 def main(arguments: list[str]) -> int:
     """`python -m bench plot`."""
     command = Parser(prog="python -m bench plot", description=__doc__)
     command.add_argument("file", type=Path, nargs="+", help="--json files of one machine")
+    what = "only this one, in the plots of a sweep; may be repeated"
+    command.add_argument("--mode", action="append", choices=MODES, help=what)
+    command.add_argument("--provider", action="append", metavar="NAME", help=what)
     out = "existing folder; default: that of the first file"
     command.add_argument("--out", type=Path, metavar="FOLDER", help=out)
     options = command.parse_args(arguments)
@@ -223,8 +253,14 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         command.error(str(error))
     run = Run(runs[0].environment, [result for one in runs for result in one.results])
+    timings = [timing for result in run.results for timing in result.timings]
+    names = dict.fromkeys(t.provider for t in timings if t.mode not in BASELINES)
+    for name in options.provider or ():
+        if name not in names:
+            command.error(f"--provider must be one of {', '.join(names)}, got {name}")
+    swept = chosen(run, options.mode, options.provider)
     n_figures = 0
-    for name, figure in (*against_classes(run), *rooflines(run)):
+    for name, figure in (*against_classes(swept), *rooflines(run)):
         for suffix in FORMATS:
             path = folder / f"{options.file[0].stem}-{name}.{suffix}"
             figure.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata(suffix))

@@ -156,12 +156,17 @@ def megabytes(size: int | None) -> str:
     return DASH if size is None else f"{size / 1e6:.1f}"
 
 
-def markdown(results: Iterable[Result], mode: str | None = None) -> Iterator[str]:
-    """Yields the lines of the README's tables, for one mode if it is given."""
+def markdown(
+    results: Iterable[Result], mode: str | None = None, has_memory: bool = False
+) -> Iterator[str]:
+    """Yields the lines of the README's tables, for one mode if it is given.
+
+    Losses have a column for each provider, or with has_memory a line, which has its memory too.
+    """
     results = list(results)
     modes = [mode] if mode else list(MODE_TITLES)
     parts = {
-        "loss": lambda found: loss_markdown(found, modes),
+        "loss": lambda found: (memory_markdown if has_memory else loss_markdown)(found, modes),
         "linear": linear_markdown,
         "overhead": lambda found: overhead_markdown(found, modes),
     }
@@ -205,6 +210,20 @@ def loss_markdown_cell(result: Result, timing: Timing | None) -> str:
     if timing.provider.startswith("torch") or None in ratios:
         return cell
     return f"{cell} ({' / '.join(map(times, ratios))})"
+
+
+def memory_markdown(results: list[Result], modes: list[str]) -> Iterator[str]:
+    """Yields a row for each case, mode and provider."""
+    yield "| case | | ms | memory, MB |"
+    yield "|---|---|---:|---:|"
+    for result in results:
+        for mode in modes:
+            title = f"{result.title.replace('  ', ' ')}, {MODE_TITLES[mode]}"
+            for timing in result.timings:
+                if timing.mode == mode:
+                    ms, _, _, _, _, _, memory = loss_cells(result, timing)
+                    yield f"| {title} | {timing.provider} | {ms} | {memory} |"
+                    title = ""
 
 
 def linear_markdown(results: list[Result]) -> Iterator[str]:

@@ -123,7 +123,6 @@ XENT_INLINE void add_up_row(const Shards& s, int64_t row) {
   const Acc max = shards.at(s.max, top), log_sum = shards.log_sum(top);
   const Acc weight =
       s.token_weight == nullptr ? Acc(1) : static_cast<const Acc*>(s.token_weight)[row];
-  const bool is_bad = s.is_bad != nullptr && s.is_bad[row];
   Acc cross_entropy = 0, mass = 0, other_mass = 0, entropy = 0;
   for (int64_t r = 0; r < s.n_ranks; ++r) {
     const Acc rise = (log_sum - shards.at(s.log_sum, r)) - (shards.at(s.max, r) - max);
@@ -143,6 +142,9 @@ XENT_INLINE void add_up_row(const Shards& s, int64_t row) {
   set(s.row_max, max);
   set(s.row_log_sum, log_sum);
   const bool is_unread = weight == 0;
+  // Without label_mass, the class of the row is on one rank, if all ranks have the same target.
+  const bool is_torn = s.label_mass == nullptr && mass != 1;
+  const bool is_bad = is_torn || (s.is_bad != nullptr && s.is_bad[row]);
   if (s.row_loss != nullptr) {
     FocalLoss<Acc> focal{cross_entropy, 1};
     if (s.focal_gamma != 0) {
@@ -153,7 +155,7 @@ XENT_INLINE void add_up_row(const Shards& s, int64_t row) {
     const Acc nan = static_cast<Acc>(NAN), of_others = weight * focal.slope * other_mass;
     set(s.row_loss, is_unread ? Acc(0) : is_bad ? nan : loss);
     set(s.loss_slope, focal.slope);
-    set(s.other_mass, is_bad ? nan : other_mass == 0 || is_unread ? Acc(0) : of_others);
+    set(s.other_mass, is_unread ? Acc(0) : is_bad ? nan : other_mass == 0 ? Acc(0) : of_others);
   }
   set(s.row_lse, is_unread ? Acc(0) : max + log_sum);
   set(s.row_entropy, is_unread ? Acc(0) : entropy);

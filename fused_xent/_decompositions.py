@@ -243,8 +243,12 @@ def _add_up_shards(
         loss = weight * (loss + lse_square_scale * lse**2 if lse_square_scale else loss)
         others = torch.cat([q[:rank], q[rank + 1 :]]).sum(0)
         other_mass = (weight * slope * others).masked_fill(is_unread | (others == 0), 0)
+        if label_mass is None:  # the class of each row is on one rank
+            is_torn = q.sum(0) != 1
+            is_bad = is_torn if is_bad is None else is_bad | is_torn
         if is_bad is not None:
-            loss, other_mass = (x.masked_fill(is_bad, torch.nan) for x in (loss, other_mass))
+            other_mass = other_mass.masked_fill(is_bad & ~is_unread, torch.nan)
+            loss = loss.masked_fill(is_bad, torch.nan)
         loss = loss.masked_fill(is_unread, 0)
     return _ops.AddedUp(
         torch.stack(state),

@@ -75,7 +75,7 @@ def pull_back(
 def target_gradient(problem: Problem, saved: Saved, grad_loss: Tensor) -> Tensor:
     """Return the gradient of probabilities: minus the weighted log-probabilities.
 
-    Needs fewer passes than :func:`gradients`, and for sparse labels no memory of the logits' size.
+    Needs fewer passes than ``gradients``, and for sparse labels no memory of the logits' size.
     Not for the focal loss.
     """
     logits, target, weight, token_weight, _, target_indices, settings = problem

@@ -1,6 +1,6 @@
 """The options of a loss, each declared once: its name, type, range and default.
 
-To add one, add a line to :class:`Options` and to :class:`LossOptions`, a parameter with its meaning
+To add one, add a line to ``Options`` and to ``LossOptions``, a parameter with its meaning
 to ``functional.cross_entropy`` and ``linear.linear_cross_entropy``, and, if the kernels compute it,
 a line to ``csrc/xent_params.h``. Modules, the variants with statistics, checks and operators follow
 by name.
@@ -130,7 +130,7 @@ class LossOptions(TypedDict, total=False):
 
 
 class CrossEntropyOptions(LossOptions, total=False):
-    """The arguments of :class:`fused_xent.CrossEntropyLoss` that torch's class does not have."""
+    """The arguments of ``fused_xent.CrossEntropyLoss`` that torch's class does not have."""
 
     dim: int | None
     inplace_backward: bool
@@ -141,7 +141,7 @@ class CrossEntropyOptions(LossOptions, total=False):
 
 
 class StatisticsOptions(CrossEntropyOptions, total=False):
-    """The options of :func:`fused_xent.cross_entropy_with_statistics`."""
+    """The options of ``fused_xent.cross_entropy_with_statistics``."""
 
     size_average: bool | None
     ignore_index: int
@@ -151,7 +151,7 @@ class StatisticsOptions(CrossEntropyOptions, total=False):
 
 
 class LinearLossOptions(LossOptions, total=False):
-    """The options of :class:`fused_xent.LinearCrossEntropyLoss`."""
+    """The options of ``fused_xent.LinearCrossEntropyLoss``."""
 
     reduction: str
     ignore_index: int | None
@@ -168,7 +168,7 @@ class LinearLossOptions(LossOptions, total=False):
 
 
 class LinearOptions(LinearLossOptions, total=False):
-    """The options of :func:`fused_xent.linear_cross_entropy`."""
+    """The options of ``fused_xent.linear_cross_entropy``."""
 
     num_classes: int | None
 
@@ -198,7 +198,7 @@ def resolve(n_dims: int, statistics: bool, given: dict[str, Any]) -> Settings:
 
 @functools.lru_cache(maxsize=256, typed=True)
 def resolve_once(n_dims: int, statistics: bool, names: tuple[str, ...], *values: Any) -> Settings:
-    """Do what :func:`resolve` does, cached. Raises TypeError for a value that cannot be a key."""
+    """Do what ``resolve`` does, cached. Raises TypeError for a value that cannot be a key."""
     if any(isinstance(value, Tensor) for value in values):
         raise TypeError("a tensor cannot be a key: its value may change")
     return _resolve(n_dims, statistics, dict(zip(names, values, strict=True)))

@@ -59,20 +59,20 @@ def evaluate(
     """Check the arguments and return the loss, or all statistics. The input is a shard."""
     input, target, weight, token_weight, normalizer, target_indices = tensors
     check_dense("input", input)
-    dim = resolve(input.dim(), statistics, options).dim
+    settings = resolve(input.dim(), statistics, options)
+    if settings.grad_in_forward:  # the gradient needs the maximum and sum of all ranks
+        options = {**options, "grad_in_forward": False, "inplace_backward": True}
+    dim = settings.dim
     shard, n_own = shard_of(input.shape[dim], process_group, vocab_start, num_classes)
     if n_own < input.shape[dim]:  # the others are padding: they have probability and gradient 0
-        if isinstance(target, Tensor) and target.shape == input.shape:
+        is_dense = target_indices is None and isinstance(target, Tensor)
+        if is_dense and target.shape == input.shape:
             target = target.narrow(dim, 0, n_own)
         if isinstance(weight, Tensor) and weight.shape == input.shape[dim : dim + 1]:
             weight = weight[:n_own]
         input = input.narrow(dim, 0, n_own)
     tensors = (input, target, weight, token_weight, normalizer, target_indices)
-    problem = prepare(*tensors, statistics, options)
-    if problem.settings.grad_in_forward:  # the gradient needs the maximum and sum of all ranks
-        settings = problem.settings._replace(inplace_backward=True, grad_in_forward=False)
-        problem = problem._replace(settings=settings)
-    return of_shard(problem, shard)
+    return of_shard(prepare(*tensors, statistics, options), shard)
 
 
 def shard_of(
@@ -182,7 +182,8 @@ def local_problem(problem: Problem, shard: Shard) -> Local:
     """Return the problem of a shard.
 
     Smoothing gives each class an equal part: the shard's classes have ``own`` of it. What else the
-    labels keep differs by a factor, which the labels are multiplied by.
+    labels keep differs by a factor, which the labels are multiplied by: in the accumulation dtype,
+    since 16-bit labels would be rounded again.
     """
     logits, target, _, token_weight, _, target_indices, settings = problem
     dim, options = settings.dim, dict(settings.of_operators)
@@ -212,7 +213,7 @@ def local_problem(problem: Problem, shard: Shard) -> Local:
         kept = logits.new_ones(row_shape(logits, dim), dtype=torch.bool)
     own_settings = settings._replace(of_operators=options, ignore_index=NO_CLASS)
     of_shard = problem._replace(
-        target=target if factor == 1 else target * factor,
+        target=target if factor == 1 else target.to(acc) * factor,
         token_weight=_product(token_weight, kept, acc),
         normalizer=None,
         target_indices=target_indices,
@@ -258,6 +259,9 @@ def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
         unweighted = own._replace(token_weight=local.kept.to(acc), settings=settings)
         with nullcontext() if is_compiling() else below_autograd():
             part, _, state, *statistics = _ops.forward(unweighted)
+        # If all logits of the shard are -inf, so is its lse, and part is NaN: the rise of the lse
+        # makes the loss inf.
+        part = part.masked_fill(state[1].isneginf(), 0)
         rows = {"max": state[0], "log_sum": state[1], "part": part}
         if own.target_indices is None:
             rows["label_mass"] = state[2]
@@ -277,7 +281,7 @@ def _mass(own: Problem) -> Tensor:
         return sums
     total = n_classes if own.weight is None else own.weight.sum(dtype=torch.float64)
     of_smoothing = smoothing / n_classes * total
-    return (1 - smoothing) * sums + of_smoothing
+    return ((1 - smoothing) * sums + of_smoothing).to(sums.dtype)  # a scalar becomes float64
 
 
 def _sent(problem: Problem, local: Local, start: int) -> dict[str, Tensor]:
@@ -325,7 +329,7 @@ def _as_float(classes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _as_classes(values: Tensor) -> Tensor:
-    """Undo :func:`_as_float`."""
+    """Undo ``_as_float``."""
     return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64).long()
 
 
@@ -340,7 +344,7 @@ def gather(rows: dict[str, Tensor], shard: Shard, n_own: int) -> dict[str, Tenso
     found = all_gather(packed, shard.group)
     parts = found.split([*(row.numel() for row in rows.values()), 1, 1], 1)
     if found.is_cpu and has_values(found):
-        _check_ranges(found[:, -2:].tolist(), shard.n_classes)
+        _check_ranges(found[:, -2:], shard.n_classes)
         return dict(zip(rows, parts, strict=False))
     return dict(zip([*rows, "first_class", "end_class"], parts, strict=True))
 
@@ -355,18 +359,20 @@ def all_gather(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
     return found.view(n_ranks, -1)
 
 
-def _check_ranges(ranges: list[list[float]], n_classes: int) -> None:
+def _check_ranges(ranges: Tensor, n_classes: int) -> None:
     """Check that the shards are all classes, in the order of the ranks."""
     last = 0.0
     is_right = True
-    for start, end in ranges:
+    rounded = torch.tensor(n_classes, dtype=ranges.dtype).item()  # float32 from 2^24 on
+    for start, end in ranges.tolist():
         is_right = is_right and start in (last, end)
         last = max(last, end)
-    if not is_right or last != n_classes:
-        found = ", ".join(f"[{start:.0f}, {end:.0f})" for start, end in ranges)
+    if not is_right or last != rounded:
+        found = ", ".join(f"[{start:.0f}, {end:.0f})" for start, end in ranges.tolist())
         raise ValueError(
             f"the ranks' shards must be [0, {n_classes}) in the order of the ranks, got {found}: "
-            "give each rank its vocab_start, and num_classes to all"
+            "give each rank its vocab_start, and num_classes to all; call with the same rows, "
+            "dtype and options on all ranks"
         )
 
 
@@ -472,7 +478,7 @@ class VocabularyParallel(torch.autograd.Function):
 
 
 def logits_gradient(problem: Problem, saved: Saved, upstream: Upstream, others: Tensor) -> Tensor:
-    """Return the gradient of a shard's logits. ``others`` is that of :class:`Rows`."""
+    """Return the gradient of a shard's logits. ``others`` is that of ``Rows``."""
     if problem.logits.shape[problem.settings.dim] == 0:
         return torch.zeros_like(problem.logits)
     upstream = _upstream_of(problem, saved, upstream, others)

@@ -317,7 +317,7 @@ def _check_normalizer(normalizer: Any, reduction: int, input: Tensor) -> Tensor:
 
 
 def is_checked(index: Tensor) -> bool:
-    """Return True if :func:`check_range` reads class indices: not on a GPU, nor in traced code."""
+    """Return True if ``check_range`` reads class indices: not on a GPU, nor in traced code."""
     return index.is_cpu and _torch_private.has_values(index)
 
 
@@ -376,7 +376,8 @@ def check_overwritable(problem: Problem) -> None:
         if memory.is_leaf:
             refuse("input is a view of a tensor that autograd has not recorded")
     strides = f"got strides {input.stride()} of shape {tuple(input.shape)}"
-    if any(
+    # Without elements torch may give any strides, and a rank of several may have no classes.
+    if input.numel() > 0 and any(
         stride == 0 < size - 1 for size, stride in zip(input.shape, input.stride(), strict=True)
     ):
         refuse(f"several elements of input share memory, {strides}")

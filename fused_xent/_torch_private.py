@@ -71,7 +71,7 @@ def kernels_of(op: Any) -> tuple[Any, Any]:
     """Return the kernels of an operator, on CPUs and on GPUs, to call with ordinary tensors.
 
     The dispatcher would look for autograd, autocast and modes. The caller has checked that there
-    are none, by :func:`is_eager` and :func:`are_ordinary`. Dispatch takes as long as the kernel of
+    are none, by ``is_eager`` and ``are_ordinary``. Dispatch takes as long as the kernel of
     a small loss.
     """
     redispatch = op.default._handle.redispatch_boxed

@@ -52,30 +52,33 @@ def cross_entropy(
     vocab_start: int | None = None,
     num_classes: int | None = None,
 ) -> Tensor:
-    r"""Softmax cross-entropy, equivalent to :func:`torch.nn.functional.cross_entropy`.
+    """Softmax cross-entropy, equivalent to ``torch.nn.functional.cross_entropy``.
 
-    With :math:`p = \mathrm{softmax}(z)` over the ``C`` classes and class weights ``w`` (1 without
-    ``weight``), the loss of a row with class index ``y`` is, for label smoothing ``e``,
+    With ``p = softmax(z)`` over the ``C`` classes and class weights ``w`` (1 without ``weight``),
+    the loss of a row with class index ``y`` is, for label smoothing ``e``,
 
-    .. math:: c = -(1 - e)\, w_y \log p_y - \frac{e}{C} \sum_j w_j \log p_j
+        c = -(1 - e) * w[y] * log p[y] - e / C * sum_j w[j] * log p[j]
 
-    and for probabilities ``t``, :math:`c = -\sum_j w_j\, ((1 - e)\, t_j + e / C) \log p_j`.
-    ``mean`` divides the sum by the sum of ``w_y`` over the rows that are not ignored, or for
+    and for probabilities ``t``
+
+        c = -sum_j w[j] * ((1 - e) * t[j] + e / C) * log p[j]
+
+    ``mean`` divides the sum by the sum of ``w[y]`` over the rows that are not ignored, or for
     probabilities by the number of rows: torch's rules. A class of probability or weight 0 adds 0
     even where its logit is ``-inf`` (torch: NaN).
 
-    Beyond torch, ``z`` are the logits ``x`` themselves or, with ``logit_scale`` or ``softcap``,
-    :math:`z = \mathrm{softcap} \tanh(\mathrm{logit\_scale}\, x / \mathrm{softcap})` (Gemma 2,
-    https://arxiv.org/abs/2408.00118), and the loss of a row is, with
-    :math:`\mathrm{lse} = \log \sum_j \exp z_j`,
+    Beyond torch, ``z`` are the logits ``x`` themselves or, with ``logit_scale`` or ``softcap``
+    (Gemma 2, https://arxiv.org/abs/2408.00118),
 
-    .. math:: \mathrm{token\_weight}\, \left((1 - P)^{\mathrm{focal\_gamma}}\, c
-              + \mathrm{lse\_square\_scale}\; \mathrm{lse}^2\right)
+        z = softcap * tanh(logit_scale * x / softcap)
 
-    where :math:`P` is :math:`p_y`, or for probabilities and for smoothed labels
-    :math:`\exp(-c / Q)` with :math:`Q` the sum of what multiplies the :math:`-\log p_j` in ``c``:
-    the focal loss (https://arxiv.org/abs/1708.02002). The other term is the z-loss
-    (https://arxiv.org/abs/2204.02311).
+    and the loss of a row is, with ``lse = log sum_j exp z[j]``,
+
+        token_weight * ((1 - P)^focal_gamma * c + lse_square_scale * lse^2)
+
+    The first term is the focal loss (https://arxiv.org/abs/1708.02002). ``P`` is ``p[y]``, or for
+    probabilities and for smoothed labels ``exp(-c / Q)``, with ``Q`` the sum of what multiplies the
+    ``-log p[j]`` in ``c``. The second term is the z-loss (https://arxiv.org/abs/2204.02311).
 
     Args:
         input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, of any strides; float32,
@@ -144,7 +147,7 @@ def cross_entropy(
             have probability and gradient 0, whatever their logits.
 
     Sparse labels are the top classes of a teacher, or the two labels of an image that mixup or
-    CutMix has mixed. Then ``K`` is 2, and the probabilities are ``[lam, 1 - lam]``::
+    CutMix has mixed. Then ``K`` is 2, and the probabilities are ``[lam, 1 - lam]``:
 
         lam = 0.7
         mixed = torch.randperm(len(labels))
@@ -157,8 +160,8 @@ def cross_entropy(
     dimension that shards the classes splits the vocabulary, as ``process_group`` does. One that
     shards rows leaves each process its own: the loss is sharded too or, where it is a mean or a
     sum, ``Partial``: ``loss.full_tensor()`` adds it up. A mean divides by the weights of the rows
-    of all processes. Other tensors are DTensors, or plain tensors that all processes have as a
-    whole. ``grad_in_forward`` then means ``inplace_backward``.
+    of all processes. Other tensors are DTensors on the same mesh, or plain tensors that all
+    processes have as a whole. ``grad_in_forward`` then means ``inplace_backward``.
 
     ``inplace_backward`` and ``grad_in_forward`` need an ``input`` that is not a leaf of the graph.
     They have no effect if no gradient is recorded. ``grad_in_forward`` refuses float16: without a
@@ -166,16 +169,14 @@ def cross_entropy(
 
     With ``process_group``, ``grad_in_forward`` acts as ``inplace_backward``. Refused are gradients
     of ``weight``, ``token_weight``, ``normalizer`` and sparse labels, gradients of gradients, and
-    ``torch.func``. Instead of ``process_group``, ``input`` may be a ``DTensor``: its placements say
-    how rows and classes are split. Other tensors are then DTensors on its mesh, or plain tensors of
-    the whole, and results are DTensors.
+    ``torch.func``.
 
     Kernels compute the gradient of ``input``. Torch operations compute those of probabilities,
     ``weight``, ``token_weight`` and ``normalizer``, second derivatives, and everything under
     ``torch.func.vmap`` and forward-mode differentiation.
 
     Returns:
-        A scalar, or with ``"none"`` one loss per row: ``input``'s shape without ``C``.
+        A scalar, or with ``"none"`` one loss per row, in ``input``'s shape without ``C``.
 
     Raises:
         IndexError: a target, or one of ``target_indices``, is out of range and not
@@ -229,23 +230,23 @@ def cross_entropy_with_statistics(
 ) -> CrossEntropyStatistics:
     """Return the loss and statistics of each row, from one pass over the logits.
 
-    Takes the arguments of :func:`fused_xent.cross_entropy`, all but the first three by name. The
+    Takes the arguments of ``fused_xent.cross_entropy``, all but the first three by name. The
     statistics have the shape of the unreduced loss. They are float64 for float64 logits and float32
     for all others. Rows that are ignored or have token weight 0 get 0, ``argmax`` -1 and
     ``correct`` False: ``correct.sum() / (argmax >= 0).sum()`` is the accuracy of all other rows.
 
     Returns:
-        A named tuple:
+        A named tuple. Its fields are
 
-        - ``loss``: that of :func:`fused_xent.cross_entropy`, with all of its terms.
-        - ``lse``: :math:`\\log \\sum_j \\exp z_j`; differentiable.
+        - ``loss``: that of ``fused_xent.cross_entropy``, with all of its terms.
+        - ``lse``: ``log sum_j exp z[j]``; differentiable.
         - ``z_loss``: the row's ``lse_square_scale * lse^2`` times its token weight: a term of its
-          loss; differentiable.
-        - ``entropy``: :math:`-\\sum_j p_j \\log p_j`; differentiable.
-        - ``argmax``: int64, the first class with the largest :math:`z_j`; NaN counts as largest.
-          With a ``softcap``, logits above about nine times the cap are equal.
+            loss; differentiable.
+        - ``entropy``: ``-sum_j p[j] * log p[j]``; differentiable.
+        - ``argmax``: int64, the first class with the largest ``z[j]``; NaN counts as largest.
+            With a ``softcap``, logits above about nine times the cap are equal.
         - ``correct``: bool, True if ``argmax`` is the target, or the argmax of the probabilities
-          (with ``target_indices``, of the sums for each class).
+            (with ``target_indices``, of the sums for each class).
 
         With ``grad_in_forward`` in eager mode, a gradient through any field but ``loss`` raises an
         error.

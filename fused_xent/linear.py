@@ -83,10 +83,10 @@ def linear_cross_entropy(
     sequence_parallel: bool = False,
     reduce_grad_hidden: bool = True,
 ) -> Tensor:
-    r"""Softmax cross-entropy of the logits ``input @ linear_weight.T``, which are never all stored.
+    """Softmax cross-entropy of the logits ``input @ linear_weight.T``, which are never all stored.
 
-    Equivalent to :func:`torch.nn.functional.linear_cross_entropy` of torch 2.13, and to
-    :func:`fused_xent.cross_entropy` of :func:`torch.nn.functional.linear`, in values, dtypes and
+    Equivalent to ``torch.nn.functional.linear_cross_entropy`` of torch 2.13, and to
+    ``fused_xent.cross_entropy`` of ``torch.nn.functional.linear``, in values, dtypes and
     gradients: the logits are rounded to ``input``'s dtype as in a linear layer. The forward
     computes logits and gradients one chunk of rows at a time, in three matrix products in total.
     Besides the gradients, this needs the memory of one chunk. With several chunks of 16-bit numbers
@@ -136,7 +136,7 @@ def linear_cross_entropy(
             there are few rows compared with features, all rows are one chunk, which is stored
             class by class in the memory of the weight's gradient.
         process_group: the processes that the classes are split over, as in
-            :func:`fused_xent.cross_entropy`: ``linear_weight`` ``(C, H)``, ``linear_bias``,
+            ``fused_xent.cross_entropy``: ``linear_weight`` ``(C, H)``, ``linear_bias``,
             ``weight`` and probabilities of all classes hold this rank's classes. All other
             arguments, and the loss, are the same on all ranks of the group.
         vocab_start: this rank's first class.
@@ -148,7 +148,7 @@ def linear_cross_entropy(
         reduce_grad_hidden: with ``process_group``, the gradient of ``input`` is the sum over the
             ranks. False: it is this rank's part, whose sum over the ranks is the gradient.
 
-    :func:`fused_xent.cross_entropy` describes what is not described here. The forward computes the
+    ``fused_xent.cross_entropy`` describes what is not described here. The forward computes the
     gradients of ``input``, ``linear_weight`` and ``linear_bias`` that are required. The backward
     multiplies them in place by the upstream gradient if that is not 1. So they are the gradients at
     the values of the forward, even if these have been overwritten since. If the upstream gradient
@@ -170,7 +170,7 @@ def linear_cross_entropy(
     An ``input`` and ``linear_weight`` that are DTensors share the work as their placements say:
     rows, or classes, or both, where rows are gathered. A ``linear_weight`` that ``fully_shard`` has
     sharded is whole in the forward of its module alone: call the loss there, or use
-    :class:`fused_xent.LinearCrossEntropyLoss`. The gradient of its ``full_tensor()`` is wrong.
+    ``fused_xent.LinearCrossEntropyLoss``. The gradient of its ``full_tensor()`` is wrong.
 
     Returns:
         A scalar, or with ``"none"`` one loss for each position of a row.
@@ -239,8 +239,8 @@ def linear_cross_entropy_with_statistics(
 ) -> CrossEntropyStatistics:
     """Return the loss of a linear layer, and statistics of each position of a row.
 
-    Takes the arguments of :func:`fused_xent.linear_cross_entropy`, all but the first three by name,
-    and returns what :func:`fused_xent.cross_entropy_with_statistics` does. For a gradient through
+    Takes the arguments of ``fused_xent.linear_cross_entropy``, all but the first three by name,
+    and returns what ``fused_xent.cross_entropy_with_statistics`` does. For a gradient through
     ``lse``, ``z_loss`` or ``entropy`` the backward recomputes the logits.
     """
     check_names("linear_cross_entropy_with_statistics", options, _NAMES)

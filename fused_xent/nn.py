@@ -62,7 +62,7 @@ def _is_default(value: Any, default: Any) -> bool:
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Loss):
-    """Module of :func:`fused_xent.cross_entropy`, equivalent to :class:`torch.nn.CrossEntropyLoss`.
+    """Module of ``fused_xent.cross_entropy``, equivalent to ``torch.nn.CrossEntropyLoss``.
 
     Takes torch's arguments and the options of the function. ``token_weight``, ``normalizer`` and
     ``target_indices`` belong to a batch and go to ``forward``. Options are checked when the loss is
@@ -98,7 +98,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Loss):
         normalizer: Tensor | float | None = None,
         target_indices: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of logits ``input``; shapes as in :func:`fused_xent.cross_entropy`."""
+        """Return the loss of logits ``input``; shapes as in ``fused_xent.cross_entropy``."""
         return cross_entropy(
             input,
             target,
@@ -111,7 +111,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Loss):
 
 
 class Linear(torch.nn.Linear):
-    """The layer of :class:`LinearCrossEntropyLoss`, whose loss is computed in its ``forward``.
+    """The layer of ``LinearCrossEntropyLoss``, whose loss is computed in its ``forward``.
 
     So whatever hooks the layer has run at the right time: those of ``fully_shard`` make the
     parameters whole for its ``forward`` and reduce their gradients afterwards.
@@ -123,7 +123,7 @@ class Linear(torch.nn.Linear):
 
 
 class LinearCrossEntropyLoss(_Loss):
-    """Module of :func:`fused_xent.linear_cross_entropy`: a linear layer and its loss.
+    """Module of ``fused_xent.linear_cross_entropy``: a linear layer and its loss.
 
     Takes the arguments, and has the parameters, of ``torch.nn.LinearCrossEntropyLoss``:
     ``linear.weight`` of shape ``(num_classes * d1 * ... * dk, in_features)`` and, with ``bias``,
@@ -171,7 +171,7 @@ class LinearCrossEntropyLoss(_Loss):
         normalizer: Tensor | float | None = None,
         target_indices: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; shapes as in :func:`fused_xent.linear_cross_entropy`."""
+        """Return the loss; shapes as in ``fused_xent.linear_cross_entropy``."""
 
         def loss(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
             if self.out_features:

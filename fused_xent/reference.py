@@ -31,9 +31,9 @@ class SparseClasses(NamedTuple):
 
 
 class CrossEntropyStatistics(_Statistics):
-    """What :func:`fused_xent.cross_entropy_with_statistics` returns; all but the loss a row each.
+    """``(loss, lse, z_loss, entropy, argmax, correct)``: all but the loss have a value per row.
 
-    Rows that are ignored, or of token weight 0, have 0, -1 and False.
+    ``fused_xent.cross_entropy_with_statistics`` returns it, and describes the fields.
     """
 
     __slots__ = ()
@@ -49,12 +49,15 @@ class _Selected(NamedTuple):
 
 
 class SelectedLogProbs(_Selected):
-    """``(log_probs, entropy)``: see :func:`fused_xent.selective_log_softmax`."""
+    """``(log_probs, entropy)``, which ``fused_xent.selective_log_softmax`` describes.
+
+    It is what the functions of log-probabilities return with ``with_entropy=True``.
+    """
 
     __slots__ = ()
 
     def __new__(cls, log_probs: Any, *entropy: Tensor) -> Self:
-        """Take the fields, or one iterable of them: see :class:`CrossEntropyStatistics`."""
+        """Take the fields, or one iterable of them: see ``CrossEntropyStatistics``."""
         return super().__new__(cls, *((log_probs, *entropy) if entropy else log_probs))
 
 
@@ -94,7 +97,7 @@ def dense_labels(
 
 
 def cross_entropy(input: Tensor, target: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """Softmax cross-entropy, the first of :func:`cross_entropy_with_statistics`."""
+    """Softmax cross-entropy, the first of ``cross_entropy_with_statistics``."""
     return cross_entropy_with_statistics(input, target, *arguments, **options).loss
 
 
@@ -115,7 +118,7 @@ def cross_entropy_with_statistics(
     logit_scale: float = 1.0,
     focal_gamma: float = 0.0,
 ) -> CrossEntropyStatistics:
-    """Compute :func:`fused_xent.cross_entropy_with_statistics` in the dtype of ``input``.
+    """Compute ``fused_xent.cross_entropy_with_statistics`` in the dtype of ``input``.
 
     With ``p`` the softmax, a row's cross-entropy is ``-sum(q * log(p))`` over the classes. For
     probabilities ``q = w * ((1 - label_smoothing) * target + label_smoothing / C)``; for a class
@@ -247,7 +250,7 @@ def selective_log_softmax(
     logit_scale: float = 1.0,
     ignore_index: int = PADDING,
 ) -> SelectedLogProbs:
-    """Compute :func:`fused_xent.selective_log_softmax`, and the entropy, in the dtype of ``input``.
+    """Compute ``fused_xent.selective_log_softmax``, and the entropy, in the dtype of ``input``.
 
     ``index`` has ``K`` classes a row in dimension ``dim``.
     """

@@ -86,7 +86,7 @@ def selective_log_softmax(
     vocab_start: int | None = None,
     num_classes: int | None = None,
 ) -> Tensor | SelectedLogProbs:
-    r"""Log-probabilities of selected classes, from one pass over the logits.
+    """Log-probabilities of selected classes, from one pass over the logits.
 
     Equivalent to ``input.log_softmax(dim).gather(dim, index)``, or for one class in each row to
     ``input.log_softmax(dim).gather(dim, index.unsqueeze(dim)).squeeze(dim)``, but without storing
@@ -105,14 +105,14 @@ def selective_log_softmax(
             0, without a gradient. Rows of padding only are left out: their logits may hold
             anything, their gradient and their entropy are 0.
         dim: the dimension of the classes.
-        softcap: cap of the logits, as in :func:`fused_xent.cross_entropy`; None: no cap.
+        softcap: cap of the logits, as in ``fused_xent.cross_entropy``; None: no cap.
         logit_scale: factor of the logits: 1 / temperature.
         with_entropy: return the entropy of each row too.
         inplace_backward: the backward writes the gradient over the logits: see
-            :func:`fused_xent.cross_entropy`.
+            ``fused_xent.cross_entropy``.
         process_group: the processes that the classes are split over: ``input`` has this rank's
             classes, and ``index`` classes of all ranks, the same on each. See
-            :func:`fused_xent.cross_entropy`.
+            ``fused_xent.cross_entropy``.
         vocab_start: this rank's first class.
         num_classes: the number of classes of all ranks.
 
@@ -124,9 +124,9 @@ def selective_log_softmax(
     everything under ``torch.func.vmap`` and forward-mode differentiation.
 
     Returns:
-        Log-probabilities of ``index``'s shape: float64 for float64 logits, float32 for all others.
-        With ``with_entropy``, a named tuple ``(log_probs, entropy)``: entropies
-        :math:`-\sum_j p_j \log p_j` have the rows' shape, and 0 for rows of padding. Both are
+        Log-probabilities of ``index``'s shape, float64 for float64 logits and float32 for all
+        others. With ``with_entropy``, a named tuple ``(log_probs, entropy)``. Entropies,
+        ``-sum_j p[j] * log p[j]``, have the rows' shape, and are 0 for rows of padding. Both are
         differentiable.
 
     Raises:
@@ -245,7 +245,7 @@ def linear_selective_log_softmax(
 ) -> Tensor | SelectedLogProbs:
     """Log-probabilities of selected classes of the logits ``input @ linear_weight.T``.
 
-    Equivalent to :func:`fused_xent.selective_log_softmax` of :func:`torch.nn.functional.linear`,
+    Equivalent to ``fused_xent.selective_log_softmax`` of ``torch.nn.functional.linear``,
     but the logits are never all stored: the forward computes them one chunk of rows at a time, and
     the backward computes them again. This takes four matrix products instead of three. Besides the
     gradients, it needs the memory of one chunk.
@@ -266,22 +266,22 @@ def linear_selective_log_softmax(
         logits_dtype: dtype of the logits. None: that of ``input``, as in a linear layer. With
             16-bit ``input``, ``torch.float32`` keeps the logits in float32.
         chunk_rows: number of rows in a chunk of logits. None: as in
-            :func:`fused_xent.linear_cross_entropy`.
+            ``fused_xent.linear_cross_entropy``.
         process_group: the processes that the classes are split over: ``linear_weight`` and
             ``linear_bias`` have this rank's classes. This and the following arguments are those of
-            :func:`fused_xent.linear_cross_entropy`.
+            ``fused_xent.linear_cross_entropy``.
         vocab_start: this rank's first class.
         num_classes: the number of classes of all ranks.
         sequence_parallel: ``input`` has this rank's rows only, ``index`` and the results all rows.
         reduce_grad_hidden: the gradient of ``input`` is the sum over the ranks. False: it is this
             rank's part.
 
-    For everything else, see :func:`fused_xent.selective_log_softmax`. All logits are stored for
+    For everything else, see ``fused_xent.selective_log_softmax``. All logits are stored for
     gradients of gradients, and under ``torch.func`` and forward-mode differentiation.
 
     Returns:
-        Log-probabilities of ``index``'s shape: float64 for float64 logits, float32 for all others.
-        With ``with_entropy``, a named tuple ``(log_probs, entropy)``.
+        Log-probabilities of ``index``'s shape, float64 for float64 logits and float32 for all
+        others. With ``with_entropy``, a named tuple ``(log_probs, entropy)``.
 
     Raises:
         IndexError: an index is out of range and not padding. On CUDA devices the check would wait

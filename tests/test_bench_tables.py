@@ -1,6 +1,7 @@
 """The benchmark's output: tables, Markdown, CSV, plots, and the tables of the README."""
 
 import csv
+import itertools
 import json
 import types
 
@@ -126,6 +127,18 @@ def test_markdown_of_losses():
     ]
 
 
+def test_markdown_of_memory():
+    """One row per provider; a dash where memory was not measured."""
+    case = "own 100x1000 float32, forward + backward"
+    assert list(tables.markdown([loss_result()], "both", has_memory=True)) == [
+        "| case | | ms | memory, MB |",
+        "|---|---|---:|---:|",
+        f"| {case} | torch eager | 100.00 | 90.0 |",
+        "|  | torch.compile | 60.00 | - |",
+        "|  | fused_xent | 30.00 | 80.0 |",
+    ]
+
+
 def test_markdown_of_losses_and_linear_layers():
     lines = list(tables.markdown([linear_result(), loss_result()], "both"))
     assert lines[3] == ""
@@ -233,6 +246,11 @@ def lines_of(axis):
     return {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
 
 
+def names_at_lines(axis):
+    """Return the names at the right ends of lines, from the lowest one up."""
+    return [text.get_text() for text in sorted(axis.texts, key=lambda text: text.xy[1])]
+
+
 @pytest.fixture
 def figures():
     """Draws figures of a run, and closes them after the test."""
@@ -271,9 +289,54 @@ def test_plots_of_a_sweep(figures):
     for figure in found.values():
         assert "MB" in figure.axes[0].get_ylabel() or "GB/s" in figure.axes[0].get_ylabel()
         assert figure.axes[0].get_xscale() == "log"
-        names = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
-        assert names[1:] == ["torch eager", "fused_xent"]
+        for axis in figure.axes:
+            assert set(names_at_lines(axis)) == set(lines_of(axis))
         assert figure.texts[0].get_text() == Run(environment("cpu")).summary
+
+
+def test_names_of_lines_do_not_overlap(figures):
+    """Names are in the order of the lines' last points, and move up if these are too close."""
+    results = [swept(10), swept(20)]
+    ours, eagers = results[1].timings[1:3]
+    eagers.seconds = [0.999 * one for one in ours.seconds]
+    axis = figures(plots.against_classes, results)["throughput-float32"].axes[0]
+    assert names_at_lines(axis) == ["fused_xent", "torch eager", "one copy"]
+    heights = sorted(text.xy[1] for text in axis.texts)
+    least = 0.05 * (axis.get_ylim()[1] - axis.get_ylim()[0])
+    assert all(high - low > least for low, high in itertools.pairwise(heights))
+    at = {text.get_text(): text.xy[1] for text in axis.texts}
+    lines = lines_of(axis)
+    assert at["fused_xent"] == lines["fused_xent"][-1] < lines["torch eager"][-1]
+    assert at["one copy"] == lines["one copy"][-1]
+
+
+def test_timings_of_one_mode_and_provider():
+    run = Run({}, [swept(10), swept(20)])
+    for result in plots.chosen(run, ["both"], ["fused_xent"]).results:
+        found = [(timing.mode, timing.provider) for timing in result.timings]
+        assert found == [("copy", "torch"), ("both", "fused_xent")]
+    assert plots.chosen(run, None, None) == run
+
+
+def test_plots_of_one_mode_and_provider(tmp_path, monkeypatch, capsys):
+    """The options apply to sweeps; a roofline needs the timings that define its roof."""
+    Run(environment("cpu"), [swept(10), swept(20), *roofline_results()]).write_json(
+        file := tmp_path / "a.json"
+    )
+    seen = {}
+    for name in ("against_classes", "rooflines"):
+        monkeypatch.setattr(plots, name, lambda run, name=name: seen.update({name: run}) or [])
+    options = ["--mode", "both", "--provider", "fused_xent"]
+    with pytest.raises(SystemExit):  # nothing is drawn
+        plots.main([str(file), *options])
+    assert seen["rooflines"] == Run.read_json(file)
+    assert seen["against_classes"] == plots.chosen(seen["rooflines"], ["both"], ["fused_xent"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        plots.main([str(file), "--provider", "torch"])
+    assert error.value.code == 2
+    names = f"fused_xent, torch eager, torch.compile, {linear.BARE}"
+    assert f"--provider must be one of {names}, got torch\n" in capsys.readouterr().err
 
 
 def test_different_options_have_separate_plots(figures):
@@ -372,21 +435,27 @@ def test_files_of_plots(tmp_path, capsys):
     assert "--out must be an existing folder" in capsys.readouterr().err
 
 
+PAGE = "docs/guides/page.md"
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project folder with a file of results, and a README with two tables made from it."""
+    """A folder with a file of results, and a README and a page of docs with tables made from it."""
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     (tmp_path / "bench/results").mkdir(parents=True)
     Run(environment("cpu"), [loss_result()]).write_json(tmp_path / "bench/results/x.json")
     text = "# Name\n<!-- bench/results/x.json forward -->\nold\n<!-- end -->\nbetween\n"
     text += "<!-- bench/results/x.json -->\n<!-- end -->\nlast\n"
     (tmp_path / "README.md").write_text(text)
+    (tmp_path / "docs/guides").mkdir(parents=True)
+    text = "<!-- bench/results/x.json both memory -->\n<!-- end -->\n"
+    (tmp_path / PAGE).write_text(text)
     return tmp_path
 
 
 def test_tables_of_a_readme(project, capsys):
     assert readme.main() == 0
-    assert capsys.readouterr().out == "2 tables, changed\n"
+    assert capsys.readouterr().out == "3 tables, changed\n"
     results = [loss_result()]
     assert (project / "README.md").read_text().splitlines() == [
         *("# Name", "<!-- bench/results/x.json forward -->", ""),
@@ -394,19 +463,27 @@ def test_tables_of_a_readme(project, capsys):
         *("between", "<!-- bench/results/x.json -->", ""),
         *(*tables.markdown(results), "", "<!-- end -->", "last"),
     ]
+    assert (project / PAGE).read_text().splitlines() == [
+        *("<!-- bench/results/x.json both memory -->", ""),
+        *(*tables.markdown(results, "both", has_memory=True), "", "<!-- end -->"),
+    ]
     assert readme.main() == 0
-    assert capsys.readouterr().out == "2 tables, unchanged\n"
+    assert capsys.readouterr().out == "3 tables, unchanged\n"
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
-def test_readme_is_unchanged_if_a_file_is_broken(content, project, capsys):
-    file, text = project / "bench/results/x.json", (project / "README.md").read_text()
-    file.unlink()
+def test_pages_are_unchanged_if_a_file_is_broken(content, project, capsys):
+    """Not even the README is written, whose own file is whole."""
+    file, texts = project / "bench/results/y.json", {}
+    (project / PAGE).write_text("<!-- bench/results/y.json -->\n<!-- end -->\n")
     if content:
         file.write_text(content)
+    for page in readme.pages():
+        texts[page] = page.read_text()
+    assert len(texts) == 2
     assert readme.main() == 2
     assert "python -m bench.readme: error: " in capsys.readouterr().err
-    assert (project / "README.md").read_text() == text
+    assert {page: page.read_text() for page in texts} == texts
 
 
 def test_width_without_a_terminal(monkeypatch):

@@ -136,6 +136,8 @@ def check_numbers():
     for gap in (5, 10, 20, 30):
         _check_near_1(gap)
     _check_other_values()
+    _check_masked_shards()
+    _check_16_bit_probabilities()
 
 
 def _check_dtype(dtype, offset):
@@ -204,6 +206,40 @@ def _check_other_values():
     assert (gradient[3] == 0).all()
 
 
+def _check_masked_shards():
+    """A shard whose logits are all -inf: a label on it makes the loss inf, as in one process."""
+    shards = Shards()
+    logits = torch.randn(N_ROWS, shards.n_classes)
+    logits[:4, -SIZES[dist.get_world_size()][-1] :] = -torch.inf
+    target = torch.zeros(N_ROWS, dtype=torch.int64)
+    target[2:4] = shards.n_classes - 1
+    weight = torch.ones(shards.n_classes)
+    cases = [{}, {"focal_gamma": 2.0}, {"label_smoothing": 0.1}, {"weight": weight}]
+    weight[-1] = 0  # and where its weight is 0, nothing
+    for options in cases:
+        wanted = reference.cross_entropy(logits.double(), target, reduction="none", **options)
+        own = {**options, **shards.given, "reduction": "none"}
+        if "weight" in own:
+            own["weight"] = weight[shards.own]
+        loss = fused_xent.cross_entropy(logits[:, shards.own], target, **own)
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def _check_16_bit_probabilities():
+    """Smoothing multiplies a shard's labels by a factor, which does not round them again."""
+    shards = Shards()
+    logits = (torch.randn(N_ROWS, shards.n_classes) * 3).bfloat16()
+    target = torch.randn(N_ROWS, shards.n_classes).softmax(1).bfloat16()
+    options = {"label_smoothing": 0.5, "reduction": "none"}
+    wanted = reference.cross_entropy(logits.double(), target.double(), **options)
+    own = target[:, shards.own].clone().requires_grad_()
+    options |= {"loss_dtype": torch.float32, **shards.given}
+    loss = fused_xent.cross_entropy(logits[:, shards.own], own, **options)
+    torch.testing.assert_close(loss.detach().double(), wanted, rtol=2e-6, atol=2e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), own)
+    assert gradient.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("n_processes", SIZES)
 def test_numbers(n_processes):
     processes.run(check_numbers, n_processes)
@@ -228,6 +264,12 @@ def check_calls():
         assert_near(gradient, grad, 1e-7, what)
 
     leaf = own.clone().requires_grad_()
+    first = leaf.movedim(1, 0) * 1  # an empty one has strides of 0, which no mode may refuse
+    check(
+        fused_xent.cross_entropy(first, target, dim=0, inplace_backward=True, **shards.given),
+        leaf,
+        "",
+    )
     module = fused_xent.CrossEntropyLoss(**shards.given)
     check(module(leaf, target.int()), leaf, "module")
     last = leaf.movedim(1, -1)
@@ -238,12 +280,13 @@ def check_calls():
         check(loss, leaf, mode)
         if own.numel():
             assert_near(computed.detach(), grad, 1e-7, mode)
-    _check_padding(logits, target, shards, wanted, grad)
+    _check_padding(logits, target, shards, wanted)
+    _check_one_row(shards)
     _check_target_gradient(shards)
     _check_communication(shards)
 
 
-def _check_padding(logits, target, shards, wanted, grad):
+def _check_padding(logits, target, shards, wanted):
     """Classes from num_classes on have probability and gradient 0, whatever their logits."""
     n_ranks, rank = dist.get_world_size(), dist.get_rank()
     size = -(-shards.n_classes // n_ranks) + 1
@@ -251,14 +294,36 @@ def _check_padding(logits, target, shards, wanted, grad):
     padded[:, : shards.n_classes] = logits
     own = padded[:, rank * size : (rank + 1) * size].clone().requires_grad_()
     options = {"process_group": shards.group, "num_classes": shards.n_classes}
-    loss = fused_xent.cross_entropy(own, target, **options)
+    # The last rank alone has padding: no mode may be refused there, or the others would wait.
+    for mode in ({}, {"inplace_backward": True}, {"grad_in_forward": True}):
+        loss = fused_xent.cross_entropy(own * 1, target, **options, **mode)
+        torch.testing.assert_close(loss.double(), wanted)
+        (gradient,) = torch.autograd.grad(loss, own)
+        _check_padded_gradient(gradient, logits, target, shards, size)
+    sparse = {"target_indices": target.unsqueeze(1).expand(2, size, 3, 5)}  # as many as classes
+    labels = torch.full((2, size, 3, 5), 1 / size)
+    loss = fused_xent.cross_entropy(own, labels, **sparse, **options)
     torch.testing.assert_close(loss.double(), wanted)
-    (gradient,) = torch.autograd.grad(loss, own)
+
+
+def _check_padded_gradient(gradient, logits, target, shards, size):
+    rank = dist.get_rank()
     n_own = max(0, min(size, shards.n_classes - rank * size))
     assert (gradient[:, n_own:] == 0).all()
     whole = logits.double().requires_grad_()
     (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(whole, target), whole)
     assert_near(gradient[:, :n_own], grad[:, rank * size : rank * size + n_own], 1e-7, "padding")
+
+
+def _check_one_row(shards):
+    """Logits (C,): the row is a scalar, and the float64 sum of the weights must not promote it."""
+    logits, weight = torch.randn(shards.n_classes), torch.rand(shards.n_classes)
+    target = torch.tensor(shards.n_classes - 1)
+    wanted = torch.nn.functional.cross_entropy(logits, target, weight, label_smoothing=0.1)
+    own, of_own = logits[shards.own], weight[shards.own]
+    options = {"label_smoothing": 0.1, **shards.given}
+    loss = fused_xent.cross_entropy(own, target, of_own, **options)
+    torch.testing.assert_close(loss, wanted)
 
 
 def _check_target_gradient(shards):
@@ -305,6 +370,19 @@ def _check_communication(shards):
 @pytest.mark.parametrize("n_processes", SIZES)
 def test_calls(n_processes):
     processes.run(check_calls, n_processes)
+
+
+def check_large():
+    """Class numbers are sent as float32, which does not have all integers from 2^24 on."""
+    shards = Shards((2**23, 2**23 + 1))
+    target = torch.tensor([shards.n_classes - 1])
+    own = torch.zeros(1, shards.own.stop - shards.own.start)
+    loss = fused_xent.cross_entropy(own, target, **shards.given)
+    torch.testing.assert_close(loss, torch.tensor(float(shards.n_classes)).log())
+
+
+def test_large():
+    processes.run(check_large, 2)
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -125,6 +125,23 @@ def test_rows(operator, device, sizes, dtype):
         assert found.state.shape == (2, N_ROWS)
 
 
+@pytest.mark.parametrize("ranks", [(), (0, 1)], ids=["none", "two"])
+def test_ranks_with_different_targets(operator, device, ranks):
+    """The class of a row is on no rank, or on two: NaN, not a loss of other labels."""
+    case = Case(SIZES["two"], torch.float32)
+    case.sent["part"][:, BAD] = -1
+    for rank in ranks:
+        case.sent["part"][rank, BAD] = 1
+    case.sent["part"][:, IGNORED] = -1
+    token_weight = torch.ones(N_ROWS)
+    token_weight[IGNORED] = 0
+    found = case.run(operator, device, token_weight=token_weight)
+    for name in ("loss", "other_mass"):
+        values = getattr(found, name)
+        assert values.isnan().nonzero().flatten().tolist() == [BAD], name
+        assert values[IGNORED] == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_labels_on_all_classes(operator, device, dtype):
     sizes = SIZES["uneven"]

@@ -73,7 +73,7 @@ class Loss:
     name: str  # of the function of transformers that has the same contract
 
     def __init__(self, options: dict[str, Any], head: HeadLoss | None = None) -> None:
-        """Keep the options of :func:`fused_xent.cross_entropy`."""
+        """Keep the options of ``fused_xent.cross_entropy``."""
         self.options = options
         self.head = head
 

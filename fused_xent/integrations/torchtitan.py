@@ -40,7 +40,7 @@ from ..linear import linear_cross_entropy
 
 
 class FusedCrossEntropyLoss(CrossEntropyLoss):  # type: ignore[misc, unused-ignore]
-    """:func:`fused_xent.cross_entropy` of the model's logits, summed as in torchtitan's losses."""
+    """``fused_xent.cross_entropy`` of the model's logits, summed as in torchtitan's losses."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CrossEntropyLoss.Config):  # type: ignore[misc, unused-ignore]
@@ -65,7 +65,7 @@ class FusedCrossEntropyLoss(CrossEntropyLoss):  # type: ignore[misc, unused-igno
 
 
 class FusedLinearCrossEntropyLoss(ChunkedLossWrapper):  # type: ignore[misc, unused-ignore]
-    """:func:`fused_xent.linear_cross_entropy` of hidden states and ``lm_head``, summed.
+    """``fused_xent.linear_cross_entropy`` of hidden states and ``lm_head``, summed.
 
     It is a ``ChunkedLossWrapper`` so that torchtitan's trainer leaves ``lm_head`` out of the
     model's forward and hands it over by ``set_lm_head``. ``num_chunks`` and ``loss_fn`` have no

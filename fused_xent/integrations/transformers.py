@@ -44,7 +44,7 @@ def apply(
     the logits.
 
     With ``fuse_head``, a call of a model in training mode, with ``labels`` and gradients enabled,
-    computes no logits: hidden states go to :func:`fused_xent.linear_cross_entropy`. The output
+    computes no logits: hidden states go to ``fused_xent.linear_cross_entropy``. The output
     then has no ``logits`` (None; in tuples they are missing). All else in it stays: caches, hidden
     states, attentions, auxiliary losses of routers. Every other call, such as evaluation,
     generation, and training mode under ``torch.no_grad()``, runs the model's own forward.
@@ -67,7 +67,7 @@ def apply(
         options: ``label_smoothing``, ``lse_square_scale``, ``focal_gamma``, in all calls with
             labels; ``inplace_backward``, where logits are computed: the backward overwrites them;
             with ``fuse_head`` also ``drop_ignored``, ``chunk_rows`` and ``logits_dtype`` of
-            :func:`fused_xent.linear_cross_entropy`.
+            ``fused_xent.linear_cross_entropy``.
 
     Returns:
         A handle. ``print(handle)`` says what was done, ``handle.undo()`` restores the model.
@@ -90,10 +90,10 @@ def apply(
 
 
 class Handle:
-    """What :func:`apply` has done to a model."""
+    """What ``apply`` has done to a model."""
 
     def __init__(self, model: Any, loss: Loss, fused: FusedHead | None) -> None:
-        """Set the model's loss function. :func:`apply` makes handles."""
+        """Set the model's loss function. ``apply`` makes handles."""
         self.model, self.loss, self.fused = model, loss, fused
         self.previous = model.__dict__.get("_loss_function")
         self.is_applied = True
@@ -277,7 +277,7 @@ class LossOfOutputs:
     """Computes the loss of a model's outputs, as Trainer calls it."""
 
     def __init__(self, shift: bool | None, ignore_index: int, options: dict[str, Any]) -> None:
-        """Keep the options. :func:`compute_loss_func` makes these."""
+        """Keep the options. ``compute_loss_func`` makes these."""
         self.shift, self.ignore_index, self.options = shift, ignore_index, options
 
     def __call__(
@@ -327,12 +327,12 @@ def compute_loss_func(
     that at 0: Trainer prefers this loss. Trainer passes the number of labels of all accumulated
     batches, and the sum of the losses is divided by it. The loss is float32. Trainer keeps the
     labels from the model, which therefore computes logits, also with ``fuse_head`` of
-    :func:`apply`, and leaves out auxiliary losses. An encoder-decoder then needs
+    ``apply``, and leaves out auxiliary losses. An encoder-decoder then needs
     ``decoder_input_ids`` in its batches: ``DataCollatorForSeq2Seq(tokenizer, model=model)`` makes
     them.
 
     Args:
-        label_smoothing: as in :func:`fused_xent.cross_entropy`; so are the next two.
+        label_smoothing: as in ``fused_xent.cross_entropy``; so are the next two.
         lse_square_scale: factor of the z-loss.
         focal_gamma: exponent of the focal loss.
         ignore_index: labels that do not count. Trainer counts the labels that are not -100.

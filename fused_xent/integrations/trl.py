@@ -70,13 +70,13 @@ def apply(trainer: Any) -> Handle:
             before or after training has started; or a GKDTrainer with ``beta=0``.
 
     Returns:
-        A handle: ``print(handle)`` says what is fused, what is not, and why; ``handle.undo()``
+        A handle. ``print(handle)`` says what is fused, what is not, and why; ``handle.undo()``
         restores the trainer.
 
     Raises:
         TypeError: ``trainer`` is no such trainer; the message says why.
         ValueError: an option, or the head of a model, cannot be used: Liger kernels, a head that is
-            more than a linear layer (such as LoRA on the head, or a quantised head), or logits
+            more than a linear layer (such as LoRA on the head, or a quantized head), or logits
             that are not those of the model.
         RuntimeError: TRL's release computes log-probabilities in another way, or a model's forward
             has been replaced.

@@ -6,10 +6,11 @@ losses, which take seconds.
 
 import importlib.util
 import os
+import runpy
 import warnings
+from pathlib import Path
 
 import pytest
-import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -36,13 +37,14 @@ collect_ignore = [
     if not all(importlib.util.find_spec(package) for package in packages)
 ]
 
-# The torchvision on PyPI is built for a torch with CUDA. Beside a torch without, its library does
-# not load, and the import fails because two operators have no schema. No test uses them.
-if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
-    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+HERE = Path(__file__).parent
+CUSTOMIZATION = runpy.run_path(str(HERE / "site/sitecustomize.py"))  # keeps its library alive
+
+
+@pytest.fixture(autouse=True)
+def _python_path(monkeypatch):
+    """Processes that a test starts find its module, and run sitecustomize.py."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE / "site"), str(HERE)]))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """torchtitan's llama with fused_xent's losses has the losses and gradients of torchtitan's own."""
 
 import contextlib
-from pathlib import Path
 
 import processes
 import pytest
@@ -33,11 +32,6 @@ pytestmark = [
 VOCAB_SIZE = 2048
 MESHES = {}  # of each process
 BACKENDS = ("spmd_types", "partial_dtensor", "full_dtensor")
-
-
-@pytest.fixture(autouse=True)
-def _processes_find_this_module(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
 def make_losses(**options):

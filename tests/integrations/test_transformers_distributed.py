@@ -64,8 +64,5 @@ def check_case(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_wrapped_model(case, monkeypatch):
-    from pathlib import Path
-
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+def test_wrapped_model(case):
     processes.run(check_case, 2, case)

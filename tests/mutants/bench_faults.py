@@ -1228,21 +1228,46 @@ SHOWN_FAULTS = {
     ),
     "the README has every mode": Fault(
         "bench/readme.py",
-        ".results, mode)",
-        ".results)",
+        ".results, mode, ",
+        ".results, None, ",
+        of_tables("tables_of_a_readme"),
+    ),
+    "a table of memory has every mode": Fault(
+        "bench/tables.py",
+        "if timing.mode == mode:",
+        "if timing.mode:",
+        of_tables("markdown_of_memory"),
+    ),
+    "the README has no memory": Fault(
+        "bench/readme.py",
+        "bool(memory)",
+        "False",
         of_tables("tables_of_a_readme"),
     ),
     "the README's first table is in all places": Fault(
         "bench/readme.py",
-        "begin, file, mode, end = match.groups()",
-        "begin, file, mode, end = TABLE.search(text).groups()",
+        "begin, file, mode, memory, end = match.groups()",
+        "begin, file, mode, memory, end = TABLE.search(text).groups()",
         of_tables("tables_of_a_readme"),
     ),
     "a README that cannot be made is no error": Fault(
         "bench/readme.py",
         "file=sys.stderr)\n        return 2",
         "file=sys.stderr)\n        return 0",
-        of_tables("readme_is_unchanged_if_a_file_is_broken"),
+        of_tables("pages_are_unchanged_if_a_file_is_broken"),
+    ),
+    "tables of a page are written before those of the next are made": Fault(
+        "bench/readme.py",
+        "written = {page: with_tables(text) for page, text in texts.items()}",
+        "written = {page: page.write_text(t) and t for page, t in\n"
+        "                   ((page, with_tables(text)) for page, text in texts.items())}",
+        of_tables("pages_are_unchanged_if_a_file_is_broken"),
+    ),
+    "pages in folders of docs/ have no tables": Fault(
+        "bench/readme.py",
+        '.rglob("*.md")',
+        '.glob("*.md")',
+        of_tables("tables_of_a_readme"),
     ),
     "a plot has the classes in the order of the file": Fault(
         "bench/plots.py",
@@ -1273,6 +1298,36 @@ SHOWN_FAULTS = {
         "for seconds in t.quartiles[::-1]]",
         "for seconds in (t.median, t.median)]",
         of_tables("plots_of_a_sweep"),
+    ),
+    "names of lines overlap": Fault(
+        "bench/plots.py",
+        "at = max(at + line_height, line.get_ydata()[-1])",
+        "at = line.get_ydata()[-1]",
+        of_tables("names_of_lines_do_not_overlap"),
+    ),
+    "names are at the first points of lines": Fault(
+        "bench/plots.py",
+        "key=lambda line: line.get_ydata()[-1])",
+        "key=lambda line: line.get_ydata()[0])",
+        of_tables("names_of_lines_do_not_overlap"),
+    ),
+    "every mode is plotted": Fault(
+        "bench/plots.py",
+        "of_mode = not modes or timing.mode in modes",
+        "of_mode = True",
+        of_tables("timings_of_one_mode_and_provider"),
+    ),
+    "a chosen provider leaves out the copy": Fault(
+        "bench/plots.py",
+        "return timing.mode in BASELINES or (",
+        "return timing.mode is None or (",
+        of_tables("timings_of_one_mode_and_provider"),
+    ),
+    "a roofline has lost its roof": Fault(
+        "bench/plots.py",
+        "*rooflines(run)):",
+        "*rooflines(swept)):",
+        of_tables("plots_of_one_mode_and_provider"),
     ),
     "only the first file is plotted": Fault(
         "bench/plots.py",

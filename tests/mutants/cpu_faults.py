@@ -1626,6 +1626,16 @@ SHARDS = {
         "is_unread ? Acc(0) : loss);",
         "test_options[native]",
     ),
+    "shards: ranks may have different targets": shards(
+        "s.label_mass == nullptr && mass != 1;",
+        "false;",
+        "test_ranks_with_different_targets[native-none]",
+    ),
+    "shards: a row that is left out has a gradient of NaN": shards(
+        "set(s.other_mass, is_unread ? Acc(0) : is_bad",
+        "set(s.other_mass, is_bad",
+        "test_ranks_with_different_targets[native-none]",
+    ),
     "shards: a row that is left out has an entropy": shards(
         "set(s.row_entropy, is_unread ? Acc(0) : entropy);",
         "set(s.row_entropy, entropy);",
