@@ -133,6 +133,7 @@ def check_numbers():
         (torch.float32, torch.float64, torch.bfloat16, torch.float16), (0, 100)
     ):
         _check_dtype(dtype, offset)
+    _check_smoothed_16_bit_labels()
     for gap in (5, 10, 20, 30):
         _check_near_1(gap)
     _check_other_values()
@@ -157,6 +158,18 @@ def _check_dtype(dtype, offset):
     )
     (gradient,) = torch.autograd.grad(loss.sum(), own)
     assert_near(gradient, grad[:, shards.own], max(rounding, 1e-14), dtype)
+
+
+def _check_smoothed_16_bit_labels():
+    """Label smoothing scales the probabilities of a shard without rounding them again."""
+    shards = Shards()
+    logits = (torch.randn(N_ROWS, shards.n_classes) * 3).bfloat16()
+    target = torch.randn(N_ROWS, shards.n_classes).softmax(1).bfloat16()
+    options = {"label_smoothing": 0.1, "reduction": "none"}
+    wanted = reference.cross_entropy(logits.double(), target.double(), **options)
+    given = {**options, **shards.given, "loss_dtype": torch.float32}
+    loss = fused_xent.cross_entropy(logits[:, shards.own], target[:, shards.own], **given)
+    assert_near(loss, wanted, 3e-6, "smoothed")
 
 
 def _check_near_1(gap):
