@@ -258,6 +258,8 @@ def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
         unweighted = own._replace(token_weight=local.kept.to(acc), settings=settings)
         with nullcontext() if is_compiling() else below_autograd():
             part, _, state, *statistics = _ops.forward(unweighted)
+        # Masked classes only: the kernel's 0 * inf is NaN. Their mass alone decides, 0 or infinite.
+        part = part.masked_fill(state[1].isneginf(), 0)
         rows = {"max": state[0], "log_sum": state[1], "part": part}
         if own.target_indices is None:
             rows["label_mass"] = state[2]

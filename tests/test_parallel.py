@@ -134,6 +134,7 @@ def check_numbers():
     ):
         _check_dtype(dtype, offset)
     _check_smoothed_16_bit_labels()
+    _check_masked_shards()
     for gap in (5, 10, 20, 30):
         _check_near_1(gap)
     _check_other_values()
@@ -170,6 +171,33 @@ def _check_smoothed_16_bit_labels():
     given = {**options, **shards.given, "loss_dtype": torch.float32}
     loss = fused_xent.cross_entropy(logits[:, shards.own], target[:, shards.own], **given)
     assert_near(loss, wanted, 3e-6, "smoothed")
+
+
+def _check_masked_shards():
+    """All classes of a shard at minus infinity: they add 0 to the loss, or make it infinite."""
+    shards = Shards()
+    for masked in (slice(0, 60), slice(60, None)):  # the first rank of two, or the second
+        logits = torch.randn(N_ROWS, shards.n_classes)
+        logits[:3, masked] = -torch.inf
+        dense = torch.rand(N_ROWS, shards.n_classes)
+        dense[:2, masked] = 0
+        kept, left_out = (59, 60) if masked.start else (60, 59)
+        index = torch.full((N_ROWS,), kept)
+        index[2] = left_out
+        for target, gamma in itertools.product((index, dense), (0.0, 2.0)):
+            options = {"reduction": "none", "focal_gamma": gamma}
+            whole = logits.double().requires_grad_()
+            wanted = reference.cross_entropy(whole, double(target), **options)
+            assert wanted.isposinf().tolist() == [row == 2 for row in range(N_ROWS)]
+            (grad,) = torch.autograd.grad(wanted.nan_to_num(posinf=0).sum(), whole)
+            own, own_target = logits[:, shards.own].clone().requires_grad_(), target
+            if target is dense:
+                own_target = target[:, shards.own]
+            loss = fused_xent.cross_entropy(own, own_target, **options, **shards.given)
+            (gradient,) = torch.autograd.grad(loss.sum(), own)
+            torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+            others = [row for row in range(N_ROWS) if row != 2]
+            assert_near(gradient[others], grad[others, shards.own], 1e-5, "masked")
 
 
 def _check_near_1(gap):
