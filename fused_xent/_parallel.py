@@ -279,7 +279,7 @@ def _mass(own: Problem) -> Tensor:
         return sums
     total = n_classes if own.weight is None else own.weight.sum(dtype=torch.float64)
     of_smoothing = smoothing / n_classes * total
-    return (1 - smoothing) * sums + of_smoothing
+    return ((1 - smoothing) * sums + of_smoothing).to(sums.dtype)  # of one row, sums has no dims
 
 
 def _sent(problem: Problem, local: Local, start: int) -> dict[str, Tensor]:

@@ -135,6 +135,7 @@ def check_numbers():
         _check_dtype(dtype, offset)
     _check_smoothed_16_bit_labels()
     _check_masked_shards()
+    _check_one_row()
     for gap in (5, 10, 20, 30):
         _check_near_1(gap)
     _check_other_values()
@@ -198,6 +199,17 @@ def _check_masked_shards():
             torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
             others = [row for row in range(N_ROWS) if row != 2]
             assert_near(gradient[others], grad[others, shards.own], 1e-5, "masked")
+
+
+def _check_one_row():
+    """Logits of shape (C,), with all that adds to the mass of a class index."""
+    shards = Shards()
+    logits, target = torch.randn(shards.n_classes), torch.tensor(5)
+    weight, options = torch.rand(shards.n_classes), {"label_smoothing": 0.1}
+    wanted = reference.cross_entropy(logits.double(), target, weight.double(), **options)
+    own = (logits[shards.own], target, weight[shards.own])
+    loss = fused_xent.cross_entropy(*own, **options, **shards.given)
+    assert_near(loss, wanted, 1e-6, "one row")
 
 
 def _check_near_1(gap):
