@@ -540,7 +540,11 @@ def check_errors():
     fails(ValueError, message, weights=wide)
     for bias in (False, True):
         module = fused_xent.LinearCrossEntropyLoss(
-            hidden.shape[1], shards.n_classes, out_features=(2,), bias=bias, process_group=shards.group
+            hidden.shape[1],
+            shards.n_classes,
+            out_features=(2,),
+            bias=bias,
+            process_group=shards.group,
         )
         with pytest.raises(ValueError, match=message):
             module(hidden, target)
