@@ -123,8 +123,8 @@ def _vary(problem: Problem, choose: Choose) -> Problem:
     default = torch.promote_types(problem.logits.dtype, torch.float32)
     options["loss_dtype"] = choose([default] * 5 + list(DTYPES))
     problem = problem._replace(options=options)
-    rare = {0: _without_rows, 1: _of_one_row, 2: _expanded, 3: _with_left_out_rows, 4: _masked}
-    change = rare.get(choose(range(20)))
+    rare = (_without_rows, _of_one_row, _expanded, _with_left_out_rows, _masked, _aliased)
+    change = dict(enumerate(rare)).get(choose(range(20)))
     return problem if change is None else change(problem, choose)
 
 
@@ -172,6 +172,18 @@ def _expanded(problem: Problem, choose: Choose) -> Problem:
     """All rows in the memory of the first."""
     problem = problem._replace(mode="default")
     return _of_rows(problem, lambda x: x[:1].expand(len(x), *x.shape[1:]))
+
+
+def _aliased(problem: Problem, choose: Choose) -> Problem:
+    """Logits and probabilities in one memory, one beside the other or as the same elements."""
+    if problem.labels is not None or not problem.target.is_floating_point():
+        return problem
+    logits = problem.logits
+    memory = torch.stack([logits, problem.target.to(logits.dtype)])
+    if choose([True, False]):
+        memory[0] = memory[1]
+        memory = memory[:1]
+    return problem._replace(logits=memory[0], target=memory[-1], mode="default")
 
 
 def _with_left_out_rows(problem: Problem, choose: Choose) -> Problem:

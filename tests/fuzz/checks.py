@@ -13,6 +13,7 @@ from problems import (
     exact_results,
     gradient_terms,
     total,
+    total_weight,
 )
 from test_selected import gradient_terms as terms_of_selected
 from torch import Tensor
@@ -62,6 +63,7 @@ def check(form) -> None:
 def _check_loss(form, given: dict[str, Any]) -> None:
     problem = form.problem
     exact_logits = problem.logits.detach().double().requires_grad_()
+    extra = None if form.extra is None else given[form.extra].requires_grad_()
     with torch.enable_grad():
         exact = exact_results(problem, exact_logits)
     given["loss_dtype"] = dtype = _loss_dtype(problem, exact.loss)
@@ -79,11 +81,35 @@ def _check_loss(form, given: dict[str, Any]) -> None:
             exact_outputs += [exact.lse, exact.entropy]
     if form.has_gradient:
         upstream = _upstream(exact_outputs)
+        if extra is not None:
+            size = 1 + float(exact.loss.detach().abs().nan_to_num(posinf=0).sum())
+            totals = total(outputs, upstream), total(exact_outputs, upstream)
+            _check_extra(form.extra, extra, *totals, size / _divisor(problem))
         total(exact_outputs, upstream).backward()
         total(outputs, upstream).backward()
         row_loss = exact_results(_by_row(problem), exact_logits.detach()).loss
         terms = gradient_terms(problem, exact, upstream)
         _check_gradients(form, exact_logits.grad, terms, row_loss)
+
+
+def _divisor(problem: Problem) -> float:
+    """Return what the terms of a mean are divided by, if that is less than 1."""
+    return min(1.0, float(total_weight(problem).detach().abs()) or 1.0)
+
+
+def _check_extra(name: str, leaf: Tensor, found: Tensor, exact: Tensor, size: float) -> None:
+    """Compare a gradient that torch operations compute, relative to its greatest entry.
+
+    The terms of a mean's gradient, of this size, may cancel.
+    """
+    gradient, right = (torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in (found, exact))
+    leaf.requires_grad_(False)
+    assert gradient.dtype == leaf.dtype, f"gradient of {name} has dtype {gradient.dtype}"
+    if right.isfinite().all() and right.numel():
+        right = right.double()
+        allowed = (1e-4 + 2 * half_ulp(leaf.dtype)) * right.abs().max() + 2 * smallest(leaf.dtype)
+        allowed = allowed + ERROR * size
+        assert_near(f"gradient of {name}", gradient, right, allowed.expand(right.shape))
 
 
 def _without_infinity(exact):

@@ -50,6 +50,16 @@ class Form:
         self.problem, self.shard, self.choose = problem, shard, choose
         self.has_gradient = choose(range(12)) != 0
         self.leaves = self.make_leaves()
+        self.extra = self._choose_extra()
+
+    def _choose_extra(self) -> str | None:
+        """Return an argument whose gradient torch operations compute; None: no such gradient."""
+        names = [name for name in ("weight", "token_weight") if name in self.problem.options]
+        if self.problem.labels is None and self.problem.target.is_floating_point():
+            names.append("target")
+        is_possible = self.has_gradient and self.shard is None and self.problem.mode == "default"
+        is_wanted = is_possible and not self.is_selective and self.choose(range(4)) == 0
+        return self.choose(names) if is_wanted and names else None
 
     @classmethod
     def takes(cls, problem: Problem, is_split: bool) -> bool:
