@@ -89,10 +89,10 @@ def environment(torch: str, command: str, version: str, wheel: Path) -> Path:
     folder = FOLDER / f"{version}-{torch}"
     python = folder / "bin/python"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if not (folder / "ready").exists():
+    if torch == "newest" or not (folder / "ready").exists():  # there may be a newer one today
         subprocess.run([command, "-m", "venv", str(folder)], check=True)
         wanted = "torch" if torch == "newest" else f"torch=={torch}"
-        subprocess.run([*pip, wanted, *TOOLS], check=True)
+        subprocess.run([*pip, "--upgrade", wanted, *TOOLS], check=True)
         (folder / "ready").touch()
     subprocess.run([*pip, "--no-deps", "--no-index", "--force-reinstall", str(wheel)], check=True)
     return python
