@@ -59,7 +59,7 @@ def run_batch(seed: int, numbers: list[int], end: float) -> tuple[int, list[Fail
     """Run calls in processes; return how many ran, and the failures.
 
     A call that ends its process, or that does not end itself, is one failure; the calls after it
-    run in new processes.
+    run in new processes, unless none was reached.
     """
     n_done, failures = 0, []
     while numbers:
@@ -83,7 +83,7 @@ def run_batch(seed: int, numbers: list[int], end: float) -> tuple[int, list[Fail
             break
         last = max(begun, default=numbers[0])
         failures.append(Failure(last, f"the process ended, or the call did not: {died[-3000:]}"))
-        numbers = [number for number in numbers if number > last]
+        numbers = [number for number in numbers if number > last and begun]
     return n_done, failures
 
 
@@ -91,10 +91,10 @@ def _read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def report(seed: int, failure: Failure) -> None:
+def report(seed: int, number: int, text: str) -> None:
     """Print a failure and the command that repeats it."""
-    print(f"\nFAILED call {failure.number}: {failure.text}")
-    print(f'  to repeat: make fuzz ARGS="--seed {seed} --call {failure.number}"', flush=True)
+    print(f"\nFAILED call {number}: {text}")
+    print(f'  to repeat: make fuzz ARGS="--seed {seed} --call {number}"', flush=True)
 
 
 def main() -> int:
@@ -110,10 +110,8 @@ def main() -> int:
         for done, failures in pool.map(lambda batch: run_batch(options.seed, batch, end), work):
             n_done += done
             n_failed += len(failures)
-            for failure in failures:
-                report(
-                    options.seed, failure if n_failed <= MOST_TEXTS else Failure(failure[0], "...")
-                )
+            for number, text in failures:
+                report(options.seed, number, text if n_failed <= MOST_TEXTS else "...")
     minutes = (time.time() - start) / 60
     print(f"{n_done - n_failed} passed, {n_failed} failed, in {minutes:.1f} minutes")
     return 1 if n_failed else 0

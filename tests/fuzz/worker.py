@@ -1,7 +1,6 @@
 """Runs calls in a process, or in each process of a group, and notes what it does in a file."""
 
 import json
-import os
 import time
 import traceback
 import warnings
@@ -21,18 +20,17 @@ def check_numbers(folder: str, seed: str, numbers: str, end: str) -> None:
     warnings.simplefilter("error")
     rank = dist.get_rank()
     with (Path(folder) / f"rank{rank}").open("a", buffering=1) as notes:
-        for number in json.loads(numbers):
+        all_numbers = json.loads(numbers)
+        for number in all_numbers:
             if _is_over(float(end)):
                 break
             notes.write(json.dumps({"number": number}) + "\n")
             try:
                 check_call(int(seed), number, rank)
             except Exception as error:
-                text = "".join(traceback.format_exception(error))
-                if os.environ.get("FUSED_XENT_FUZZ_VERBOSE"):
-                    print(text, flush=True)
-                about = {"failed": number, "text": _last_lines(text)}
-                notes.write(json.dumps(about) + "\n")
+                lines = "".join(traceback.format_exception(error)).strip().splitlines()
+                shown = lines if len(all_numbers) == 1 else lines[-8:]
+                notes.write(json.dumps({"failed": number, "text": "\n".join(shown)}) + "\n")
         notes.write(json.dumps({"ended": True}) + "\n")
 
 
@@ -42,7 +40,3 @@ def _is_over(end: float) -> bool:
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(over, 0)
     return over[0]
-
-
-def _last_lines(text: str) -> str:
-    return "\n".join(text.strip().splitlines()[-8:])
