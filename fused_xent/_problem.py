@@ -68,14 +68,14 @@ def prepare(
     check_floating("input", input)
     settings = resolve(input.dim(), statistics, options)
     _check_target(input, target, target_indices, settings)
+    if weight is not None:
+        _check_weight(input, settings.dim, weight)
     logits, loss_dtype = input, None
     if target.dtype not in _INDEX_DTYPES:
         is_sparse = target_indices is not None
         logits, target, loss_dtype = _promote(input, target, weight, is_sparse)
     elif input.dtype != torch.float64 and is_autocast(input):
         loss_dtype = torch.float32
-    if weight is not None:
-        _check_weight(input, settings.dim, weight)
     if token_weight is not None:
         _check_token_weight(input, settings.dim, token_weight)
         token_weight = token_weight.to(accumulation_dtype(logits.dtype))

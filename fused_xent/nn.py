@@ -175,7 +175,8 @@ class LinearCrossEntropyLoss(_Loss):
 
         def loss(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
             if self.out_features:
-                shape = (self.num_classes, *self.out_features)
+                is_split = self._classes_of_all_ranks() is not None  # and then refused
+                shape = (-1 if is_split else self.num_classes, *self.out_features)
                 linear_weight = linear_weight.view(*shape, linear_weight.shape[-1])
                 linear_bias = None if linear_bias is None else linear_bias.view(shape)
             return linear_cross_entropy(

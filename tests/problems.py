@@ -77,6 +77,7 @@ def exact_results(problem: Problem, logits: Tensor) -> reference.CrossEntropySta
     options = {
         name: value.to(logits.dtype) if name in tensors else value
         for name, value in problem.options.items()
+        if name != "loss_dtype"
     }
     target = problem.target
     target = target.to(logits.dtype) if target.is_floating_point() else target
@@ -128,7 +129,7 @@ def check_statistics(actual, exact, problem: Problem) -> None:
         one, other = getattr(actual, name), getattr(exact, name)
         scale = (1 + problem.options.get("softcap", 0) / 10) * (1 + other.abs())
         assert_near(name, one, other, error * scale)
-        assert one.dtype == torch.promote_types(problem.logits.dtype, torch.float32)
+        assert one.dtype == accumulation_dtype(problem), name
     # If softcap makes two logits almost equal, rounding may decide which one is the maximum.
     chosen = [
         reference.transform(
@@ -146,18 +147,29 @@ def check_statistics(actual, exact, problem: Problem) -> None:
     assert torch.equal(actual.correct[same], exact.correct[same])
 
 
+def accumulation_dtype(problem: Problem) -> torch.dtype:
+    """Return the dtype of the statistics: with dense probabilities, float64 if a tensor has it."""
+    dtype = torch.promote_types(problem.logits.dtype, torch.float32)
+    if problem.labels is None and problem.target.is_floating_point():
+        for tensor in (problem.target, problem.options.get("weight", problem.target)):
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 def gradient_terms(problem: Problem, exact, upstream: list[Tensor]) -> Tensor:
     """Return the magnitude of the terms that each gradient entry sums, by the formulas."""
     options, dim = problem.options, problem.dim
     softcap, scale = options.get("softcap"), options.get("logit_scale", 1.0)
     z = reference.transform(problem.logits.double(), softcap, scale)
-    p, d = z.softmax(dim), (z.amax(dim, keepdim=True) - z)
+    p = z.softmax(dim)
+    d = (z.amax(dim, keepdim=True) - z).masked_fill(p == 0, 0)  # which multiplies p
     n_classes, weight = problem.logits.shape[dim], options.get("weight")
     weight = torch.ones(n_classes) if weight is None else weight.double()
     weight = weight.view([-1] + [1] * (z.dim() - dim - 1))
     labels = problem.target
     if not labels.is_floating_point():
-        labels = torch.zeros_like(z).scatter(dim, labels.clamp(min=0).unsqueeze(dim), 1)
+        index = labels.long().masked_fill(~is_class(problem), 0)
+        labels = torch.zeros_like(z).scatter(dim, index.unsqueeze(dim), 1)
     q = weight * (labels.double() + options.get("label_smoothing", 0) / n_classes)
     g = upstream[0].abs() if options["reduction"] == "none" else upstream[0].abs().expand(1)
     if options["reduction"] == "mean":
@@ -182,10 +194,16 @@ def total_weight(problem: Problem) -> Tensor:
     target, options = problem.target, problem.options
     rows = torch.ones(problem.logits.select(problem.dim, 0).shape, dtype=torch.float64)
     if not target.is_floating_point():
-        rows = rows * (target != -100)
+        kept = is_class(problem)
+        rows = rows * kept
         if "weight" in options:
-            rows = rows * options["weight"].double()[target.clamp(min=0)]
+            rows = rows * options["weight"].double()[target.long().masked_fill(~kept, 0)]
     return (rows * options.get("token_weight", 1)).sum()
+
+
+def is_class(problem: Problem) -> Tensor:
+    """Return True for the class indices that are not ignored."""
+    return problem.target != problem.options.get("ignore_index", -100)
 
 
 def assert_near(name: str, actual: Tensor, exact: Tensor, tolerance: Tensor) -> None:

@@ -13,7 +13,7 @@ from fused_xent import cross_entropy, cross_entropy_with_statistics
 
 # Warnings of torch itself: of its forward-mode formulas and of linearize.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning"),
 ]
 

@@ -20,6 +20,11 @@ REFUSED = {
     "target not a tensor": ({"target": 3}, TypeError, "target must be a tensor, got int"),
     "target None": ({"target": None}, TypeError, "target must be a tensor, got NoneType"),
     "weight not a tensor": ({"weight": 1.0}, TypeError, "weight must be a tensor, got float"),
+    "weight of probabilities not a tensor": (
+        {"target": PROBABILITIES, "weight": [1.0] * 9},
+        TypeError,
+        "weight must be a tensor, got list",
+    ),
     "integer input": (
         {"input": INPUT.long()},
         ValueError,

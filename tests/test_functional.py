@@ -330,7 +330,7 @@ BY_TORCH = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("way", BY_TORCH)
 @pytest.mark.parametrize(("dtype", "index", "ignore_index"), NARROW, ids=str)
 def test_ignore_index_beyond_the_targets_type(dtype, index, ignore_index, way):

@@ -133,10 +133,11 @@ def check_numbers():
         (torch.float32, torch.float64, torch.bfloat16, torch.float16), (0, 100)
     ):
         _check_dtype(dtype, offset)
+    _check_masked_shards()
     for gap in (5, 10, 20, 30):
         _check_near_1(gap)
     _check_other_values()
-    _check_masked_shards()
+    _check_labels_on_masked_shards()
     _check_16_bit_probabilities()
 
 
@@ -159,6 +160,33 @@ def _check_dtype(dtype, offset):
     )
     (gradient,) = torch.autograd.grad(loss.sum(), own)
     assert_near(gradient, grad[:, shards.own], max(rounding, 1e-14), dtype)
+
+
+def _check_masked_shards():
+    """All classes of a shard at minus infinity: they add 0 to the loss, or make it infinite."""
+    shards = Shards()
+    for masked in (slice(0, 60), slice(60, None)):  # the first rank of two, or the second
+        logits = torch.randn(N_ROWS, shards.n_classes)
+        logits[:3, masked] = -torch.inf
+        dense = torch.rand(N_ROWS, shards.n_classes)
+        dense[:2, masked] = 0
+        kept, left_out = (59, 60) if masked.start else (60, 59)
+        index = torch.full((N_ROWS,), kept)
+        index[2] = left_out
+        for target, gamma in itertools.product((index, dense), (0.0, 2.0)):
+            options = {"reduction": "none", "focal_gamma": gamma}
+            whole = logits.double().requires_grad_()
+            wanted = reference.cross_entropy(whole, double(target), **options)
+            assert wanted.isposinf().tolist() == [row == 2 for row in range(N_ROWS)]
+            (grad,) = torch.autograd.grad(wanted.nan_to_num(posinf=0).sum(), whole)
+            own, own_target = logits[:, shards.own].clone().requires_grad_(), target
+            if target is dense:
+                own_target = target[:, shards.own]
+            loss = fused_xent.cross_entropy(own, own_target, **options, **shards.given)
+            (gradient,) = torch.autograd.grad(loss.sum(), own)
+            torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+            others = [row for row in range(N_ROWS) if row != 2]
+            assert_near(gradient[others], grad[others, shards.own], 1e-5, "masked")
 
 
 def _check_near_1(gap):
@@ -206,7 +234,7 @@ def _check_other_values():
     assert (gradient[3] == 0).all()
 
 
-def _check_masked_shards():
+def _check_labels_on_masked_shards():
     """A shard whose logits are all -inf: a label on it makes the loss inf, as in one process."""
     shards = Shards()
     logits = torch.randn(N_ROWS, shards.n_classes)

@@ -536,7 +536,18 @@ def check_errors():
                 function(input, weights, labels, **options)
 
     wide = linear_weight.unsqueeze(1)
-    fails(ValueError, r"linear_weight must have shape \(C, H\) with process_group", weights=wide)
+    message = r"linear_weight must have shape \(C, H\) with process_group"
+    fails(ValueError, message, weights=wide)
+    for bias in (False, True):
+        module = fused_xent.LinearCrossEntropyLoss(
+            hidden.shape[1],
+            shards.n_classes,
+            out_features=(2,),
+            bias=bias,
+            process_group=shards.group,
+        )
+        with pytest.raises(ValueError, match=message):
+            module(hidden, target)
     bad = target.clone()
     bad[1] = shards.n_classes
     message = rf"target must be in \[0, {shards.n_classes}\).*got {shards.n_classes} at position"

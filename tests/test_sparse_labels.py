@@ -20,7 +20,7 @@ import fused_xent
 from fused_xent import cross_entropy, cross_entropy_with_statistics, linear_cross_entropy, reference
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # torch's forward mode
+    pytest.mark.filterwarnings("ignore:.*torch.jit"),  # torch's forward mode
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 

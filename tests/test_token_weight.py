@@ -16,7 +16,7 @@ from fused_xent import (
 )
 
 # Warnings of torch's forward-mode formulas.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")
 DOUBLE = torch.float64
 ROWS, C = (2, 4), 7
 SCALE = 0.25  # of the z-loss
