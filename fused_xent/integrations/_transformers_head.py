@@ -187,8 +187,6 @@ class FusedHead:
     def _follow(self) -> None:
         """Check the head once more: it may have been replaced, resized or wrapped since."""
         head = self.model.get_output_embeddings()
-        if head is self.module and torch.compiler.is_compiling():
-            return
         if head is self.module and not why_not_linear(head):
             return
         head, self.tail = self._checked()

@@ -550,6 +550,17 @@ def test_torch_compile(is_first, fuse_head):
     torch.testing.assert_close(found.loss, wanted[0].loss * 14 / 20)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_hook_between_apply_and_torch_compile():
+    torch._dynamo.reset()
+    model = make("llama")
+    apply(model, fuse_head=True)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(ValueError, match="its head has a hook"):
+        compiled(**batch())
+
+
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_the_check_changes_nothing(name):
     """Neither random numbers nor modules nor modes."""
