@@ -307,28 +307,42 @@ class _StandIn(nn.Module):
         return getattr(self.__dict__["module"], name)
 
 
+class _LossStandIn:
+    """A loss function that keeps the logits it gets, and returns 0."""
+
+    def __init__(self) -> None:
+        self.logits: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.logits.append(kwargs["logits"] if "logits" in kwargs else args[0])
+        return torch.zeros((), device=self.logits[-1].device)
+
+
 def measure_tail(model: Any, head: nn.Linear) -> Tail:
     """Return what a model does to the logits of its head.
 
     Raises:
-        ValueError: it is not a scale and a softcap.
+        ValueError: it is not a scale and a softcap, or its loss is not that of these logits alone.
     """
     name = type(model).__name__
-    probe = _probe(head)
+    probe, loss = _probe(head), _LossStandIn()
     try:
-        found = _logits_of(model, head, probe)
+        total = _loss_of(model, head, probe, loss)
     except Exception as error:
         raise ValueError(
             f"fuse_head must be False for {name}, got True: its forward could not be tried with "
             f"stand-ins for its modules ({type(error).__name__}: {error}). Apply before "
             f"fully_shard; otherwise {NEVER_DONE}"
         ) from error
-    reason = "its forward returns no logits of the head's shape"
-    if isinstance(found, Tensor) and found.shape == probe.shape:
+    reason = "it does not compute its loss from one tensor of logits of the head's shape"
+    if [logits.shape for logits in loss.logits] == [probe.shape]:
+        found = loss.logits[0]
         reason = "it does more to its logits than a scale and a softcap"
         tail = _fitted(probe, found.detach())
         if found.requires_grad:
             reason = "it multiplies its logits by a parameter, or adds one"
+        elif tail is not None and total.item() != 0:
+            reason = "it adds a term to its loss that depends on logits, such as a z-loss"
         elif tail is not None:
             return tail
     raise ValueError(f"fuse_head must be False for {name}, got True: {reason}. {NEVER_DONE}")
@@ -358,30 +372,50 @@ def _fitted(probe: Tensor, found: Tensor) -> Tail | None:
     return tail if torch.allclose(found, tail(probe), rtol=1e-5, atol=1e-5) else None
 
 
-def _logits_of(model: Any, head: nn.Linear, logits: Tensor) -> Any:
-    """Run the forward of the model's class with stand-ins for its backbone and its head."""
+def _loss_of(model: Any, head: nn.Linear, logits: Tensor, loss: _LossStandIn) -> Any:
+    """Run the forward of the model's class with stand-ins for backbone, head and loss function."""
     weight = head.weight
-    backbone = model.base_model if model.base_model is not model else model.get_decoder()
-    if backbone is None or backbone is model:
-        raise ValueError("it has neither a base_model nor a decoder")
+    backbone = _backbone(model)
     # The head of BERT and its like starts with a layer of another size.
     n_features = getattr(model.config.get_text_config(), "hidden_size", head.in_features)
     hidden = torch.ones(1, 2, n_features, device=weight.device, dtype=weight.dtype)
     places = [*_places(model, backbone), *_places(model, head)]
     stand_ins = {backbone: _StandIn(backbone, _Output([hidden])), head: _StandIn(head, logits)}
-    was_training = model.training
+    kept = {
+        name: model.__dict__[name]
+        for name in ("training", "_loss_function")
+        if name in model.__dict__
+    }
+    given = {"output_router_logits": False} if _takes(model, "output_router_logits") else {}
     try:
         model.training = True
+        model.loss_function = loss
         for parent, name, module in places:
             parent._modules[name] = stand_ins[module]
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=logits.device)
         with torch.enable_grad():
-            output = type(model).forward(model, input_ids=tokens)
+            return type(model).forward(model, input_ids=tokens, labels=tokens, **given)[0]
     finally:
-        model.training = was_training
+        model.__dict__.pop("_loss_function", None)
+        model.__dict__.update(kept)
         for parent, name, module in places:
             parent._modules[name] = module
-    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def _takes(model: Any, argument: str) -> bool:
+    return argument in inspect.signature(type(model).forward).parameters
+
+
+def _backbone(model: Any) -> nn.Module:
+    """Return the module that computes the hidden states of the head."""
+    backbone: Any = model.base_model
+    if backbone is model:
+        backbone = model.get_decoder()
+    if backbone is None or backbone is model:  # Llama 4 has no module of its base_model_prefix
+        backbone = getattr(model, "model", None)
+    if not isinstance(backbone, nn.Module):
+        raise ValueError("it has no base_model, no decoder and no module that is named model")
+    return backbone
 
 
 def _places(model: nn.Module, wanted: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny_models import LANGUAGE, N_CLASSES, batch, compare, make, step
+from tiny_models import LANGUAGE, N_CLASSES, SIZES, batch, compare, make, step
 
 from fused_xent.integrations.transformers import apply
 
@@ -262,8 +262,8 @@ def altered(change):
         (lambda self, x: x + 1, "more to its logits than a scale"),
         (lambda self, x: x - 1e-3 * x.square(), "more to its logits than a scale"),
         (lambda self, x: -x, "more to its logits than a scale"),
-        (lambda self, x: x[..., :-1], "returns no logits of the head's shape"),
-        (lambda self, x: x[:, :-1], "returns no logits of the head's shape"),
+        (lambda self, x: x[..., :-1], "one tensor of logits of the head's shape"),
+        (lambda self, x: x[:, :-1], "one tensor of logits of the head's shape"),
         (lambda self, x: x.index_fill(-1, torch.tensor([7]), -1e4), "more to its logits than a sc"),
         (lambda self, x: x * self.scale, "multiplies its logits by a parameter"),
         (lambda self, x: x.no_such_method(), "could not be tried with stand-ins"),
@@ -297,6 +297,37 @@ def test_measured_scale_and_cap(change, scale, softcap):
     assert tail.logit_scale == pytest.approx(scale, rel=1e-6)
     assert tail.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-6))
     compare(step(model, inputs), wanted)
+
+
+def test_other_terms_of_the_loss_that_need_logits():
+    config = transformers.BambaConfig(
+        **SIZES,
+        **{"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8},
+        mamba_n_groups=1,
+        attn_layer_indices=[0],
+        z_loss_coefficient=0.1,
+    )
+    model = transformers.BambaForCausalLM(config).train()
+    inputs = batch()
+    wanted = step(model, inputs)
+    with pytest.raises(ValueError, match="adds a term to its loss that depends on logits"):
+        apply(model, fuse_head=True)
+    assert not traces(model)
+    apply(model)
+    compare(step(model, inputs), wanted)
+
+
+def test_a_model_without_a_module_of_its_base_model_prefix():
+    config = transformers.Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=24, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = transformers.Llama4ForCausalLM(config).train()
+    inputs = batch()
+    wanted = step(model, inputs)
+    apply(model, fuse_head=True)
+    found = step(model, inputs)
+    assert found[0].logits is None
+    compare(found, wanted)
 
 
 def test_a_head_of_two_models():
