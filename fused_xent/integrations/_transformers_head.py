@@ -198,7 +198,7 @@ class FusedHead:
 
     def is_wanted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return True if this call computes a loss whose logits nobody needs."""
-        if not self.is_enabled or self.is_active:
+        if not self.is_enabled or self.is_active or not self._is_of_loss():
             return False
         labels = kwargs.get("labels")
         if labels is None and self.labels_at is not None and len(args) > self.labels_at:
@@ -206,6 +206,10 @@ class FusedHead:
         if labels is None:
             return False
         return torch.is_grad_enabled() if self.model.training else self.in_evaluation
+
+    def _is_of_loss(self) -> bool:
+        """Return False if another loss function has been set since: it needs logits."""
+        return getattr(self.model.__dict__.get("_loss_function"), "head", None) is self
 
     def start(self) -> None:
         """Let the head keep its input."""
@@ -225,6 +229,11 @@ class FusedHead:
             )
         self.hidden = hidden
         return hidden.new_empty([*hidden.shape[:-1], 0])
+
+    @property
+    def n_classes(self) -> int:
+        """The number of classes of the logits that are not computed."""
+        return self.module.out_features
 
     def __call__(
         self, logits: Tensor, labels: Tensor, num_items: NumItems, ignore_index: int, shift: int

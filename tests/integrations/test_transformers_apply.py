@@ -343,6 +343,25 @@ def test_a_head_of_two_models():
     assert other(**batch()).logits is None
 
 
+def test_another_loss_function_after_apply():
+    """It gets the logits."""
+    model = make("llama")
+    handle = apply(model, fuse_head=True)
+    model.loss_function = lambda logits, labels, **given: logits.logsumexp(-1).mean()
+    found = model(**batch())
+    assert "NOT IN USE" in str(handle)
+    torch.testing.assert_close(found.loss, found.logits.logsumexp(-1).mean())
+
+
+@HEADS
+def test_another_vocab_size_after_apply(fuse_head):
+    model = make("llama")
+    apply(model, fuse_head=fuse_head)
+    model.vocab_size = model.config.vocab_size = 150
+    with pytest.raises(ValueError, match=r"vocab_size = 150 classes, got shape \(2, 9, 131\)"):
+        model(**batch())
+
+
 def test_continued_sequences():
     """Labels for the tokens after those in a cache."""
     model = make("llama")
