@@ -14,6 +14,7 @@ numbers, and the forward must return ``softcap * tanh(logit_scale * number / sof
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from .. import linear_cross_entropy
 from ._transformers_losses import NumItems, check_rows, next_labels, of_shape
 
 SMALL, LARGE = 2.0**-30, 2.0**40  # logits that tell the scale and the cap
+COMPILED = 0  # in place of the number of a thread
 NEVER_DONE = "call apply(model) without fuse_head"
 
 
@@ -62,7 +64,7 @@ class HeadForward:
         """Return logits, or ``loss(input, weight, bias)``, or logits of 0 classes."""
         if loss is not None:
             return loss(input, self.module.weight, self.module.bias)
-        if self.fused.is_active:
+        if self.fused.is_active_here():
             return self.fused.capture(input)
         return nn.Linear.forward(self.module, input)
 
@@ -126,7 +128,8 @@ class ModelForward:
         fused = self.fused
         if not fused.is_wanted(args, kwargs):
             return self._run(args, kwargs)
-        fused.start()
+        if not fused.start():
+            return self._run(args, kwargs)
         try:
             return fused.finish(self._run(args, kwargs))
         finally:
@@ -139,6 +142,11 @@ class ModelForward:
         return type(model).forward(model, *args, **kwargs)
 
 
+def _thread() -> int:
+    """Return the number of this thread. Compiled code cannot ask for it."""
+    return COMPILED if torch.compiler.is_compiling() else threading.get_ident()
+
+
 class FusedHead:
     """Replaces the forward of a model and of its head; computes the loss of the hidden states."""
 
@@ -149,7 +157,8 @@ class FusedHead:
             ValueError: the model's logits are not those of a linear layer.
         """
         self.model, self.options, self.in_evaluation = model, options, in_evaluation
-        self.is_enabled, self.is_active = True, False
+        self.is_enabled = True
+        self.active: dict[str, int] = {}  # the thread of the call that is fused, if there is one
         self.hidden: Tensor | None = None
         self.is_computed = False
         names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -198,7 +207,7 @@ class FusedHead:
 
     def is_wanted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return True if this call computes a loss whose logits nobody needs."""
-        if not self.is_enabled or self.is_active or not self._is_of_loss():
+        if not self.is_enabled or self.active or not self._is_of_loss():
             return False
         labels = kwargs.get("labels")
         if labels is None and self.labels_at is not None and len(args) > self.labels_at:
@@ -211,14 +220,23 @@ class FusedHead:
         """Return False if another loss function has been set since: it needs logits."""
         return getattr(self.model.__dict__.get("_loss_function"), "head", None) is self
 
-    def start(self) -> None:
-        """Let the head keep its input."""
+    def start(self) -> bool:
+        """Let the head keep its input; return False if a call of another thread does so now."""
         self._follow()
-        self.is_active, self.is_computed = True, False
+        here = _thread()
+        if self.active.setdefault("thread", here) != here:  # one step, which no thread interrupts
+            return False
+        self.is_computed = False
+        return True
+
+    def is_active_here(self) -> bool:
+        """Return True during a fused call, but not for the calls of other threads."""
+        return "thread" in self.active and self.active["thread"] in (_thread(), COMPILED)
 
     def stop(self) -> None:
         """Let the head compute logits again."""
-        self.is_active, self.hidden = False, None
+        self.hidden = None
+        self.active.clear()
 
     def capture(self, hidden: Tensor) -> Tensor:
         """Keep the input of the head; return logits of 0 classes."""

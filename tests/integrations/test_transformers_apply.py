@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import threading
 import types
 
 import peft
@@ -360,6 +361,28 @@ def test_another_vocab_size_after_apply(fuse_head):
     model.vocab_size = model.config.vocab_size = 150
     with pytest.raises(ValueError, match=r"vocab_size = 150 classes, got shape \(2, 9, 131\)"):
         model(**batch())
+
+
+def test_a_call_of_another_thread():
+    """While a fused call runs, those of other threads run the model's own forward."""
+    model = make("llama")
+    inputs = batch()
+    wanted = model(**inputs)
+    apply(model, fuse_head=True)
+    found = []
+
+    def call_in_thread(*_):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: found.append(model(**inputs)))
+            thread.start()
+            thread.join()
+
+    model.model.register_forward_hook(call_in_thread)
+    outer = model(**inputs)
+    torch.testing.assert_close(found[0].logits, wanted.logits)
+    torch.testing.assert_close(found[0].loss, wanted.loss)
+    assert outer.logits is None
+    torch.testing.assert_close(outer.loss, wanted.loss)
 
 
 def test_continued_sequences():
