@@ -14,6 +14,7 @@ numbers, and the forward must return ``softcap * tanh(logit_scale * number / sof
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from .. import linear_cross_entropy
 from ._transformers_losses import NumItems, check_rows, next_labels, of_shape
 
 SMALL, LARGE = 2.0**-30, 2.0**40  # logits that tell the scale and the cap
+COMPILED = 0  # in place of the number of a thread
 NEVER_DONE = "call apply(model) without fuse_head"
 
 
@@ -62,7 +64,7 @@ class HeadForward:
         """Return logits, or ``loss(input, weight, bias)``, or logits of 0 classes."""
         if loss is not None:
             return loss(input, self.module.weight, self.module.bias)
-        if self.fused.is_active:
+        if self.fused.is_active_here():
             return self.fused.capture(input)
         return nn.Linear.forward(self.module, input)
 
@@ -126,7 +128,8 @@ class ModelForward:
         fused = self.fused
         if not fused.is_wanted(args, kwargs):
             return self._run(args, kwargs)
-        fused.start()
+        if not fused.start():
+            return self._run(args, kwargs)
         try:
             return fused.finish(self._run(args, kwargs))
         finally:
@@ -139,6 +142,11 @@ class ModelForward:
         return type(model).forward(model, *args, **kwargs)
 
 
+def _thread() -> int:
+    """Return the number of this thread. Compiled code cannot ask for it."""
+    return COMPILED if torch.compiler.is_compiling() else threading.get_ident()
+
+
 class FusedHead:
     """Replaces the forward of a model and of its head; computes the loss of the hidden states."""
 
@@ -149,7 +157,8 @@ class FusedHead:
             ValueError: the model's logits are not those of a linear layer.
         """
         self.model, self.options, self.in_evaluation = model, options, in_evaluation
-        self.is_enabled, self.is_active = True, False
+        self.is_enabled = True
+        self.active: dict[str, int] = {}  # the thread of the call that is fused, if there is one
         self.hidden: Tensor | None = None
         self.is_computed = False
         names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -187,8 +196,6 @@ class FusedHead:
     def _follow(self) -> None:
         """Check the head once more: it may have been replaced, resized or wrapped since."""
         head = self.model.get_output_embeddings()
-        if head is self.module and torch.compiler.is_compiling():
-            return
         if head is self.module and not why_not_linear(head):
             return
         head, self.tail = self._checked()
@@ -200,7 +207,7 @@ class FusedHead:
 
     def is_wanted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return True if this call computes a loss whose logits nobody needs."""
-        if not self.is_enabled or self.is_active:
+        if not self.is_enabled or self.active or not self._is_of_loss():
             return False
         labels = kwargs.get("labels")
         if labels is None and self.labels_at is not None and len(args) > self.labels_at:
@@ -209,14 +216,27 @@ class FusedHead:
             return False
         return torch.is_grad_enabled() if self.model.training else self.in_evaluation
 
-    def start(self) -> None:
-        """Let the head keep its input."""
+    def _is_of_loss(self) -> bool:
+        """Return False if another loss function has been set since: it needs logits."""
+        return getattr(self.model.__dict__.get("_loss_function"), "head", None) is self
+
+    def start(self) -> bool:
+        """Let the head keep its input; return False if a call of another thread does so now."""
         self._follow()
-        self.is_active, self.is_computed = True, False
+        here = _thread()
+        if self.active.setdefault("thread", here) != here:  # one step, which no thread interrupts
+            return False
+        self.is_computed = False
+        return True
+
+    def is_active_here(self) -> bool:
+        """Return True during a fused call, but not for the calls of other threads."""
+        return "thread" in self.active and self.active["thread"] in (_thread(), COMPILED)
 
     def stop(self) -> None:
         """Let the head compute logits again."""
-        self.is_active, self.hidden = False, None
+        self.hidden = None
+        self.active.clear()
 
     def capture(self, hidden: Tensor) -> Tensor:
         """Keep the input of the head; return logits of 0 classes."""
@@ -227,6 +247,11 @@ class FusedHead:
             )
         self.hidden = hidden
         return hidden.new_empty([*hidden.shape[:-1], 0])
+
+    @property
+    def n_classes(self) -> int:
+        """The number of classes of the logits that are not computed."""
+        return self.module.out_features
 
     def __call__(
         self, logits: Tensor, labels: Tensor, num_items: NumItems, ignore_index: int, shift: int
@@ -309,28 +334,42 @@ class _StandIn(nn.Module):
         return getattr(self.__dict__["module"], name)
 
 
+class _LossStandIn:
+    """A loss function that keeps the logits it gets, and returns 0."""
+
+    def __init__(self) -> None:
+        self.logits: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.logits.append(kwargs["logits"] if "logits" in kwargs else args[0])
+        return torch.zeros((), device=self.logits[-1].device)
+
+
 def measure_tail(model: Any, head: nn.Linear) -> Tail:
     """Return what a model does to the logits of its head.
 
     Raises:
-        ValueError: it is not a scale and a softcap.
+        ValueError: it is not a scale and a softcap, or its loss is not that of these logits alone.
     """
     name = type(model).__name__
-    probe = _probe(head)
+    probe, loss = _probe(head), _LossStandIn()
     try:
-        found = _logits_of(model, head, probe)
+        total = _loss_of(model, head, probe, loss)
     except Exception as error:
         raise ValueError(
             f"fuse_head must be False for {name}, got True: its forward could not be tried with "
             f"stand-ins for its modules ({type(error).__name__}: {error}). Apply before "
             f"fully_shard; otherwise {NEVER_DONE}"
         ) from error
-    reason = "its forward returns no logits of the head's shape"
-    if isinstance(found, Tensor) and found.shape == probe.shape:
+    reason = "it does not compute its loss from one tensor of logits of the head's shape"
+    if [logits.shape for logits in loss.logits] == [probe.shape]:
+        found = loss.logits[0]
         reason = "it does more to its logits than a scale and a softcap"
         tail = _fitted(probe, found.detach())
         if found.requires_grad:
             reason = "it multiplies its logits by a parameter, or adds one"
+        elif tail is not None and total.item() != 0:
+            reason = "it adds a term to its loss that depends on logits, such as a z-loss"
         elif tail is not None:
             return tail
     raise ValueError(f"fuse_head must be False for {name}, got True: {reason}. {NEVER_DONE}")
@@ -360,30 +399,50 @@ def _fitted(probe: Tensor, found: Tensor) -> Tail | None:
     return tail if torch.allclose(found, tail(probe), rtol=1e-5, atol=1e-5) else None
 
 
-def _logits_of(model: Any, head: nn.Linear, logits: Tensor) -> Any:
-    """Run the forward of the model's class with stand-ins for its backbone and its head."""
+def _loss_of(model: Any, head: nn.Linear, logits: Tensor, loss: _LossStandIn) -> Any:
+    """Run the forward of the model's class with stand-ins for backbone, head and loss function."""
     weight = head.weight
-    backbone = model.base_model if model.base_model is not model else model.get_decoder()
-    if backbone is None or backbone is model:
-        raise ValueError("it has neither a base_model nor a decoder")
+    backbone = _backbone(model)
     # The head of BERT and its like starts with a layer of another size.
     n_features = getattr(model.config.get_text_config(), "hidden_size", head.in_features)
     hidden = torch.ones(1, 2, n_features, device=weight.device, dtype=weight.dtype)
     places = [*_places(model, backbone), *_places(model, head)]
     stand_ins = {backbone: _StandIn(backbone, _Output([hidden])), head: _StandIn(head, logits)}
-    was_training = model.training
+    kept = {
+        name: model.__dict__[name]
+        for name in ("training", "_loss_function")
+        if name in model.__dict__
+    }
+    given = {"output_router_logits": False} if _takes(model, "output_router_logits") else {}
     try:
         model.training = True
+        model.loss_function = loss
         for parent, name, module in places:
             parent._modules[name] = stand_ins[module]
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=logits.device)
         with torch.enable_grad():
-            output = type(model).forward(model, input_ids=tokens)
+            return type(model).forward(model, input_ids=tokens, labels=tokens, **given)[0]
     finally:
-        model.training = was_training
+        model.__dict__.pop("_loss_function", None)
+        model.__dict__.update(kept)
         for parent, name, module in places:
             parent._modules[name] = module
-    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def _takes(model: Any, argument: str) -> bool:
+    return argument in inspect.signature(type(model).forward).parameters
+
+
+def _backbone(model: Any) -> nn.Module:
+    """Return the module that computes the hidden states of the head."""
+    backbone: Any = model.base_model
+    if backbone is model:
+        backbone = model.get_decoder()
+    if backbone is None or backbone is model:  # Llama 4 has no module of its base_model_prefix
+        backbone = getattr(model, "model", None)
+    if not isinstance(backbone, nn.Module):
+        raise ValueError("it has no base_model, no decoder and no module that is named model")
+    return backbone
 
 
 def _places(model: nn.Module, wanted: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

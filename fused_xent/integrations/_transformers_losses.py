@@ -8,8 +8,7 @@ and returned in float32.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,19 @@ from torch import Tensor
 from .. import cross_entropy
 
 NumItems = Tensor | float | None
-# Computes a loss of the captured hidden states, see _transformers_head: of labels, already aligned
-# or to be shifted by the number of the second argument.
-HeadLoss = Callable[..., Tensor]
+
+
+class HeadLoss(Protocol):
+    """Computes a loss of the captured hidden states, see _transformers_head."""
+
+    @property
+    def n_classes(self) -> int:
+        """The number of classes of the logits that are not computed."""
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, num_items: NumItems, ignore_index: int, shift: int
+    ) -> Tensor:
+        """Return the loss of labels that are aligned (0) or to be shifted by ``shift``."""
 
 
 def reduced(
@@ -90,13 +99,16 @@ class LanguageLoss(Loss):
         ignore_index: int,
         shift: int,
     ) -> Tensor:
-        if self.head is not None and logits.shape[-1] == 0:  # the stand-in for logits
-            return self.head(logits, labels, num_items, ignore_index, shift)
-        if logits.shape[-1] != vocab_size:
+        head = self.head if logits.shape[-1] == 0 else None  # the stand-in for logits
+        n_classes = logits.shape[-1] if head is None else head.n_classes
+        if vocab_size not in (n_classes, logits.shape[-1]):  # some models pass logits.shape[-1]
             raise ValueError(
                 f"logits must have vocab_size = {vocab_size} classes, got shape "
-                f"{tuple(logits.shape)}: set the vocab_size of the model and of its config"
+                f"{(*logits.shape[:-1], n_classes)}: set the vocab_size of the model and of its "
+                "config"
             )
+        if head is not None:
+            return head(logits, labels, num_items, ignore_index, shift)
         if shift:
             labels = next_labels(labels, ignore_index)
         return reduced(logits, labels, num_items, ignore_index, self.options)

@@ -4,13 +4,14 @@ import copy
 import inspect
 import io
 import pickle
+import threading
 import types
 
 import peft
 import pytest
 import torch
 import transformers
-from tiny_models import LANGUAGE, N_CLASSES, batch, compare, make, step
+from tiny_models import LANGUAGE, N_CLASSES, SIZES, batch, compare, make, step
 
 from fused_xent.integrations.transformers import apply
 
@@ -262,8 +263,8 @@ def altered(change):
         (lambda self, x: x + 1, "more to its logits than a scale"),
         (lambda self, x: x - 1e-3 * x.square(), "more to its logits than a scale"),
         (lambda self, x: -x, "more to its logits than a scale"),
-        (lambda self, x: x[..., :-1], "returns no logits of the head's shape"),
-        (lambda self, x: x[:, :-1], "returns no logits of the head's shape"),
+        (lambda self, x: x[..., :-1], "one tensor of logits of the head's shape"),
+        (lambda self, x: x[:, :-1], "one tensor of logits of the head's shape"),
         (lambda self, x: x.index_fill(-1, torch.tensor([7]), -1e4), "more to its logits than a sc"),
         (lambda self, x: x * self.scale, "multiplies its logits by a parameter"),
         (lambda self, x: x.no_such_method(), "could not be tried with stand-ins"),
@@ -299,6 +300,37 @@ def test_measured_scale_and_cap(change, scale, softcap):
     compare(step(model, inputs), wanted)
 
 
+def test_other_terms_of_the_loss_that_need_logits():
+    config = transformers.BambaConfig(
+        **SIZES,
+        **{"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8},
+        mamba_n_groups=1,
+        attn_layer_indices=[0],
+        z_loss_coefficient=0.1,
+    )
+    model = transformers.BambaForCausalLM(config).train()
+    inputs = batch()
+    wanted = step(model, inputs)
+    with pytest.raises(ValueError, match="adds a term to its loss that depends on logits"):
+        apply(model, fuse_head=True)
+    assert not traces(model)
+    apply(model)
+    compare(step(model, inputs), wanted)
+
+
+def test_a_model_without_a_module_of_its_base_model_prefix():
+    config = transformers.Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=24, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = transformers.Llama4ForCausalLM(config).train()
+    inputs = batch()
+    wanted = step(model, inputs)
+    apply(model, fuse_head=True)
+    found = step(model, inputs)
+    assert found[0].logits is None
+    compare(found, wanted)
+
+
 def test_a_head_of_two_models():
     model, other = make("llama"), make("llama")
     other.lm_head = model.lm_head
@@ -310,6 +342,47 @@ def test_a_head_of_two_models():
     handle.undo()
     apply(other, fuse_head=True)
     assert other(**batch()).logits is None
+
+
+def test_another_loss_function_after_apply():
+    """It gets the logits."""
+    model = make("llama")
+    handle = apply(model, fuse_head=True)
+    model.loss_function = lambda logits, labels, **given: logits.logsumexp(-1).mean()
+    found = model(**batch())
+    assert "NOT IN USE" in str(handle)
+    torch.testing.assert_close(found.loss, found.logits.logsumexp(-1).mean())
+
+
+@HEADS
+def test_another_vocab_size_after_apply(fuse_head):
+    model = make("llama")
+    apply(model, fuse_head=fuse_head)
+    model.vocab_size = model.config.vocab_size = 150
+    with pytest.raises(ValueError, match=r"vocab_size = 150 classes, got shape \(2, 9, 131\)"):
+        model(**batch())
+
+
+def test_a_call_of_another_thread():
+    """While a fused call runs, those of other threads run the model's own forward."""
+    model = make("llama")
+    inputs = batch()
+    wanted = model(**inputs)
+    apply(model, fuse_head=True)
+    found = []
+
+    def call_in_thread(*_):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: found.append(model(**inputs)))
+            thread.start()
+            thread.join()
+
+    model.model.register_forward_hook(call_in_thread)
+    outer = model(**inputs)
+    torch.testing.assert_close(found[0].logits, wanted.logits)
+    torch.testing.assert_close(found[0].loss, wanted.loss)
+    assert outer.logits is None
+    torch.testing.assert_close(outer.loss, wanted.loss)
 
 
 def test_continued_sequences():
@@ -548,6 +621,17 @@ def test_torch_compile(is_first, fuse_head):
     n_items = torch.tensor(20)
     found = compiled(**inputs, num_items_in_batch=n_items)
     torch.testing.assert_close(found.loss, wanted[0].loss * 14 / 20)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_hook_between_apply_and_torch_compile():
+    torch._dynamo.reset()
+    model = make("llama")
+    apply(model, fuse_head=True)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(ValueError, match="its head has a hook"):
+        compiled(**batch())
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

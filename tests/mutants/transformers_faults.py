@@ -50,8 +50,8 @@ FAULTS = {
     ),
     "vocab_size is not compared": Fault(
         LOSSES,
-        "        if logits.shape[-1] != vocab_size:\n",
-        "        if False:\n",
+        "        if vocab_size not in (n_classes, logits.shape[-1]):",
+        "        if False:",
         (f"{OF_LOSSES}test_logits_of_another_size",),
     ),
     "several labels are taken for one": Fault(
@@ -178,5 +178,35 @@ FAULTS = {
         "reduced(logits, labels, num_items_in_batch,",
         "reduced(logits, labels, None,",
         (f"{OF_LOSSES}test_loss_of_outputs",),
+    ),
+    "a loss with another term of logits is accepted": Fault(
+        HEAD,
+        "elif tail is not None and total.item() != 0:",
+        "elif False:",
+        (f"{OF_APPLY}test_other_terms_of_the_loss_that_need_logits",),
+    ),
+    "the head is not checked in compiled code": Fault(
+        HEAD,
+        "if head is self.module and not why_not_linear(head):",
+        "if head is self.module and (torch.compiler.is_compiling() or not why_not_linear(head)):",
+        (f"{OF_APPLY}test_a_hook_between_apply_and_torch_compile",),
+    ),
+    "another loss function gets no logits": Fault(
+        HEAD,
+        " or self.active or not self._is_of_loss():",
+        " or self.active:",
+        (f"{OF_APPLY}test_another_loss_function_after_apply",),
+    ),
+    "vocab_size is not compared with a fused head": Fault(
+        HEAD,
+        "        return self.module.out_features\n",
+        "        return 150\n",
+        (f"{OF_APPLY}test_another_vocab_size_after_apply",),
+    ),
+    "a call of another thread is fused too": Fault(
+        HEAD,
+        'return "thread" in self.active and self.active["thread"] in (_thread(), COMPILED)',
+        'return "thread" in self.active',
+        (f"{OF_APPLY}test_a_call_of_another_thread",),
     ),
 }
