@@ -68,7 +68,10 @@ LAYERS = {
     "__main__": {"__init__", "_ops", "_options", "reference"},
     "integrations.__init__": set(),
     "integrations._transformers_losses": {"__init__"},
-    "integrations._transformers_head": {"__init__", "integrations._transformers_losses"},
+    "integrations._transformers_tail": set(),
+    "integrations._transformers_head": {
+        *("__init__", "integrations._transformers_losses", "integrations._transformers_tail"),
+    },
     "integrations.transformers": {
         *("__init__", "integrations._transformers_head", "integrations._transformers_losses"),
     },

@@ -354,6 +354,19 @@ def test_another_loss_function_after_apply():
     torch.testing.assert_close(found.loss, found.logits.logsumexp(-1).mean())
 
 
+def test_changed_softcap():
+    """Of the config, after apply."""
+    model, wanted = make("gemma2"), make("gemma2")
+    apply(model, fuse_head=True)
+    step(model, batch())
+    model.config.final_logit_softcapping = wanted.config.final_logit_softcapping = 0.5
+    compare(step(model, batch()), step(wanted, batch()))
+    model.config.final_logit_softcapping = 1e-40
+    for _ in range(2):
+        with pytest.raises(ValueError, match="fuse_head must be False for Gemma2ForCausalLM"):
+            model(**batch())
+
+
 @HEADS
 def test_another_vocab_size_after_apply(fuse_head):
     model = make("llama")

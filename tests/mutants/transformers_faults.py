@@ -5,6 +5,7 @@ from .fault import Fault
 TRANSFORMERS = "fused_xent/integrations/transformers.py"
 LOSSES = "fused_xent/integrations/_transformers_losses.py"
 HEAD = "fused_xent/integrations/_transformers_head.py"
+TAIL = "fused_xent/integrations/_transformers_tail.py"
 OF_LOSSES = "tests/integrations/test_transformers_losses.py::"
 OF_APPLY = "tests/integrations/test_transformers_apply.py::"
 ARGUMENTS = (f"{OF_LOSSES}test_arguments",)
@@ -20,6 +21,12 @@ FAULTS = {
         "if not abs(found - wanted) <= tolerance * abs(wanted):",
         "if abs(found - wanted) > tolerance * abs(wanted):",
         ("tests/integrations/test_transformers_bench.py::test_wrong_losses_are_told",),
+    ),
+    "a changed softcap is not seen": Fault(
+        HEAD,
+        "self.numbers == numbers_of(self.model)",
+        "True",
+        (f"{OF_APPLY}test_changed_softcap",),
     ),
     "labels are not shifted": Fault(
         LOSSES, "value=ignore_index)[..., 1:]", "value=ignore_index)[..., :-1]", MODELS
@@ -103,21 +110,21 @@ FAULTS = {
     ),
     "a head is checked once": Fault(
         HEAD,
-        "if head is self.module and not why_not_linear(head):",
+        "if head is self.module and is_same and not why_not_linear(head):",
         "if head is self.module:",
         LINEAR,
     ),
     "the tail is not compared": Fault(
-        HEAD,
+        TAIL,
         "return tail if torch.allclose(found, tail(probe), rtol=1e-5, atol=1e-5) else None",
         "return tail",
         CHANGED,
     ),
     "a learned scale is taken": Fault(
-        HEAD, "        if found.requires_grad:\n", "        if False:\n", CHANGED
+        TAIL, "        if found.requires_grad:\n", "        if False:\n", CHANGED
     ),
     "stand-ins stay in a model": Fault(
-        HEAD, "            parent._modules[name] = module\n", "            pass\n", CHANGED
+        TAIL, "            parent._modules[name] = module\n", "            pass\n", CHANGED
     ),
     "a head may be called twice": Fault(
         HEAD, "        if self.hidden is not None:\n", "        if False:\n", CALLS
@@ -180,14 +187,14 @@ FAULTS = {
         (f"{OF_LOSSES}test_loss_of_outputs",),
     ),
     "a loss with another term of logits is accepted": Fault(
-        HEAD,
+        TAIL,
         "elif tail is not None and total.item() != 0:",
         "elif False:",
         (f"{OF_APPLY}test_other_terms_of_the_loss_that_need_logits",),
     ),
     "the head is not checked in compiled code": Fault(
         HEAD,
-        "if head is self.module and not why_not_linear(head):",
+        "if head is self.module and is_same and not why_not_linear(head):",
         "if head is self.module and (torch.compiler.is_compiling() or not why_not_linear(head)):",
         (f"{OF_APPLY}test_a_hook_between_apply_and_torch_compile",),
     ),
