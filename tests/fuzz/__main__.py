@@ -62,7 +62,7 @@ def run_batch(seed: int, numbers: list[int], end: float) -> tuple[int, list[Fail
     run in new processes, unless none was reached.
     """
     n_done, failures = 0, []
-    while numbers:
+    while numbers and time.time() < end:
         died = None
         with tempfile.TemporaryDirectory() as folder:
             arguments = (folder, str(seed), json.dumps(numbers), str(end))
