@@ -356,15 +356,16 @@ def test_another_loss_function_after_apply():
 
 def test_changed_softcap():
     """Of the config, after apply."""
-    model, wanted = make("gemma2"), make("gemma2")
+    model, inputs = make("gemma2"), batch()
+    wanted = copy.deepcopy(model)
     apply(model, fuse_head=True)
-    step(model, batch())
+    step(model, inputs)
     model.config.final_logit_softcapping = wanted.config.final_logit_softcapping = 0.5
-    compare(step(model, batch()), step(wanted, batch()))
+    compare(step(model, inputs), step(wanted, inputs))
     model.config.final_logit_softcapping = 1e-40
     for _ in range(2):
         with pytest.raises(ValueError, match="fuse_head must be False for Gemma2ForCausalLM"):
-            model(**batch())
+            model(**inputs)
 
 
 @HEADS
