@@ -43,8 +43,8 @@ fuzz: setup
 
 # Tests one binary under the oldest and the newest torch and Python, and under each instruction set.
 # Makes environments in .venv-matrix, of 5 GB each where torch includes CUDA.
-matrix: setup
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) tests/matrix.py $(ARGS)
+matrix: wheel
+	$(RUN) tests/matrix.py dist/*.whl $(ARGS)
 
 # The tests of fused_xent.integrations and of the docs' code, with the frameworks that the extra of
 # that name pins.

@@ -1,8 +1,8 @@
 """Tests one binary under several torch, Python and instruction sets: run by ``make matrix``.
 
-The wheel is built once. Each pair of torch and Python has an environment in .venv-matrix, with that
-wheel; in each one, the tests below run under each instruction set, about half a minute of processor
-time a cell. The tests run in a copy of tests/, so that they import the installed package.
+`make matrix` builds the wheel. Each pair of torch and Python has an environment in .venv-matrix,
+with that wheel; in each one, the tests below run under each instruction set, about half a minute of
+processor time a cell. The tests run in a copy of tests/, so that they import the installed package.
 """
 
 import argparse
@@ -41,10 +41,10 @@ class Cell(NamedTuple):
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make matrix", description=__doc__.splitlines()[0])
+    parser.add_argument("wheel", type=Path)
     parser.add_argument("--torch", nargs="+", default=TORCHS, help=f"default: {' '.join(TORCHS)}")
     parser.add_argument("--python", nargs="+", help="versions; default: see pairs() in this file")
     parser.add_argument("--capability", nargs="+", default=CAPABILITIES)
-    parser.add_argument("--wheel", type=Path, help="test this one; default: build it")
     return parser.parse_args()
 
 
@@ -74,14 +74,6 @@ def pairs(torchs: list[str], given: list[str] | None, installed: dict[str, str])
     versions = list(installed)
     more = [("2.10.0", versions[0]), ("newest", versions[-1])]
     return found + [pair for pair in more if pair[0] in torchs and pair not in found]
-
-
-def build_wheel(folder: Path) -> Path:
-    """Return the wheel, built by this Python."""
-    shutil.rmtree(folder, ignore_errors=True)
-    options = ["--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "."], cwd=ROOT, check=True)
-    return next(folder.glob("*.whl"))
 
 
 def environment(torch: str, command: str, version: str, wheel: Path) -> Path:
@@ -163,8 +155,7 @@ def main() -> int:
     """Return the exit status: 1 if a cell failed."""
     options = parse()
     FOLDER.mkdir(exist_ok=True)
-    wheel = options.wheel or build_wheel(FOLDER / "wheel")
-    found = cells(options, wheel.resolve())
+    found = cells(options, options.wheel.resolve())
     print(f"\n{'torch':8} {'Python':8} {'kernels':9} outcome")
     for cell in found:
         print(f"{cell.torch:8} {cell.python:8} {cell.capability:9} {cell.outcome}: {cell.about}")
