@@ -170,7 +170,7 @@ class FusedHead:
         return head, tail
 
     def _follow(self) -> None:
-        """Check the head once more if it was replaced, resized or wrapped, or the config changed."""
+        """Check the head again if it was replaced or wrapped, or if the config has changed."""
         head = self.model.get_output_embeddings()
         is_same = torch.compiler.is_compiling() or self.numbers == numbers_of(self.model)
         if head is self.module and is_same and not why_not_linear(head):
