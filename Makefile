@@ -171,7 +171,7 @@ build/glibc/ready: .venv-wheel/ready
 		-m ziglang cc -target $(MACHINE)-linux-gnu.$(GLIBC) -shared -x c /dev/null -o empty.so
 	cd build/glibc && mv cache/o/*/lib*.so.* cache/o/*/libc_nonshared.a . && rm -r cache
 	cd build/glibc && for name in m dl rt pthread; do ln -s lib$$name.so.* lib$$name.so; done
-	cd build/glibc && echo INPUT\(libc.so.6 libc_nonshared.a libld.so.*\) > libc.so
+	cd build/glibc && echo "INPUT(libc.so.6 libc_nonshared.a $$(echo libld.so.*))" > libc.so
 	touch $@
 
 .venv-cuda/ready:  # torch from PyPI includes CUDA: 5 GB
