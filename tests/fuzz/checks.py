@@ -157,6 +157,8 @@ def _check_gradients(form, exact: Tensor, terms: Tensor, row_loss: Tensor) -> No
     dtype = form.problem.logits.dtype
     tolerance = _error(form.problem) * terms.detach() + 2.02 * half_ulp(dtype) * exact.abs()
     tolerance = tolerance.nan_to_num(nan=0, posinf=0) + 2 * smallest(dtype)
+    if dtype == torch.float64 and form.problem.options.get("focal_gamma"):
+        tolerance = tolerance + 1e-15  # near p = 1, the reference loses the digits of 1 - p
     gradients = form.gradients(exact, tolerance)
     for name, leaf in form.leaves.items():
         right, allowed = gradients[name]
