@@ -1,6 +1,7 @@
 """Runs of TRL's trainers with apply() have the logs and parameters of runs without."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -414,6 +415,27 @@ def test_replaced_forward(tmp_path):
     trainer = sft(tmp_path)
     trainer.model.forward = lambda *args, **kwargs: None
     refuse(trainer, RuntimeError, "forward of trainer.model must be TRL's fused head, got <func")
+
+
+def test_replaced_forward_in_mixed_precision(tmp_path):
+    """A forward over that of accelerate is not lost, neither by apply() nor by undo()."""
+    trainer = sft(tmp_path, bf16=True, max_steps=1)
+    runs.train(trainer)
+    own = trainer.model.forward
+
+    @functools.wraps(own)
+    def over(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    trainer.model.forward = over
+    refuse(trainer, RuntimeError, "forward of trainer.model must be TRL's fused head, got <func")
+    assert trainer.model.forward is over
+    trainer.model.forward = own
+    handle = apply(trainer)
+    trainer.model.forward = over
+    with pytest.raises(RuntimeError, match=r"forward of trainer.model must be TRL's fused head"):
+        handle.undo()
+    assert trainer.model.forward is over
 
 
 def test_other_release(tmp_path, monkeypatch):
