@@ -81,7 +81,7 @@ def apply(trainer: Any) -> Handle:
         RuntimeError: TRL's release computes log-probabilities in another way, or a model's forward
             has been replaced.
     """
-    handle: Handle | None = trainer.__dict__.get("_fused_xent_handle")
+    handle: Handle | None = getattr(trainer, "_fused_xent_handle", None)
     if handle is not None and handle.is_applied and _is_current(trainer, handle):
         return handle
     _trl_checks.check_trainer(trainer, TRAINERS)
@@ -135,6 +135,8 @@ def _apply_to_models(trainer: Any, handle: Handle) -> None:
     for role in ("model", "ref_model"):
         if getattr(trainer, role, None) is not None:
             model = _trl_checks.base_model(trainer, getattr(trainer, role))
+            if any(model is other for _, other, _, _ in found):
+                continue  # one model in both roles
             forward = _trl_checks.fused_forward(model, role)
             _trl_checks.check_head(model, _trl_head.head_of(forward), role)
             ours = _trl_head.with_fused_xent(forward)

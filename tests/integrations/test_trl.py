@@ -259,6 +259,16 @@ def test_undo(tmp_path):
     assert is_applied(trainer.model)
 
 
+def test_one_model_in_both_roles(tmp_path):
+    trainer = dpo(tmp_path)
+    trainer.ref_model = trainer.model
+    handle = apply(trainer)
+    assert is_applied(trainer.model)
+    assert apply(trainer) is handle
+    handle.undo()
+    assert not is_applied(trainer.model)
+
+
 def test_another_model(tmp_path):
     """A trainer that gets another model needs another apply()."""
     trainer = sft(tmp_path)
@@ -359,6 +369,7 @@ def test_other_trainers():
         pass
 
     refuse(Other(), TypeError, "trainer must be one of SFTTrainer, .* of TRL, got Other")
+    refuse(None, TypeError, "trainer must be one of SFTTrainer, .* of TRL, got NoneType")
     refuse(made(trl.RewardTrainer), TypeError, "got RewardTrainer, which does not train")
     refuse(made(trl.DistillationTrainer), TypeError, "its divergence compares all classes of two")
     from trl.experimental.gold import GOLDTrainer
