@@ -279,6 +279,24 @@ def test_another_model(tmp_path):
     assert is_applied(trainer.model)
 
 
+def test_another_reference(tmp_path):
+    """The model has had apply() before then; one undo() restores all."""
+    for reference in (runs.make_model(), None):
+        trainer = dpo(tmp_path)
+        forwards = trainer.model.forward, trainer.ref_model.forward
+        first, models = apply(trainer), (trainer.model, trainer.ref_model)
+        if reference is not None:
+            utils.add_fused_lm_head(reference)
+        trainer.ref_model = reference
+        handle = apply(trainer)
+        assert handle is not first
+        assert reference is None or is_applied(reference)
+        handle.undo()
+        assert tuple(model.forward for model in models) == forwards
+        assert reference is None or not is_applied(reference)
+        first.undo()
+
+
 def test_undo_after_training_in_mixed_precision(tmp_path):
     """accelerate's forward lies over that of the model then, and stays."""
     trainer = dpo(tmp_path, bf16=True, max_steps=1)
