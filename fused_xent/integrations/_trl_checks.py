@@ -68,7 +68,9 @@ def base_model(trainer: Any, model: Any) -> Any:
 def forward_below_autocast(model: Any) -> Any:
     """Return a model's forward, without the one that accelerate puts around it."""
     forward = model.__dict__.get("forward")
-    if not _trl_head.is_fused_forward(forward):
+    operations: Any = importlib.import_module("accelerate.utils.operations")
+    wrapped = getattr(getattr(forward, "__func__", forward), "__wrapped__", None)
+    if isinstance(wrapped, operations.ConvertOutputsToFp32):  # else another wrapper is over it
         forward = model.__dict__.get("_original_forward", forward)
     return forward
 

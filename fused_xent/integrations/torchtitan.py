@@ -102,12 +102,13 @@ class FusedLinearCrossEntropyLoss(ChunkedLossWrapper):  # type: ignore[misc, unu
 
         Raises:
             ValueError: its logits are not those of a linear layer, as with LoRA, a quantised layer,
-                or a layer that caps its logits.
+                a layer that caps its logits, or a hook on its output.
         """
-        if type(lm_head).forward is not nn.Linear.forward:
+        more = _more_than_linear(lm_head)
+        if more is not None:
             raise ValueError(
                 "lm_head must compute what torch.nn.Linear does, got a "
-                f"{type(lm_head).__name__} with a forward of its own: the loss is computed from "
+                f"{type(lm_head).__name__} with {more}: the loss is computed from "
                 "its weight, so anything else would be left out. Use ChunkedLossWrapper with "
                 "FusedCrossEntropyLoss instead"
             )
@@ -137,6 +138,23 @@ class FusedLinearCrossEntropyLoss(ChunkedLossWrapper):  # type: ignore[misc, unu
             if is_type_checking:
                 spmd.assert_type(loss, {"dp": spmd.P, "cp": spmd.P, "tp": spmd.I})
         return loss, {}
+
+
+def _more_than_linear(lm_head: nn.Module) -> str | None:
+    """Return what a layer has that may change its logits.
+
+    The forward and the hooks that torchtitan and FSDP give to a layer place tensors; these run.
+    """
+    forward = vars(lm_head).get("forward")
+    if type(lm_head).forward is not nn.Linear.forward or not _is_of(forward, "torchtitan."):
+        return "a forward of its own"
+    if not all(_is_of(hook, "torch.distributed.") for hook in lm_head._forward_hooks.values()):
+        return "a forward hook"
+    return None
+
+
+def _is_of(function: Any, package: str) -> bool:
+    return function is None or str(getattr(function, "__module__", "")).startswith(package)
 
 
 @contextmanager

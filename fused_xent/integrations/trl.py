@@ -81,12 +81,14 @@ def apply(trainer: Any) -> Handle:
         RuntimeError: TRL's release computes log-probabilities in another way, or a model's forward
             has been replaced.
     """
-    handle: Handle | None = trainer.__dict__.get("_fused_xent_handle")
-    if handle is not None and handle.is_applied and _is_current(trainer, handle):
-        return handle
+    before: Handle | None = getattr(trainer, "_fused_xent_handle", None)
+    if before is not None and before.is_applied and _is_current(trainer, before):
+        return before
     _trl_checks.check_trainer(trainer, TRAINERS)
     trl: Any = importlib.import_module("trl")
     handle = Handle(f"fused_xent in {type(trainer).__name__} of TRL {trl.__version__}")
+    if before is not None:
+        handle._undo = before._undo  # the trainer has got other models since: undo() does both
     if _trl_checks.is_gkd(trainer):
         _apply_to_gkd(trainer, handle)
     else:
@@ -98,7 +100,9 @@ def apply(trainer: Any) -> Handle:
 def _is_current(trainer: Any, handle: Handle) -> bool:
     """Return False if the trainer has got other models since."""
     return all(
-        _trl_checks.base_model(trainer, getattr(trainer, role)) is model and is_applied(model)
+        getattr(trainer, role) is not None
+        and _trl_checks.base_model(trainer, getattr(trainer, role)) is model
+        and is_applied(model)
         for role, model in handle._models.items()
     )
 
@@ -131,10 +135,12 @@ def _apply_to_gkd(trainer: Any, handle: Handle) -> None:
 
 def _apply_to_models(trainer: Any, handle: Handle) -> None:
     """Exchange the forward of the model and of the reference model."""
-    found = []
+    found: list[tuple[str, Any, Any, Any]] = []
     for role in ("model", "ref_model"):
         if getattr(trainer, role, None) is not None:
             model = _trl_checks.base_model(trainer, getattr(trainer, role))
+            if any(model is other for _, other, _, _ in found):
+                continue  # one model in both roles
             forward = _trl_checks.fused_forward(model, role)
             _trl_checks.check_head(model, _trl_head.head_of(forward), role)
             ours = _trl_head.with_fused_xent(forward)

@@ -300,6 +300,14 @@ def test_heads_that_are_not_linear(one_process):
         loss(torch.randn(3, 5, 8), torch.randint(40, (3, 5)))
     with pytest.raises(ValueError, match="got a SoftCappedLinear with a forward of its own"):
         loss.set_lm_head(head(SoftCappedLinear))
+    layer = head()
+    layer.forward = lambda hidden: 2 * hidden @ layer.weight.T
+    with pytest.raises(ValueError, match="got a Linear with a forward of its own"):
+        loss.set_lm_head(layer)
+    layer = head()
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match="got a Linear with a forward hook"):
+        loss.set_lm_head(layer)
 
 
 def test_forward_is_restored_after_an_error(one_process):

@@ -1,6 +1,7 @@
 """Runs of TRL's trainers with apply() have the logs and parameters of runs without."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -258,6 +259,16 @@ def test_undo(tmp_path):
     assert is_applied(trainer.model)
 
 
+def test_one_model_in_both_roles(tmp_path):
+    trainer = dpo(tmp_path)
+    trainer.ref_model = trainer.model
+    handle = apply(trainer)
+    assert is_applied(trainer.model)
+    assert apply(trainer) is handle
+    handle.undo()
+    assert not is_applied(trainer.model)
+
+
 def test_another_model(tmp_path):
     """A trainer that gets another model needs another apply()."""
     trainer = sft(tmp_path)
@@ -266,6 +277,24 @@ def test_another_model(tmp_path):
     utils.add_fused_lm_head(trainer.model)
     assert apply(trainer) is not handle
     assert is_applied(trainer.model)
+
+
+def test_another_reference(tmp_path):
+    """The model has had apply() before then; one undo() restores all."""
+    for reference in (runs.make_model(), None):
+        trainer = dpo(tmp_path)
+        forwards = trainer.model.forward, trainer.ref_model.forward
+        first, models = apply(trainer), (trainer.model, trainer.ref_model)
+        if reference is not None:
+            utils.add_fused_lm_head(reference)
+        trainer.ref_model = reference
+        handle = apply(trainer)
+        assert handle is not first
+        assert reference is None or is_applied(reference)
+        handle.undo()
+        assert tuple(model.forward for model in models) == forwards
+        assert reference is None or not is_applied(reference)
+        first.undo()
 
 
 def test_undo_after_training_in_mixed_precision(tmp_path):
@@ -358,6 +387,7 @@ def test_other_trainers():
         pass
 
     refuse(Other(), TypeError, "trainer must be one of SFTTrainer, .* of TRL, got Other")
+    refuse(None, TypeError, "trainer must be one of SFTTrainer, .* of TRL, got NoneType")
     refuse(made(trl.RewardTrainer), TypeError, "got RewardTrainer, which does not train")
     refuse(made(trl.DistillationTrainer), TypeError, "its divergence compares all classes of two")
     from trl.experimental.gold import GOLDTrainer
@@ -414,6 +444,27 @@ def test_replaced_forward(tmp_path):
     trainer = sft(tmp_path)
     trainer.model.forward = lambda *args, **kwargs: None
     refuse(trainer, RuntimeError, "forward of trainer.model must be TRL's fused head, got <func")
+
+
+def test_replaced_forward_in_mixed_precision(tmp_path):
+    """A forward over that of accelerate is not lost, neither by apply() nor by undo()."""
+    trainer = sft(tmp_path, bf16=True, max_steps=1)
+    runs.train(trainer)
+    own = trainer.model.forward
+
+    @functools.wraps(own)
+    def over(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    trainer.model.forward = over
+    refuse(trainer, RuntimeError, "forward of trainer.model must be TRL's fused head, got <func")
+    assert trainer.model.forward is over
+    trainer.model.forward = own
+    handle = apply(trainer)
+    trainer.model.forward = over
+    with pytest.raises(RuntimeError, match=r"forward of trainer.model must be TRL's fused head"):
+        handle.undo()
+    assert trainer.model.forward is over
 
 
 def test_other_release(tmp_path, monkeypatch):
