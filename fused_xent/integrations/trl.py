@@ -56,6 +56,8 @@ class Handle:
         lines += [f"  not fused: {line}" for line in self.not_done]
         return "\n".join(lines if self.is_applied else [f"{self.title}: undone"])
 
+    __repr__ = __str__
+
 
 def apply(trainer: Any) -> Handle:
     """Compute the log-probabilities of a TRL trainer's models with fused_xent.
