@@ -213,7 +213,7 @@ def local_problem(problem: Problem, shard: Shard) -> Local:
         kept = logits.new_ones(row_shape(logits, dim), dtype=torch.bool)
     own_settings = settings._replace(of_operators=options, ignore_index=NO_CLASS)
     of_shard = problem._replace(
-        target=target if factor == 1 else target.to(acc) * factor,  # not rounded to 16 bits
+        target=target if factor == 1 else target.to(acc) * factor,
         token_weight=_product(token_weight, kept, acc),
         normalizer=None,
         target_indices=target_indices,

@@ -137,7 +137,7 @@ def check_numbers():
     for gap in (5, 10, 20, 30):
         _check_near_1(gap)
     _check_other_values()
-    _check_labels_on_masked_shards()
+    _check_weighted_masked_shards()
     _check_16_bit_probabilities()
 
 
@@ -234,22 +234,22 @@ def _check_other_values():
     assert (gradient[3] == 0).all()
 
 
-def _check_labels_on_masked_shards():
-    """A shard whose logits are all -inf: a label on it makes the loss inf, as in one process."""
+def _check_weighted_masked_shards():
+    """As above: smoothing makes the loss inf, and a label of weight 0 adds nothing to it."""
     shards = Shards()
     logits = torch.randn(N_ROWS, shards.n_classes)
     logits[:4, -SIZES[dist.get_world_size()][-1] :] = -torch.inf
     target = torch.zeros(N_ROWS, dtype=torch.int64)
     target[2:4] = shards.n_classes - 1
     weight = torch.ones(shards.n_classes)
-    cases = [{}, {"focal_gamma": 2.0}, {"label_smoothing": 0.1}, {"weight": weight}]
-    weight[-1] = 0  # and where its weight is 0, nothing
-    for options in cases:
-        wanted = reference.cross_entropy(logits.double(), target, reduction="none", **options)
-        own = {**options, **shards.given, "reduction": "none"}
-        if "weight" in own:
-            own["weight"] = weight[shards.own]
-        loss = fused_xent.cross_entropy(logits[:, shards.own], target, **own)
+    weight[-1] = 0
+    for options, of_own in (({"label_smoothing": 0.1}, {}), ({}, {"weight": weight[shards.own]})):
+        of_all = {"weight": weight} if of_own else {}
+        options = {**options, "reduction": "none"}
+        wanted = reference.cross_entropy(logits.double(), target, **options, **of_all)
+        loss = fused_xent.cross_entropy(
+            logits[:, shards.own], target, **options, **of_own, **shards.given
+        )
         torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
