@@ -43,6 +43,19 @@ class Layer(NamedTuple):
             logits = F.linear(hidden, weight.flatten(0, -2), flat_bias)
         return logits.unflatten(-1, weight.shape[:-1])  # type: ignore[no-any-return]
 
+    def autocast(self) -> Layer:
+        """Cast the layer as autocast casts the operands of a matrix product."""
+        if not is_autocast(self.hidden):
+            return self
+        dtype = torch.get_autocast_dtype(self.hidden.device.type)
+        hidden: Any  # for mypy: these two are never None
+        weight: Any
+        hidden, weight, bias = (
+            tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+            for tensor in self
+        )
+        return Layer(hidden, weight, bias)
+
 
 def evaluate(
     layer: Layer, problem: Problem, chunk_rows: int | None

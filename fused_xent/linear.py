@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -15,33 +14,28 @@ from typing_extensions import Unpack
 
 from . import _autograd, _linear_autograd
 from ._linear_autograd import Layer
+from ._linear_checks import (
+    check_chunk_rows,
+    check_dtypes,
+    check_linear,
+    check_sequence_parallel,
+    check_shift,
+    check_target,
+    check_target_indices,
+    rows_of,
+    split_of,
+)
+from ._linear_rows import Rows, flatten, kept_rows, select, without_first
 from ._options import (
     CALL_ERRORS,
-    REDUCTIONS,
     LinearCrossEntropyOptions,
     LinearOptions,
     ProcessGroup,
     check_flag,
-    check_index,
     check_names,
     resolve_once,
 )
-from ._problem import (
-    SPARSE_HINT,
-    Problem,
-    accumulation_dtype,
-    check_dense,
-    check_device,
-    check_floating,
-    check_probabilities,
-    check_range,
-    has_dtensor,
-    is_autocast,
-    is_labels_shape,
-    labels_shape,
-    prepare,
-    row_shape,
-)
+from ._problem import Problem, check_range, has_dtensor, prepare
 from ._torch_private import are_ordinary, has_values, is_under_torch_func
 from .reference import CrossEntropyStatistics
 
@@ -338,20 +332,20 @@ def _evaluate(
 ) -> Results:
     """Check the arguments and return the loss, or all statistics."""
     check_linear(input, linear_weight, linear_bias)
-    shift = _check_shift(shift, input)
+    shift = check_shift(shift, input)
     check_flag("drop_ignored", drop_ignored)
     chunk_rows = check_chunk_rows(chunk_rows, options)
     of_shard = (process_group, vocab_start, num_classes, sequence_parallel, reduce_grad_hidden)
     split = split_of(input, linear_weight, *of_shard)
     if split is not None and sequence_parallel:
-        _check_sequence_parallel(shift, drop_ignored)
-    layer = autocast(Layer(input, linear_weight, linear_bias))
+        check_sequence_parallel(shift, drop_ignored)
+    layer = Layer(input, linear_weight, linear_bias).autocast()
     logits_dtype = check_dtypes(layer, logits_dtype)
     rows, classes = rows_of(input, split), layer.linear_weight.shape[:-1]
     if target_indices is None:
-        _check_target(target, rows, classes, ignore_index, shift)
+        check_target(target, rows, classes, ignore_index, shift)
     else:
-        _check_target_indices(target_indices, rows, classes, shift)
+        check_target_indices(target_indices, rows, classes, shift)
     # Stands in for the logits in checks: their shape, dtype and device, but one element of memory.
     logits = layer.hidden.new_zeros((), dtype=logits_dtype).expand(*rows, *classes)
     loss_options["dim"] = len(rows)
@@ -360,13 +354,13 @@ def _evaluate(
     tensors = (logits, target, weight, token_weight, normalizer, target_indices)
     problem = prepare(*tensors, statistics, loss_options)
     if shift > 0:
-        problem = problem._replace(token_weight=_without_first(problem, shift))
+        problem = problem._replace(token_weight=without_first(problem, shift))
     check_range(problem, None if split is None else split.shard.n_classes)
-    layer, problem = _flatten(layer, problem, shift)
+    layer, problem = flatten(layer, problem, shift)
     kept = None
     if drop_ignored and has_values(problem.target):
-        kept = _kept_rows(problem)
-        layer, problem = _select(layer, problem, kept)
+        kept = kept_rows(problem)
+        layer, problem = select(layer, problem, kept)
     if split is not None:
         results = _of_split(layer, problem, chunk_rows, split)
     elif _has_few_logits(problem, chunk_rows) or _needs_all_logits(layer, problem):
@@ -374,225 +368,7 @@ def _evaluate(
         results = _autograd.evaluate(problem._replace(logits=logits))
     else:
         results = _linear_autograd.evaluate(layer, problem, chunk_rows)
-
-    def restore(values: Tensor, left_out: float = 0) -> Tensor:
-        n_rows = math.prod(rows)
-        if kept is not None:
-            whole = values.new_full([max(n_rows - shift, 0), *classes[1:]], left_out)
-            values = whole.index_copy(0, kept, values)
-        if shift > 0:
-            values = torch.cat([values, values.new_full([n_rows, *classes[1:]], left_out)])[:n_rows]
-        values = values.view([*rows, *classes[1:]])
-        return values.narrow(len(rows) - 1, 0, rows[-1] - shift) if shift else values
-
-    is_none = problem.settings.reduction == REDUCTIONS["none"]
-    return _restore(results, is_none, restore)
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    """Check the tensors of the linear layer."""
-    check_dense("input", input)
-    check_dense("linear_weight", linear_weight)
-    check_device("linear_weight", linear_weight, input)
-    check_floating("input", input)
-    if input.dim() == 0:
-        raise ValueError("input must have a dimension of features, got a tensor of shape ()")
-    if linear_weight.dim() < 2:
-        raise ValueError(
-            "linear_weight must have shape (C, *D, H) for C classes and H features, got "
-            f"{tuple(linear_weight.shape)}"
-        )
-    if linear_weight.shape[-1] != input.shape[-1]:
-        raise ValueError(
-            f"linear_weight must have input's {input.shape[-1]} features in its last dimension, "
-            f"got shape {tuple(linear_weight.shape)}"
-        )
-    if linear_bias is not None:
-        check_dense("linear_bias", linear_bias)
-        check_device("linear_bias", linear_bias, input)
-        if linear_bias.shape != linear_weight.shape[:-1]:
-            raise ValueError(
-                f"linear_bias must have shape {tuple(linear_weight.shape[:-1])}, got "
-                f"{tuple(linear_bias.shape)}"
-            )
-
-
-def check_dtypes(layer: Layer, logits_dtype: torch.dtype | None) -> torch.dtype:
-    """Check the dtypes of the matrix product, after autocast; return the logits' dtype."""
-    hidden, linear_weight, linear_bias = layer
-    dtype = hidden.dtype
-    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if tensor is not None and tensor.dtype != dtype:
-            raise ValueError(f"{name} must have input's dtype {dtype}, got {tensor.dtype}")
-    if logits_dtype is None or logits_dtype == dtype:
-        return dtype
-    if logits_dtype != torch.float32 or dtype == torch.float64:
-        raise ValueError(
-            f"logits_dtype must be None, torch.float32 or input's dtype {dtype}, and not narrower "
-            f"than that, got {logits_dtype}"
-        )
-    return torch.float32
-
-
-def _check_target(
-    target: Tensor,
-    rows: Sequence[int],
-    classes: Sequence[int],
-    ignore_index: int | None,
-    shift: int,
-) -> None:
-    """Check the target's shape against hidden states and weight, and name these in the message."""
-    check_dense("target", target)
-    of_indices, of_probabilities = (*rows, *classes[1:]), (*rows, *classes)
-    if target.shape == of_probabilities:
-        check_probabilities(
-            target, f"the shape of input's rows and linear_weight's classes {of_probabilities}"
-        )
-        if ignore_index is not None:
-            raise ValueError(
-                f"ignore_index must be None where target holds probabilities, got {ignore_index}: "
-                "to leave rows out, give them a token_weight of 0"
-            )
-    elif target.shape != of_indices:
-        hint = ""
-        if shift and target.shape == (*_shifted(rows, shift), *classes[1:]):
-            hint = _hint(shift)
-        elif is_labels_shape(target.shape, tuple(rows), tuple(classes[1:])):
-            hint = f": {SPARSE_HINT}"
-        raise ValueError(
-            f"target must have shape {of_indices} (class indices) or {of_probabilities} "
-            f"(probabilities) for input's rows and linear_weight's classes, got "
-            f"{tuple(target.shape)}{hint}"
-        )
-
-
-def _check_target_indices(
-    target_indices: Tensor, rows: Sequence[int], classes: Sequence[int], shift: int
-) -> None:
-    """Check the shape of sparse labels' classes against hidden states and weight."""
-    check_dense("target_indices", target_indices)
-    shape, positions = target_indices.shape, classes[1:]
-    if not is_labels_shape(shape, rows, positions):
-        is_shifted = shift and is_labels_shape(shape, _shifted(rows, shift), positions)
-        raise ValueError(
-            f"target_indices must have shape {labels_shape(rows, positions)} for input's rows and "
-            f"linear_weight's classes, got {tuple(shape)}{_hint(shift) if is_shifted else ''}"
-        )
-
-
-def _shifted(rows: Sequence[int], shift: int) -> tuple[int, ...]:
-    return (*rows[:-1], rows[-1] - shift)
-
-
-def _hint(shift: int) -> str:
-    return f": with shift={shift}, pass the labels of all rows, not shifted"
-
-
-def _check_shift(shift: int, input: Tensor) -> int:
-    """Return shift as an int."""
-    shift = int(shift) if isinstance(shift, bool) else check_index("shift", shift)
-    if shift < 0:
-        raise ValueError(f"shift must not be negative, got {shift}")
-    if shift == 0:
-        return 0
-    if input.dim() < 2:
-        raise ValueError(
-            "shift must be 0 unless input has a dimension of positions before its features, got "
-            f"{shift} and shape {tuple(input.shape)}"
-        )
-    if shift >= input.shape[-2]:
-        raise ValueError(
-            f"shift must be less than the length {input.shape[-2]} of input's sequences, or no "
-            f"row has a label, got {shift}"
-        )
-    return shift
-
-
-def check_chunk_rows(chunk_rows: int | None, options: Any) -> int | None:
-    """Return chunk_rows, which torch's options may give too."""
-    is_given = options is not None
-    if is_given and (isinstance(options, type) or not hasattr(options, "batch_chunk_size")):
-        raise TypeError(
-            f"options must be None or a LinearCrossEntropyOptions, got {type(options).__name__}"
-        )
-    if chunk_rows is None and is_given:
-        chunk_rows = options.batch_chunk_size
-    if chunk_rows is None:
-        return None
-    chunk_rows = check_index("chunk_rows", chunk_rows)
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    return chunk_rows
-
-
-# ---- several processes ---------------------------------------------------------------------------
-
-
-def split_of(
-    input: Tensor,
-    linear_weight: Tensor,
-    process_group: ProcessGroup | None,
-    vocab_start: int | None,
-    num_classes: int | None,
-    sequence_parallel: bool,
-    reduce_grad_hidden: bool,
-) -> Split | None:
-    """Check the arguments of a layer that is split over processes; None for one that is not."""
-    check_flag("sequence_parallel", sequence_parallel)
-    check_flag("reduce_grad_hidden", reduce_grad_hidden)
-    if process_group is None:
-        if sequence_parallel:
-            raise ValueError("sequence_parallel must be False without a process_group, got True")
-        if not reduce_grad_hidden:
-            raise ValueError("reduce_grad_hidden must be True without a process_group, got False")
-        if vocab_start is None and num_classes is None:
-            return None
-    from . import _parallel, _parallel_linear  # need torch.distributed: see functional
-
-    n_classes = linear_weight.shape[0]
-    shard, n_own = _parallel.shard_of(n_classes, process_group, vocab_start, num_classes)
-    if linear_weight.dim() != 2:
-        raise ValueError(
-            "linear_weight must have shape (C, H) with process_group, got "
-            f"{tuple(linear_weight.shape)}: for several positions in a row, compute the logits for "
-            "cross_entropy"
-        )
-    if sequence_parallel and not reduce_grad_hidden:
-        raise ValueError(
-            "reduce_grad_hidden must be True with sequence_parallel, got False: each rank gets the "
-            "gradient of its own rows, which has parts of all ranks"
-        )
-    if sequence_parallel and input.dim() < 2:
-        raise ValueError(
-            "sequence_parallel must be False where input has no dimension of rows, got input of "
-            f"shape {tuple(input.shape)}"
-        )
-    _parallel.check_supported(input)
-    return _parallel_linear.Split(shard, n_own, sequence_parallel, reduce_grad_hidden)
-
-
-def _check_sequence_parallel(shift: int, drop_ignored: bool) -> None:
-    if shift:
-        raise ValueError(
-            f"shift must be 0 with sequence_parallel, got {shift}: sequences may go on on another "
-            "rank, so shift the target, with ignore_index at the end"
-        )
-    if drop_ignored:
-        raise ValueError(
-            "drop_ignored must be False with sequence_parallel, got True: every rank must keep as "
-            "many rows as the others"
-        )
-
-
-def rows_of(input: Tensor, split: Split | None) -> torch.Size:
-    """Return the shape of the rows of all ranks."""
-    rows = input.shape[:-1]
-    if split is None or not split.sequence_parallel:
-        return rows
-    return torch.Size([split.n_parts * rows[0], *rows[1:]])
+    return Rows(rows, classes[1:], shift, kept).restore(results, problem.settings.reduction)
 
 
 def _of_split(
@@ -607,88 +383,6 @@ def _of_split(
             f"input of {layer.hidden.dtype}: round them, or make input float64"
         )
     return _parallel_linear.evaluate(layer, problem, chunk_rows, split)
-
-
-# ---- rows ----------------------------------------------------------------------------------------
-
-
-def autocast(layer: Layer) -> Layer:
-    """Cast the layer as autocast casts the operands of a matrix product."""
-    if not is_autocast(layer.hidden):
-        return layer
-    dtype = torch.get_autocast_dtype(layer.hidden.device.type)
-    hidden: Any  # for mypy: these two are never None
-    weight: Any
-    hidden, weight, bias = (
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-        for tensor in layer
-    )
-    return Layer(hidden, weight, bias)
-
-
-def _without_first(problem: Problem, shift: int) -> Tensor:
-    """Return token weights with 0 for the first labels of each sequence, which belong to no row."""
-    logits, token_weight, dim = problem.logits, problem.token_weight, problem.settings.dim
-    if token_weight is None:
-        acc = accumulation_dtype(logits.dtype)
-        token_weight = logits.new_ones(row_shape(logits, dim), dtype=acc)
-    first, others = token_weight.tensor_split([shift], dim - 1)
-    return torch.cat([torch.zeros_like(first), others], dim - 1)
-
-
-def _flatten(layer: Layer, problem: Problem, shift: int) -> tuple[Layer, Problem]:
-    """Return hidden (N, H), and a problem with all rows in one dimension.
-
-    With a shift, row i takes label i + shift of all sequences, one after another. Labels of the
-    next sequence have weight 0.
-    """
-    n_row_dims = problem.settings.dim
-    if n_row_dims == 1 and not shift:
-        return layer, problem
-
-    def flat(tensor: Tensor) -> Tensor:
-        return tensor.reshape(math.prod(tensor.shape[:n_row_dims]), *tensor.shape[n_row_dims:])
-
-    hidden = flat(layer.hidden)
-    hidden = hidden[: max(len(hidden) - shift, 0)]
-    target = flat(problem.target)[shift:]
-    tokens, indices = problem.token_weight, problem.target_indices
-    logits = problem.logits.new_zeros(()).expand(len(target), *layer.linear_weight.shape[:-1])
-    flattened = problem._replace(
-        logits=logits,
-        target=target,
-        token_weight=None if tokens is None else flat(tokens)[shift:],
-        target_indices=None if indices is None else flat(indices)[shift:],
-        settings=problem.settings._replace(dim=1),
-    )
-    return layer._replace(hidden=hidden), flattened
-
-
-def _kept_rows(problem: Problem) -> Tensor | None:
-    """Return the indices of the rows that count; None if all do."""
-    target, token_weight = problem.target, problem.token_weight
-    counts = None if token_weight is None else token_weight != 0
-    if not target.is_floating_point():
-        is_label = target.to(torch.int64) != problem.settings.ignore_index
-        counts = is_label if counts is None else counts & is_label
-    if counts is None:
-        return None
-    kept = counts.flatten(1).any(1) if counts.dim() > 1 else counts
-    kept = kept.nonzero().squeeze(1)
-    return None if kept.numel() == counts.shape[0] else kept
-
-
-def _select(layer: Layer, problem: Problem, kept: Tensor | None) -> tuple[Layer, Problem]:
-    if kept is None:
-        return layer, problem
-    tokens, indices = problem.token_weight, problem.target_indices
-    selected = problem._replace(
-        logits=problem.logits[: kept.numel()],
-        target=problem.target.index_select(0, kept),
-        token_weight=None if tokens is None else tokens.index_select(0, kept),
-        target_indices=None if indices is None else indices.index_select(0, kept),
-    )
-    return layer._replace(hidden=layer.hidden.index_select(0, kept)), selected
 
 
 def _has_few_logits(problem: Problem, chunk_rows: int | None) -> bool:
@@ -708,17 +402,4 @@ def _needs_all_logits(layer: Layer, problem: Problem) -> bool:
         or (not is_compiling and is_under_torch_func())
         or 0 in problem.logits.shape
         or (target.dtype == torch.float64 and layer.hidden.dtype != torch.float64)
-    )
-
-
-def _restore(results: Results, is_none: bool, restore: Callable[..., Tensor]) -> Results:
-    """Give per-row results the shape of the caller's rows."""
-    loss, *of_rows = results
-    if is_none:
-        loss = restore(loss)
-    if not of_rows:
-        return (loss,)
-    *numbers, argmax, correct = of_rows
-    return CrossEntropyStatistics(
-        loss, *map(restore, numbers), restore(argmax, -1), restore(correct, False)
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _autograd, _selected, linear
+from . import _autograd, _linear_checks, _selected, linear
 from ._linear_autograd import Layer
 from ._options import CALL_ERRORS, ProcessGroup, check_flag, check_index, resolve, resolve_once
 from ._problem import (
@@ -307,18 +307,18 @@ def linear_selective_log_softmax(
             sequence_parallel=sequence_parallel,
             reduce_grad_hidden=reduce_grad_hidden,
         )
-    linear.check_linear(input, linear_weight, linear_bias)
+    _linear_checks.check_linear(input, linear_weight, linear_bias)
     if linear_weight.dim() != 2:
         raise ValueError(
             "linear_weight must have shape (C, H) for C classes and H features, got "
             f"{tuple(linear_weight.shape)}"
         )
-    chunk_rows = linear.check_chunk_rows(chunk_rows, None)
-    layer = linear.autocast(Layer(input, linear_weight, linear_bias))
-    dtype = linear.check_dtypes(layer, logits_dtype)
+    chunk_rows = _linear_checks.check_chunk_rows(chunk_rows, None)
+    layer = Layer(input, linear_weight, linear_bias).autocast()
+    dtype = _linear_checks.check_dtypes(layer, logits_dtype)
     of_shard = (process_group, vocab_start, num_classes, sequence_parallel, reduce_grad_hidden)
-    split = linear.split_of(input, linear_weight, *of_shard)
-    rows, n_classes = linear.rows_of(input, split), linear_weight.shape[0]
+    split = _linear_checks.split_of(input, linear_weight, *of_shard)
+    rows, n_classes = _linear_checks.rows_of(input, split), linear_weight.shape[0]
     options = {"dim": len(rows), "softcap": softcap, "logit_scale": logit_scale}
     # Stands in for the logits: their shape, dtype and device, but one element of memory.
     logits = layer.hidden.new_zeros((), dtype=dtype).expand(*rows, n_classes)

@@ -41,9 +41,11 @@ LAYERS = {
         *("_autograd", "_formulas", "_linear", "_linear_autograd", "_options", "_parallel"),
         *("_problem", "_torch_private", "reference"),
     },
+    "_linear_checks": {"_linear_autograd", "_options", "_parallel", "_parallel_linear", "_problem"},
+    "_linear_rows": {"_linear_autograd", "_options", "_problem", "reference"},
     "linear": {
-        *("_autograd", "_dtensor", "_linear_autograd", "_options", "_parallel", "_parallel_linear"),
-        *("_problem", "_torch_private", "reference"),
+        *("_autograd", "_dtensor", "_linear_autograd", "_linear_checks", "_linear_rows"),
+        *("_options", "_parallel_linear", "_problem", "_torch_private", "reference"),
     },
     "_selected": {
         *("_autograd", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),
@@ -54,8 +56,8 @@ LAYERS = {
         *("_problem", "_torch_private", "reference"),
     },
     "selected": {
-        *("_autograd", "_linear_autograd", "_options", "_parallel", "_parallel_selected"),
-        *("_problem", "_selected", "_torch_private", "linear", "reference"),
+        *("_autograd", "_linear_autograd", "_linear_checks", "_options", "_parallel"),
+        *("_parallel_selected", "_problem", "_selected", "_torch_private", "linear", "reference"),
     },
     "_decompositions": {
         *("_autograd", "_formulas", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),

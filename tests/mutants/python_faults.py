@@ -6,6 +6,8 @@ OPTIONS = "fused_xent/_options.py"
 PROBLEM = "fused_xent/_problem.py"
 FUNCTIONAL = "fused_xent/functional.py"
 LINEAR = "fused_xent/linear.py"
+LINEAR_CHECKS = "fused_xent/_linear_checks.py"
+LINEAR_ROWS = "fused_xent/_linear_rows.py"
 PRODUCTS = "fused_xent/_linear.py"
 LINEAR_AUTOGRAD = "fused_xent/_linear_autograd.py"
 AUTOGRAD = "fused_xent/_autograd.py"
@@ -959,90 +961,102 @@ FUNCTIONAL_FAULTS = {
 
 LINEAR_FAULTS = {
     "layers of other devices": Fault(
-        LINEAR, '    check_device("linear_weight", linear_weight, input)\n', "", LINEAR_ERRORS
+        LINEAR_CHECKS,
+        '    check_device("linear_weight", linear_weight, input)\n',
+        "",
+        LINEAR_ERRORS,
     ),
     "biases of other devices": Fault(
-        LINEAR, '        check_device("linear_bias", linear_bias, input)\n', "", LINEAR_ERRORS
+        LINEAR_CHECKS,
+        '        check_device("linear_bias", linear_bias, input)\n',
+        "",
+        LINEAR_ERRORS,
     ),
     "a layer of one dimension": Fault(
-        LINEAR, "    if linear_weight.dim() < 2:", "    if linear_weight.dim() < 1:", LINEAR_ERRORS
+        LINEAR_CHECKS,
+        "    if linear_weight.dim() < 2:",
+        "    if linear_weight.dim() < 1:",
+        LINEAR_ERRORS,
     ),
     "features that do not fit": Fault(
-        LINEAR, "    if linear_weight.shape[-1] != input.shape[-1]:", "    if False:", LINEAR_ERRORS
+        LINEAR_CHECKS,
+        "    if linear_weight.shape[-1] != input.shape[-1]:",
+        "    if False:",
+        LINEAR_ERRORS,
     ),
     "a bias of another shape": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         "        if linear_bias.shape != linear_weight.shape[:-1]:",
         "        if False:",
         LINEAR_ERRORS,
     ),
     "a bias of another dtype": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         '(("linear_weight", linear_weight), ("linear_bias", linear_bias))',
         '(("linear_weight", linear_weight),)',
         LINEAR_ERRORS,
     ),
     "ignore_index beside probabilities of a layer": Fault(
-        LINEAR, "        if ignore_index is not None:", "        if False:", LINEAR_ERRORS
+        LINEAR_CHECKS, "        if ignore_index is not None:", "        if False:", LINEAR_ERRORS
     ),
-    "a negative shift": Fault(LINEAR, "    if shift < 0:", "    if False:", LINEAR_ERRORS),
+    "a negative shift": Fault(LINEAR_CHECKS, "    if shift < 0:", "    if False:", LINEAR_ERRORS),
     "a shift of no sequence": Fault(
-        LINEAR, "    if input.dim() < 2:\n", "    if input.dim() < 1:\n", LINEAR_ERRORS
+        LINEAR_CHECKS, "    if input.dim() < 2:\n", "    if input.dim() < 1:\n", LINEAR_ERRORS
     ),
     "a shift of True is refused": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         'shift = int(shift) if isinstance(shift, bool) else check_index("shift", shift)',
         'shift = check_index("shift", shift)',
         ("tests/test_linear.py::test_next_tokens_without_weights",),
     ),
     "torch's chunk size is ignored": Fault(
-        LINEAR, "    if chunk_rows is None and is_given:", "    if False:", CHUNKS
+        LINEAR_CHECKS, "    if chunk_rows is None and is_given:", "    if False:", CHUNKS
     ),
     "torch's chunk size goes before chunk_rows": Fault(
-        LINEAR, "    if chunk_rows is None and is_given:", "    if is_given:", CHUNKS
+        LINEAR_CHECKS, "    if chunk_rows is None and is_given:", "    if is_given:", CHUNKS
     ),
     "chunks of no rows": Fault(
-        LINEAR, "    if chunk_rows < 1:", "    if chunk_rows < 0:", LINEAR_ERRORS
+        LINEAR_CHECKS, "    if chunk_rows < 1:", "    if chunk_rows < 0:", LINEAR_ERRORS
     ),
     "a row is dropped where any of its positions is ignored": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "counts.flatten(1).any(1)",
         "counts.flatten(1).all(1)",
         ("tests/test_linear_dtypes.py::test_row_is_dropped_if_all_its_positions_are",),
     ),
     "kept rows by an ignored index of fewer bits": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "target.to(torch.int64) != problem.settings.ignore_index",
         "target != problem.settings.ignore_index",
         NARROW,
     ),
     "ignored rows of a token weight are kept": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "counts = is_label if counts is None else counts & is_label",
         "counts = is_label if counts is None else counts | is_label",
         ("tests/test_linear_dtypes.py::test_row_is_dropped_if_all_its_positions_are",),
     ),
     "rows of token weight 0 are kept": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "counts = None if token_weight is None else token_weight != 0",
         "counts = None",
         ("tests/test_linear_dtypes.py::test_row_is_dropped_if_all_its_positions_are",),
     ),
     "float64 layers are cast by autocast": Fault(
-        LINEAR,
+        LINEAR_AUTOGRAD,
         "tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)",
         "tensor if tensor is None else tensor.to(dtype)",
         ("tests/test_linear_dtypes.py::test_autocast_of_layers_of_any_dtype",),
     ),
     "layers are not cast by autocast": Fault(
-        LINEAR,
-        "    if not is_autocast(layer.hidden):\n",
-        "    if True:\n",
+        LINEAR_AUTOGRAD,
+        "        if not is_autocast(self.hidden):\n",
+        "        if True:\n",
         ("tests/test_linear_dtypes.py::test_autocast_of_layers_of_any_dtype",),
     ),
     "autocast's dtype is another device's": Fault(
-        LINEAR,
-        "torch.get_autocast_dtype(layer.hidden.device.type)",
+        LINEAR_AUTOGRAD,
+        "torch.get_autocast_dtype(self.hidden.device.type)",
         'torch.get_autocast_dtype("cuda")',
         ("tests/test_linear_dtypes.py::test_autocast_of_layers_of_any_dtype",),
     ),
@@ -1071,7 +1085,7 @@ LINEAR_FAULTS = {
         ("tests/test_linear.py::test_empty_layers",),
     ),
     "labels beyond a sequence are the next one's": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "return torch.cat([torch.zeros_like(first), others], dim - 1)",
         "return torch.cat([first, others], dim - 1)",
         SHIFT,
@@ -1079,43 +1093,43 @@ LINEAR_FAULTS = {
     "labels before the shift are checked": Fault(
         LINEAR,
         "    if shift > 0:\n"
-        "        problem = problem._replace(token_weight=_without_first(problem, shift))\n"
+        "        problem = problem._replace(token_weight=without_first(problem, shift))\n"
         "    check_range(problem, None",
         "    check_range(problem)\n"
         "    if shift > 0:\n"
-        "        problem = problem._replace(token_weight=_without_first(problem, shift))\n"
+        "        problem = problem._replace(token_weight=without_first(problem, shift))\n"
         "    check_range(problem, None",
         ("tests/test_linear_errors.py::test_position_of_a_target_out_of_range",),
     ),
     "token weights are not shifted": Fault(
-        LINEAR, "flat(tokens)[shift:]", "flat(tokens)[: len(target)]", SHIFT
+        LINEAR_ROWS, "flat(tokens)[shift:]", "flat(tokens)[: len(target)]", SHIFT
     ),
     "targets are not shifted": Fault(
-        LINEAR, "flat(problem.target)[shift:]", "flat(problem.target)[: len(hidden)]", SHIFT
+        LINEAR_ROWS, "flat(problem.target)[shift:]", "flat(problem.target)[: len(hidden)]", SHIFT
     ),
     "argmax of a dropped row is 0": Fault(
-        LINEAR, "restore(argmax, -1)", "restore(argmax)", STATISTICS
+        LINEAR_ROWS, "restore(argmax, -1)", "restore(argmax)", STATISTICS
     ),
     "a dropped row is correct": Fault(
-        LINEAR, "restore(correct, False)", "restore(correct, True)", STATISTICS
+        LINEAR_ROWS, "restore(correct, False)", "restore(correct, True)", STATISTICS
     ),
     "kept rows are put first": Fault(
-        LINEAR,
-        "whole.index_copy(0, kept, values)",
-        "whole.index_copy(0, torch.arange(len(kept)), values)",
+        LINEAR_ROWS,
+        "whole.index_copy(0, self.kept, values)",
+        "whole.index_copy(0, torch.arange(len(self.kept)), values)",
         SHIFT,
     ),
     "the loss of no reduction is not restored": Fault(
-        LINEAR, "    if is_none:\n        loss = restore(loss)\n", "", SHIFT
+        LINEAR_ROWS, "            loss = self._restore(loss)\n", "            pass\n", SHIFT
     ),
     "the target of all rows beside kept ones": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "target=problem.target.index_select(0, kept)",
         "target=problem.target[: kept.numel()]",
         NARROW,
     ),
     "the token weight of all rows beside kept ones": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "None if tokens is None else tokens.index_select(0, kept)",
         "None if tokens is None else tokens[: kept.numel()]",
         SHIFT,
@@ -1136,25 +1150,28 @@ LINEAR_FAULTS = {
         LINEAR, '    check_flag("drop_ignored", drop_ignored)\n', "", LINEAR_ERRORS
     ),
     "dtypes of a layer are not compared": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         "        if tensor is not None and tensor.dtype != dtype:\n",
         "        if False:\n",
         LINEAR_ERRORS,
     ),
     "dtypes are compared before autocast": Fault(
         LINEAR,
-        "    layer = autocast(Layer(input, linear_weight, linear_bias))\n"
+        "    layer = Layer(input, linear_weight, linear_bias).autocast()\n"
         "    logits_dtype = check_dtypes(layer, logits_dtype)\n",
         "    layer = Layer(input, linear_weight, linear_bias)\n"
         "    logits_dtype = check_dtypes(layer, logits_dtype)\n"
-        "    layer = autocast(layer)\n",
+        "    layer = layer.autocast()\n",
         ("tests/test_linear_dtypes.py::test_autocast_of_a_layer_of_several_dtypes",),
     ),
     "targets of a layer are not checked": Fault(
-        LINEAR, "    _check_target(target, rows, classes, ignore_index, shift)\n", "", LINEAR_ERRORS
+        LINEAR,
+        "        check_target(target, rows, classes, ignore_index, shift)\n",
+        "        pass\n",
+        LINEAR_ERRORS,
     ),
     "classes are still behind all rows": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "        settings=problem.settings._replace(dim=1),\n",
         "",
         ("tests/test_linear.py::test_rows_of_any_shape",),
@@ -1204,50 +1221,55 @@ LINEAR_FAULTS = {
         ("tests/test_linear_autograd.py::test_torch_function_takes_precedence",),
     ),
     "biases of a layer may be sparse": Fault(
-        LINEAR, '        check_dense("linear_bias", linear_bias)\n', "", LINEAR_ERRORS
+        LINEAR_CHECKS, '        check_dense("linear_bias", linear_bias)\n', "", LINEAR_ERRORS
     ),
     "weights of a layer may be sparse": Fault(
-        LINEAR, '    check_dense("linear_weight", linear_weight)\n', "", LINEAR_ERRORS
+        LINEAR_CHECKS, '    check_dense("linear_weight", linear_weight)\n', "", LINEAR_ERRORS
     ),
-    "layers of integers": Fault(LINEAR, '    check_floating("input", input)\n', "", LINEAR_ERRORS),
+    "layers of integers": Fault(
+        LINEAR_CHECKS, '    check_floating("input", input)\n', "", LINEAR_ERRORS
+    ),
     "a shift of all of a sequence": Fault(
-        LINEAR, "    if shift >= input.shape[-2]:", "    if shift > input.shape[-2]:", LINEAR_ERRORS
+        LINEAR_CHECKS,
+        "    if shift >= input.shape[-2]:",
+        "    if shift > input.shape[-2]:",
+        LINEAR_ERRORS,
     ),
     "labels that are shifted already have no hint": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         "if shift and target.shape == (*_shifted(rows, shift), *classes[1:]):",
         "if False:",
         LINEAR_ERRORS,
     ),
     "the hint for shifted labels forgets positions": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         "target.shape == (*_shifted(rows, shift), *classes[1:])",
         "target.shape == _shifted(rows, shift)",
         LINEAR_ERRORS,
     ),
     "a class of options is taken for options": Fault(
-        LINEAR, "isinstance(options, type) or not hasattr", "not hasattr", LINEAR_ERRORS
+        LINEAR_CHECKS, "isinstance(options, type) or not hasattr", "not hasattr", LINEAR_ERRORS
     ),
     "any object is torch's options": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         '(isinstance(options, type) or not hasattr(options, "batch_chunk_size"))',
         "isinstance(options, type)",
         LINEAR_ERRORS,
     ),
     "logits of a layer in any dtype": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         "    if logits_dtype != torch.float32 or dtype == torch.float64:\n",
         "    if dtype == torch.float64:\n",
         LINEAR_ERRORS,
     ),
     "logits narrower than a float64 layer": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         "    if logits_dtype != torch.float32 or dtype == torch.float64:\n",
         "    if logits_dtype != torch.float32:\n",
         LINEAR_ERRORS,
     ),
     "logits_dtype has no effect": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         "    return torch.float32\n",
         "    return dtype\n",
         ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
@@ -1259,7 +1281,7 @@ LINEAR_FAULTS = {
         ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
     ),
     "flattened rows have logits of the layer's dtype": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "problem.logits.new_zeros(()).expand(len(target),",
         "hidden.new_zeros(()).expand(len(target),",
         ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
@@ -1319,7 +1341,7 @@ LINEAR_FAULTS = {
         ("tests/test_linear_autograd.py::test_dual_numbers",),
     ),
     "the last rows of sequences have a place in the loss": Fault(
-        LINEAR, "rows[-1] - shift) if shift else values", "rows[-1]) if shift else values", SHIFT
+        LINEAR_ROWS, "self.shape[-1] - shift)\n", "self.shape[-1])\n", SHIFT
     ),
     "any layer takes the fast path": Fault(
         LINEAR, "        and isinstance(linear_weight, Tensor)\n", "", LINEAR_ERRORS
@@ -1394,19 +1416,19 @@ LINEAR_FAULTS = {
         ("tests/test_sparse_labels.py::test_torch_function_of_indices",),
     ),
     "indices are not shifted": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "else flat(indices)[shift:],",
         "else flat(indices)[: n_rows - shift],",
         ("tests/test_sparse_labels.py::test_shift_and_drop_ignored",),
     ),
     "indices of the first rows, not of those that count": Fault(
-        LINEAR,
+        LINEAR_ROWS,
         "else indices.index_select(0, kept),",
         "else indices[: kept.numel()],",
         ("tests/test_sparse_labels.py::test_shift_and_drop_ignored",),
     ),
     "shifted indices have no hint": Fault(
-        LINEAR,
+        LINEAR_CHECKS,
         "is_shifted = shift and is_labels_shape(shape, _shifted(rows, shift), positions)",
         "is_shifted = False",
         ("tests/test_sparse_labels.py::test_linear_errors",),
@@ -4092,7 +4114,7 @@ SPLIT_FAULTS = {
     ),
     "shift goes on on another rank": Fault(
         LINEAR,
-        "        _check_sequence_parallel(shift, drop_ignored)\n",
+        "        check_sequence_parallel(shift, drop_ignored)\n",
         "        pass\n",
         SPLIT_ERRORS,
     ),
