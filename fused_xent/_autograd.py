@@ -29,6 +29,7 @@ from ._torch_private import (
     is_under_vmap_or_jvp,
     memory_of,
     overwritable,
+    unwrap_dead_wrappers,
 )
 from .reference import CrossEntropyStatistics
 
@@ -67,7 +68,7 @@ def evaluate(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
     elif is_under_torch_func():
         results = CrossEntropy.apply(*problem)
     elif needs_graph(*tensors):
-        results = apply_in_eager(CrossEntropy, *problem)
+        results = apply_in_eager(CrossEntropy, *unwrap_dead_wrappers(problem))
     else:
         results = _forward(problem)
     loss, _, _, *statistics = results

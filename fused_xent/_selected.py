@@ -30,6 +30,7 @@ from ._torch_private import (
     has_values,
     is_eager,
     is_under_torch_func,
+    unwrap_dead_wrappers,
 )
 from .reference import PADDING, SelectedLogProbs
 
@@ -54,7 +55,8 @@ def evaluate(problem: Problem) -> Tensors:
     elif is_under_torch_func():
         found = Selected.apply(logits, index, settings)
     elif needs_graph(logits):
-        found = apply_in_eager(Selected, logits, index, settings)
+        inputs = unwrap_dead_wrappers((logits, index, settings))
+        found = apply_in_eager(Selected, *inputs)
     else:
         found = _forward(logits, index, settings)
     return (found[0], found[3]) if settings.statistics else (found[0],)

@@ -40,6 +40,7 @@ __all__ = [
     "overwritable",
     "redispatch_below_inplace",
     "share_memory",
+    "unwrap_dead_wrappers",
 ]
 
 # Calls an operator without its autograd formula. torch.no_grad() does not: the formula's Python
@@ -83,9 +84,10 @@ def apply_in_eager(function: type[torch.autograd.Function], *inputs: Any) -> Any
     """Apply a Function where no transform of torch.func is active.
 
     ``Function.apply`` asks for transforms, and inspects the signature of ``forward`` for defaults:
-    that takes longer than a small loss.
+    that takes longer than a small loss. It also unwraps tensors that a finished transform has left
+    behind: here the caller does (``unwrap_dead_wrappers``), unless ``are_ordinary`` is True.
     """
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(inputs))  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
 
 
 def apply_at_this_level(function: type[torch.autograd.Function], *inputs: Any) -> Any:

@@ -361,6 +361,28 @@ def test_transforms_of_torch_func(transform, which):
     assert_close(apply(total(fused))(logits), apply(total(plain))(logits))
 
 
+@by_index
+def test_logits_used_after_their_transform(which):
+    """Logits that torch.func.grad passed to its function are used after grad returned."""
+    left = []
+
+    def keep(logits):
+        left.append(logits)
+        return logits.sum()
+
+    leaf, index = small()
+    index = INDEXES[which](index)
+    func.grad(keep)(leaf)
+    results = [
+        (found, *torch.autograd.grad(found.sum(), leaf))
+        for found in (
+            selective_log_softmax(left[0], index),
+            exact(left[0], index)[0],
+        )
+    ]
+    assert_close(*results)
+
+
 def test_vmap_marks_classes_out_of_range():
     logits, _ = small(torch.float32)
     index = torch.tensor([[1, 7], [0, 2], [-100, 3], [-1, -100]])

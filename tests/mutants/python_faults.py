@@ -2924,9 +2924,9 @@ PRIVATE_FAULTS = {
         ("tests/test_compile.py::test_inputs_of_the_graph_have_other_uses_in_it",),
     ),
     "a tensor used after its transform counts as one inside it": Fault(
-        PRIVATE,
-        ".apply(*unwrap_dead_wrappers(inputs))",
-        ".apply(*inputs)",
+        AUTOGRAD,
+        "CrossEntropy, *unwrap_dead_wrappers(problem)",
+        "CrossEntropy, *problem",
         ("tests/test_autograd.py::test_tensors_used_after_their_transform",),
     ),
     "values of targets are looked at under vmap": Fault(
@@ -3064,8 +3064,8 @@ PRIVATE_FAULTS = {
     ),
     "a Function at a level of torch.func starts at the outermost": Fault(
         PRIVATE,
-        "return super(torch.autograd.Function, function).apply(*inputs)",
-        "return function.apply(*inputs)",
+        "function():\n        return super(torch.autograd.Function, function).apply(*inputs)",
+        "function():\n        return function.apply(*inputs)",
         (
             "tests/test_ops.py::test_backward_under_torch_func",
             "tests/test_ops.py::test_forward_under_torch_func",
@@ -3808,6 +3808,12 @@ SELECTED_FAULTS = {
         "    return is_few or is_under_torch_func()\n",
         "    return is_few\n",
         (f"{LINEAR_SELECTED}test_transforms_of_torch_func",),
+    ),
+    "log-probabilities of logits used after their transform": Fault(
+        SELECTED_AUTOGRAD,
+        "unwrap_dead_wrappers((logits, index, settings))",
+        "(logits, index, settings)",
+        ("tests/test_selected.py::test_logits_used_after_their_transform",),
     ),
     "-0 for padding": Fault(
         SELECTED_AUTOGRAD,
