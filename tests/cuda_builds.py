@@ -51,6 +51,7 @@ def program(folder: Path, arch: str, sanitizer: str = "", kernels=KERNELS, defin
         ],
         arch=arch,
         sanitizer=sanitizer,
+        include=[CSRC],  # as for module(): both share what nvcc makes
         defines=list(defines),
         standard="c++20",
         optimize="-O0",

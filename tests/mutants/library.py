@@ -5,29 +5,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from emulator.build import CXX, ROOT, Cache, digest_of_files, included_files, run
+from emulator.build import CXX, Cache, digest_of_files, included_files, run
 from torch.utils.cpp_extension import include_paths
 
 import fused_xent
 
-INSTRUCTION_SETS = {"portable", "avx2", "avx512", "avx512_bf16"}  # one file of csrc/cpu each
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")  # one file of csrc/cpu each
+UNUSED = [name for name in INSTRUCTION_SETS if name != fused_xent.cpu_capability()]
 FLAGS = ["-Og", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS += [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+FLAGS += [f"-DFUSED_XENT_WITHOUT_{name.upper()}" for name in UNUSED]
 BINDING = ("cpu", "schemas", "tensors")
 
 
 def build_library(project: Path, builds: Path) -> Path:
     """Build the library of this copy of the project; return its path in the build folder.
 
-    Only the instruction set in use is compiled from the copy; the others, which do not run here,
-    come from the project itself.
+    It has the kernels of the instruction set in use alone.
     """
     cache = Cache(builds)
 
     def compiled(source: Path) -> Path:
-        is_unused = source.stem in INSTRUCTION_SETS - {fused_xent.cpu_capability()}
-        path = (ROOT if is_unused else project) / source
+        path = project / source
         contents = digest_of_files(included_files(path)).replace(str(project), "")
         command = [CXX, *FLAGS, "-c", path, "-o"]
         return cache.make(
@@ -35,6 +35,7 @@ def build_library(project: Path, builds: Path) -> Path:
         )
 
     sources = sorted(path.relative_to(project) for path in project.glob("csrc/cpu/*.cpp"))
+    sources = [source for source in sources if source.stem not in UNUSED]
     sources += [Path("csrc/binding") / f"{name}.cpp" for name in BINDING]
     with ThreadPoolExecutor(len(sources)) as pool:
         objects = list(pool.map(compiled, sources))
