@@ -3,7 +3,8 @@
 A step is forward, backward, and an update by SGD. `setter` is `apply(model)`, `fuse_head` is
 `apply(model, fuse_head=True)`, `drop_ignored` the same with that option. Every provider runs in
 processes of its own, in turn, so that none uses memory that another one left. The memory is the
-peak of a step beyond what the model needs between steps; it includes all gradients.
+peak of a step beyond what the model needs between steps; it includes all gradients. The bare
+products are the three of the head, of all rows at once: no loss is computed, and no other layer.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .cases import DTYPES
 from .command import Job, Parser, between, measure_all, names_of
 from .device import PeakMemory
+from .linear import BARE
 from .results import EAGER, Result, Timing
 
 CASES = {"128k": (2, 256, 128256)}  # sequences, tokens in each, classes
@@ -35,7 +37,10 @@ PROVIDERS: dict[str, dict[str, bool] | None] = {
     "setter": {},
     "fuse_head": {"fuse_head": True},
     "drop_ignored": {"fuse_head": True, "drop_ignored": True},
+    BARE: None,
 }
+
+T = TypeVar("T")
 
 
 # ---- one process -----------------------------------------------------------------------------
@@ -60,6 +65,8 @@ def make_model(n_classes: int, dtype: str, n_tokens: int) -> Any:
 
 def work(provider: str, shape: list[int], dtype: str, ignored: float) -> dict[str, Any]:
     """Takes steps in this process. Returns their losses and seconds, and the peak of one."""
+    if provider == BARE:
+        return multiply(shape, dtype)
     n_sequences, n_tokens, n_classes = shape
     model = make_model(n_classes, dtype, n_tokens)
     options = PROVIDERS[provider]
@@ -79,14 +86,34 @@ def work(provider: str, shape: list[int], dtype: str, ignored: float) -> dict[st
         optimizer.zero_grad()
         return loss.item()
 
-    losses, seconds = [step()], []
-    for _ in range(STEPS - 1):
-        start = perf_counter()
-        losses.append(step())
-        seconds.append(perf_counter() - start)
+    losses, seconds = timed(step)
     with PeakMemory("cpu") as memory:
         losses.append(step())
     return {"losses": losses, "seconds": seconds, "peak": memory.bytes}
+
+
+def multiply(shape: list[int], dtype: str) -> dict[str, Any]:
+    """Computes the products of the head alone, as often as a model would take a step."""
+    n_sequences, n_tokens, n_classes = shape
+    hidden = torch.randn(n_sequences * n_tokens, WIDTH).to(DTYPES[dtype])
+    weight = torch.randn(n_classes, WIDTH).to(DTYPES[dtype])
+
+    def products() -> None:
+        logits = hidden @ weight.t()
+        logits @ weight
+        logits.t() @ hidden
+
+    return {"losses": [], "seconds": timed(products)[1], "peak": None}
+
+
+def timed(step: Callable[[], T]) -> tuple[list[T], list[float]]:
+    """Takes STEPS steps; returns their results, and the seconds of all but the first."""
+    results, seconds = [step()], []
+    for _ in range(STEPS - 1):
+        start = perf_counter()
+        results.append(step())
+        seconds.append(perf_counter() - start)
+    return results, seconds
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -124,7 +151,7 @@ def measure(options: argparse.Namespace, result: Result, show: Callable[[str], N
                 result.failures[name] = str(error)
                 continue
             expected = expected or found["losses"]
-            if reason := why_wrong(found["losses"], expected, result.dtype):
+            if name != BARE and (reason := why_wrong(found["losses"], expected, result.dtype)):
                 result.failures[name] = reason
                 continue
             traffic = 3 * n_sequences * n_tokens * n_classes * DTYPES[result.dtype].itemsize

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from bench import parallel
 from bench.results import Run
@@ -77,3 +78,17 @@ def test_wrong_arguments(arguments, message, capsys):
         parallel.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_bound_with_communication_gathers_12_bytes_a_row(monkeypatch):
+    sent = []
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        parallel.dist,
+        "all_gather_into_tensor",
+        lambda all_ranks, own: sent.append((all_ranks.shape, own.nbytes)),
+    )
+    logits, target = torch.randn(5, 7), torch.tensor([0, 6, 7, 13, 2])
+    loss = parallel.local_part_and_gather(logits, target)
+    assert sent == [((10, 3), 5 * 12)]
+    assert torch.equal(loss, parallel.local_part(logits, target))

@@ -1,6 +1,7 @@
 """The benchmark of training steps."""
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import transformers as command
 from bench.results import Run
@@ -34,13 +35,19 @@ def test_every_provider_does_what_its_name_says(monkeypatch):
         return apply(model, **options)
 
     monkeypatch.setattr(integration, "apply", spy)
-    losses = [
-        command.work(name, [2, 8, 300], "float32", 0.25)["losses"] for name in command.PROVIDERS
-    ]
+    names = [name for name in command.PROVIDERS if name != command.BARE]
+    losses = [command.work(name, [2, 8, 300], "float32", 0.25)["losses"] for name in names]
     assert applied == [{}, {"fuse_head": True}, {"fuse_head": True, "drop_ignored": True}]
     for found in losses[1:]:
         assert found == pytest.approx(losses[0], rel=1e-5)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_bare_products_are_three():
+    with FlopCounterMode(display=False) as counter:
+        command.work(command.BARE, [2, 8, 300], "float32", 0.25)
+    one = 2 * 16 * command.WIDTH * 300
+    assert counter.get_total_flops() == command.STEPS * 3 * one
 
 
 def test_wrong_losses_are_told():
