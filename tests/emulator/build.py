@@ -4,6 +4,7 @@ library = Harness(sources=[Path("rows.cu")], arch="sm_90").library(build_directo
 ctypes.CDLL(library)
 """
 
+import fcntl
 import hashlib
 import os
 import re
@@ -94,7 +95,7 @@ class Harness:
             self._source_key(source),
             digest_of_folders([EMULATOR], {".py"}),
         ]
-        name = f"{source.stem}_{digest_of(key)}"
+        name = re.sub(r"\W", "_", source.stem)
 
         def compile_cuda(out):
             with tempfile.TemporaryDirectory() as keep:
@@ -108,14 +109,16 @@ class Harness:
 
         host = cache.make("host.o", key, compile_cuda)
         parts = sorted(host.parent.glob("*.cpp"))
-        return [host, *pool.map(lambda part: self._kernels(cache, part), parts)]
+        return [host, *pool.map(lambda part: self._kernel(cache, part), parts)]
 
-    def _kernels(self, cache, part):
+    def _kernel(self, cache, part):
+        """Compile a file of translate_module(). Equal ones are shared: no path is in the key."""
         flags = [*CXX_FLAGS, "-std=c++17", self.optimize, "-g1", "-ffp-contract=off"]
-        flags += ["-fno-math-errno", f"-I{EMULATOR}", *SANITIZERS[self.sanitizer], *cpu_flags()]
+        flags += ["-fno-math-errno", "-Wno-unused-parameter", f"-I{EMULATOR}"]
+        flags += [*SANITIZERS[self.sanitizer], *cpu_flags()]
         return cache.make(
             "kernels.o",
-            [part, *flags, digest_of_folders([EMULATOR], {".h"})],
+            [part.read_text(), *flags, digest_of_folders([EMULATOR], {".h"})],
             lambda out: run([CXX, *flags, "-c", part, "-o", out / "kernels.o"]),
         )
 
@@ -152,15 +155,16 @@ class Cache:
         self.root = root
 
     def make(self, name, key, build):
+        """Return the path of a result, which `build` writes to the folder that it is given."""
         folder = self.root / digest_of([name, *key])
         if not folder.exists():
             self.root.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(dir=self.root))
-            build(work)
-            try:
-                work.rename(folder)  # atomic, since several processes may build the same result
-            except OSError:
-                shutil.rmtree(work)
+            with open(f"{folder}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # others that want the same result wait for it
+                if not folder.exists():
+                    work = Path(tempfile.mkdtemp(dir=self.root))
+                    build(work)
+                    work.rename(folder)  # atomic: a folder that exists is complete
         return folder / name
 
 

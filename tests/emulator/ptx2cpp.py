@@ -187,22 +187,18 @@ def tables(kernels, stored, name):
     ]
 
 
-def translate_module(text, name="module", lines_per_part=8000):
-    """Return C++ files to compile in parallel: the tables of the module, and its kernels."""
+def translate_module(text, name="module"):
+    """Return C++ files to compile in parallel: the tables of the module, then one of each kernel.
+
+    The files of equal kernels are equal, whatever architecture and whatever else the PTX is for.
+    """
     module = parse_module(text)
     stored = [v for v in module.variables if v.space != "shared"]
     opening = ['#include "ptx_prelude.h"', f"namespace emulator::module_{name} {{"]
     opening += map(declare_variable, stored)
     kernels = [KernelTranslator(kernel, module).translate() for kernel in module.kernels]
-    parts, lines = [], lines_per_part
-    for definition in (kernel.definition() for kernel in kernels):
-        if lines + len(definition) > lines_per_part:
-            parts.append([*opening])
-            lines = 0
-        parts[-1] += definition
-        lines += len(definition)
-    whole = [
+    files = [
         [*opening, *tables(kernels, stored, name)],
-        *([*part, "}  // namespace"] for part in parts),
+        *([*opening, *kernel.definition(), "}  // namespace"] for kernel in kernels),
     ]
-    return ["\n".join(part) + "\n" for part in whole]
+    return ["\n".join(lines) + "\n" for lines in files]

@@ -57,10 +57,12 @@ def register_type(type_):
 
 
 IDENTIFIER = str.maketrans("%$.", "___")
+UNNAMED = re.compile(r"_GLOBAL__N__[0-9a-f]{8}_\d+(_\w+?_cu)_[0-9a-f]{8}")
 
 
 def identifier(name):
-    return name.translate(IDENTIFIER)
+    """Return a name for C++, without the numbers that nvcc gives to unnamed namespaces."""
+    return UNNAMED.sub(r"_GLOBAL__N_\1", name).translate(IDENTIFIER)
 
 
 def float_literal(pattern, type_):
