@@ -130,6 +130,11 @@ struct SparseLabels {
 
 constexpr int64_t kMaxLabels = 1024;  // K: the kernels have room for so many
 
+XENT_INLINE bool has_indices(const Params& p) { return p.target_kind != TargetKind::probabilities; }
+
+// True if the labels are spread over all classes, not on a target alone.
+XENT_INLINE bool has_spread(const Params& p) { return !has_indices(p) || p.label_smoothing != 0; }
+
 // True if the softmax sees transformed logits.
 XENT_INLINE bool has_transform(const Params& p) { return p.softcap != 0 || p.logit_scale != 1; }
 

@@ -9,10 +9,18 @@
 
 namespace fused_xent {
 
-XENT_INLINE bool has_indices(const Params& p) { return p.target_kind != TargetKind::probabilities; }
-
-// True if the labels are spread over all classes, not on a target alone.
-XENT_INLINE bool has_spread(const Params& p) { return !has_indices(p) || p.label_smoothing != 0; }
+// Calls body with the array of class indices, of its own type.
+template <typename Body>
+XENT_INLINE auto with_indices(const Params& p, const Body& body) {
+  switch (p.target_kind) {
+    case TargetKind::int64:
+      return body(static_cast<const int64_t*>(p.target));
+    case TargetKind::int32:
+      return body(static_cast<const int32_t*>(p.target));
+    default:
+      return body(static_cast<const uint8_t*>(p.target));
+  }
+}
 
 XENT_INLINE int64_t target_index(const Params& p, int64_t row) {
   switch (p.target_kind) {
@@ -106,7 +114,7 @@ struct RowResults {
 
 template <typename Acc>
 XENT_INLINE void write_results(const Params& p, int64_t row, const RowResults<Acc>& results,
-                               int64_t argmax) {
+                               int64_t argmax = -1) {
   set_acc(p.row_loss, row, results.loss);
   set_acc(p.row_max, row, results.max);
   set_acc(p.log_sum, row, results.log_sum);
@@ -119,7 +127,7 @@ XENT_INLINE void write_results(const Params& p, int64_t row, const RowResults<Ac
 // The results of a row whose logits are not read.
 template <typename Acc>
 XENT_INLINE void write_unread_row(const Params& p, int64_t row, Acc value) {
-  write_results<Acc>(p, row, {value, value, value, value, value, value}, -1);
+  write_results<Acc>(p, row, {value, value, value, value, value, value});
 }
 
 // The results of which the loss is the cross-entropy alone: see apply_options.

@@ -28,11 +28,7 @@ struct Call {
   explicit Call(Problem checked) : problem(std::move(checked)) {
     if (!problem.weight) return;
     params.weight_sum = 0;
-    for (int64_t j = 0; j < params.vocab_size; ++j) {
-      params.weight_sum += params.dtype == DType::float64
-                               ? static_cast<const double*>(params.weight)[j]
-                               : static_cast<const float*>(params.weight)[j];
-    }
+    for (int64_t j = 0; j < params.vocab_size; ++j) params.weight_sum += class_weight(params, j);
   }
   Call(const Call&) = delete;  // params would be another's
 
@@ -111,7 +107,7 @@ struct Call {
     if (scan.bad_row < 0) return scan.total_weight;
     throw std::out_of_range("target must be in [0, " + std::to_string(params.vocab_size) +
                             ") or equal to ignore_index (" + std::to_string(params.ignore_index) +
-                            "), got " + std::to_string(cpu::target_index(params, scan.bad_row)) +
+                            "), got " + std::to_string(target_index(params, scan.bad_row)) +
                             " at position " + problem.position(scan.bad_row));
   }
 

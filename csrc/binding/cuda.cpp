@@ -61,7 +61,7 @@ struct Call {
         params.n_rows <= cuda::kMaxRows && params.vocab_size <= cuda::kMaxClasses,
         "logits must have less than 2^31 rows and at most 2^30 classes on CUDA devices, got " +
             std::to_string(params.n_rows) + " and " + std::to_string(params.vocab_size));
-    if (problem.weight && has_indices() && params.label_smoothing != 0) {
+    if (problem.weight && has_indices(params) && params.label_smoothing != 0) {
       params.weight_sum_on_device = scratch_data();
       check_cuda(cuda::sum_class_weights(params, scratch_data(), sums_workspace(), stream),
                  "sum of weight");
@@ -134,9 +134,8 @@ struct Call {
 
  private:
   bool is_sparse() const { return problem.sparse.n_labels > 0; }
-  bool has_indices() const { return params.target_kind != TargetKind::probabilities; }
   // Labels on no classes have loss 0, and there is nothing to read.
-  bool is_empty() const { return params.vocab_size == 0 && !has_indices(); }
+  bool is_empty() const { return params.vocab_size == 0 && !has_indices(params); }
 
   static double* data_of(const Tensor& scalar) {
     return static_cast<double*>(scalar.mutable_data_ptr());

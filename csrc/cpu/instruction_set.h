@@ -34,10 +34,13 @@ namespace {
 
 // clang-format off: each file uses those before it
 #include "simd.h"
+#include "load_store.h"
+#include "vector_pairs.h"
 #include "../xent_formulas.h"
 #include "elementary.h"
 #include "row_labels.h"
-#include "row_kernels.h"
+#include "row_stats.h"
+#include "row_gradients.h"
 #include "transform.h"
 #include "per_class_options.h"
 #include "row_lanes.h"

@@ -153,6 +153,7 @@ __device__ __forceinline__ RowResults<A> results_of_row(const Arguments& a, int6
   const RowLabels<A> labels = labels_of_row<A>(a, row, target);
   RowResults<A> results = plain_results<A>(a, row, labels, target_logit, stats, log_sum);
   apply_options(a, row, labels, stats.mass, results);
+  if constexpr (std::is_same_v<Stats, FullStats<A>>) results.entropy = entropy_of(stats, log_sum);
   return results;
 }
 

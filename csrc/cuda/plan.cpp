@@ -140,11 +140,6 @@ void share_few_rows(Plan& plan, const Shape& shape, const Device& device) {
 
 }  // namespace
 
-const char* name_of(Regime regime) {
-  const char* names[] = {"columns", "warp", "block", "split"};
-  return names[static_cast<int>(regime)];
-}
-
 Plan plan_forward(const Shape& shape, const Device& device) {
   if (is_by_columns(shape)) return plan_columns(shape, device);
   Plan plan = plan_rows(shape, device);

@@ -7,7 +7,8 @@
 #pragma once
 
 #include "dispatch.cuh"
-#include "sweep.cuh"
+#include "labels.cuh"
+#include "share.cuh"
 
 namespace fused_xent::cuda {
 

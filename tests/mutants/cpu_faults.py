@@ -254,10 +254,10 @@ TARGET_APART = {
         (f"{ACCURACY}test_masked_classes_before_small_logits",),
     ),
     "a guess of the maximum is the target": Fault(
-        "csrc/cpu/row_kernels.h", "is_apart ? j + kSample : j", "j", NEAR_1
+        "csrc/cpu/row_stats.h", "is_apart ? j + kSample : j", "j", NEAR_1
     ),
     "exponentials that overwrite the logits are relative to the target": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "  if (apart >= 0) x[apart] = -std::numeric_limits<A>::infinity();\n",
         "",
         NEAR_1,
@@ -275,13 +275,13 @@ TARGET_APART = {
         (option("rows", "none", "index", "bfloat16"), option("rows", "none", "index")),
     ),
     "a target in the last lanes hides the others": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "0 <= i && i < n ? static_cast<int>(i) : -1, kLowest",
         "-1, kLowest",
         NEAR_1,
     ),
     "the wrong class is left out instead of the target": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "store_one(without + (apart - pair), kLowest);",
         "store_one(without, kLowest);",
         NEAR_1,
@@ -333,7 +333,7 @@ ROWS = {
         (option("tile", "focal_gamma", "index"),),
     ),
     "uint8 targets are read as int32": Fault(
-        "csrc/cpu/row_inputs.h",
+        "csrc/xent_rows.h",
         "return body(static_cast<const uint8_t*>(p.target));",
         "return body(static_cast<const int8_t*>(p.target));",
         ("tests/test_functional.py::test_uint8_targets_above_127",),
@@ -432,7 +432,7 @@ ONE_ROW = {
         (option("rows", "none", "index"),),
     ),
     "the target at the first class of a segment keeps the gradient of the others": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_gradients.h",
         "if (begin <= y && y < end)",
         "if (begin < y && y < end)",
         (option("rows", "none", "index"),),
@@ -567,31 +567,31 @@ FORMULAS = {
 
 SWEEPS = {
     "a block whose maximum was guessed too low is not summed again": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "if (block.max > guess + kSlack) {",
         "if (false) {",
         (masked("rows", "0", "first half", "index"),),
     ),
     "the maximum of a block is forgotten in those after it": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "if (block.max > max) max = block.max;",
         "max = block.max;",
         (f"{OPS}test_forward_returns_state_and_total_weight[torch.float32-(2, 17000)]",),
     ),
     "blocks are added around the origin of the last": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "if (stats.max != origin) shift_stats(stats, origin);",
         "stats.max = origin;",
         (option("rows of several blocks", "none", "index"),),
     ),
     "a row's last lanes add exponentials of 0": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "Vec<A> logits = load_first(x + j, n, kLowest), t{};",
         "Vec<A> logits = load_first(x + j, n), t{};",
         (option("rows", "none", "index"),),
     ),
     "the maximum of a row's last lanes may be 0": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "first = vmax(load_first(x + j, n, -std::numeric_limits<A>::infinity()), first);",
         "first = vmax(load_first(x + j, n), first);",
         (
@@ -600,7 +600,7 @@ SWEEPS = {
         ),
     ),
     "the second of a pair of vectors has no part in the maximum": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "return {max_lane(vmax(top[0], top[1])), Exp",
         "return {max_lane(top[0]), Exp",
         (
@@ -609,25 +609,25 @@ SWEEPS = {
         ),
     ),
     "0 times -inf of a class of probability 0 is NaN in rows": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "dot[i] += t == 0 ? Vec<A>{} : t * exponent;",
         "dot[i] += t * exponent;",
         (masked("rows", "0", "every other", "probabilities"),),
     ),
     "the second vector's probabilities have no part in the loss": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "dot.add(sums.dot[0] + sums.dot[1]);",
         "dot.add(sums.dot[0]);",
         (option("rows", "none", "probabilities"),),
     ),
     "the labels' part of a gradient is added": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_gradients.h",
         "if constexpr (Spread::kExists) value -= spread.first(j, n) * scale;\n        store_first",
         "if constexpr (Spread::kExists) value += spread.first(j, n) * scale;\n        store_first",
         (option("rows", "none", "index, smoothed"),),
     ),
     "the second vector's labels have no part in the gradient": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_gradients.h",
         "{value.first - t.first * scale, value.second - t.second * scale}",
         "{value.first - t.first * scale, value.second - t.first * scale}",
         (option("rows", "none", "probabilities"),),
@@ -639,19 +639,19 @@ SWEEPS = {
         (f"{ACCURACY}test_offset_of_all_logits",),
     ),
     "saved exponentials are relative to the first block's origin": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_gradients.h",
         "scratch.origins[begin / kBlock] - gradient.max",
         "scratch.origins[0] - gradient.max",
         (option("rows of several blocks", "none", "index"),),
     ),
     "the origins of saved exponentials are one block late": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "origins[(j - begin) / kBlock] = exp.origin();",
         "origins[(j - begin) / kBlock] = max;",
         (option("rows of several blocks", "none", "index", "bfloat16"),),
     ),
     "a block's maximum is not known to the next, in place": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "block_max(x, j, block_end, stats.max)",
         "block_max(x, j, block_end, std::numeric_limits<A>::lowest())",
         (f"{OPS}test_fused_mode_returns_the_results_of_forward[(3, 5000)-plain]",),
@@ -1074,7 +1074,7 @@ TILES = {
         (option("tile", "focal_gamma", "index, smoothed"),),
     ),
     "a tile's last row has no row options": Fault(
-        "csrc/cpu/simd.h",
+        "csrc/cpu/load_store.h",
         "for (int i = 0; i < n; ++i) to[i] = narrow[i];",
         "for (int i = 0; i + 1 < n; ++i) to[i] = narrow[i];",
         (option("tile", "focal_gamma", "index"),),
@@ -1338,19 +1338,25 @@ TILES = {
 
 NUMBERS = {
     "float16 is rounded towards 0 in columns": Fault(
-        "csrc/cpu/simd.h",
+        "csrc/cpu/load_store.h",
         "store_bits(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT |",
         "store_bits(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_ZERO |",
         (f"{OPS}test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even",),
     ),
     "bfloat16 halves are rounded up": Fault(
-        "csrc/cpu/simd.h",
+        "csrc/cpu/load_store.h",
         "const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);",
         "const Bits rounded = bits + 0x8000;",
         (f"{OPS}test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even",),
     ),
+    "the first of a pair of vectors is written twice": Fault(
+        "csrc/cpu/vector_pairs.h",
+        "store(to + kLanes<Acc<T>>, pair.second);",
+        "store(to + kLanes<Acc<T>>, pair.first);",
+        (option("rows", "none", "index"),),
+    ),
     "NaN is rounded to infinity in bfloat16": Fault(
-        "csrc/cpu/simd.h",
+        "csrc/cpu/load_store.h",
         "return kMayBeNan ? rounded | (Bits)(value != value) : rounded;",
         "return rounded;",
         (f"{OPS}test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even",),
@@ -1377,7 +1383,7 @@ CHOICE = {
         ("tests/test_out_of_bounds.py",),
     ),
     "a block's maximum may be far above what it is guessed to be": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "constexpr double kSlack = 8;",
         "constexpr double kSlack = 100;",
         ("tests/test_accuracy.py::test_class_far_above_earlier_ones",),
