@@ -91,7 +91,7 @@ XENT_INLINE void merge_stats(RowStats<Acc>& stats, RowStats<Acc> other) {
   add_sums(stats, other);
 }
 
-// With what entropy and argmax need.
+// RowStats, and what entropy and argmax need.
 template <typename Acc>
 struct FullStats : RowStats<Acc> {
   Acc moment;      // of exp(z_j - m) * (z_j - m), 0 where z_j is -inf
@@ -168,7 +168,7 @@ XENT_INLINE Acc entropy_of(const FullStats<Acc>& stats, Acc log_sum) {
 
 // ---- losses -----------------------------------------------------------------------------------
 
-// What focal_loss computes with.
+// The functions that focal_loss calls.
 struct ScalarMath {
   template <typename Real>
   XENT_INLINE static Real exp(Real x) {

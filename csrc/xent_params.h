@@ -83,9 +83,10 @@ struct Params : Options {
   void* entropy;    // read by backward where there is grad_entropy
   int64_t* argmax;  // the first of the greatest, NaN above all; -1 of rows that are not read
 
-  // Backward: gradient = grad_loss[row * grad_loss_stride] * grad_scale * d row_loss / d logits
-  //                    + grad_lse[row] * d lse / d logits + grad_entropy[row] * d entropy / d
-  //                    logits
+  // Backward. The gradient is the sum of
+  //   grad_loss[row * grad_loss_stride] * grad_scale * (d row_loss / d logits)
+  //   grad_lse[row] * (d lse / d logits)
+  //   grad_entropy[row] * (d entropy / d logits)
   const void* grad_loss;  // acc
   int64_t grad_loss_stride;
   double grad_scale;
@@ -143,8 +144,8 @@ XENT_INLINE bool wants_statistics(const Params& p) {
   return p.entropy != nullptr || p.argmax != nullptr || p.grad_entropy != nullptr;
 }
 
-// True if a per-class option is on: those use the slower general kernels, but for most transforms
-// on CUDA. All other options cost a few instructions per row.
+// True if a per-class option is on, which costs some instructions per class. Such calls run the
+// slower general kernels, but on CUDA most transforms do not need them: see Shape::is_general.
 XENT_INLINE bool is_general(const Params& p) { return has_transform(p) || wants_statistics(p); }
 
 }  // namespace fused_xent

@@ -1,4 +1,5 @@
-// What Params hold of one row, and the formulas of xent_math.h applied to it, for host and device.
+// Reads the values of one row from Params, and applies the formulas of xent_math.h to them, for
+// host and device.
 //
 // Acc is the accumulation type, for which the CUDA kernels are compiled. The CPU has its own code
 // to finish rows, cpu/row_lanes.h and cpu/row_batch.h, which computes in double.
@@ -72,7 +73,7 @@ XENT_INLINE Smoothing<double> smoothing_of(const Params& p) {
   return {1 - p.label_smoothing, p.label_smoothing / static_cast<double>(p.vocab_size)};
 }
 
-// The labels q_j of a row, but for t_j of the other classes.
+// The labels q_j of a row, but without the t_j of all classes.
 template <typename Acc>
 struct RowLabels {
   Acc target_weight, on_target, spread;  // target_weight: t_target for a class index
@@ -130,7 +131,7 @@ XENT_INLINE void write_unread_row(const Params& p, int64_t row, Acc value) {
   write_results<Acc>(p, row, {value, value, value, value, value, value});
 }
 
-// The results of which the loss is the cross-entropy alone: see apply_options.
+// The results of a row whose loss is the cross-entropy alone: apply_options comes after this.
 template <typename Acc>
 XENT_INLINE RowResults<Acc> plain_results(const Params& p, int64_t row,
                                           const RowLabels<Acc>& labels, Acc target_logit,

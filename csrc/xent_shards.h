@@ -14,8 +14,7 @@
 // All ranks add in the order of the ranks, so that they get the same bits.
 #pragma once
 
-#include "xent_math.h"
-#include "xent_params.h"
+#include "xent_rows.h"
 
 namespace fused_xent {
 
@@ -115,9 +114,7 @@ struct RowShards {
 
 template <typename Acc>
 XENT_INLINE void add_up_row(const Shards& s, int64_t row) {
-  const auto set = [row](void* values, Acc value) {
-    if (values != nullptr) static_cast<Acc*>(values)[row] = value;
-  };
+  const auto set = [row](void* values, Acc value) { set_acc(values, row, value); };
   const RowShards<Acc> shards{s, row};
   const int64_t top = shards.top_rank();
   const Acc max = shards.at(s.max, top), log_sum = shards.log_sum(top);

@@ -48,10 +48,8 @@ struct Call {
     if (problem.sparse.n_labels == 0) return;
     const cpu::BadLabel bad = cpu::find_bad_label(params, problem.sparse, threads);
     if (bad.row >= 0) {
-      throw std::out_of_range(
-          "target_indices must be in [0, " + std::to_string(params.vocab_size) +
-          ") or equal to ignore_index (" + std::to_string(problem.sparse.ignore_index) + "), got " +
-          std::to_string(bad.its_class) + " at position " + problem.position(bad.row, bad.label));
+      refuse_class("target_indices", problem.sparse.ignore_index, bad.its_class,
+                   problem.position(bad.row, bad.label));
     }
     problem.allocate_labels(params, keep_logits);
     cpu::read_labels(params, problem.sparse, threads);
@@ -96,6 +94,15 @@ struct Call {
   }
 
  private:
+  // Throws Python's IndexError.
+  [[noreturn]] void refuse_class(const char* argument, int64_t ignore_index, int64_t given,
+                                 const std::string& position) const {
+    throw std::out_of_range(std::string(argument) + " must be in [0, " +
+                            std::to_string(params.vocab_size) + ") or equal to ignore_index (" +
+                            std::to_string(ignore_index) + "), got " + std::to_string(given) +
+                            " at position " + position);
+  }
+
   // The rows' weights. Throws where a target is no class, so that nothing has been written by then.
   double scan() const {
     if (problem.sparse.n_labels > 0) {  // classes are in range, and rows weigh their token weights
@@ -105,10 +112,8 @@ struct Call {
     }
     const cpu::RowScan scan = cpu::scan_rows(params, threads);
     if (scan.bad_row < 0) return scan.total_weight;
-    throw std::out_of_range("target must be in [0, " + std::to_string(params.vocab_size) +
-                            ") or equal to ignore_index (" + std::to_string(params.ignore_index) +
-                            "), got " + std::to_string(target_index(params, scan.bad_row)) +
-                            " at position " + problem.position(scan.bad_row));
+    refuse_class("target", params.ignore_index, target_index(params, scan.bad_row),
+                 problem.position(scan.bad_row));
   }
 
   double normalizer() const {

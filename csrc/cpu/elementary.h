@@ -22,8 +22,8 @@ XENT_INLINE F32 exp_nonpositive(F32 x) {
 }
 
 // The polynomial with coefficients at(first) to at(first + count - 1), count <= 16. powers are x,
-// x^2, x^4 and x^8. It adds up halves (Estrin's scheme): one row waits for its factors, and
-// each step of Horner's scheme would wait for the one before.
+// x^2, x^4 and x^8. It adds up halves, which do not wait for each other (Estrin's scheme): each
+// step of Horner's scheme would wait for the one before.
 template <typename Coefficients, int count, int first = 0>
 XENT_INLINE F64 polynomial(const F64 (&powers)[4]) {
   if constexpr (count == 1) {
@@ -133,10 +133,7 @@ struct FusedExp : Power {
   XENT_INLINE explicit FusedExp(double m) : shift(-static_cast<float>(m * kLog2e)) {}
   XENT_INLINE double origin() const { return kUnit * -shift; }
   // The same for vectors of m.
-  XENT_INLINE static F64 origin_of(F64 m) {
-    using Narrow = typename VectorOf<float, kLanes<double>>::type;
-    return kUnit * __builtin_convertvector(__builtin_convertvector(m * kLog2e, Narrow), F64);
-  }
+  XENT_INLINE static F64 origin_of(F64 m) { return kUnit * rounded_to<float>(m * kLog2e); }
   XENT_INLINE F32 exponent(F32 x) const { return fused_multiply_add(x, kLog2e, shift); }
 };
 
@@ -230,7 +227,7 @@ XENT_INLINE F64 expm1_nonpositive(F64 x) {
   return x > -0.5 ? expm1_over_x<15>(x) * x : exp_nonpositive(x) - 1;
 }
 
-// What focal_loss computes with: exp(x) is NaN for x > 0.
+// The functions that focal_loss calls. exp(x) is NaN for x > 0.
 struct LaneMath {
   XENT_INLINE static F64 exp(F64 x) {
     return x > 0 ? __builtin_nan("") - F64{} : exp_nonpositive(x);

@@ -184,10 +184,9 @@ XENT_INLINE void store_narrow(double* to, F64 value, int n) {
 #else
 template <typename A>
 XENT_INLINE F64 load_wide(const A* from, int n) {
-  using Narrow = typename VectorOf<A, kLanes<double>>::type;
-  Narrow value{};
+  Narrow<A> value{};
   if (n >= kLanes<double>) {
-    value = load_bits<Narrow>(from);
+    value = load_bits<Narrow<A>>(from);
   } else {
     for (int i = 0; i < n; ++i) value[i] = from[i];
   }
@@ -195,7 +194,7 @@ XENT_INLINE F64 load_wide(const A* from, int n) {
 }
 template <typename A>
 XENT_INLINE void store_narrow(A* to, F64 value, int n) {
-  const auto narrow = __builtin_convertvector(value, typename VectorOf<A, kLanes<double>>::type);
+  const auto narrow = __builtin_convertvector(value, Narrow<A>);
   if (n >= kLanes<double>) return store_bits(to, narrow);
   for (int i = 0; i < n; ++i) to[i] = narrow[i];
 }

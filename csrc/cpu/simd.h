@@ -31,6 +31,18 @@ using U32 = Vec<uint32_t>;
 using U64 = Vec<uint64_t>;
 using I64 = Vec<int64_t>;
 using U16 = VectorOf<uint16_t, kLanes<float>>::type;  // as many as F32 has lanes
+template <typename A>
+using Narrow = typename VectorOf<A, kLanes<double>>::type;  // as many as F64 has lanes
+template <typename A>
+using BitsOf = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;  // as many bits as A has
+
+// Calls body(j, n) for the next n numbers of [begin, end), a vector of them at a time.
+template <typename A, typename Body>
+XENT_INLINE void for_lanes(int64_t begin, int64_t end, const Body& body) {
+  for (int64_t j = begin; j < end; j += kLanes<A>) {
+    body(j, static_cast<int>(end - j < kLanes<A> ? end - j : kLanes<A>));
+  }
+}
 
 // The maximum as x86 computes it: b if either is NaN. Compilers do not always use that instruction
 // for the comparison.
@@ -75,8 +87,7 @@ XENT_INLINE auto combine_lanes(V v, const Combine& combine) {
   if constexpr (kCount == 1) {
     return v[0];
   } else {
-    using Half = typename VectorOf<std::remove_cvref_t<decltype(v[0])>, kCount / 2>::type;
-    Half halves[2];
+    typename VectorOf<std::remove_cvref_t<decltype(v[0])>, kCount / 2>::type halves[2];
     __builtin_memcpy(halves, &v, sizeof v);
     return combine_lanes(combine(halves[0], halves[1]), combine);
   }
@@ -105,8 +116,7 @@ XENT_INLINE auto lane_numbers() {
 // Rounded to A and back.
 template <typename A>
 XENT_INLINE F64 rounded_to(F64 value) {
-  using Narrow = typename VectorOf<A, kLanes<double>>::type;
-  return __builtin_convertvector(__builtin_convertvector(value, Narrow), F64);
+  return __builtin_convertvector(__builtin_convertvector(value, Narrow<A>), F64);
 }
 
 // get(0), get(1) and so on, one in each lane.

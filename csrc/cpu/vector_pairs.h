@@ -73,7 +73,7 @@ XENT_INLINE void for_pairs(int64_t begin, int64_t end, const OnPair& pair, const
   int64_t j = begin;
 #pragma GCC unroll 2
   for (; j + 2 * kWidth <= end; j += 2 * kWidth) pair(j);
-  for (; j < end; j += kWidth) rest(j, static_cast<int>(end - j < kWidth ? end - j : kWidth));
+  for_lanes<A>(j, end, rest);
 }
 
 // Prefetches each cache line of the pair of vectors that is one block after x.

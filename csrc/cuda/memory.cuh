@@ -18,8 +18,9 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 constexpr int kVector = static_cast<int>(16 / sizeof(T));  // elements of an access
 
-// What kernels may have instead of a type of labels to read, see Spread: label smoothing without
-// class weights; and softcapped logits, with label smoothing or without.
+// They stand for the type of the labels where no labels are read, see Spread. Uniform: label
+// smoothing without class weights. UniformCapped: softcapped logits, with label smoothing or
+// without.
 struct Uniform {};
 struct UniformCapped {};
 

@@ -19,9 +19,8 @@ struct Place {
 };
 
 // The share of a thread in its team's part of a row: groups of kCount vectors, and every
-// edge_step-th of the edges, the elements that are in no vector. The `lanes` neighbouring threads
-// of a team in a warp have neighbouring vectors, so that their groups together are one piece of the
-// row.
+// edge_step-th edge. `lanes` neighbouring threads of a team are in one warp. They have neighbouring
+// vectors, so that their groups together are one piece of the row.
 template <int kCount>
 struct Share {
   int first, end;   // the thread's first vector; the part's end
@@ -110,9 +109,9 @@ template <typename S>
 using ShareFor = Share<kUnroll<S>>;
 
 // Calls body(of, bits[u], w) for the vectors of the group that begins with vector v, of which the
-// u-th is the row's w-th. `of` knows exponentials. If it has faster ones for small logits, those of
-// any logits are rare: their loop is not unrolled, to be short. Minus infinity, which stands for
-// the vectors beyond the share's end, is never small.
+// u-th is the row's w-th. `of` computes exponentials. Where all logits of the group are small,
+// body gets of.small() instead, if there is one: it is faster. Other groups are rare then, so their
+// loop is not unrolled, to be short. Vectors beyond the share's end are minus infinity: not small.
 template <typename T, typename Of, int kCount, typename Body>
 __device__ __forceinline__ void for_vectors(const Of& of, const uint4 (&bits)[kCount],
                                             const Share<kCount>& share, int v, const Body& body) {

@@ -15,10 +15,10 @@ struct SpreadLoss {
   A lost_mass = 0, lost_dot = 0;
 };
 
-// The statistics of a thread that sweeps logits; the sum is that of Exp, and `top` is the input
-// logit of max. Labels on all classes have sums of many terms, whose rounding errors may all have
-// one sign, so they are kept. The exponentials are added up in groups first. kIsUniform: dot is the
-// sum of Exp's y.
+// The statistics of a thread that sweeps logits. The sum is one of Exp's powers, and `top` is the
+// input logit whose z is max. The rounding errors of the labels' sums are kept: these sums have
+// many terms, and their errors may all have one sign. The exponentials are added up in groups
+// first. kIsUniform: dot is the sum of Exp's y.
 template <typename Exp, bool kHasSpread, bool kIsUniform = false>
 struct SweepStats
     : RowStats<typename Exp::Real>,
@@ -100,7 +100,8 @@ struct LongSweepStats : SweepStats<ExactShiftedExp<A, NoTransform>, kHasSpread> 
 template <typename T, typename S>
 using StatsFor = SweepStats<ExpOf<T, S>, Spread<T, S>::kExists, kIsUniform<S>>;
 
-// Sums over some logits of a thread, which are small: the long sums lose less in fewer additions.
+// Sums over a few logits of a thread. The thread adds them, not single logits, to its long sums: so
+// these need fewer additions and lose less.
 template <typename A>
 struct GroupSums {
   A exponentials = 0, mass = 0, dot = 0;
@@ -169,8 +170,9 @@ __device__ __forceinline__ void leave_out(uint4 (&bits)[kCount], int element) {
   }
 }
 
-// Takes what leave_out has put in the place of an element out of the sum. With a softcap it is not
-// 0, but no other element's exponential is less.
+// Takes the exponential of what leave_out has put in the place of an element out of the sum. It is
+// 0 without a softcap. With one it is not, but no other exponential is less, so the sum keeps its
+// digits.
 template <typename T, typename S>
 __device__ __forceinline__ void forget_left_out(StatsFor<T, S>& stats) {
   if constexpr (kIsCapped<S>) {

@@ -113,8 +113,8 @@ CALL_FAULTS = {
     ),
     "an error names another target": Fault(
         CPU,
-        "(target_index(params, scan.bad_row))",
-        "(target_index(params, 0))",
+        "target_index(params, scan.bad_row)",
+        "target_index(params, 0)",
         ("tests/test_errors.py::test_target_out_of_range",),
     ),
     "rows without classes reach the kernels": Fault(

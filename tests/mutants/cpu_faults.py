@@ -63,9 +63,9 @@ LAUNCH = {
         (f"{INFINITIES}[other +inf-33000-default-float32]",),
     ),
     "the last row of a task is left out": Fault(
-        "csrc/cpu/launch.cpp",
-        "std::min((i + 1) * step, p.n_rows)",
-        "std::min((i + 1) * step - (step > 1), p.n_rows)",
+        "csrc/cpu/tasks.h",
+        "std::min((i + 1) * step, count)",
+        "std::min((i + 1) * step - (step > 1), count)",
         (f"{SHAPE}[many rows of many classes-index-float32]",),
     ),
     "strided probabilities are read as if they were adjacent": Fault(
@@ -194,10 +194,9 @@ SCAN = {
     ),
     "the blocks of a sum depend on the threads": Fault(
         "csrc/cpu/scan.cpp",
-        "  double sum = 0;\n  for (double block : blocks) sum += block;\n  return sum;",
-        "  double sum = 0;\n"
-        "  if (threads.count % 2 == 0) std::reverse(blocks.begin(), blocks.end());\n"
-        "  for (double block : blocks) sum += block;\n  return sum;",
+        "  return std::accumulate(sums.begin(), sums.end(), 0.0);",
+        "  if (threads.count % 2 == 0) return std::accumulate(sums.rbegin(), sums.rend(), 0.0);\n"
+        "  return std::accumulate(sums.begin(), sums.end(), 0.0);",
         (f"{ACCURACY}test_results_do_not_depend_on_the_number_of_threads",),
     ),
 }
@@ -451,8 +450,8 @@ ONE_ROW = {
     ),
     "16-bit rows of values beyond 2^24 take the row kernels in fused mode": Fault(
         "csrc/cpu/row_passes.h",
-        "is_for_tiles(batch, i) && element_size(p.dtype) == 2",
-        "is_for_tiles(batch, i) && element_size(p.dtype) == 1",
+        "is_for_tiles(p, batch, i) && element_size(p.dtype) == 2",
+        "is_for_tiles(p, batch, i) && element_size(p.dtype) == 1",
         (masked("rows", "greatest", "first half", "index", "bfloat16"),),
     ),
 }
@@ -1024,8 +1023,8 @@ LANES = {
     ),
     "a lane's argmax is counted from its group": Fault(
         "csrc/cpu/lane_stats.h",
-        "static_cast<Bits>(j + u) - Index{}",
-        "static_cast<Bits>(u) - Index{}",
+        "static_cast<BitsOf<A>>(j + u) - Index{}",
+        "static_cast<BitsOf<A>>(u) - Index{}",
         (f"{ARGMAX}[torch.float32-300]",),
     ),
 }
@@ -1051,8 +1050,8 @@ TILES = {
     ),
     "dropped rows of a tile have the options of others": Fault(
         "csrc/cpu/tile_labels.h",
-        "load_bits<Narrow>(kept + lane) != 0",
-        "load_bits<Narrow>(kept + lane) >= 0",
+        "load_bits<Narrow<Bits>>(kept + lane) != 0",
+        "load_bits<Narrow<Bits>>(kept + lane) >= 0",
         (f"{OPTIONS}test_token_weight_of_ignored_rows_may_be_anything",),
     ),
     "row options of a tile are those of the first rows": Fault(
@@ -1493,7 +1492,7 @@ SPARSE = {
     ),
     "sparse labels: gradients are not by the logits before the softcap": Fault(
         "csrc/cpu/label_kernels.h",
-        "store_first(gradients + k, gradient * slope, n);",
+        "store_first(gradients + k, gradient * z.slope, n);",
         "store_first(gradients + k, gradient, n);",
         (f"{SPARSE_LABELS}test_options",),
     ),
@@ -1535,8 +1534,8 @@ SPARSE = {
     ),
     "log-probabilities are not capped": Fault(
         "csrc/cpu/label_kernels.h",
-        "const Vec<A> d = (has_transform(p) ? transform(x).logit : x) - max;",
-        "const Vec<A> d = x - max;",
+        "const Vec<A> d = transform(load_first(logits + k, n)).logit - max;",
+        "const Vec<A> d = load_first(logits + k, n) - max;",
         ("tests/test_selected.py",),
     ),
     "log-probabilities of padding are not 0": Fault(
@@ -1648,8 +1647,8 @@ SHARDS = {
         "test_options[native]",
     ),
     "shards: the last rows of a task are left out": shards(
-        "std::min(shards.n_rows, (task + 1) * kTaskRows);",
-        "std::min(shards.n_rows - 1, (task + 1) * kTaskRows);",
+        "run_pieces(threads, shards.n_rows, kTaskRows",
+        "run_pieces(threads, shards.n_rows - 1, kTaskRows",
         ROWS_OF_TWO,
         path="csrc/cpu/shards.cpp",
     ),
