@@ -169,19 +169,11 @@ XENT_INLINE Acc entropy_of(const FullStats<Acc>& stats, Acc log_sum) {
 // ---- losses -----------------------------------------------------------------------------------
 
 // The functions that focal_loss calls.
+template <typename Real>
 struct ScalarMath {
-  template <typename Real>
-  XENT_INLINE static Real exp(Real x) {
-    return std::exp(x);
-  }
-  template <typename Real>
-  XENT_INLINE static Real expm1(Real x) {
-    return std::expm1(x);
-  }
-  template <typename Real>
-  XENT_INLINE static Real log(Real x) {
-    return std::log(x);
-  }
+  XENT_INLINE static Real exp(Real x) { return std::exp(x); }
+  XENT_INLINE static Real expm1(Real x) { return std::expm1(x); }
+  XENT_INLINE static Real log(Real x) { return std::log(x); }
 };
 
 // The mean of losses by the sum of the targets' weights. It is NaN where that sum is 0, as in
@@ -210,14 +202,5 @@ template <typename Real>
 struct FullGradient : RowGradient<Real> {
   Real shifted_factor;
 };
-
-// mass is Q.
-template <typename Real>
-XENT_INLINE FullGradient<Real> row_gradient(const Upstream<Real>& upstream, Real mass, Real spread,
-                                            Real max, Real log_sum) {
-  const Real one_over_sum = std::exp(-log_sum);
-  return {{max, (upstream.g * mass + upstream.softmax) * one_over_sum, upstream.g * spread},
-          upstream.shifted * one_over_sum};
-}
 
 }  // namespace fused_xent

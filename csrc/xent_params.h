@@ -26,13 +26,20 @@ struct Layout {
   int64_t class_stride;
 };
 
+// Row: the type that row numbers fit into. CUDA divides faster with 32 bits.
+template <typename Row = int64_t>
 XENT_INLINE int64_t row_offset(const Layout& layout, int64_t row) {
+  auto rest = static_cast<Row>(row);
   int64_t offset = 0;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
   for (int d = layout.n_dims - 1; d > 0; --d) {
-    offset += row % layout.size[d] * layout.stride[d];
-    row /= layout.size[d];
+    const auto size = static_cast<Row>(layout.size[d]);
+    offset += rest % size * layout.stride[d];
+    rest /= size;
   }
-  return offset + row * layout.stride[0];
+  return offset + rest * layout.stride[0];
 }
 
 // The options of a loss: OPTION(C++ type, schema type, name, default). Params, the operators'
@@ -89,7 +96,7 @@ struct Params : Options {
   //   grad_entropy[row] * (d entropy / d logits)
   const void* grad_loss;  // acc
   int64_t grad_loss_stride;
-  double grad_scale;
+  double grad_scale = 1;
   const void* grad_lse;
   const void* grad_entropy;
   void* grad_logits;  // may be logits itself

@@ -149,7 +149,8 @@ XENT_INLINE void apply_options(const Params& p, int64_t row, const RowLabels<Acc
                                RowResults<Acc>& results) {
   if (p.focal_gamma != 0) {
     const Acc q = has_indices(p) ? label_mass(labels.on_target, labels.spread, mass) : mass;
-    const auto focal = focal_loss<ScalarMath>(results.loss, q, static_cast<Acc>(p.focal_gamma));
+    const auto focal =
+        focal_loss<ScalarMath<Acc>>(results.loss, q, static_cast<Acc>(p.focal_gamma));
     results.loss = focal.loss;
     results.slope = focal.slope;
   }
@@ -203,7 +204,9 @@ XENT_INLINE FullGradient<Acc> gradient_of_row(const Upstream<Acc>& upstream,
                                               const RowLabels<Acc>& labels, Acc mass,
                                               const RowResults<Acc>& results) {
   const Acc q = label_mass(labels.on_target, labels.spread, mass);
-  return row_gradient(upstream, q, labels.spread, results.max, results.log_sum);
+  const Acc one_over_sum = std::exp(-results.log_sum);
+  const Acc factor = (upstream.g * q + upstream.softmax) * one_over_sum;
+  return {{results.max, factor, upstream.g * labels.spread}, upstream.shifted * one_over_sum};
 }
 
 // The gradient at the target by its transformed logit.

@@ -88,10 +88,7 @@ struct Call {
     cpu::backward(params, threads);
   }
 
-  void scale_gradient() {
-    params.grad_scale = 1;
-    cpu::scale_gradient(params, threads);
-  }
+  void scale_gradient() const { cpu::scale_gradient(params, threads); }
 
  private:
   // Throws Python's IndexError.

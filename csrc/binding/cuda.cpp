@@ -107,7 +107,6 @@ struct Call {
   }
 
   Tensor forward_backward(const Rows& rows, ScalarType loss_dtype) {
-    params.grad_scale = 1;
     if (problem.reduction == kMean && params.total_weight == nullptr) {
       rows_weight = problem.scalar(ScalarType::Double);
       sum_rows(&*rows_weight, nullptr);  // the gradient needs it before the loss is known
@@ -121,13 +120,11 @@ struct Call {
   }
 
   void backward() {
-    params.grad_scale = 1;
     const Plan plan = plan_for("backward", cuda::plan_backward, params);
     check_cuda(cuda::backward(params, plan, stream), "backward");
   }
 
   void scale_gradient() {
-    params.grad_scale = 1;
     const Plan plan = plan_for("backward", cuda::plan_backward, params);
     check_cuda(cuda::scale_gradient(params, plan, stream), "scale_gradient");
   }

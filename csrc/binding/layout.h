@@ -22,7 +22,7 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 // Throws Python's ValueError: "<argument> must be <rule>, got <value>". The message is built only
 // where the condition does not hold.
 #define FUSED_XENT_CHECK(condition, message) \
-  if (!(condition)) throw std::invalid_argument(message)
+  ((condition) ? void() : throw std::invalid_argument(message))
 
 std::string tuple_of(Sizes values);
 int32_t dtype_code(ScalarType dtype);  // as torch's C functions take it

@@ -8,9 +8,8 @@
 //   backward()                          fills params.grad_logits
 //   scale_gradient()                    multiplies params.grad_logits
 //   new_gradient()                      unwritten memory for a gradient: see empty_gradient
-//   read_labels(keep_logits), write_label_gradients()
-//                                       of sparse labels, before and after the above; nothing
-//                                       without any
+//   read_labels(keep_logits)            before the above, for sparse labels; otherwise nothing
+//   write_label_gradients()             the same after the above
 //   select()                            fills rows and the log-probabilities of selected classes
 #pragma once
 

@@ -149,9 +149,16 @@ void Problem::set_target() {
   params.target = target->const_data_ptr();
 }
 
-// The kernels see class indices, which allocate_labels makes room for.
+void Problem::check_32_bits_for(const char* purpose) const {
+  FUSED_XENT_CHECK(params.vocab_size <= INT32_MAX,
+                   std::string("logits must have less than 2^31 classes for ") + purpose +
+                       ", got " + std::to_string(params.vocab_size));
+}
+
+// The kernels see class indices, which allocate_labels makes room for: as int32.
 void Problem::set_sparse(const Options& options) {
   check_device("target_indices", *target_indices);
+  check_32_bits_for("target_indices");
   sparse.classes_kind = target_kind(target_indices->scalar_type());
   FUSED_XENT_CHECK(
       sparse.classes_kind == TargetKind::int64 || sparse.classes_kind == TargetKind::int32,
@@ -256,9 +263,7 @@ void Problem::point_to_state(Params& p, void* state) const {
 
 Rows::Rows(const Problem& problem, Params& p, bool statistics)
     : loss(problem.empty(problem.row_shape, problem.acc_dtype)) {
-  FUSED_XENT_CHECK(!statistics || p.vocab_size < INT32_MAX,
-                   "logits must have less than 2^31 classes for statistics, got " +
-                       std::to_string(p.vocab_size));
+  if (statistics) problem.check_32_bits_for("statistics");
   std::vector<int64_t> shape = problem.row_shape;
   shape.insert(shape.begin(), problem.state_size());
   state = problem.empty(shape, problem.acc_dtype);

@@ -32,16 +32,15 @@ struct Problem {
   ScalarType acc_dtype;
 
   Problem(const Inputs& inputs, const Options& options);
-  // Rows of logits that are only multiplied: none is left out.
+  // A gradient that is only multiplied: no row is left out.
   Problem(const Tensor& logits, int64_t dim);
-  // Rows of which some classes are selected.
+  // Logits of which some classes are selected.
   Problem(const Tensor& logits, const Tensor& classes, int64_t dim, const Options& options);
 
   // Unwritten memory on the logits' device.
   Tensor empty(Sizes sizes, ScalarType dtype) const { return empty_on(logits, sizes, dtype); }
   Tensor scalar(ScalarType dtype) const { return empty({}, dtype); }
-  // A per-row tensor that a caller passes, of shape row_shape: contiguous, of the accumulation
-  // type.
+  // Checks a per-row tensor that a caller passes. Returns it contiguous, in the accumulation type.
   Tensor rows_of(const char* name, const Tensor& rows) const;
   // The same, if there is one; `pointer` is set to it.
   template <typename Pointer>
@@ -66,6 +65,8 @@ struct Problem {
   std::string position(int64_t row) const;
   // The same with the label's number in the place of the classes.
   std::string position(int64_t row, int64_t label) const;
+  // Throws where a class does not fit into 32 bits, which `purpose` needs.
+  void check_32_bits_for(const char* purpose) const;
   // Allocates what read_labels writes, and points p's pointers to it. keep_logits: for gradients.
   void allocate_labels(Params& p, bool keep_logits);
   // Memory for the log-probabilities of selected classes, to which `sparse` points.

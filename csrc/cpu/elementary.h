@@ -76,21 +76,8 @@ XENT_INLINE F32 exp_of_difference(F32 a, F32 b) {
 }
 XENT_INLINE F64 exp_of_difference(F64 a, F64 b) { return exp_nonpositive(a - b); }
 
-// exp(x - m) is kScale * power(exponent(x)). These are two steps because the loss of soft labels
-// also needs x - m, which is kUnit * exponent(x).
-template <typename A>
-struct SubtractingExp {
-  static constexpr double kScale = 1, kUnit = 1;
-  A max;
-
-  XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<A>(m)) {}
-  XENT_INLINE double origin() const { return max; }
-  XENT_INLINE Vec<A> exponent(Vec<A> x) const { return x - max; }
-  XENT_INLINE static Vec<A> power(Vec<A> d) { return exp_nonpositive(d); }
-};
-
-// The polynomial of exp_nonpositive, divided by its highest coefficient, which saves an
-// instruction.
+// power(t) is 2^t / kScale, by the polynomial of exp_nonpositive, divided by its highest
+// coefficient: that saves an instruction.
 struct Power {
   static constexpr float kLog2e = 1.44269504f;
   static constexpr double kScale = 1 / 753.606689453125;
@@ -109,17 +96,27 @@ struct Power {
   }
 };
 
+// exp(x - m) is kScale * power(exponent(x)). These are two steps because the loss of soft labels
+// also needs x - m, which is kUnit * exponent(x).
+//
 // x - max is exact for all x whose exponential matters: adding one number to all logits changes no
 // bit.
-template <>
-struct SubtractingExp<float> : Power {
-  static constexpr double kUnit = 1;
-  float max;
+template <typename A>
+struct SubtractingExp {
+  static constexpr bool kIsFloat = std::is_same_v<A, float>;
+  static constexpr double kScale = kIsFloat ? Power::kScale : 1, kUnit = 1;
+  A max;
 
-  XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<float>(m)) {}
+  XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<A>(m)) {}
   XENT_INLINE double origin() const { return max; }
-  XENT_INLINE F32 exponent(F32 x) const { return x - max; }
-  XENT_INLINE static F32 power(F32 d) { return Power::power(d * kLog2e); }
+  XENT_INLINE Vec<A> exponent(Vec<A> x) const { return x - max; }
+  XENT_INLINE static Vec<A> power(Vec<A> d) {
+    if constexpr (kIsFloat) {
+      return Power::power(d * Power::kLog2e);
+    } else {
+      return exp_nonpositive(d);
+    }
+  }
 };
 
 // One instruction instead of two: x * log2(e) + shift, which must be rounded only once. shift is

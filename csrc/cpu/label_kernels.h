@@ -70,7 +70,7 @@ void read_labels(const Params& p, const SparseLabels& sparse, int64_t begin, int
   using A = Acc<T>;
   int64_t classes[kMaxLabels];
   A scratch[kMaxLabels];
-  // One label needs none, unless its logit or extra loss is wanted.
+  // A single label needs no logit, unless that or an extra loss is wanted.
   const bool reads_logits =
       sparse.n_labels > 1 || sparse.logits != nullptr || sparse.extra_loss != nullptr;
   for (int64_t row = begin; row < end; ++row) {
@@ -88,7 +88,7 @@ void read_labels(const Params& p, const SparseLabels& sparse, int64_t begin, int
   }
 }
 
-// Adds the weights of labels on one class up at the first of them, and gives the others class -1.
+// Adds up the weights of labels on the same class at the first of them. The others get class -1.
 XENT_INLINE void add_up_labels(int64_t n_labels, int64_t* classes, double* weights) {
   int16_t slots[2 * kMaxLabels];  // of a hash table with open addressing: a label, or -1
   const int bits = std::bit_width(2 * static_cast<uint64_t>(n_labels) - 1);
@@ -113,7 +113,8 @@ void write_label_gradients_of_row(const Params& p, const SparseLabels& sparse, i
   using A = Acc<T>;
   int64_t classes[kMaxLabels];
   double weights[kMaxLabels];
-  // q_k, and the sum of those of other classes: in double, since both may be far greater than it.
+  // q_k, and the sum of the q of other classes. That is a difference of two sums, which may both be
+  // far greater: so they are computed in double.
   A on_label[kMaxLabels], on_others[kMaxLabels], class_weights[kMaxLabels], gradients[kMaxLabels];
   const Smoothing<double> smoothing = smoothing_of(p);
   read_classes(p, sparse, row, classes);

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "kernels.h"
-#include "tasks.h"
 
 namespace fused_xent::cpu {
 
@@ -25,7 +24,8 @@ inline void merge_segments(SegmentStats& stats, const SegmentStats& other) {
   stats.max = std::max(stats.max, other.max);
 }
 
-// True if the batch has the row's maximum, and the row kernels cannot use it: see kMaxOrigin.
+// True if the row's maximum, which the batch has by now, is not one for row kernels: see
+// kMaxOrigin.
 inline bool is_for_tiles(const Params& p, const RowBatch& batch, int i) {
   return !(std::fabs(batch.max[i]) < kMaxOrigin) && batch.kept[i] && !is_general(p);
 }

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
   Team team(team_size, true);
   Held<T, S> held(shared, n_shared / kUnroll<S>);
   const auto target_of = [&](int64_t index) {
-    return index < a.n_rows ? read_target(a, index) : Target{-1, true, false};
+    return index < a.n_rows ? read_target(a, index) : Target{};
   };
   const int64_t step = team.count();
   Row<T, S> row(a, team.index(), target_of(team.index()));

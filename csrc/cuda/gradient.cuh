@@ -17,13 +17,12 @@ struct GradientOf {
   const Exp exponential;
   const A factor, spread_factor;
 
-  // The slope dz/dx, or the part of it that all classes have in common.
   __device__ GradientOf(const RowGradient<A>& row, const Spread<T, S>& spread,
                         const Transform<A>& transform)
       : spread(spread),
         exponential(transform, row.max),
-        factor(row.factor * exponential.to_exact() * (transform.scale * (kIsCapped<S> ? -4 : 1))),
-        spread_factor(row.spread * (transform.scale * (kIsCapped<S> ? -4 : 1))) {}
+        factor(row.factor * exponential.to_exact() * common_slope(transform)),
+        spread_factor(row.spread * common_slope(transform)) {}
   __device__ GradientOf(const GradientOf<T, S>& other, const Exp& exponential)
       : spread(other.spread),
         exponential(exponential),
@@ -78,6 +77,12 @@ struct GradientOf {
     if constexpr (Spread<T, S>::kExists) spread.vector(j, t);
     replace(x, t);
     return pack<T>(x);
+  }
+
+ private:
+  // The slope dz/dx; with a softcap, the part of it that all classes have in common.
+  static __device__ __forceinline__ A common_slope(const Transform<A>& transform) {
+    return transform.scale * (kIsCapped<S> ? -4 : 1);
   }
 };
 

@@ -193,8 +193,8 @@ CALL_FAULTS = {
     ),
     "a scaled gradient is of the last mean": Fault(
         CPU,
-        "  void scale_gradient() {\n    params.grad_scale = 1;\n",
-        "  void scale_gradient() {\n    params.grad_scale = 2;\n",
+        "  void scale_gradient() const { cpu",
+        "  void scale_gradient() { params.grad_scale = 2, cpu",
         (f"{OPS}test_multiply",),
     ),
 }
@@ -550,9 +550,15 @@ TENSORS_FAULTS = {
     ),
     "statistics of more classes than the lanes count": Fault(
         TENSORS,
-        "FUSED_XENT_CHECK(!statistics || p.vocab_size < INT32_MAX,",
-        "FUSED_XENT_CHECK(!statistics || p.vocab_size <= INT64_MAX,",
+        '  if (statistics) problem.check_32_bits_for("statistics");\n',
+        "",
         (f"{OPS}test_statistics_of_2_31_classes_are_refused",),
+    ),
+    "sparse labels of more classes than int32 counts": Fault(
+        TENSORS,
+        '  check_32_bits_for("target_indices");\n',
+        "",
+        (f"{OPS}test_sparse_labels_of_2_31_classes_are_refused",),
     ),
     "results of rows without classes are uninitialized": Fault(
         TENSORS, "  if (p.vocab_size > 0) return;\n", "  return;\n", NO_CLASSES

@@ -366,13 +366,13 @@ TRANSFORMS = {
     "a gradient forgets the logit scale": fault(
         "gradient.cuh",
         "backward",
-        "exponential.to_exact() * (transform.scale * (kIsCapped<S> ? -4 : 1))",
+        "exponential.to_exact() * common_slope(transform)",
         "exponential.to_exact() * (kIsCapped<S> ? -4 : 1)",
     ),
     "the labels' gradient forgets the logit scale": fault(
         "gradient.cuh",
         "backward",
-        "spread_factor(row.spread * (transform.scale * (kIsCapped<S> ? -4 : 1)))",
+        "spread_factor(row.spread * common_slope(transform))",
         "spread_factor(row.spread * (kIsCapped<S> ? -4 : 1))",
     ),
     "a target's logit is not transformed": fault(
@@ -414,7 +414,7 @@ LABELS = {
     "a row of weight 0 is read": fault(
         "labels.cuh",
         "per_class_options-address",
-        "  if (has_no_weight(p, row)) return {-1, true, false};\n",
+        "  if (has_no_weight(p, row)) return {};\n",
         "",
     ),
     "a negative target is a class": fault(
@@ -538,10 +538,10 @@ LABELS = {
         "return gradient + part;",
     ),
     "rows of four dimensions are counted as if they were three": fault(
-        "labels.cuh",
+        "xent_params.h",
         "columns",
-        "for (int d = layout.n_dims - 1; d > 0; --d) {\n    const auto size",
-        "for (int d = layout.n_dims - 1; d > (layout.n_dims > 3); --d) {\n    const auto size",
+        "for (int d = layout.n_dims - 1; d > 0; --d) {",
+        "for (int d = layout.n_dims - 1; d > (sizeof(Row) == 4 && layout.n_dims > 3); --d) {",
     ),
 }
 
