@@ -86,7 +86,8 @@ def extensions() -> list:
     if shutil.which(CXX) is None:
         print("fused_xent: no C++ compiler (c++ or $CXX): no native kernels", file=sys.stderr)
         return []
-    files = ["cpu/*.cpp", "binding/cpu.cpp", "binding/schemas.cpp", "binding/tensors.cpp"]
+    shared = ["binding/layout.cpp", "binding/tensors.cpp"]
+    files = ["cpu/*.cpp", "binding/cpu.cpp", "binding/schemas.cpp", *shared]
     left_out = left_out_capabilities()
     cxx = [*BINDING, *(f"-DFUSED_XENT_WITHOUT_{name.upper()}" for name in left_out)]
     native = extension("fused_xent._C", files, [], cxx=cxx)
@@ -95,7 +96,7 @@ def extensions() -> list:
     if home is not None:
         cpp_extension.CUDA_HOME = str(home)  # a torch without CUDA does not look for it
         cpp_extension._check_cuda_version = lambda *_: None  # its version may differ from torch's
-        files = ["cuda/*.cu", "cuda/*.cpp", "binding/cuda*.cpp", "binding/tensors.cpp"]
+        files = ["cuda/*.cu", "cuda/*.cpp", "binding/cuda*.cpp", *shared]
         cxx = [*BINDING, "-DUSE_CUDA", f"-isystem{home}/include"]
         nvcc = KERNELS + architecture_flags(home / "bin/nvcc")
         link = [f"-L{home}/lib64", f"-L{home}/lib", *CUDART, f"-Wl,--no-as-needed,{STUB}"]

@@ -1,6 +1,6 @@
-// Formulas whose numbers are scalars, or vectors with one row in each lane: Real is the type of
-// either, spread and options are scalars. xent_math.h, whose names they have, includes this file as
-// text. The CPU's vector kernels include it once more for each instruction set: see README.md.
+// Formulas for scalars, and for vectors with one row in each lane: Real is the type of both. The
+// spread and the options are always scalars. The names are those of xent_math.h, which includes
+// this file as text. The CPU's kernels include it again for each instruction set: see README.md.
 
 // Adds value to sum, and the rounding error of that addition to lost (Knuth's two-sum).
 template <typename Real>
@@ -47,8 +47,8 @@ struct FocalLoss {
 template <typename Math, typename Real, typename Acc>
 XENT_INLINE FocalLoss<Real> focal_loss(Real cross_entropy, Real mass, Acc gamma) {
   const Real minus_log_p = cross_entropy / mass, p = Math::exp(-minus_log_p);
-  // rest + lost is 1 - p, with all digits where p is near 1, and where p is near 0, because a large
-  // gamma multiplies those that 1 - p loses.
+  // rest + lost is 1 - p with all of its digits, whether p is near 1 or near 0. They matter: a
+  // large gamma multiplies the error of the logarithm.
   const Real rounded = 1 - p, exact = -Math::expm1(-minus_log_p);
   const Real rest = p < Acc(0.5) ? rounded : exact;
   const Real lost = p < Acc(0.5) ? (1 - rounded) - p : Real{};
@@ -65,9 +65,8 @@ XENT_INLINE Real loss_of_row(Real focal_loss, Real token_weight, Acc lse_square_
   return token_weight * focal_loss;
 }
 
-// Q p - q at the target. Near p = 1 the difference cancels, and expm1(log p) is exact; near p = 0
-// p is exact and 1 + expm1(log p) is not: so both are needed. mass is the sum of t_j, t is
-// t_target.
+// Q p - q at the target, from both p and expm1(log p) = p - 1: each is exact where the other, plus
+// or minus 1, would cancel. mass is the sum of t_j, t is t_target.
 template <typename Real, typename Acc>
 XENT_INLINE Real target_gradient(Real on_target, Acc spread, Real p, Real expm1_log_p, Real mass,
                                  Real t) {

@@ -91,7 +91,7 @@ XENT_INLINE void merge_stats(RowStats<Acc>& stats, RowStats<Acc> other) {
   add_sums(stats, other);
 }
 
-// With what entropy and argmax need.
+// RowStats, and what entropy and argmax need.
 template <typename Acc>
 struct FullStats : RowStats<Acc> {
   Acc moment;      // of exp(z_j - m) * (z_j - m), 0 where z_j is -inf
@@ -178,20 +178,12 @@ XENT_INLINE Acc entropy_of(const FullStats<Acc>& stats, Acc log_sum) {
 
 // ---- losses -----------------------------------------------------------------------------------
 
-// What focal_loss computes with.
+// The functions that focal_loss calls.
+template <typename Real>
 struct ScalarMath {
-  template <typename Real>
-  XENT_INLINE static Real exp(Real x) {
-    return std::exp(x);
-  }
-  template <typename Real>
-  XENT_INLINE static Real expm1(Real x) {
-    return std::expm1(x);
-  }
-  template <typename Real>
-  XENT_INLINE static Real log(Real x) {
-    return std::log(x);
-  }
+  XENT_INLINE static Real exp(Real x) { return std::exp(x); }
+  XENT_INLINE static Real expm1(Real x) { return std::expm1(x); }
+  XENT_INLINE static Real log(Real x) { return std::log(x); }
 };
 
 // The mean of losses by the sum of the targets' weights. It is NaN where that sum is 0, as in
@@ -220,14 +212,5 @@ template <typename Real>
 struct FullGradient : RowGradient<Real> {
   Real shifted_factor;
 };
-
-// mass is Q.
-template <typename Real>
-XENT_INLINE FullGradient<Real> row_gradient(const Upstream<Real>& upstream, Real mass, Real spread,
-                                            Real max, Real log_sum) {
-  const Real one_over_sum = std::exp(-log_sum);
-  return {{max, (upstream.g * mass + upstream.softmax) * one_over_sum, upstream.g * spread},
-          upstream.shifted * one_over_sum};
-}
 
 }  // namespace fused_xent

@@ -26,13 +26,20 @@ struct Layout {
   int64_t class_stride;
 };
 
+// Row: the type that row numbers fit into. CUDA divides faster with 32 bits.
+template <typename Row = int64_t>
 XENT_INLINE int64_t row_offset(const Layout& layout, int64_t row) {
+  auto rest = static_cast<Row>(row);
   int64_t offset = 0;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
   for (int d = layout.n_dims - 1; d > 0; --d) {
-    offset += row % layout.size[d] * layout.stride[d];
-    row /= layout.size[d];
+    const auto size = static_cast<Row>(layout.size[d]);
+    offset += rest % size * layout.stride[d];
+    rest /= size;
   }
-  return offset + row * layout.stride[0];
+  return offset + rest * layout.stride[0];
 }
 
 // The options of a loss: OPTION(C++ type, schema type, name, default). Params, the operators'
@@ -83,12 +90,13 @@ struct Params : Options {
   void* entropy;    // read by backward where there is grad_entropy
   int64_t* argmax;  // the first of the greatest, NaN above all; -1 of rows that are not read
 
-  // Backward: gradient = grad_loss[row * grad_loss_stride] * grad_scale * d row_loss / d logits
-  //                    + grad_lse[row] * d lse / d logits + grad_entropy[row] * d entropy / d
-  //                    logits
+  // Backward. The gradient is the sum of
+  //   grad_loss[row * grad_loss_stride] * grad_scale * (d row_loss / d logits)
+  //   grad_lse[row] * (d lse / d logits)
+  //   grad_entropy[row] * (d entropy / d logits)
   const void* grad_loss;  // acc
   int64_t grad_loss_stride;
-  double grad_scale;
+  double grad_scale = 1;
   const void* grad_lse;
   const void* grad_entropy;
   void* grad_logits;  // may be logits itself
@@ -130,6 +138,11 @@ struct SparseLabels {
 
 constexpr int64_t kMaxLabels = 1024;  // K: the kernels have room for so many
 
+XENT_INLINE bool has_indices(const Params& p) { return p.target_kind != TargetKind::probabilities; }
+
+// True if the labels are spread over all classes, not on a target alone.
+XENT_INLINE bool has_spread(const Params& p) { return !has_indices(p) || p.label_smoothing != 0; }
+
 // True if the softmax sees transformed logits.
 XENT_INLINE bool has_transform(const Params& p) { return p.softcap != 0 || p.logit_scale != 1; }
 
@@ -138,8 +151,8 @@ XENT_INLINE bool wants_statistics(const Params& p) {
   return p.entropy != nullptr || p.argmax != nullptr || p.grad_entropy != nullptr;
 }
 
-// True if a per-class option is on: those use the slower general kernels, but for most transforms
-// on CUDA. All other options cost a few instructions per row.
+// True if a per-class option is on, which costs some instructions per class. Such calls run the
+// slower general kernels, but on CUDA most transforms do not need them: see Shape::is_general.
 XENT_INLINE bool is_general(const Params& p) { return has_transform(p) || wants_statistics(p); }
 
 }  // namespace fused_xent

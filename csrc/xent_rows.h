@@ -1,4 +1,5 @@
-// What Params hold of one row, and the formulas of xent_math.h applied to it, for host and device.
+// Reads the values of one row from Params, and applies the formulas of xent_math.h to them, for
+// host and device.
 //
 // Acc is the accumulation type, for which the CUDA kernels are compiled. The CPU has its own code
 // to finish rows, cpu/row_lanes.h and cpu/row_batch.h, which computes in double.
@@ -9,10 +10,18 @@
 
 namespace fused_xent {
 
-XENT_INLINE bool has_indices(const Params& p) { return p.target_kind != TargetKind::probabilities; }
-
-// True if the labels are spread over all classes, not on a target alone.
-XENT_INLINE bool has_spread(const Params& p) { return !has_indices(p) || p.label_smoothing != 0; }
+// Calls body with the array of class indices, of its own type.
+template <typename Body>
+XENT_INLINE auto with_indices(const Params& p, const Body& body) {
+  switch (p.target_kind) {
+    case TargetKind::int64:
+      return body(static_cast<const int64_t*>(p.target));
+    case TargetKind::int32:
+      return body(static_cast<const int32_t*>(p.target));
+    default:
+      return body(static_cast<const uint8_t*>(p.target));
+  }
+}
 
 XENT_INLINE int64_t target_index(const Params& p, int64_t row) {
   switch (p.target_kind) {
@@ -64,7 +73,7 @@ XENT_INLINE Smoothing<double> smoothing_of(const Params& p) {
   return {1 - p.label_smoothing, p.label_smoothing / static_cast<double>(p.vocab_size)};
 }
 
-// The labels q_j of a row, but for t_j of the other classes.
+// The labels q_j of a row, but without the t_j of all classes.
 template <typename Acc>
 struct RowLabels {
   Acc target_weight, on_target, spread;  // target_weight: t_target for a class index
@@ -106,7 +115,7 @@ struct RowResults {
 
 template <typename Acc>
 XENT_INLINE void write_results(const Params& p, int64_t row, const RowResults<Acc>& results,
-                               int64_t argmax) {
+                               int64_t argmax = -1) {
   set_acc(p.row_loss, row, results.loss);
   set_acc(p.row_max, row, results.max);
   set_acc(p.log_sum, row, results.log_sum);
@@ -119,10 +128,10 @@ XENT_INLINE void write_results(const Params& p, int64_t row, const RowResults<Ac
 // The results of a row whose logits are not read.
 template <typename Acc>
 XENT_INLINE void write_unread_row(const Params& p, int64_t row, Acc value) {
-  write_results<Acc>(p, row, {value, value, value, value, value, value}, -1);
+  write_results<Acc>(p, row, {value, value, value, value, value, value});
 }
 
-// The results of which the loss is the cross-entropy alone: see apply_options.
+// The results of a row whose loss is the cross-entropy alone: apply_options comes after this.
 template <typename Acc>
 XENT_INLINE RowResults<Acc> plain_results(const Params& p, int64_t row,
                                           const RowLabels<Acc>& labels, Acc target_logit,
@@ -140,7 +149,8 @@ XENT_INLINE void apply_options(const Params& p, int64_t row, const RowLabels<Acc
                                RowResults<Acc>& results) {
   if (p.focal_gamma != 0) {
     const Acc q = has_indices(p) ? label_mass(labels.on_target, labels.spread, mass) : mass;
-    const auto focal = focal_loss<ScalarMath>(results.loss, q, static_cast<Acc>(p.focal_gamma));
+    const auto focal =
+        focal_loss<ScalarMath<Acc>>(results.loss, q, static_cast<Acc>(p.focal_gamma));
     results.loss = focal.loss;
     results.slope = focal.slope;
   }
@@ -194,7 +204,9 @@ XENT_INLINE FullGradient<Acc> gradient_of_row(const Upstream<Acc>& upstream,
                                               const RowLabels<Acc>& labels, Acc mass,
                                               const RowResults<Acc>& results) {
   const Acc q = label_mass(labels.on_target, labels.spread, mass);
-  return row_gradient(upstream, q, labels.spread, results.max, results.log_sum);
+  const Acc one_over_sum = std::exp(-results.log_sum);
+  const Acc factor = (upstream.g * q + upstream.softmax) * one_over_sum;
+  return {{results.max, factor, upstream.g * labels.spread}, upstream.shifted * one_over_sum};
 }
 
 // The gradient at the target by its transformed logit.

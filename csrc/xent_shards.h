@@ -14,8 +14,7 @@
 // All ranks add in the order of the ranks, so that they get the same bits.
 #pragma once
 
-#include "xent_math.h"
-#include "xent_params.h"
+#include "xent_rows.h"
 
 namespace fused_xent {
 
@@ -55,15 +54,12 @@ struct RowShards {
   const Shards& s;
   int64_t row;
 
-  XENT_INLINE Acc at(const void* values, int64_t rank) const {
-    return static_cast<const Acc*>(values)[rank * s.rank_stride + row];
+  template <typename Value = Acc>
+  XENT_INLINE Value at(const void* values, int64_t rank) const {
+    return static_cast<const Value*>(values)[rank * s.rank_stride + row];
   }
   XENT_INLINE Acc of_rank(const void* values, int64_t rank) const {
     return static_cast<const Acc*>(values)[rank * s.rank_stride];
-  }
-  XENT_INLINE int64_t class_at(int64_t rank) const {
-    using Bits = std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t>;
-    return static_cast<const Bits*>(s.argmax)[rank * s.rank_stride + row];
   }
 
   // The first rank with the greatest maximum. Rows with NaN or inf have the log_sum NaN.
@@ -109,15 +105,13 @@ struct RowShards {
     for (int64_t r = s.n_ranks; r-- > 0;) {
       if (at(s.log_sum, r) != at(s.log_sum, r)) top = r;
     }
-    return class_at(top);
+    return at<std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t>>(s.argmax, top);
   }
 };
 
 template <typename Acc>
 XENT_INLINE void add_up_row(const Shards& s, int64_t row) {
-  const auto set = [row](void* values, Acc value) {
-    if (values != nullptr) static_cast<Acc*>(values)[row] = value;
-  };
+  const auto set = [row](void* values, Acc value) { set_acc(values, row, value); };
   const RowShards<Acc> shards{s, row};
   const int64_t top = shards.top_rank();
   const Acc max = shards.at(s.max, top), log_sum = shards.log_sum(top);
@@ -148,7 +142,7 @@ XENT_INLINE void add_up_row(const Shards& s, int64_t row) {
   if (s.row_loss != nullptr) {
     FocalLoss<Acc> focal{cross_entropy, 1};
     if (s.focal_gamma != 0) {
-      focal = focal_loss<ScalarMath>(cross_entropy, mass, static_cast<Acc>(s.focal_gamma));
+      focal = focal_loss<ScalarMath<Acc>>(cross_entropy, mass, static_cast<Acc>(s.focal_gamma));
     }
     const Acc lse_square_scale = static_cast<Acc>(s.lse_square_scale);
     const Acc loss = loss_of_row(focal.loss, weight, lse_square_scale, max + log_sum);

@@ -140,7 +140,7 @@ def state_size(target: Tensor, target_indices: Tensor | None, options: dict[str,
 
 
 def _empty_gradient(logits: Tensor, dim: int) -> Tensor:
-    """Return memory like ``empty_gradient`` of ``csrc/binding/tensors.cpp``.
+    """Return memory like ``empty_gradient`` of ``csrc/binding/layout.cpp``.
 
     On CUDA devices, rows of the gradient lie relative to 16-byte addresses as the logits' rows do.
     """

@@ -72,6 +72,7 @@ def module(folder: Path, arch: str):
             CSRC / "cuda" / "launch.cpp",
             CSRC / "cuda" / "plan.cpp",
             CSRC / "binding" / "cuda.cpp",
+            CSRC / "binding" / "layout.cpp",
             CSRC / "binding" / "tensors.cpp",
             ROOT / "tests" / "native" / "cuda_module.cpp",
         ],

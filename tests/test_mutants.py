@@ -24,7 +24,7 @@ WITHOUT_FAULTS = {
     *("bench/__init__.py", "fused_xent/__init__.py", "fused_xent/integrations/__init__.py"),
     *("csrc/xent_inline.h",),
     *("csrc/binding/cuda.h", "csrc/binding/cuda_device.cpp", "csrc/binding/cuda_device.h"),
-    *("csrc/binding/schemas.cpp", "csrc/binding/tensors.h"),
+    *("csrc/binding/layout.h", "csrc/binding/schemas.cpp", "csrc/binding/tensors.h"),
     *("csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/avx512_bf16.cpp"),
     *("csrc/cpu/portable.cpp", "csrc/README.md"),
     *("csrc/cpu/launch.h", "csrc/cuda/regimes.h"),

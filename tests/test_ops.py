@@ -509,6 +509,18 @@ def test_statistics_of_2_31_classes_are_refused():
             getattr(ops, name)(**FORWARD | {"logits": logits, "target": TARGET[:0]})
 
 
+def test_sparse_labels_of_2_31_classes_are_refused():
+    """The kernels read a row's class as int32: of class 2**31 they would make none."""
+    logits = torch.ones(1, 1).expand(0, 2**31)
+    classes = torch.zeros(0, 1, dtype=torch.long)
+    labels = {"logits": logits, "target": torch.ones(0, 1), "target_indices": classes}
+    for name in (*OF_LOSS, *FUSED):
+        with pytest.raises((ValueError, RuntimeError), match="classes for target_indices"):
+            getattr(ops, name)(**FORWARD | labels)
+    with pytest.raises((ValueError, RuntimeError), match="classes for target_indices"):
+        ops.selected_log_probs(logits, classes, 1, False)
+
+
 @pytest.mark.parametrize("wrong", WRONG_BACKWARD)
 def test_wrong_arguments_of_backward_are_refused(wrong, device):
     skip_what_only_the_cpu_refuses(wrong, device)

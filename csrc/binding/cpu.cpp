@@ -28,11 +28,7 @@ struct Call {
   explicit Call(Problem checked) : problem(std::move(checked)) {
     if (!problem.weight) return;
     params.weight_sum = 0;
-    for (int64_t j = 0; j < params.vocab_size; ++j) {
-      params.weight_sum += params.dtype == DType::float64
-                               ? static_cast<const double*>(params.weight)[j]
-                               : static_cast<const float*>(params.weight)[j];
-    }
+    for (int64_t j = 0; j < params.vocab_size; ++j) params.weight_sum += class_weight(params, j);
   }
   Call(const Call&) = delete;  // params would be another's
 
@@ -52,10 +48,8 @@ struct Call {
     if (problem.sparse.n_labels == 0) return;
     const cpu::BadLabel bad = cpu::find_bad_label(params, problem.sparse, threads);
     if (bad.row >= 0) {
-      throw std::out_of_range(
-          "target_indices must be in [0, " + std::to_string(params.vocab_size) +
-          ") or equal to ignore_index (" + std::to_string(problem.sparse.ignore_index) + "), got " +
-          std::to_string(bad.its_class) + " at position " + problem.position(bad.row, bad.label));
+      refuse_class("target_indices", problem.sparse.ignore_index, bad.its_class,
+                   problem.position(bad.row, bad.label));
     }
     problem.allocate_labels(params, keep_logits);
     cpu::read_labels(params, problem.sparse, threads);
@@ -94,12 +88,18 @@ struct Call {
     cpu::backward(params, threads);
   }
 
-  void scale_gradient() {
-    params.grad_scale = 1;
-    cpu::scale_gradient(params, threads);
-  }
+  void scale_gradient() const { cpu::scale_gradient(params, threads); }
 
  private:
+  // Throws Python's IndexError.
+  [[noreturn]] void refuse_class(const char* argument, int64_t ignore_index, int64_t given,
+                                 const std::string& position) const {
+    throw std::out_of_range(std::string(argument) + " must be in [0, " +
+                            std::to_string(params.vocab_size) + ") or equal to ignore_index (" +
+                            std::to_string(ignore_index) + "), got " + std::to_string(given) +
+                            " at position " + position);
+  }
+
   // The rows' weights. Throws where a target is no class, so that nothing has been written by then.
   double scan() const {
     if (problem.sparse.n_labels > 0) {  // classes are in range, and rows weigh their token weights
@@ -109,10 +109,8 @@ struct Call {
     }
     const cpu::RowScan scan = cpu::scan_rows(params, threads);
     if (scan.bad_row < 0) return scan.total_weight;
-    throw std::out_of_range("target must be in [0, " + std::to_string(params.vocab_size) +
-                            ") or equal to ignore_index (" + std::to_string(params.ignore_index) +
-                            "), got " + std::to_string(cpu::target_index(params, scan.bad_row)) +
-                            " at position " + problem.position(scan.bad_row));
+    refuse_class("target", params.ignore_index, target_index(params, scan.bad_row),
+                 problem.position(scan.bad_row));
   }
 
   double normalizer() const {

@@ -61,7 +61,7 @@ struct Call {
         params.n_rows <= cuda::kMaxRows && params.vocab_size <= cuda::kMaxClasses,
         "logits must have less than 2^31 rows and at most 2^30 classes on CUDA devices, got " +
             std::to_string(params.n_rows) + " and " + std::to_string(params.vocab_size));
-    if (problem.weight && has_indices() && params.label_smoothing != 0) {
+    if (problem.weight && has_indices(params) && params.label_smoothing != 0) {
       params.weight_sum_on_device = scratch_data();
       check_cuda(cuda::sum_class_weights(params, scratch_data(), sums_workspace(), stream),
                  "sum of weight");
@@ -107,7 +107,6 @@ struct Call {
   }
 
   Tensor forward_backward(const Rows& rows, ScalarType loss_dtype) {
-    params.grad_scale = 1;
     if (problem.reduction == kMean && params.total_weight == nullptr) {
       rows_weight = problem.scalar(ScalarType::Double);
       sum_rows(&*rows_weight, nullptr);  // the gradient needs it before the loss is known
@@ -121,22 +120,19 @@ struct Call {
   }
 
   void backward() {
-    params.grad_scale = 1;
     const Plan plan = plan_for("backward", cuda::plan_backward, params);
     check_cuda(cuda::backward(params, plan, stream), "backward");
   }
 
   void scale_gradient() {
-    params.grad_scale = 1;
     const Plan plan = plan_for("backward", cuda::plan_backward, params);
     check_cuda(cuda::scale_gradient(params, plan, stream), "scale_gradient");
   }
 
  private:
   bool is_sparse() const { return problem.sparse.n_labels > 0; }
-  bool has_indices() const { return params.target_kind != TargetKind::probabilities; }
   // Labels on no classes have loss 0, and there is nothing to read.
-  bool is_empty() const { return params.vocab_size == 0 && !has_indices(); }
+  bool is_empty() const { return params.vocab_size == 0 && !has_indices(params); }
 
   static double* data_of(const Tensor& scalar) {
     return static_cast<double*>(scalar.mutable_data_ptr());

@@ -10,9 +10,9 @@ namespace fused_xent::binding {
 
 void implement_on_cuda(torch::stable::detail::StableLibrary& m);
 
-// For tests and the benchmark: the plan of "forward", "backward" or "forward_backward" from now on,
-// in the order of cuda::Plan's members; of no members: again the one that ../cuda/plan.h chooses.
-// A plan that cannot serve makes the operator throw.
+// For tests and the benchmark: forces the plan of "forward", "backward" or "forward_backward",
+// which has cuda::Plan's members in order. An empty plan ends that. A plan that cannot serve makes
+// the operator throw.
 constexpr char kForceCudaPlanSchema[] = "force_cuda_plan(str operation, int[] plan) -> ()";
 void force_cuda_plan(const std::string& operation, const std::vector<int64_t>& plan);
 

@@ -3,8 +3,6 @@
 // large gradient that was freed is kept for the next one.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -17,6 +15,8 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+
+#include "layout.h"
 
 // From torch 2.11 on: null with torch 2.10.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError torch_from_blob(
@@ -83,29 +83,24 @@ inline std::unique_ptr<Block> take_block(int64_t bytes) {
 
 // A tensor of the same layout on the meta device. An empty one on the CPU would be filled, and so
 // touched, under torch.use_deterministic_algorithms.
-inline torch::stable::Tensor without_memory(const torch::stable::Tensor& like) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      like.dim(), like.sizes().data(), like.strides().data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type())),
-      aoti_torch_device_type_meta(), -1, &handle));
-  return torch::stable::Tensor(handle);
+inline Tensor without_memory(const Tensor& like) {
+  return empty_strided(like.sizes(), like.strides(), like.scalar_type(),
+                       aoti_torch_device_type_meta(), -1);
 }
 
 // Unwritten memory like a contiguous or permuted tensor's, on the CPU. Frees into kept_block.
-inline torch::stable::Tensor on_kept_memory(const torch::stable::Tensor& like) {
+inline Tensor on_kept_memory(const Tensor& like) {
   std::unique_ptr<Block> block = take_block(like.numel() * like.element_size());
   const auto keep = [](void*, void* context) {
     const std::unique_ptr<Block> before(kept_block.exchange(static_cast<Block*>(context)));
   };
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      block->data, like.dim(), like.sizes().data(), like.strides().data(), 0,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type())),
-      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, keep,
-      block.get()));
+  TORCH_ERROR_CODE_CHECK(
+      torch_from_blob(block->data, like.dim(), like.sizes().data(), like.strides().data(), 0,
+                      dtype_code(like.scalar_type()), aoti_torch_device_type_cpu(), -1, &handle,
+                      aoti_torch_layout_strided(), nullptr, 0, keep, block.get()));
   block.release();
-  return torch::stable::Tensor(handle);
+  return Tensor(handle);
 }
 
 }  // namespace fused_xent::binding

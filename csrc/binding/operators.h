@@ -8,9 +8,8 @@
 //   backward()                          fills params.grad_logits
 //   scale_gradient()                    multiplies params.grad_logits
 //   new_gradient()                      unwritten memory for a gradient: see empty_gradient
-//   read_labels(keep_logits), write_label_gradients()
-//                                       of sparse labels, before and after the above; nothing
-//                                       without any
+//   read_labels(keep_logits)            before the above, for sparse labels; otherwise nothing
+//   write_label_gradients()             the same after the above
 //   select()                            fills rows and the log-probabilities of selected classes
 #pragma once
 
@@ -54,29 +53,36 @@ void return_to(StableIValue* stack, Results... results) {
   ((*stack++ = torch::stable::detail::from(std::move(results))), ...);
 }
 
+// The arguments of an operator that computes a loss.
+struct LossArguments {
+  Inputs inputs;
+  std::optional<ScalarType> loss_dtype;
+  Options options;
+
+  explicit LossArguments(Reader in)
+      : inputs(in.inputs()), loss_dtype(in.take<std::optional<ScalarType>>()) {
+    inputs.target_indices = in.take<OptionalTensor>();
+    options = in.options();
+  }
+};
+
 template <typename Call>
 struct Operators {
   static void loss(StableIValue* stack, uint64_t, uint64_t) {
-    Reader in(stack);
-    Inputs inputs = in.inputs();
-    const auto loss_dtype = in.take<std::optional<ScalarType>>();
-    inputs.target_indices = in.take<OptionalTensor>();
-    Call call(Problem(inputs, in.options()));
+    const LossArguments in{Reader(stack)};
+    Call call(Problem(in.inputs, in.options));
     call.read_labels(false);
     const Rows rows(call.problem, call.params, false);
-    return_to(stack, call.loss(rows, call.problem.loss_dtype(loss_dtype)));
+    return_to(stack, call.loss(rows, call.problem.loss_dtype(in.loss_dtype)));
   }
 
   template <bool statistics>
   static void forward(StableIValue* stack, uint64_t, uint64_t) {
-    Reader in(stack);
-    Inputs inputs = in.inputs();
-    const auto loss_dtype = in.take<std::optional<ScalarType>>();
-    inputs.target_indices = in.take<OptionalTensor>();
-    Call call(Problem(inputs, in.options()));
+    const LossArguments in{Reader(stack)};
+    Call call(Problem(in.inputs, in.options));
     call.read_labels(false);
     const Rows rows(call.problem, call.params, statistics);
-    auto [loss, total_weight] = call.forward(rows, call.problem.loss_dtype(loss_dtype));
+    auto [loss, total_weight] = call.forward(rows, call.problem.loss_dtype(in.loss_dtype));
     if constexpr (statistics) {
       return_to(stack, loss, total_weight, rows.state, rows.lse(), rows.entropy, rows.argmax);
     } else {
@@ -86,15 +92,12 @@ struct Operators {
 
   template <bool statistics>
   static void forward_backward_(StableIValue* stack, uint64_t, uint64_t) {
-    Reader in(stack);
-    Inputs inputs = in.inputs();
-    const auto loss_dtype = in.take<std::optional<ScalarType>>();
-    inputs.target_indices = in.take<OptionalTensor>();
-    Call call(Problem(inputs, in.options()));
-    set_grad_logits(call.params, "logits", inputs.logits, inputs.dim);
+    const LossArguments in{Reader(stack)};
+    Call call(Problem(in.inputs, in.options));
+    set_grad_logits(call.params, "logits", in.inputs.logits, in.inputs.dim);
     call.read_labels(true);
     const Rows rows(call.problem, call.params, statistics);
-    const Tensor loss = call.forward_backward(rows, call.problem.loss_dtype(loss_dtype));
+    const Tensor loss = call.forward_backward(rows, call.problem.loss_dtype(in.loss_dtype));
     call.write_label_gradients();
     if constexpr (statistics) {
       return_to(stack, loss, rows.lse(), rows.entropy, rows.argmax);
@@ -103,24 +106,16 @@ struct Operators {
     }
   }
 
+  template <bool in_place>
   static void backward(StableIValue* stack, uint64_t, uint64_t) {
     Reader in(stack);
     Inputs inputs = in.inputs();
     const Upstream upstream = upstream_of(in);
     inputs.target_indices = in.take<OptionalTensor>();
     Call call(Problem(inputs, in.options()));
-    const Tensor grad_logits = call.new_gradient();
+    const Tensor grad_logits = in_place ? inputs.logits : call.new_gradient();
     backward_into(grad_logits, call, upstream);
-    return_to(stack, grad_logits);
-  }
-
-  static void backward_(StableIValue* stack, uint64_t, uint64_t) {
-    Reader in(stack);
-    Inputs inputs = in.inputs();
-    const Upstream upstream = upstream_of(in);
-    inputs.target_indices = in.take<OptionalTensor>();
-    Call call(Problem(inputs, in.options()));
-    backward_into(inputs.logits, call, upstream);
+    if constexpr (!in_place) return_to(stack, grad_logits);
   }
 
   static void selected_log_probs(StableIValue* stack, uint64_t, uint64_t) {
@@ -167,8 +162,8 @@ struct Operators {
     m.impl("loss", &loss);
     m.impl("forward", &forward<false>);
     m.impl("forward_with_statistics", &forward<true>);
-    m.impl("backward", &backward);
-    m.impl("backward_", &backward_);
+    m.impl("backward", &backward<false>);
+    m.impl("backward_", &backward<true>);
     m.impl("forward_backward_", &forward_backward_<false>);
     m.impl("forward_backward_with_statistics_", &forward_backward_<true>);
     m.impl("selected_log_probs", &selected_log_probs);

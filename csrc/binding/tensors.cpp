@@ -1,7 +1,6 @@
 #include "tensors.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #if defined(__GLIBC__)
@@ -23,50 +22,6 @@ bool has_shape(const Tensor& tensor, Sizes shape) {
   return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
-// Every element has an address of its own if each stride steps over all that smaller ones reach.
-bool overlaps_itself(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) == 0) return false;
-    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t reach = 0;
-  for (const auto& [stride, size] : dims) {
-    if (stride <= reach) return true;
-    reach += stride * (size - 1);
-  }
-  return false;
-}
-
-// False where more than kMaxRowDims dimensions remain.
-bool merge_rows(const Tensor& tensor, int64_t dim, Layout& layout) {
-  layout = {0, {}, {}, tensor.stride(dim)};
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    const int64_t size = tensor.size(d), stride = tensor.stride(d);
-    if (d == dim || size == 1) continue;
-    const int last = layout.n_dims - 1;
-    if (last >= 0 && layout.stride[last] == size * stride) {
-      layout.size[last] *= size;
-      layout.stride[last] = stride;
-      continue;
-    }
-    if (layout.n_dims == kMaxRowDims) return false;
-    layout.size[layout.n_dims] = size;
-    layout.stride[layout.n_dims++] = stride;
-  }
-  if (layout.n_dims == 0) layout = {1, {1}, {0}, layout.class_stride};
-  return true;
-}
-
-// Sets the layout of a tensor to read from; of a contiguous copy where its rows cannot be merged.
-Tensor with_layout(const Tensor& tensor, int64_t dim, Layout& layout) {
-  if (merge_rows(tensor, dim, layout)) return tensor;
-  Tensor copy = torch::stable::contiguous(tensor);
-  merge_rows(copy, dim, layout);
-  return copy;
-}
-
 TargetKind target_kind(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Long:
@@ -85,52 +40,7 @@ bool is_complex(ScalarType dtype) {
          dtype == ScalarType::ComplexDouble;
 }
 
-// The tensor itself where it is so already, without a call of torch.
-Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
-  const Tensor cast = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-  return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
-}
-
-// Memory for a gradient in which each row is as far from a multiple of 16 bytes as that row of the
-// logits, so that kernels can access both by vectors. In empty_like(logits) it is not for
-// logits[:, :50257] of 50304 classes, or logits[:, :-1] of sequences of 50257. Null if empty_like
-// will do, and for rows so short that the padding would exceed 3 %. ../../fused_xent/_ops.py does
-// the same for fake tensors.
-OptionalTensor aligned_gradient(const Tensor& logits, int64_t dim) {
-  const auto size = static_cast<int64_t>(logits.element_size());
-  const int64_t vector = 16 / size, n_dims = logits.dim();
-  if (logits.numel() == 0 || logits.stride(dim) != 1 || logits.size(dim) * size < 512) return {};
-  std::vector<int64_t> outwards(n_dims), strides(n_dims);
-  std::iota(outwards.rbegin(), outwards.rend(), 0);
-  std::stable_sort(outwards.begin(), outwards.end(),
-                   [&](int64_t a, int64_t b) { return logits.stride(a) < logits.stride(b); });
-  const int64_t offset = logits.storage_offset() % vector;
-  int64_t padding = 0, extent = 1, last = 0;
-  for (const int64_t d : outwards) {
-    const int64_t n = logits.size(d), stride = logits.stride(d);
-    if (d != dim && n > 1 && stride < logits.size(dim)) return {};
-    const int64_t pad = n > 1 ? ((stride - extent) % vector + vector) % vector : 0;
-    padding += pad;
-    strides[d] = extent + pad;
-    last += (n - 1) * strides[d];
-    extent = n * strides[d];
-  }
-  if (offset + padding == 0) return {};
-  const Tensor memory = torch::stable::new_empty(logits, {offset + last + 1});
-  AtenTensorHandle view;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), n_dims, logits.sizes().data(),
-                                                        strides.data(), offset, &view));
-  return Tensor(view);
-}
-
 }  // namespace
-
-std::string tuple_of(Sizes values) {
-  std::string text = "(";
-  for (const int64_t value : values) text += std::to_string(value) + ", ";
-  if (values.size() > 0) text.erase(text.size() - (values.size() == 1 ? 1 : 2));
-  return text + ")";
-}
 
 DType dtype_of(const char* name, ScalarType dtype) {
   switch (dtype) {
@@ -146,25 +56,6 @@ DType dtype_of(const char* name, ScalarType dtype) {
       throw std::invalid_argument(std::string(name) +
                                   " must be float32, float64, bfloat16 or float16");
   }
-}
-
-Tensor empty_gradient(const Tensor& logits, int64_t dim, bool aligns_rows) {
-  const OptionalTensor aligned = aligns_rows ? aligned_gradient(logits, dim) : std::nullopt;
-  const Tensor gradient = aligned ? *aligned : torch::stable::empty_like(logits);
-  Layout layout{};
-  return merge_rows(gradient, dim, layout) ? gradient
-                                           : torch::stable::new_empty(logits, logits.sizes());
-}
-
-void set_grad_logits(Params& params, const char* name, const Tensor& tensor, int64_t dim) {
-  FUSED_XENT_CHECK(!overlaps_itself(tensor),
-                   std::string(name) + " must have one memory location per element, got strides " +
-                       tuple_of(tensor.strides()));
-  FUSED_XENT_CHECK(merge_rows(tensor, dim, params.grad_layout),
-                   std::string(name) +
-                       " must have at most 4 row dimensions that cannot be merged, got shape " +
-                       tuple_of(tensor.sizes()) + " with strides " + tuple_of(tensor.strides()));
-  params.grad_logits = tensor.mutable_data_ptr();
 }
 
 Problem::Problem(const Inputs& inputs, const Options& options)
@@ -242,11 +133,10 @@ void Problem::check_device(const char* name, const Tensor& tensor) const {
 void Problem::set_target() {
   check_device("target", *target);
   params.target_kind = target_kind(target->scalar_type());
-  const bool is_indices = params.target_kind != TargetKind::probabilities;
-  const auto shape = is_indices ? Sizes(row_shape) : logits.sizes();
+  const auto shape = has_indices(params) ? Sizes(row_shape) : logits.sizes();
   FUSED_XENT_CHECK(has_shape(*target, shape), "target must have shape " + tuple_of(shape) +
                                                   ", got " + tuple_of(target->sizes()));
-  if (is_indices) {
+  if (has_indices(params)) {
     target = contiguous_as(*target, target->scalar_type());
   } else {
     params.target_dtype = dtype_of("target", target->scalar_type());
@@ -259,9 +149,16 @@ void Problem::set_target() {
   params.target = target->const_data_ptr();
 }
 
-// The kernels see class indices, which allocate_labels makes room for.
+void Problem::check_32_bits_for(const char* purpose) const {
+  FUSED_XENT_CHECK(params.vocab_size <= INT32_MAX,
+                   std::string("logits must have less than 2^31 classes for ") + purpose +
+                       ", got " + std::to_string(params.vocab_size));
+}
+
+// The kernels see class indices, which allocate_labels makes room for: as int32.
 void Problem::set_sparse(const Options& options) {
   check_device("target_indices", *target_indices);
+  check_32_bits_for("target_indices");
   sparse.classes_kind = target_kind(target_indices->scalar_type());
   FUSED_XENT_CHECK(
       sparse.classes_kind == TargetKind::int64 || sparse.classes_kind == TargetKind::int32,
@@ -307,27 +204,9 @@ void Problem::allocate_labels(Params& p, bool keep_logits) {
 
 Tensor Problem::new_log_probs() {
   const Tensor log_probs = empty(target_indices->sizes(), acc_dtype);
-  FUSED_XENT_CHECK(merge_rows(log_probs, dim, sparse.log_probs_layout),
-                   "target_indices must have at most 4 row dimensions that cannot be merged");
+  merge_rows(log_probs, dim, sparse.log_probs_layout);  // to two at most: it is contiguous
   sparse.log_probs = log_probs.mutable_data_ptr();
   return log_probs;
-}
-
-Tensor empty_on(const Tensor& like, Sizes sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
-    strides[d] = stride;
-  }
-  int32_t device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype_code, device_type,
-                                                  device_index, &handle));
-  return Tensor(handle);
 }
 
 Tensor Problem::rows_of(const char* name, const Tensor& rows) const {
@@ -358,9 +237,7 @@ Tensor Problem::set_grad_loss(Params& p, const OptionalTensor& grad_loss) const 
   return rows;
 }
 
-int64_t Problem::state_size() const {
-  return 2 + (params.target_kind == TargetKind::probabilities) + (params.focal_gamma != 0);
-}
+int64_t Problem::state_size() const { return 2 + !has_indices(params) + (params.focal_gamma != 0); }
 
 void Problem::set_state(Params& p, const Tensor& state) const {
   check_device("state", state);
@@ -380,15 +257,13 @@ void Problem::point_to_state(Params& p, void* state) const {
   };
   p.row_max = take();
   p.log_sum = take();
-  if (p.target_kind == TargetKind::probabilities) p.label_mass = take();
+  if (!has_indices(p)) p.label_mass = take();
   if (p.focal_gamma != 0) p.loss_slope = take();
 }
 
 Rows::Rows(const Problem& problem, Params& p, bool statistics)
     : loss(problem.empty(problem.row_shape, problem.acc_dtype)) {
-  FUSED_XENT_CHECK(!statistics || p.vocab_size < INT32_MAX,
-                   "logits must have less than 2^31 classes for statistics, got " +
-                       std::to_string(p.vocab_size));
+  if (statistics) problem.check_32_bits_for("statistics");
   std::vector<int64_t> shape = problem.row_shape;
   shape.insert(shape.begin(), problem.state_size());
   state = problem.empty(shape, problem.acc_dtype);

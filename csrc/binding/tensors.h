@@ -2,41 +2,21 @@
 // fused_xent/_problem.py checks what a user can get wrong first, and names the user's argument.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "../xent_params.h"
+#include "layout.h"
 
 namespace fused_xent::binding {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };  // torch.nn._reduction
-
-// Throws Python's ValueError: "<argument> must be <rule>, got <value>". The message is built only
-// where the condition does not hold.
-#define FUSED_XENT_CHECK(condition, message) \
-  if (!(condition)) throw std::invalid_argument(message)
-
-std::string tuple_of(Sizes values);
-// Unwritten contiguous memory on the device of `like`.
-Tensor empty_on(const Tensor& like, Sizes sizes, ScalarType dtype);
 
 // What the operators of a loss take besides options, in the order of their schemas.
 struct Inputs {
   Tensor logits, target;
   OptionalTensor weight, token_weight;
-  OptionalTensor
-      normalizer;  // the mean's divisor; without it, forward divides by the rows' weights
+  OptionalTensor normalizer;  // the mean's divisor; null: the sum of the rows' weights
   int64_t dim, reduction;
   OptionalTensor target_indices;  // the classes of sparse labels, which are `target`
 };
@@ -52,16 +32,15 @@ struct Problem {
   ScalarType acc_dtype;
 
   Problem(const Inputs& inputs, const Options& options);
-  // Rows of logits that are only multiplied: none is left out.
+  // A gradient that is only multiplied: no row is left out.
   Problem(const Tensor& logits, int64_t dim);
-  // Rows of which some classes are selected.
+  // Logits of which some classes are selected.
   Problem(const Tensor& logits, const Tensor& classes, int64_t dim, const Options& options);
 
   // Unwritten memory on the logits' device.
   Tensor empty(Sizes sizes, ScalarType dtype) const { return empty_on(logits, sizes, dtype); }
   Tensor scalar(ScalarType dtype) const { return empty({}, dtype); }
-  // A per-row tensor that a caller passes, of shape row_shape: contiguous, of the accumulation
-  // type.
+  // Checks a per-row tensor that a caller passes. Returns it contiguous, in the accumulation type.
   Tensor rows_of(const char* name, const Tensor& rows) const;
   // The same, if there is one; `pointer` is set to it.
   template <typename Pointer>
@@ -86,6 +65,8 @@ struct Problem {
   std::string position(int64_t row) const;
   // The same with the label's number in the place of the classes.
   std::string position(int64_t row, int64_t label) const;
+  // Throws where a class does not fit into 32 bits, which `purpose` needs.
+  void check_32_bits_for(const char* purpose) const;
   // Allocates what read_labels writes, and points p's pointers to it. keep_logits: for gradients.
   void allocate_labels(Params& p, bool keep_logits);
   // Memory for the log-probabilities of selected classes, to which `sparse` points.
@@ -114,10 +95,5 @@ struct Rows {
 };
 
 DType dtype_of(const char* name, ScalarType dtype);
-// Unwritten memory for the logits' gradient, laid out as they are where possible. aligns_rows: the
-// same vectors of 16 bytes are aligned in the rows of both.
-Tensor empty_gradient(const Tensor& logits, int64_t dim, bool aligns_rows);
-// Sets params.grad_logits: a tensor to write to, each of whose elements has memory of its own.
-void set_grad_logits(Params& params, const char* name, const Tensor& tensor, int64_t dim);
 
 }  // namespace fused_xent::binding

@@ -22,8 +22,8 @@ XENT_INLINE F32 exp_nonpositive(F32 x) {
 }
 
 // The polynomial with coefficients at(first) to at(first + count - 1), count <= 16. powers are x,
-// x^2, x^4 and x^8. It adds up halves (Estrin's scheme): one row waits for its factors, and
-// each step of Horner's scheme would wait for the one before.
+// x^2, x^4 and x^8. It adds up halves, which do not wait for each other (Estrin's scheme): each
+// step of Horner's scheme would wait for the one before.
 template <typename Coefficients, int count, int first = 0>
 XENT_INLINE F64 polynomial(const F64 (&powers)[4]) {
   if constexpr (count == 1) {
@@ -76,21 +76,8 @@ XENT_INLINE F32 exp_of_difference(F32 a, F32 b) {
 }
 XENT_INLINE F64 exp_of_difference(F64 a, F64 b) { return exp_nonpositive(a - b); }
 
-// exp(x - m) is kScale * power(exponent(x)). These are two steps because the loss of soft labels
-// also needs x - m, which is kUnit * exponent(x).
-template <typename A>
-struct SubtractingExp {
-  static constexpr double kScale = 1, kUnit = 1;
-  A max;
-
-  XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<A>(m)) {}
-  XENT_INLINE double origin() const { return max; }
-  XENT_INLINE Vec<A> exponent(Vec<A> x) const { return x - max; }
-  XENT_INLINE static Vec<A> power(Vec<A> d) { return exp_nonpositive(d); }
-};
-
-// The polynomial of exp_nonpositive, divided by its highest coefficient, which saves an
-// instruction.
+// power(t) is 2^t / kScale, by the polynomial of exp_nonpositive, divided by its highest
+// coefficient: that saves an instruction.
 struct Power {
   static constexpr float kLog2e = 1.44269504f;
   static constexpr double kScale = 1 / 753.606689453125;
@@ -109,17 +96,27 @@ struct Power {
   }
 };
 
+// exp(x - m) is kScale * power(exponent(x)). These are two steps because the loss of soft labels
+// also needs x - m, which is kUnit * exponent(x).
+//
 // x - max is exact for all x whose exponential matters: adding one number to all logits changes no
 // bit.
-template <>
-struct SubtractingExp<float> : Power {
-  static constexpr double kUnit = 1;
-  float max;
+template <typename A>
+struct SubtractingExp {
+  static constexpr bool kIsFloat = std::is_same_v<A, float>;
+  static constexpr double kScale = kIsFloat ? Power::kScale : 1, kUnit = 1;
+  A max;
 
-  XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<float>(m)) {}
+  XENT_INLINE explicit SubtractingExp(double m) : max(static_cast<A>(m)) {}
   XENT_INLINE double origin() const { return max; }
-  XENT_INLINE F32 exponent(F32 x) const { return x - max; }
-  XENT_INLINE static F32 power(F32 d) { return Power::power(d * kLog2e); }
+  XENT_INLINE Vec<A> exponent(Vec<A> x) const { return x - max; }
+  XENT_INLINE static Vec<A> power(Vec<A> d) {
+    if constexpr (kIsFloat) {
+      return Power::power(d * Power::kLog2e);
+    } else {
+      return exp_nonpositive(d);
+    }
+  }
 };
 
 // One instruction instead of two: x * log2(e) + shift, which must be rounded only once. shift is
@@ -133,10 +130,7 @@ struct FusedExp : Power {
   XENT_INLINE explicit FusedExp(double m) : shift(-static_cast<float>(m * kLog2e)) {}
   XENT_INLINE double origin() const { return kUnit * -shift; }
   // The same for vectors of m.
-  XENT_INLINE static F64 origin_of(F64 m) {
-    using Narrow = typename VectorOf<float, kLanes<double>>::type;
-    return kUnit * __builtin_convertvector(__builtin_convertvector(m * kLog2e, Narrow), F64);
-  }
+  XENT_INLINE static F64 origin_of(F64 m) { return kUnit * rounded_to<float>(m * kLog2e); }
   XENT_INLINE F32 exponent(F32 x) const { return fused_multiply_add(x, kLog2e, shift); }
 };
 
@@ -230,7 +224,7 @@ XENT_INLINE F64 expm1_nonpositive(F64 x) {
   return x > -0.5 ? expm1_over_x<15>(x) * x : exp_nonpositive(x) - 1;
 }
 
-// What focal_loss computes with: exp(x) is NaN for x > 0.
+// The functions that focal_loss calls. exp(x) is NaN for x > 0.
 struct LaneMath {
   XENT_INLINE static F64 exp(F64 x) {
     return x > 0 ? __builtin_nan("") - F64{} : exp_nonpositive(x);

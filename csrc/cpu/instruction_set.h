@@ -34,10 +34,13 @@ namespace {
 
 // clang-format off: each file uses those before it
 #include "simd.h"
+#include "load_store.h"
+#include "vector_pairs.h"
 #include "../xent_formulas.h"
 #include "elementary.h"
 #include "row_labels.h"
-#include "row_kernels.h"
+#include "row_stats.h"
+#include "row_gradients.h"
 #include "transform.h"
 #include "per_class_options.h"
 #include "row_lanes.h"
@@ -52,20 +55,20 @@ namespace {
 template <typename T, typename Target>
 Kernels kernels_of(const Params& p) {
   const bool general = is_general(p);
-  return {general ? general_stats<T, Target> : segment_stats<T, Target>,
-          general ? general_gradient<T, Target> : segment_gradient<T, Target>,
-          segment_scale<T>,
-          row_stats_saving<T, Target>,
-          row_gradient_of_saved<T, Target>,
-          read_targets<T>,
-          finish_batch<T>,
-          start_gradients<T>,
-          tile_forward<T, Target>,
-          tile_backward<T, Target>,
-          tile_scale<T>,
-          read_labels<T>,
-          write_label_gradients<T>,
-          write_log_probs<T>};
+  return {.segment_stats = general ? general_stats<T, Target> : segment_stats<T, Target>,
+          .segment_gradient = general ? general_gradient<T, Target> : segment_gradient<T, Target>,
+          .segment_scale = segment_scale<T>,
+          .row_stats_saving = row_stats_saving<T, Target>,
+          .row_gradient_of_saved = row_gradient_of_saved<T, Target>,
+          .read_targets = read_targets<T>,
+          .finish_batch = finish_batch<T>,
+          .start_gradients = start_gradients<T>,
+          .tile_forward = tile_forward<T, Target>,
+          .tile_backward = tile_backward<T, Target>,
+          .tile_scale = tile_scale<T>,
+          .read_labels = read_labels<T>,
+          .write_label_gradients = write_label_gradients<T>,
+          .write_log_probs = write_log_probs<T>};
 }
 
 template <typename T>

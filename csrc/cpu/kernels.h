@@ -23,25 +23,24 @@ constexpr double kMaxOrigin = 0x1p24;
 
 // Memory of one row between its forward and its backward, where both run at once.
 struct RowScratch {
-  float* exponentials;  // one a class; for 16-bit logits alone: others have room in their place
-  double* origins;      // one a block: what its exponentials are relative to
+  float* exponentials;  // one per class of 16-bit logits; those of others overwrite the logits
+  double* origins;      // one per block: what its exponentials are relative to
 };
 
-// The statistics of classes of a row. max is their maximum, or where the sums start if that is
-// greater: -kMaxOrigin, in place the lowest number. The sums are relative to sums.max, which is
-// close to max.
+// The statistics of some classes of a row. max is their maximum, but not below the number that a
+// sweep starts with: -kMaxOrigin, or the lowest number if the exponentials overwrite the logits.
+// The sums are relative to sums.max, which is close to max.
 struct SegmentStats {
   FullStats<double> sums;
   double max;
 };
 
-// Rows [begin, begin + n), which are computed together but for the loops over their classes: one
-// in each vector lane.
+// Rows [begin, begin + n). The loops over their classes take one row after another. Everything else
+// is computed for several rows at once, one in each vector lane.
 constexpr int kBatchRows = 16;
 struct RowBatch {
   int64_t begin;
   int n;
-  bool is_general;             // is_general(p)
   int64_t kept[kBatchRows];    // -1, or 0 for rows that are left out
   int64_t target[kBatchRows];  // -1 for probabilities and for rows that are left out
   double target_weight[kBatchRows], label_weight[kBatchRows];  // see labels_of

@@ -1,13 +1,5 @@
 // Sparse labels, one row after another: see SparseLabels. Included like simd.h.
 
-// Calls body(k, n) for up to kLanes<A> labels at a time.
-template <typename A, typename Body>
-XENT_INLINE void for_label_lanes(int64_t n_labels, const Body& body) {
-  for (int64_t k = 0; k < n_labels; k += kLanes<A>) {
-    body(k, static_cast<int>(n_labels - k < kLanes<A> ? n_labels - k : kLanes<A>));
-  }
-}
-
 // The classes of a row's labels; -1 for those that do not count.
 XENT_INLINE void read_classes(const Params& p, const SparseLabels& sparse, int64_t row,
                               int64_t* classes) {
@@ -60,9 +52,8 @@ void read_labels_of_row(const Params& p, const SparseLabels& sparse, int64_t row
   const double weight = read_weights<A>(p, sparse, row, classes, weights);
   static_cast<A*>(sparse.label_weight)[row] = static_cast<A>(weight);
   if (sparse.extra_loss == nullptr) return;
-  for_label_lanes<A>(sparse.n_labels, [&](int64_t k, int n) {
-    const Vec<A> x = load_first(logits + k, n);
-    store_first(z + k, has_transform(p) ? transform(x).logit : x, n);
+  for_lanes<A>(0, sparse.n_labels, [&](int64_t k, int n) {
+    store_first(z + k, transform(load_first(logits + k, n)).logit, n);
   });
   double extra_loss = 0;
   for (int64_t k = 0; k < sparse.n_labels; ++k) {
@@ -79,7 +70,7 @@ void read_labels(const Params& p, const SparseLabels& sparse, int64_t begin, int
   using A = Acc<T>;
   int64_t classes[kMaxLabels];
   A scratch[kMaxLabels];
-  // One label needs none, unless its logit or extra loss is wanted.
+  // A single label needs no logit, unless that or an extra loss is wanted.
   const bool reads_logits =
       sparse.n_labels > 1 || sparse.logits != nullptr || sparse.extra_loss != nullptr;
   for (int64_t row = begin; row < end; ++row) {
@@ -97,7 +88,7 @@ void read_labels(const Params& p, const SparseLabels& sparse, int64_t begin, int
   }
 }
 
-// Adds the weights of labels on one class up at the first of them, and gives the others class -1.
+// Adds up the weights of labels on the same class at the first of them. The others get class -1.
 XENT_INLINE void add_up_labels(int64_t n_labels, int64_t* classes, double* weights) {
   int16_t slots[2 * kMaxLabels];  // of a hash table with open addressing: a label, or -1
   const int bits = std::bit_width(2 * static_cast<uint64_t>(n_labels) - 1);
@@ -122,7 +113,8 @@ void write_label_gradients_of_row(const Params& p, const SparseLabels& sparse, i
   using A = Acc<T>;
   int64_t classes[kMaxLabels];
   double weights[kMaxLabels];
-  // q_k, and the sum of those of other classes: in double, since both may be far greater than it.
+  // q_k, and the sum of the q of other classes. That is a difference of two sums, which may both be
+  // far greater: so they are computed in double.
   A on_label[kMaxLabels], on_others[kMaxLabels], class_weights[kMaxLabels], gradients[kMaxLabels];
   const Smoothing<double> smoothing = smoothing_of(p);
   read_classes(p, sparse, row, classes);
@@ -140,15 +132,9 @@ void write_label_gradients_of_row(const Params& p, const SparseLabels& sparse, i
   add_entropy_gradient(upstream, p, row, results);
   const A g = static_cast<A>(upstream.g), spread = static_cast<A>(smoothing.uniform);
   const A mass = static_cast<A>(p.weight_sum);
-  for_label_lanes<A>(sparse.n_labels, [&](int64_t k, int n) {
-    const Vec<A> x = load_first(logits + k, n);
-    Vec<A> z = x, slope = Vec<A>{} + 1;
-    if (has_transform(p)) {
-      const auto transformed = transform(x);
-      z = transformed.logit;
-      slope = transformed.slope;
-    }
-    const Vec<A> difference = z - static_cast<A>(results.max);
+  for_lanes<A>(0, sparse.n_labels, [&](int64_t k, int n) {
+    const auto z = transform(load_first(logits + k, n));
+    const Vec<A> difference = z.logit - static_cast<A>(results.max);
     const Vec<A> d = difference > 0 ? Vec<A>{} : difference;
     const Vec<A> log_prob = d - static_cast<A>(results.log_sum), prob = exp_nonpositive(log_prob);
     Vec<A> gradient =
@@ -157,7 +143,7 @@ void write_label_gradients_of_row(const Params& p, const SparseLabels& sparse, i
     gradient = g * (gradient + load_first(on_others + k, n) * prob);
     gradient = add_softmax_part(gradient, static_cast<A>(upstream.softmax) - Vec<A>{},
                                 static_cast<A>(upstream.shifted) - Vec<A>{}, prob, d);
-    store_first(gradients + k, gradient * slope, n);
+    store_first(gradients + k, gradient * z.slope, n);
   });
   T* out = gradient_row<T>(p, row);
   for (int64_t k = 0; k < sparse.n_labels; ++k) {
@@ -184,9 +170,8 @@ void write_log_probs(const Params& p, const SparseLabels& sparse, int64_t begin,
     read_logits<T>(p, sparse, row, classes, logits);
     const A max = static_cast<const A*>(p.row_max)[row];
     const A log_sum = static_cast<const A*>(p.log_sum)[row];
-    for_label_lanes<A>(sparse.n_labels, [&](int64_t k, int n) {
-      const Vec<A> x = load_first(logits + k, n);
-      const Vec<A> d = (has_transform(p) ? transform(x).logit : x) - max;
+    for_lanes<A>(0, sparse.n_labels, [&](int64_t k, int n) {
+      const Vec<A> d = transform(load_first(logits + k, n)).logit - max;
       store_first(logits + k, (d > 0 ? Vec<A>{} : d) - log_sum, n);
     });
     A* out = static_cast<A*>(sparse.log_probs) + row_offset(sparse.log_probs_layout, row);

@@ -1,4 +1,4 @@
-// The statistics of one row a lane. Included like simd.h.
+// Statistics of rows, one row in each lane. Included like simd.h.
 
 template <typename A>
 struct NoSpreadStats {};
@@ -74,12 +74,11 @@ struct LaneStats : std::conditional_t<kHasSpread, SpreadStats<A>, NoSpreadStats<
   }
 };
 
-// With what entropy and argmax need: see FullStats.
+// LaneStats, and what entropy and argmax need: see FullStats.
 template <typename A>
 struct FullLaneStats : LaneStats<A, true> {
   using Base = LaneStats<A, true>;
-  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
-  using Index = Vec<Bits>;
+  using Index = Vec<BitsOf<A>>;
   Index argmax{};
 
   template <bool kTwoSum = true, typename Spread>
@@ -96,7 +95,7 @@ struct FullLaneStats : LaneStats<A, true> {
       moment += e == 0 ? Vec<A>{} : e * d;
       const auto above = ~(Index)(logits <= top_) & (Index)(top_ == top_);
       top_ = above == 0 ? top_ : logits;
-      argmax = above == 0 ? argmax : static_cast<Bits>(j + u) - Index{};
+      argmax = above == 0 ? argmax : static_cast<BitsOf<A>>(j + u) - Index{};
     }
     moment_.add(moment);
   }

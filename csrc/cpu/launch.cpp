@@ -27,9 +27,8 @@ template <typename Body>
 void run_batches(const Params& p, const Threads& threads, int64_t most, const Body& body) {
   const int64_t wanted = ceil_div(kTaskElements, p.vocab_size);
   const int64_t size = std::min(most, wanted), step = wanted / size * size;
-  run_tasks(threads, ceil_div(p.n_rows, step), [&](int64_t i) {
-    for_batches(i * step, std::min((i + 1) * step, p.n_rows), size, body);
-  });
+  run_pieces(threads, p.n_rows, step,
+             [&](int64_t begin, int64_t end) { for_batches(begin, end, size, body); });
 }
 
 // The rows of a batch of forward_backward: the second loop over their classes finds logits and
@@ -113,11 +112,8 @@ using LabelKernel = void (*)(const Params&, const SparseLabels&, int64_t, int64_
 
 void run_label_kernel(LabelKernel kernel, const Params& p, const SparseLabels& sparse,
                       const Threads& threads) {
-  const int64_t step = ceil_div(kTaskLabels, sparse.n_labels);
-  run_tasks(threads, ceil_div(p.n_rows, step), [&](int64_t i) {
-    const int64_t begin = i * step;
-    kernel(p, sparse, begin, std::min(begin + step, p.n_rows));
-  });
+  run_pieces(threads, p.n_rows, ceil_div(kTaskLabels, sparse.n_labels),
+             [&](int64_t begin, int64_t end) { kernel(p, sparse, begin, end); });
 }
 
 }  // namespace

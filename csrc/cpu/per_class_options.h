@@ -7,11 +7,8 @@
 template <typename T>
 XENT_INLINE void transform_block(const T* x, int count, const Transform<Acc<T>>& transform,
                                  Acc<T>* z) {
-  using A = Acc<T>;
-  for (int i = 0; i < count; i += kLanes<A>) {
-    const int n = count - i < kLanes<A> ? count - i : kLanes<A>;
-    store(z + i, transform(load_first(x + i, n)).logit);
-  }
+  for_lanes<Acc<T>>(0, count,
+                    [&](int64_t i, int n) { store(z + i, transform(load_first(x + i, n)).logit); });
 }
 
 // Scratch memory of a block. It has room for one more vector: the last one may be partly filled.
@@ -24,11 +21,10 @@ struct BlockScratch {
 template <typename A>
 XENT_INLINE double block_moment(const A* z, const A* e, int count, A max) {
   LongSum<A> sum;
-  for (int i = 0; i < count; i += kLanes<A>) {
-    const int n = count - i < kLanes<A> ? count - i : kLanes<A>;
+  for_lanes<A>(0, count, [&](int64_t i, int n) {
     const Vec<A> power = load_first(e + i, n), d = load_first(z + i, n) - max;
     sum.add(power == 0 ? Vec<A>{} : power * d);
-  }
+  });
   return sum_lanes(sum.value());
 }
 
@@ -104,14 +100,13 @@ void general_gradient(const Params& p, const RowBatch& batch, int i, int64_t beg
   const A scale = static_cast<A>(gradient.spread);
   with_spread<A, Target>(p, row, [&](const auto& spread) {
     using Spread = std::decay_t<decltype(spread)>;
-    for (int64_t j = begin; j < end; j += kLanes<A>) {
-      const int n = static_cast<int>(end - j < kLanes<A> ? end - j : kLanes<A>);
+    for_lanes<A>(begin, end, [&](int64_t j, int n) {
       const auto lanes = transform(load_first(x + j, n));
       const Vec<A> d = lanes.logit - exp.max, e = exp.power(exp.exponent(lanes.logit));
       Vec<A> value = e * factor + (e == 0 ? Vec<A>{} : e * d * shifted_factor);
       if constexpr (Spread::kExists) value -= spread.first(j, n) * scale;
       store_first(out + j, value * lanes.slope, n);
-    }
+    });
   });
   write_target(batch, i, begin, end, out);
 }

@@ -1,23 +1,18 @@
-// Targets and upstream gradients of rows on the CPU.
+// Where the rows of a call are, their targets and their upstream gradients, on the CPU.
 #pragma once
 
 #include "../xent_rows.h"
 
 namespace fused_xent::cpu {
 
-using fused_xent::target_index;  // binding/cpu.cpp names it in this namespace
+template <typename T>
+XENT_INLINE const T* logits_row(const Params& p, int64_t row) {
+  return static_cast<const T*>(p.logits) + row_offset(p.logits_layout, row);
+}
 
-// Calls body with the array of class indices, of its own type.
-template <typename Body>
-XENT_INLINE auto with_indices(const Params& p, const Body& body) {
-  switch (p.target_kind) {
-    case TargetKind::int64:
-      return body(static_cast<const int64_t*>(p.target));
-    case TargetKind::int32:
-      return body(static_cast<const int32_t*>(p.target));
-    default:
-      return body(static_cast<const uint8_t*>(p.target));
-  }
+template <typename T>
+XENT_INLINE T* gradient_row(const Params& p, int64_t row) {
+  return static_cast<T*>(p.grad_logits) + row_offset(p.grad_layout, row);
 }
 
 // True for rows that are ignored or have token weight 0: their logits are not read, their target is

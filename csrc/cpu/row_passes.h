@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "kernels.h"
-#include "tasks.h"
 
 namespace fused_xent::cpu {
 
@@ -15,7 +14,6 @@ inline RowBatch batch_of(const Params& p, const Kernels& k, int64_t begin, int64
   RowBatch batch;
   batch.begin = begin;
   batch.n = static_cast<int>(end - begin);
-  batch.is_general = is_general(p);
   k.read_targets(p, batch);
   return batch;
 }
@@ -26,16 +24,17 @@ inline void merge_segments(SegmentStats& stats, const SegmentStats& other) {
   stats.max = std::max(stats.max, other.max);
 }
 
-// True if the batch has the row's maximum, and the row kernels cannot use it: see kMaxOrigin.
-inline bool is_for_tiles(const RowBatch& batch, int i) {
-  return !(std::fabs(batch.max[i]) < kMaxOrigin) && batch.kept[i] && !batch.is_general;
+// True if the row's maximum, which the batch has by now, is not one for row kernels: see
+// kMaxOrigin.
+inline bool is_for_tiles(const Params& p, const RowBatch& batch, int i) {
+  return !(std::fabs(batch.max[i]) < kMaxOrigin) && batch.kept[i] && !is_general(p);
 }
 
 inline void finish_batch_or_tiles(const Params& p, const Kernels& k, RowBatch& batch) {
   k.finish_batch(p, batch);
   for (int i = 0; i < batch.n; ++i) {
     const int64_t row = batch.begin + i;
-    if (is_for_tiles(batch, i)) k.tile_forward(p, row, row + 1);
+    if (is_for_tiles(p, batch, i)) k.tile_forward(p, row, row + 1);
   }
 }
 
@@ -64,7 +63,7 @@ inline void write_gradient(const Params& p, const Kernels& k, const RowBatch& ba
                            int64_t begin, int64_t end) {
   const int64_t row = batch.begin + i;
   if (!batch.kept[i]) return zero_gradient(p, row, begin, end);
-  if (!is_for_tiles(batch, i)) return k.segment_gradient(p, batch, i, begin, end);
+  if (!is_for_tiles(p, batch, i)) return k.segment_gradient(p, batch, i, begin, end);
   if (begin == 0) k.tile_backward(p, row, row + 1);
 }
 
@@ -103,7 +102,7 @@ inline void forward_backward_batch(const Params& p, const Kernels& k, int64_t be
     const int64_t row = begin + i;
     if (!batch.kept[i]) {
       zero_gradient(p, row, 0, p.vocab_size);
-    } else if (is_for_tiles(batch, i) && element_size(p.dtype) == 2) {
+    } else if (is_for_tiles(p, batch, i) && element_size(p.dtype) == 2) {
       k.tile_forward(p, row, row + 1);  // 16-bit logits have not been overwritten yet
       k.tile_backward(p, row, row + 1);
     } else {

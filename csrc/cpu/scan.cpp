@@ -1,4 +1,5 @@
 // Sums over rows that need no logits, and the check of their targets.
+#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -8,8 +9,8 @@
 namespace fused_xent::cpu {
 namespace {
 
-constexpr int64_t kBlockRows = 8192;  // rows, or labels, a task; fixed, so that no sum depends on
-                                      // the threads
+// Rows, or labels, of a task. It is fixed, so that no sum depends on the number of threads.
+constexpr int64_t kBlockRows = 8192;
 
 template <typename Index>
 RowScan scan_indices(const Params& p, const Index* target, int64_t begin, int64_t end) {
@@ -73,27 +74,34 @@ BadLabel bad_label_of(const Params& p, const SparseLabels& sparse, int64_t begin
   return {};
 }
 
+// The results of block(begin, end) for blocks of `step` rows, in the order of the rows.
+template <typename Block>
+auto results_of_blocks(const Params& p, const Threads& threads, int64_t step, const Block& block) {
+  std::vector<decltype(block(0, 0))> results(ceil_div(p.n_rows, step));
+  run_pieces(threads, p.n_rows, step,
+             [&](int64_t begin, int64_t end) { results[begin / step] = block(begin, end); });
+  return results;
+}
+
 }  // namespace
 
 BadLabel find_bad_label(const Params& p, const SparseLabels& sparse, const Threads& threads) {
   const int64_t step = ceil_div(kBlockRows, sparse.n_labels);
-  std::vector<BadLabel> blocks(ceil_div(p.n_rows, step));
-  run_tasks(threads, blocks.size(), [&](int64_t i) {
-    blocks[i] = bad_label_of(p, sparse, i * step, std::min(p.n_rows, (i + 1) * step));
+  const auto found = results_of_blocks(p, threads, step, [&](int64_t begin, int64_t end) {
+    return bad_label_of(p, sparse, begin, end);
   });
-  for (const BadLabel& bad : blocks) {
+  for (const BadLabel& bad : found) {
     if (bad.row >= 0) return bad;
   }
   return {};
 }
 
 RowScan scan_rows(const Params& p, const Threads& threads) {
-  std::vector<RowScan> blocks(ceil_div(p.n_rows, kBlockRows));
-  run_tasks(threads, blocks.size(), [&](int64_t i) {
-    blocks[i] = scan_block(p, i * kBlockRows, std::min(p.n_rows, (i + 1) * kBlockRows));
+  const auto scans = results_of_blocks(p, threads, kBlockRows, [&](int64_t begin, int64_t end) {
+    return scan_block(p, begin, end);
   });
   RowScan all;
-  for (const RowScan& block : blocks) {
+  for (const RowScan& block : scans) {
     if (all.bad_row < 0) all.bad_row = block.bad_row;
     all.total_weight += block.total_weight;
   }
@@ -101,16 +109,12 @@ RowScan scan_rows(const Params& p, const Threads& threads) {
 }
 
 double sum_rows(const Params& p, const Threads& threads) {
-  std::vector<double> blocks(ceil_div(p.n_rows, kBlockRows));
-  run_tasks(threads, blocks.size(), [&](int64_t i) {
-    const int64_t begin = i * kBlockRows, count = std::min(kBlockRows, p.n_rows - begin);
-    blocks[i] = p.dtype == DType::float64
-                    ? sum_of(static_cast<const double*>(p.row_loss) + begin, count)
-                    : sum_of(static_cast<const float*>(p.row_loss) + begin, count);
+  const auto sums = results_of_blocks(p, threads, kBlockRows, [&](int64_t begin, int64_t end) {
+    return p.dtype == DType::float64
+               ? sum_of(static_cast<const double*>(p.row_loss) + begin, end - begin)
+               : sum_of(static_cast<const float*>(p.row_loss) + begin, end - begin);
   });
-  double sum = 0;
-  for (double block : blocks) sum += block;
-  return sum;
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 }  // namespace fused_xent::cpu

@@ -6,9 +6,8 @@ namespace fused_xent::cpu {
 
 void add_up_shards(const Shards& shards, const Threads& threads) {
   constexpr int64_t kTaskRows = 512;
-  run_tasks(threads, ceil_div(shards.n_rows, kTaskRows), [&](int64_t task) {
-    const int64_t end = std::min(shards.n_rows, (task + 1) * kTaskRows);
-    for (int64_t row = task * kTaskRows; row < end; ++row) {
+  run_pieces(threads, shards.n_rows, kTaskRows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
       if (shards.acc == DType::float64) {
         add_up_row<double>(shards, row);
       } else {

@@ -24,4 +24,11 @@ void run_tasks(const Threads& threads, int64_t n_tasks, const Task& task) {
   }
 }
 
+// Calls body(begin, end) for the pieces of [0, count) of `step` each, as tasks.
+template <typename Body>
+void run_pieces(const Threads& threads, int64_t count, int64_t step, const Body& body) {
+  run_tasks(threads, ceil_div(count, step),
+            [&](int64_t i) { body(i * step, std::min((i + 1) * step, count)); });
+}
+
 }  // namespace fused_xent::cpu

@@ -34,8 +34,8 @@ XENT_INLINE void transform_lanes(const Transform<A>& transform, int count, int n
   }
 }
 
-// Calls body<kHasSpread, kGeneral>() by p. General: with per-class options, and always with a
-// spread, which may be 0.
+// Calls body<kHasSpread, kGeneral>() as p needs it. kGeneral: with per-class options. That has a
+// spread in any case, which may be 0.
 template <typename Target, typename Body>
 XENT_INLINE void with_options(const Params& p, const Body& body) {
   if (is_general(p)) return body.template operator()<true, true>();
@@ -142,7 +142,7 @@ void backward_tile(const Params& p, int64_t begin, int64_t end) {
   const TileMemory<T> logits(p.logits, p.logits_layout, begin, end);
   const TileMemory<T> out(p.grad_logits, p.grad_layout, begin, end);
   TileLabels<T> labels(p, begin, logits.n_rows);
-  const TileGradient<T> gradient(p, labels, begin, logits.n_rows);
+  const TileGradient<T> gradient(p, labels, begin);
   TileSpread<T, Target> spread(p, begin, end);
   const Transform<A> transform(p);
   TileScratch<A> scratch(logits.n_rows);

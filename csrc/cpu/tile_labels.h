@@ -5,7 +5,7 @@
 template <typename T>
 struct TileLabels {
   using A = Acc<T>;
-  using Bits = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
+  using Bits = BitsOf<A>;
   const int n_rows;
   int64_t index[kTileRows];  // -1 for probabilities and for rows that are left out
   Bits kept[kTileRows];      // all ones, or 0 for rows that are left out or beyond the last
@@ -54,8 +54,7 @@ struct TileLabels {
     return has_label_weight ? label_weight : target_weight;
   }
   XENT_INLINE RowLanes<A> rows(const Params& p, int64_t begin, int lane) const {
-    using Narrow = typename VectorOf<Bits, kLanes<double>>::type;
-    const auto is_kept = load_bits<Narrow>(kept + lane) != 0;
+    const auto is_kept = load_bits<Narrow<Bits>>(kept + lane) != 0;
     return {p, begin + lane, n_rows - lane, __builtin_convertvector(is_kept, I64)};
   }
 
@@ -139,9 +138,9 @@ struct TileGradient {
   A softmax[kTileRows] = {}, shifted[kTileRows] = {};                 // see Upstream
   const bool has_options;
 
-  TileGradient(const Params& p, const TileLabels<T>& labels, int64_t begin, int n)
+  TileGradient(const Params& p, const TileLabels<T>& labels, int64_t begin)
       : has_options(has_row_options(p)) {
-    const int64_t bytes = n * sizeof(A);
+    const int64_t bytes = labels.n_rows * sizeof(A);
     __builtin_memcpy(max, static_cast<const A*>(p.row_max) + begin, bytes);
     __builtin_memcpy(log_sum, static_cast<const A*>(p.log_sum) + begin, bytes);
     for (int i = 0; i < kTileRows; ++i) mass[i] = static_cast<A>(p.weight_sum);
@@ -149,7 +148,7 @@ struct TileGradient {
       __builtin_memcpy(mass, static_cast<const A*>(p.label_mass) + begin, bytes);
     }
     set_upstream(p, labels, begin);
-    for (int lane = 0; lane < n; lane += kLanes<A>) {
+    for (int lane = 0; lane < labels.n_rows; lane += kLanes<A>) {
       const auto kept = labels.kept_lanes(lane);
       const Vec<A> g = kept == 0 ? Vec<A>{} : load(upstream + lane);
       const Vec<A> q = label_mass(labels.on_target(lane), labels.spread, load(mass + lane));

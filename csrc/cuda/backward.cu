@@ -3,8 +3,8 @@
 // block of its own. Short rows have a kernel in which each lane computes the factors of a row of
 // its own. scale_gradient is the same with another formula.
 #include "dispatch.cuh"
+#include "gradient.cuh"
 #include "regimes.h"
-#include "sweep.cuh"
 #include "warp_rows.cuh"
 
 namespace fused_xent::cuda {
@@ -19,9 +19,7 @@ __device__ __forceinline__ void write_share(T* out, const RowView<const T>& view
                                             const MakeValues& make_values) {
   uint4 bits[kCount];
   const auto read = [&](int v) {
-    if (v >= share.end) return;
-    share.template read<T>(
-        bits, v, [&](int, int w) { return load_vector_cached(view.data + view.vector_class(w)); });
+    if (v < share.end) share.template load<true>(bits, view, v);
   };
   read(share.first);
   const auto values = make_values();

@@ -97,7 +97,7 @@ struct Rows {
         any(false) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      Target t{-1, true, false};
+      Target t;
       if (first < p.n_rows) t = read_target(p, first + r);
       is_kept[r] = !t.is_ignored;
       target[r] = t.index;

@@ -106,7 +106,7 @@ __device__ __forceinline__ RowBackward<Acc<T>> finish_row(const Arguments& a, Ac
     RowStats<A> merged = stats[0];
     for (int i = 1; i < n_workers; ++i) merge_stats(merged, stats[i * stride]);
     results = results_of_row(a, row, target.index, target_logit, merged);
-    write_results(a, row, results, -1);
+    write_results(a, row, results);
     if (!has_backward) return {};
   } else {
     results = saved_results<A>(a, row);

@@ -62,7 +62,7 @@ cudaError_t with_row_types(const Params& p, const Body& body) {
   });
 }
 
-// Blocks of a grid. Kernels loop over units beyond the largest grid.
+// Blocks of a grid. Where `most` may be too few for all units, the kernel loops.
 inline unsigned blocks_for(int64_t units, int64_t per_block, int64_t most = INT32_MAX) {
   return static_cast<unsigned>(std::min(ceil_div(units, per_block), most));
 }

@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : kMin
     sweep_edges(swept, view, spread, apart, share.edge_rank, share.edge_step);
     for (int v = share.first; v < share.end; v += share.step) {
       uint4 bits[kUnroll<S>];
-      share.template read<T>(
-          bits, v, [&](int, int w) { return load_vector(view.data + view.vector_class(w)); });
+      share.template load<false>(bits, view, v);
       if (v == place.group) leave_out<T>(bits, place.element);
       add_vectors<T, S>(swept, bits, view, spread, share, v);
       if (v == place.group) forget_left_out<T, S>(swept);
@@ -50,9 +49,8 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, S> == 4 ? 5 : kMin
     RowStats<A> stats = team.merge<kHasSpread>(swept.result(), exchange);
     if (!team.is_leader()) continue;
     if (team.parts() == 1) {
-      write_results(
-          a, row,
-          results_of_row(a, row, target.index, transformed(transform, x, kIsCapped<S>), stats), -1);
+      const A target_logit = transformed(transform, x, kIsCapped<S>);
+      write_results(a, row, results_of_row(a, row, target.index, target_logit, stats));
     } else {
       partials[row * team.parts() + team.part()] = stats;
     }
@@ -78,9 +76,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   ShareFor<S> share(team, 0);
   uint4 bits[kUnroll<S>];
   const auto read = [&](int v) {
-    if (v >= share.end) return;
-    share.template read<T>(
-        bits, v, [&](int, int w) { return load_vector(view.data + view.vector_class(w)); });
+    if (v < share.end) share.template load<false>(bits, view, v);
   };
   const auto turn_to = [&](int pass) {
     target = team.in_pass(pass, mine.target.index);  // -1: the row has no classes to read
@@ -107,7 +103,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   if (is_read) {
     const A target_logit = transformed(transform, x, false);
     write_results(a, mine.index,
-                  results_of_row(a, mine.index, mine.target.index, target_logit, stats), -1);
+                  results_of_row(a, mine.index, mine.target.index, target_logit, stats));
   } else if (mine.exists()) {
     write_unread_row(a, mine.index, unread_value<A>(mine.target));
   }

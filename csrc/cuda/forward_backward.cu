@@ -8,6 +8,7 @@
 // has written the gradient of a group, it requests the same group of its team's next row: so memory
 // is busy while rows are summed, and a multiprocessor does not need a second block for that.
 #include "dispatch.cuh"
+#include "gradient.cuh"
 #include "regimes.h"
 #include "sweep.cuh"
 
@@ -162,14 +163,8 @@ class Held {
       const uint4* from = place(g - kHeld);
       share.template read<T>(bits, first(share, g), [&](int u, int) { return from[u * kWarp]; });
     } else {
-      load(bits, row, share, g);
+      share.template load<true>(bits, row.view, first(share, g));
     }
-  }
-  static __device__ __forceinline__ void load(uint4 (&bits)[kCount], const RowOf& row,
-                                              const ShareOf& share, int g) {
-    share.template read<T>(bits, first(share, g), [&](int, int w) {
-      return load_vector_cached(row.view.data + row.view.vector_class(w));
-    });
   }
   __device__ __forceinline__ void fetch_edge(const RowOf& row, const ShareOf& share) {
     if (share.edge_rank < row.view.n_edges) {
@@ -177,7 +172,7 @@ class Held {
     }
   }
   __device__ __forceinline__ void fetch_registers(const RowOf& row, const ShareOf& share, int g) {
-    if (is_there(share, g)) load(registers_[g], row, share, g);
+    if (is_there(share, g)) share.template load<true>(registers_[g], row.view, first(share, g));
   }
   __device__ __forceinline__ void fetch_shared(const RowOf& row, const ShareOf& share, int g) {
     if (!is_there(share, kHeld + g)) return;
@@ -209,7 +204,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
   Team team(team_size, true);
   Held<T, S> held(shared, n_shared / kUnroll<S>);
   const auto target_of = [&](int64_t index) {
-    return index < a.n_rows ? read_target(a, index) : Target{-1, true, false};
+    return index < a.n_rows ? read_target(a, index) : Target{};
   };
   const int64_t step = team.count();
   Row<T, S> row(a, team.index(), target_of(team.index()));
@@ -236,7 +231,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
     RowStats<A> stats = team.merge<kHasSpread>(
         held.sweep(row, share, apart < 0 ? Place{} : place, apart, transform), exchange);
     const RowResults<A> results = results_of_row(a, row.index, target, target_logit, stats);
-    if (team.is_leader()) write_results(a, row.index, results, -1);
+    if (team.is_leader()) write_results(a, row.index, results);
     const RowBackward<A> gradient =
         backward_of_row(a, scale, row.index, target, results, place.is_mine, target_logit);
     const Row<T, S> next(a, row.index + step, next_target);

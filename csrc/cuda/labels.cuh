@@ -10,9 +10,11 @@
 
 namespace fused_xent::cuda {
 
+// By default the target of a row that is ignored or does not exist.
 struct Target {
-  int index;                // -1: probabilities, or a row that is not read
-  bool is_ignored, is_bad;  // ignored: also of token weight 0. bad: no class
+  int index = -1;          // -1: probabilities, or a row that is not read
+  bool is_ignored = true;  // or of token weight 0
+  bool is_bad = false;     // no class
 
   __device__ bool is_read() const { return !is_ignored && !is_bad; }
 };
@@ -24,30 +26,17 @@ __device__ __forceinline__ bool has_no_weight(const Params& p, int64_t row) {
 }
 
 __device__ __forceinline__ Target read_target(const Params& p, int64_t row) {
-  if (has_no_weight(p, row)) return {-1, true, false};
+  if (has_no_weight(p, row)) return {};
   if (!has_indices(p)) return {-1, false, false};
   const int64_t index = target_index(p, row);
-  if (index == p.ignore_index) return {-1, true, false};
+  if (index == p.ignore_index) return {};
   const bool is_bad = index < 0 || index >= p.vocab_size;
   return {is_bad ? -1 : static_cast<int>(index), false, is_bad};
 }
 
-// row_offset of ../xent_params.h, with divisions of 32 bits.
-__device__ __forceinline__ int64_t offset_of(const Layout& layout, int64_t row) {
-  auto rest = static_cast<uint32_t>(row);
-  int64_t offset = 0;
-#pragma unroll 1
-  for (int d = layout.n_dims - 1; d > 0; --d) {
-    const auto size = static_cast<uint32_t>(layout.size[d]);
-    offset += rest % size * layout.stride[d];
-    rest /= size;
-  }
-  return offset + rest * layout.stride[0];
-}
-
 template <typename T>
 __device__ __forceinline__ T* row_of(const void* data, const Layout& layout, int64_t row) {
-  return const_cast<T*>(static_cast<const T*>(data)) + offset_of(layout, row);
+  return const_cast<T*>(static_cast<const T*>(data)) + row_offset<uint32_t>(layout, row);
 }
 
 template <typename A>
@@ -153,6 +142,7 @@ __device__ __forceinline__ RowResults<A> results_of_row(const Arguments& a, int6
   const RowLabels<A> labels = labels_of_row<A>(a, row, target);
   RowResults<A> results = plain_results<A>(a, row, labels, target_logit, stats, log_sum);
   apply_options(a, row, labels, stats.mass, results);
+  if constexpr (std::is_same_v<Stats, FullStats<A>>) results.entropy = entropy_of(stats, log_sum);
   return results;
 }
 

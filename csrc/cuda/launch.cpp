@@ -12,14 +12,14 @@
 namespace fused_xent::cuda {
 namespace {
 
-bool is_aligned_to(const Layout& layout, const void* data, int64_t elements, int64_t element_size) {
+bool is_aligned_to(const Layout& layout, const void* data, int64_t elements) {
   const int inner = layout.n_dims - 1;
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || layout.stride[inner] != 1) return false;
   if (layout.size[inner] % elements != 0 || layout.class_stride % elements != 0) return false;
   for (int d = 0; d < inner; ++d) {
     if (layout.stride[d] % elements != 0) return false;
   }
-  return 16 % element_size == 0;
+  return true;
 }
 
 // Any of the passes over logits. workspace: of forward alone.
@@ -78,16 +78,16 @@ Shape shape_of(const Params& p) {
   const bool may_be_packed = !has_spread(p);  // such rows need no label but the target's
   Shape shape{p.n_rows, p.vocab_size,    size,          true,   true,
               general,  reads_labels(p), may_be_packed, scaled, capped};
-  const auto add = [&](const void* data, const Layout& layout, int64_t its_size) {
+  const auto add = [&](const void* data, const Layout& layout) {
     if (data == nullptr) return;
     shape.adjacent_classes &= layout.class_stride == 1;
-    shape.adjacent_rows &= is_aligned_to(layout, data, vector, its_size);
+    shape.adjacent_rows &= is_aligned_to(layout, data, vector);
     shape.packed &= layout.n_dims == 1 && layout.class_stride == 1 &&
                     layout.stride[0] == p.vocab_size && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   };
-  add(p.logits, p.logits_layout, size);
-  add(p.grad_logits, p.grad_layout, size);
-  if (!has_indices(p)) add(p.target, p.target_layout, element_size(p.target_dtype));
+  add(p.logits, p.logits_layout);
+  add(p.grad_logits, p.grad_layout);
+  if (!has_indices(p)) add(p.target, p.target_layout);
   return shape;
 }
 

@@ -18,8 +18,9 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 constexpr int kVector = static_cast<int>(16 / sizeof(T));  // elements of an access
 
-// What kernels may have instead of a type of labels to read, see Spread: label smoothing without
-// class weights; and softcapped logits, with label smoothing or without.
+// They stand for the type of the labels where no labels are read, see Spread. Uniform: label
+// smoothing without class weights. UniformCapped: softcapped logits, with label smoothing or
+// without.
 struct Uniform {};
 struct UniformCapped {};
 
@@ -142,13 +143,15 @@ __device__ __forceinline__ uint4 all_minus_infinity() {
   return make_uint4(kWord, high, kWord, high);
 }
 
+template <typename T>  // of 16 bits
+using PairOf = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
 // Element by element; 16-bit pairs need one instruction. NaN is ignored here and makes the sum NaN.
 template <typename T>
 __device__ __forceinline__ uint4 max_of(uint4 a, uint4 b) {
   if constexpr (sizeof(T) == 2) {
-    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
     const auto one = [](uint32_t u, uint32_t v) {
-      const Pair pair = __hmax2(reinterpret_cast<Pair&>(u), reinterpret_cast<Pair&>(v));
+      const auto pair = __hmax2(reinterpret_cast<PairOf<T>&>(u), reinterpret_cast<PairOf<T>&>(v));
       return reinterpret_cast<const uint32_t&>(pair);
     };
     return make_uint4(one(a.x, b.x), one(a.y, b.y), one(a.z, b.z), one(a.w, b.w));
@@ -187,8 +190,7 @@ __device__ __forceinline__ Word reduce(const uint4 (&bits)[N], const Combine& co
 template <typename T, int N>
 __device__ __forceinline__ Acc<T> greatest(const uint4 (&bits)[N]) {
   if constexpr (sizeof(T) == 2) {
-    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    const Pair top = reduce<Pair>(bits, [](Pair a, Pair b) { return __hmax2(a, b); });
+    const auto top = reduce<PairOf<T>>(bits, [](auto a, auto b) { return __hmax2(a, b); });
     return fmax(to_acc(top.x), to_acc(top.y));
   } else {
     return reduce<T>(bits, [](T a, T b) { return fmax(a, b); });

@@ -10,20 +10,6 @@ namespace fused_xent::cuda {
 
 constexpr int kMergeThreads = 256;
 
-template <typename A>
-__device__ __forceinline__ void write_merged_row(const Arguments& a, int64_t row, int target, A z,
-                                                 RowStats<A>& stats) {
-  write_results(a, row, results_of_row(a, row, target, z, stats), -1);
-}
-
-template <typename A>
-__device__ __forceinline__ void write_merged_row(const Arguments& a, int64_t row, int target, A z,
-                                                 FullStats<A>& stats) {
-  auto results = results_of_row<A>(a, row, target, z, stats);
-  results.entropy = entropy_of(stats, results.log_sum);
-  write_results(a, row, results, stats.argmax);
-}
-
 template <typename T, typename Stats>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_parts(const __grid_constant__ Arguments a, int parts, const Stats* partials) {
@@ -37,7 +23,12 @@ __global__ void __launch_bounds__(kMergeThreads)
     Stats stats = partials[row * parts];
     for (int part = 1; part < parts; ++part) merge_stats(stats, partials[row * parts + part]);
     const Acc<T> z = transformed(transform_of<Acc<T>>(a), x);
-    write_merged_row(a, row, target.index, z, stats);
+    const auto results = results_of_row(a, row, target.index, z, stats);
+    if constexpr (std::is_same_v<Stats, RowStats<Acc<T>>>) {
+      write_results(a, row, results);
+    } else {
+      write_results(a, row, results, stats.argmax);
+    }
   }
 }
 

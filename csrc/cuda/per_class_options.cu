@@ -5,6 +5,7 @@
 // A team of threads sweeps a row, in 16-byte accesses if its classes are adjacent. Otherwise the
 // team is mostly a single thread, and neighbouring threads have neighbouring rows.
 #include "dispatch.cuh"
+#include "gradient.cuh"
 #include "merge_parts.cuh"
 #include "per_class_options.cuh"
 #include "regimes.h"
@@ -180,7 +181,6 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>)
         continue;
       }
       results = results_of_row<A>(a, row, target.index, z, stats);
-      results.entropy = entropy_of(stats, results.log_sum);
       if (team.is_leader()) write_results(a, row, results, stats.argmax);
       if (!has_backward) continue;
     } else {

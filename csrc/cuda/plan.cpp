@@ -115,6 +115,15 @@ int64_t slots(const Plan& plan, const Shape& shape, const Device& device, int bl
   return int64_t{device.sm_count} * blocks_per_sm * 256 / plan.threads;
 }
 
+// The plan of forward or backward. least: parts of a row that is split.
+Plan plan_one_pass(const Shape& shape, const Device& device, int64_t least, int blocks_per_sm) {
+  if (is_by_columns(shape)) return plan_columns(shape, device);
+  Plan plan = plan_rows(shape, device);
+  give_rows_to_lanes(plan, shape, device);
+  split(plan, shape, least, slots(plan, shape, device, blocks_per_sm));
+  return plan;
+}
+
 // The time that rows take if each has so many threads of forward_backward, in vectors of a thread.
 int64_t time_of_rows(const Shape& shape, const Device& device, int64_t threads) {
   const int64_t at_once = std::max<int64_t>(device.sm_count * max_threads(shape) / threads, 1);
@@ -140,26 +149,12 @@ void share_few_rows(Plan& plan, const Shape& shape, const Device& device) {
 
 }  // namespace
 
-const char* name_of(Regime regime) {
-  const char* names[] = {"columns", "warp", "block", "split"};
-  return names[static_cast<int>(regime)];
-}
-
 Plan plan_forward(const Shape& shape, const Device& device) {
-  if (is_by_columns(shape)) return plan_columns(shape, device);
-  Plan plan = plan_rows(shape, device);
-  give_rows_to_lanes(plan, shape, device);
-  split(plan, shape, 1, slots(plan, shape, device, 5));
-  return plan;
+  return plan_one_pass(shape, device, 1, 5);
 }
 
 Plan plan_backward(const Shape& shape, const Device& device) {
-  if (is_by_columns(shape)) return plan_columns(shape, device);
-  Plan plan = plan_rows(shape, device);
-  give_rows_to_lanes(plan, shape, device);
-  const int64_t for_length = ceil_div(shape.row_bytes(), kPartBytes);
-  split(plan, shape, for_length, slots(plan, shape, device, 4));
-  return plan;
+  return plan_one_pass(shape, device, ceil_div(shape.row_bytes(), kPartBytes), 4);
 }
 
 // Vectors of a row that a thread of forward_backward holds: in registers, and altogether unless the

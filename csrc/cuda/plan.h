@@ -24,7 +24,6 @@
 namespace fused_xent::cuda {
 
 enum class Regime { columns, warp, block, split };
-const char* name_of(Regime regime);
 
 struct Device {
   int capability;    // of the code that it runs, at most the device's own: 90 for 9.0

@@ -39,7 +39,7 @@ struct LabelsOfRow {
       : a(a),
         sparse(sparse),
         count(static_cast<int>(sparse.n_labels)),
-        first(offset_of(sparse.classes_layout, row)),
+        first(row_offset<uint32_t>(sparse.classes_layout, row)),
         labels(row_of<const A>(sparse.labels, sparse.labels_layout, row)) {}
 
   __device__ __forceinline__ int class_of(int k) const {

@@ -5,11 +5,12 @@
 // one block: 32 KB of losses, and 64 KB of targets where the weights are wanted.
 #include "dispatch.cuh"
 #include "labels.cuh"
+#include "team.cuh"
 
 namespace fused_xent::cuda {
 namespace {
 
-constexpr int kThreads = 512, kWarp = 32;  // of 1024 threads, each would have too few registers
+constexpr int kThreads = 512;  // of 1024 threads, each would have too few registers
 constexpr int64_t kRowsPerBlock = 32 * kThreads;
 template <typename A>
 constexpr int kBatch = 64 / sizeof(A);
@@ -106,11 +107,11 @@ struct Batch {
     return 0 <= target && target < a.vocab_size && target != a.ignore_index;
   }
   template <typename Index>
-  __device__ __forceinline__ void read(const void* from, int (&target)[kBatch<A>]) const {
+  __device__ __forceinline__ void read(const Index* from, int (&target)[kBatch<A>]) const {
     Index index[kBatch<A>];
 #pragma unroll
     for (int u = 0; u < kBatch<A>; ++u) {
-      index[u] = has(u) ? static_cast<const Index*>(from)[row(u)] : Index(0);
+      index[u] = has(u) ? from[row(u)] : Index(0);
     }
 #pragma unroll
     for (int u = 0; u < kBatch<A>; ++u) {
@@ -119,14 +120,7 @@ struct Batch {
   }
   // -1: ignored, no class, or beyond the last row.
   __device__ __forceinline__ void read_targets(int (&target)[kBatch<A>]) const {
-    switch (a.target_kind) {
-      case TargetKind::int64:
-        return read<int64_t>(a.target, target);
-      case TargetKind::int32:
-        return read<int32_t>(a.target, target);
-      default:
-        return read<uint8_t>(a.target, target);
-    }
+    with_indices(a, [&](const auto* from) { read(from, target); });
   }
 };
 

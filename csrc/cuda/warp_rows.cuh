@@ -7,7 +7,8 @@
 #pragma once
 
 #include "dispatch.cuh"
-#include "sweep.cuh"
+#include "labels.cuh"
+#include "share.cuh"
 
 namespace fused_xent::cuda {
 
@@ -60,15 +61,16 @@ struct LaneRow {
 
   __device__ LaneRow(const Arguments& a, const WarpTeam& team)
       : index(team.row(a.n_rows)),
-        target(exists() ? read_target(a, index) : Target{-1, true, false}),
+        target(exists() ? read_target(a, index) : Target{}),
         logits(row_of<const T>(a.logits, a.logits_layout, first_or_own())) {}
 
   __device__ bool exists() const { return index >= 0; }
   __device__ int64_t first_or_own() const { return exists() ? index : 0; }
 };
 
-// Where a team has class j of a row: in the group of its thread that begins with vector group(), as
-// element(). For an edge, that element is beyond the row's vectors, where minus infinity stands.
+// Where a team has class j of a row: as element() of the group that begins with vector group(). If
+// j is an edge, there is no such group, or the element is beyond the row's vectors: there minus
+// infinity stands already, so leaving it out changes nothing.
 template <typename T, int kCount>
 struct ClassPlace {
   int after, vector;

@@ -5,6 +5,7 @@ from .fault import Fault
 CPU = "csrc/binding/cpu.cpp"
 MEMORY_OF_GRADIENTS = "csrc/binding/gradient_memory.h"
 OPERATORS = "csrc/binding/operators.h"
+LAYOUT = "csrc/binding/layout.cpp"
 TENSORS = "csrc/binding/tensors.cpp"
 SCHEMAS = "csrc/binding/schemas.h"
 
@@ -112,8 +113,8 @@ CALL_FAULTS = {
     ),
     "an error names another target": Fault(
         CPU,
-        "cpu::target_index(params, scan.bad_row)",
-        "cpu::target_index(params, 0)",
+        "target_index(params, scan.bad_row)",
+        "target_index(params, 0)",
         ("tests/test_errors.py::test_target_out_of_range",),
     ),
     "rows without classes reach the kernels": Fault(
@@ -192,8 +193,8 @@ CALL_FAULTS = {
     ),
     "a scaled gradient is of the last mean": Fault(
         CPU,
-        "  void scale_gradient() {\n    params.grad_scale = 1;\n",
-        "  void scale_gradient() {\n    params.grad_scale = 2;\n",
+        "  void scale_gradient() const { cpu",
+        "  void scale_gradient() { params.grad_scale = 2, cpu",
         (f"{OPS}test_multiply",),
     ),
 }
@@ -322,8 +323,8 @@ OPERATORS_FAULTS = {
     ),
     "the fused mode writes to a copy of many dimensions": Fault(
         OPERATORS,
-        'set_grad_logits(call.params, "logits", inputs.logits, inputs.dim);',
-        'set_grad_logits(call.params, "logits", call.problem.logits, inputs.dim);',
+        'set_grad_logits(call.params, "logits", in.inputs.logits, in.inputs.dim);',
+        'set_grad_logits(call.params, "logits", call.problem.logits, in.inputs.dim);',
         (f"{OPS}test_more_than_4_row_dimensions_are_not_overwritten",),
     ),
     "a gradient of the entropy goes without it": Fault(
@@ -379,8 +380,8 @@ OPERATORS_FAULTS = {
     ),
     "the memory of the gradient is not prepared": Fault(
         OPERATORS,
-        "const Tensor grad_logits = call.new_gradient();",
-        "const Tensor grad_logits = empty_gradient(inputs.logits, inputs.dim, false);",
+        "in_place ? inputs.logits : call.new_gradient();",
+        "in_place ? inputs.logits : empty_gradient(inputs.logits, inputs.dim, false);",
         HUGE_PAGES,
     ),
     "z-loss and focal loss are swapped": Fault(
@@ -400,43 +401,43 @@ TENSORS_FAULTS = {
         (f"{OPS}test_missing_upstream_gradients_are_0",),
     ),
     "the last size of a text has no comma": Fault(
-        TENSORS,
+        LAYOUT,
         "text.erase(text.size() - (values.size() == 1 ? 1 : 2));",
         "text.erase(text.size() - 2);",
         ("tests/test_errors.py::test_target_out_of_range",),
     ),
     "rows that share one element pass": Fault(
-        TENSORS, "if (stride <= reach) return true;", "if (stride < reach) return true;", MEMORY
+        LAYOUT, "if (stride <= reach) return true;", "if (stride < reach) return true;", MEMORY
     ),
     "the extent of smaller strides is forgotten": Fault(
-        TENSORS, "reach += stride * (size - 1);", "reach = stride * (size - 1);", MEMORY
+        LAYOUT, "reach += stride * (size - 1);", "reach = stride * (size - 1);", MEMORY
     ),
     "dimensions of size 1 overlap": Fault(
-        TENSORS,
+        LAYOUT,
         "if (tensor.size(d) > 1) dims.emplace_back(",
         "if (tensor.size(d) > 0) dims.emplace_back(",
         MEMORY,
     ),
     "strides are compared in the order of the dimensions": Fault(
-        TENSORS,
+        LAYOUT,
         "  std::sort(dims.begin(), dims.end());\n",
         "  std::reverse(dims.begin(), dims.end());\n",
         MEMORY,
     ),
     "dimensions of size 1 are row dimensions": Fault(
-        TENSORS,
+        LAYOUT,
         "if (d == dim || size == 1) continue;",
         "if (d == dim) continue;",
         (f"{OPS}test_dimensions_of_size_1_do_not_count",),
     ),
     "row dimensions with a gap are merged": Fault(
-        TENSORS,
+        LAYOUT,
         "if (last >= 0 && layout.stride[last] == size * stride) {",
         "if (last >= 0 && layout.stride[last] >= size * stride) {",
         ("tests/test_layouts.py::test_strides_of_logits",),
     ),
     "a merged dimension keeps the stride of the outer": Fault(
-        TENSORS,
+        LAYOUT,
         "      layout.stride[last] = stride;\n",
         "",
         ("tests/test_layouts.py::test_strides_of_logits",),
@@ -549,9 +550,15 @@ TENSORS_FAULTS = {
     ),
     "statistics of more classes than the lanes count": Fault(
         TENSORS,
-        "FUSED_XENT_CHECK(!statistics || p.vocab_size < INT32_MAX,",
-        "FUSED_XENT_CHECK(!statistics || p.vocab_size <= INT64_MAX,",
+        '  if (statistics) problem.check_32_bits_for("statistics");\n',
+        "",
         (f"{OPS}test_statistics_of_2_31_classes_are_refused",),
+    ),
+    "sparse labels of more classes than int32 counts": Fault(
+        TENSORS,
+        '  check_32_bits_for("target_indices");\n',
+        "",
+        (f"{OPS}test_sparse_labels_of_2_31_classes_are_refused",),
     ),
     "results of rows without classes are uninitialized": Fault(
         TENSORS, "  if (p.vocab_size > 0) return;\n", "  return;\n", NO_CLASSES
@@ -605,14 +612,14 @@ TENSORS_FAULTS = {
     ),
     "a state has no place for label_mass": Fault(
         TENSORS,
-        "return 2 + (params.target_kind == TargetKind::probabilities) + (params.focal_gamma != 0);",
+        "return 2 + !has_indices(params) + (params.focal_gamma != 0);",
         "return 2 + (params.focal_gamma != 0);",
         BACKWARD,
     ),
     "a state has no place for the focal loss's slope": Fault(
         TENSORS,
-        "return 2 + (params.target_kind == TargetKind::probabilities) + (params.focal_gamma != 0);",
-        "return 2 + (params.target_kind == TargetKind::probabilities);",
+        "return 2 + !has_indices(params) + (params.focal_gamma != 0);",
+        "return 2 + !has_indices(params);",
         BACKWARD,
     ),
     "a state with a step is read without": Fault(
@@ -623,10 +630,10 @@ TENSORS_FAULTS = {
     ),
     "label_mass and slope lie in the other order": Fault(
         TENSORS,
-        "  if (p.target_kind == TargetKind::probabilities) p.label_mass = take();\n"
+        "  if (!has_indices(p)) p.label_mass = take();\n"
         "  if (p.focal_gamma != 0) p.loss_slope = take();\n",
         "  if (p.focal_gamma != 0) p.loss_slope = take();\n"
-        "  if (p.target_kind == TargetKind::probabilities) p.label_mass = take();\n",
+        "  if (!has_indices(p)) p.label_mass = take();\n",
         STATE,
     ),
     "numbers of a float64 state are 4 bytes": Fault(
@@ -703,7 +710,7 @@ TENSORS_FAULTS = {
         ),
     ),
     "contiguous tensors of another dtype are not cast": Fault(
-        TENSORS,
+        LAYOUT,
         "const Tensor cast = tensor.scalar_type() == dtype ? tensor : "
         "torch::stable::to(tensor, dtype);",
         "const Tensor cast = tensor.is_contiguous() ? tensor : torch::stable::to(tensor, dtype);",
@@ -717,7 +724,7 @@ TENSORS_FAULTS = {
         FORWARD,
     ),
     "a gradient of many dimensions has no layout": Fault(
-        TENSORS,
+        LAYOUT,
         "  return merge_rows(gradient, dim, layout) ? gradient\n"
         "                                           : torch::stable::new_empty(logits, "
         "logits.sizes());",
@@ -731,7 +738,7 @@ TENSORS_FAULTS = {
         ("tests/test_errors.py::test_more_than_four_row_dimensions",),
     ),
     "memory is laid out in another order": Fault(
-        TENSORS,
+        LAYOUT,
         "for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {",
         "for (size_t d = 0; d < sizes.size(); stride *= std::max<int64_t>(sizes[d++], 1)) {",
         (f"{OPS}test_meta_implementations_agree_in_strides",),

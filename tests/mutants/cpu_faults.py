@@ -63,9 +63,9 @@ LAUNCH = {
         (f"{INFINITIES}[other +inf-33000-default-float32]",),
     ),
     "the last row of a task is left out": Fault(
-        "csrc/cpu/launch.cpp",
-        "std::min((i + 1) * step, p.n_rows)",
-        "std::min((i + 1) * step - (step > 1), p.n_rows)",
+        "csrc/cpu/tasks.h",
+        "std::min((i + 1) * step, count)",
+        "std::min((i + 1) * step - (step > 1), count)",
         (f"{SHAPE}[many rows of many classes-index-float32]",),
     ),
     "strided probabilities are read as if they were adjacent": Fault(
@@ -194,10 +194,9 @@ SCAN = {
     ),
     "the blocks of a sum depend on the threads": Fault(
         "csrc/cpu/scan.cpp",
-        "  double sum = 0;\n  for (double block : blocks) sum += block;\n  return sum;",
-        "  double sum = 0;\n"
-        "  if (threads.count % 2 == 0) std::reverse(blocks.begin(), blocks.end());\n"
-        "  for (double block : blocks) sum += block;\n  return sum;",
+        "  return std::accumulate(sums.begin(), sums.end(), 0.0);",
+        "  if (threads.count % 2 == 0) return std::accumulate(sums.rbegin(), sums.rend(), 0.0);\n"
+        "  return std::accumulate(sums.begin(), sums.end(), 0.0);",
         (f"{ACCURACY}test_results_do_not_depend_on_the_number_of_threads",),
     ),
 }
@@ -254,10 +253,10 @@ TARGET_APART = {
         (f"{ACCURACY}test_masked_classes_before_small_logits",),
     ),
     "a guess of the maximum is the target": Fault(
-        "csrc/cpu/row_kernels.h", "is_apart ? j + kSample : j", "j", NEAR_1
+        "csrc/cpu/row_stats.h", "is_apart ? j + kSample : j", "j", NEAR_1
     ),
     "exponentials that overwrite the logits are relative to the target": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "  if (apart >= 0) x[apart] = -std::numeric_limits<A>::infinity();\n",
         "",
         NEAR_1,
@@ -275,13 +274,13 @@ TARGET_APART = {
         (option("rows", "none", "index", "bfloat16"), option("rows", "none", "index")),
     ),
     "a target in the last lanes hides the others": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "0 <= i && i < n ? static_cast<int>(i) : -1, kLowest",
         "-1, kLowest",
         NEAR_1,
     ),
     "the wrong class is left out instead of the target": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "store_one(without + (apart - pair), kLowest);",
         "store_one(without, kLowest);",
         NEAR_1,
@@ -333,7 +332,7 @@ ROWS = {
         (option("tile", "focal_gamma", "index"),),
     ),
     "uint8 targets are read as int32": Fault(
-        "csrc/cpu/row_inputs.h",
+        "csrc/xent_rows.h",
         "return body(static_cast<const uint8_t*>(p.target));",
         "return body(static_cast<const int8_t*>(p.target));",
         ("tests/test_functional.py::test_uint8_targets_above_127",),
@@ -432,7 +431,7 @@ ONE_ROW = {
         (option("rows", "none", "index"),),
     ),
     "the target at the first class of a segment keeps the gradient of the others": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_gradients.h",
         "if (begin <= y && y < end)",
         "if (begin < y && y < end)",
         (option("rows", "none", "index"),),
@@ -451,8 +450,8 @@ ONE_ROW = {
     ),
     "16-bit rows of values beyond 2^24 take the row kernels in fused mode": Fault(
         "csrc/cpu/row_passes.h",
-        "is_for_tiles(batch, i) && element_size(p.dtype) == 2",
-        "is_for_tiles(batch, i) && element_size(p.dtype) == 1",
+        "is_for_tiles(p, batch, i) && element_size(p.dtype) == 2",
+        "is_for_tiles(p, batch, i) && element_size(p.dtype) == 1",
         (masked("rows", "greatest", "first half", "index", "bfloat16"),),
     ),
 }
@@ -567,31 +566,31 @@ FORMULAS = {
 
 SWEEPS = {
     "a block whose maximum was guessed too low is not summed again": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "if (block.max > guess + kSlack) {",
         "if (false) {",
         (masked("rows", "0", "first half", "index"),),
     ),
     "the maximum of a block is forgotten in those after it": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "if (block.max > max) max = block.max;",
         "max = block.max;",
         (f"{OPS}test_forward_returns_state_and_total_weight[torch.float32-(2, 17000)]",),
     ),
     "blocks are added around the origin of the last": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "if (stats.max != origin) shift_stats(stats, origin);",
         "stats.max = origin;",
         (option("rows of several blocks", "none", "index"),),
     ),
     "a row's last lanes add exponentials of 0": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "Vec<A> logits = load_first(x + j, n, kLowest), t{};",
         "Vec<A> logits = load_first(x + j, n), t{};",
         (option("rows", "none", "index"),),
     ),
     "the maximum of a row's last lanes may be 0": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "first = vmax(load_first(x + j, n, -std::numeric_limits<A>::infinity()), first);",
         "first = vmax(load_first(x + j, n), first);",
         (
@@ -600,7 +599,7 @@ SWEEPS = {
         ),
     ),
     "the second of a pair of vectors has no part in the maximum": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "return {max_lane(vmax(top[0], top[1])), Exp",
         "return {max_lane(top[0]), Exp",
         (
@@ -609,25 +608,25 @@ SWEEPS = {
         ),
     ),
     "0 times -inf of a class of probability 0 is NaN in rows": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "dot[i] += t == 0 ? Vec<A>{} : t * exponent;",
         "dot[i] += t * exponent;",
         (masked("rows", "0", "every other", "probabilities"),),
     ),
     "the second vector's probabilities have no part in the loss": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "dot.add(sums.dot[0] + sums.dot[1]);",
         "dot.add(sums.dot[0]);",
         (option("rows", "none", "probabilities"),),
     ),
     "the labels' part of a gradient is added": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_gradients.h",
         "if constexpr (Spread::kExists) value -= spread.first(j, n) * scale;\n        store_first",
         "if constexpr (Spread::kExists) value += spread.first(j, n) * scale;\n        store_first",
         (option("rows", "none", "index, smoothed"),),
     ),
     "the second vector's labels have no part in the gradient": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_gradients.h",
         "{value.first - t.first * scale, value.second - t.second * scale}",
         "{value.first - t.first * scale, value.second - t.first * scale}",
         (option("rows", "none", "probabilities"),),
@@ -639,19 +638,19 @@ SWEEPS = {
         (f"{ACCURACY}test_offset_of_all_logits",),
     ),
     "saved exponentials are relative to the first block's origin": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_gradients.h",
         "scratch.origins[begin / kBlock] - gradient.max",
         "scratch.origins[0] - gradient.max",
         (option("rows of several blocks", "none", "index"),),
     ),
     "the origins of saved exponentials are one block late": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "origins[(j - begin) / kBlock] = exp.origin();",
         "origins[(j - begin) / kBlock] = max;",
         (option("rows of several blocks", "none", "index", "bfloat16"),),
     ),
     "a block's maximum is not known to the next, in place": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "block_max(x, j, block_end, stats.max)",
         "block_max(x, j, block_end, std::numeric_limits<A>::lowest())",
         (f"{OPS}test_fused_mode_returns_the_results_of_forward[(3, 5000)-plain]",),
@@ -1024,8 +1023,8 @@ LANES = {
     ),
     "a lane's argmax is counted from its group": Fault(
         "csrc/cpu/lane_stats.h",
-        "static_cast<Bits>(j + u) - Index{}",
-        "static_cast<Bits>(u) - Index{}",
+        "static_cast<BitsOf<A>>(j + u) - Index{}",
+        "static_cast<BitsOf<A>>(u) - Index{}",
         (f"{ARGMAX}[torch.float32-300]",),
     ),
 }
@@ -1051,8 +1050,8 @@ TILES = {
     ),
     "dropped rows of a tile have the options of others": Fault(
         "csrc/cpu/tile_labels.h",
-        "load_bits<Narrow>(kept + lane) != 0",
-        "load_bits<Narrow>(kept + lane) >= 0",
+        "load_bits<Narrow<Bits>>(kept + lane) != 0",
+        "load_bits<Narrow<Bits>>(kept + lane) >= 0",
         (f"{OPTIONS}test_token_weight_of_ignored_rows_may_be_anything",),
     ),
     "row options of a tile are those of the first rows": Fault(
@@ -1074,7 +1073,7 @@ TILES = {
         (option("tile", "focal_gamma", "index, smoothed"),),
     ),
     "a tile's last row has no row options": Fault(
-        "csrc/cpu/simd.h",
+        "csrc/cpu/load_store.h",
         "for (int i = 0; i < n; ++i) to[i] = narrow[i];",
         "for (int i = 0; i + 1 < n; ++i) to[i] = narrow[i];",
         (option("tile", "focal_gamma", "index"),),
@@ -1338,19 +1337,25 @@ TILES = {
 
 NUMBERS = {
     "float16 is rounded towards 0 in columns": Fault(
-        "csrc/cpu/simd.h",
+        "csrc/cpu/load_store.h",
         "store_bits(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT |",
         "store_bits(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_ZERO |",
         (f"{OPS}test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even",),
     ),
     "bfloat16 halves are rounded up": Fault(
-        "csrc/cpu/simd.h",
+        "csrc/cpu/load_store.h",
         "const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);",
         "const Bits rounded = bits + 0x8000;",
         (f"{OPS}test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even",),
     ),
+    "the first of a pair of vectors is written twice": Fault(
+        "csrc/cpu/vector_pairs.h",
+        "store(to + kLanes<Acc<T>>, pair.second);",
+        "store(to + kLanes<Acc<T>>, pair.first);",
+        (option("rows", "none", "index"),),
+    ),
     "NaN is rounded to infinity in bfloat16": Fault(
-        "csrc/cpu/simd.h",
+        "csrc/cpu/load_store.h",
         "return kMayBeNan ? rounded | (Bits)(value != value) : rounded;",
         "return rounded;",
         (f"{OPS}test_all_16_bit_numbers_are_read_and_rounded_to_nearest_even",),
@@ -1377,7 +1382,7 @@ CHOICE = {
         ("tests/test_out_of_bounds.py",),
     ),
     "a block's maximum may be far above what it is guessed to be": Fault(
-        "csrc/cpu/row_kernels.h",
+        "csrc/cpu/row_stats.h",
         "constexpr double kSlack = 8;",
         "constexpr double kSlack = 100;",
         ("tests/test_accuracy.py::test_class_far_above_earlier_ones",),
@@ -1415,8 +1420,8 @@ CHOICE = {
     ),
     "the last row dimension is counted by its neighbour's stride": Fault(
         "csrc/xent_params.h",
-        "offset += row % layout.size[d] * layout.stride[d];",
-        "offset += row % layout.size[d] * layout.stride[d - (d > 1)];",
+        "offset += rest % size * layout.stride[d];",
+        "offset += rest % size * layout.stride[d - (d > 1)];",
         ("tests/test_kernels.py::test_shape[volume-index-float32]", "tests/test_layouts.py"),
     ),
 }
@@ -1487,7 +1492,7 @@ SPARSE = {
     ),
     "sparse labels: gradients are not by the logits before the softcap": Fault(
         "csrc/cpu/label_kernels.h",
-        "store_first(gradients + k, gradient * slope, n);",
+        "store_first(gradients + k, gradient * z.slope, n);",
         "store_first(gradients + k, gradient, n);",
         (f"{SPARSE_LABELS}test_options",),
     ),
@@ -1529,8 +1534,8 @@ SPARSE = {
     ),
     "log-probabilities are not capped": Fault(
         "csrc/cpu/label_kernels.h",
-        "const Vec<A> d = (has_transform(p) ? transform(x).logit : x) - max;",
-        "const Vec<A> d = x - max;",
+        "const Vec<A> d = transform(load_first(logits + k, n)).logit - max;",
+        "const Vec<A> d = load_first(logits + k, n) - max;",
         ("tests/test_selected.py",),
     ),
     "log-probabilities of padding are not 0": Fault(
@@ -1607,8 +1612,8 @@ SHARDS = {
         "test_labels_on_all_classes[native-torch.float64]",
     ),
     "shards: the focal loss is by one label": shards(
-        "focal_loss<ScalarMath>(cross_entropy, mass,",
-        "focal_loss<ScalarMath>(cross_entropy, Acc(2),",
+        "focal_loss<ScalarMath<Acc>>(cross_entropy, mass,",
+        "focal_loss<ScalarMath<Acc>>(cross_entropy, Acc(2),",
         "test_options[native]",
     ),
     "shards: the z-loss is missing": shards(
@@ -1642,8 +1647,8 @@ SHARDS = {
         "test_options[native]",
     ),
     "shards: the last rows of a task are left out": shards(
-        "std::min(shards.n_rows, (task + 1) * kTaskRows);",
-        "std::min(shards.n_rows - 1, (task + 1) * kTaskRows);",
+        "run_pieces(threads, shards.n_rows, kTaskRows",
+        "run_pieces(threads, shards.n_rows - 1, kTaskRows",
         ROWS_OF_TWO,
         path="csrc/cpu/shards.cpp",
     ),

@@ -75,7 +75,7 @@ TEAMS = {
 
 SWEEPS = {
     "a vector too many is read": fault(
-        "sweep.cuh", "forward", "bits[u] = w < end ? read", "bits[u] = w <= end ? read"
+        "share.cuh", "forward", "bits[u] = w < end ? read", "bits[u] = w <= end ? read"
     ),
     "single elements are taken one by one": fault(
         "sweep.cuh",
@@ -93,16 +93,16 @@ SWEEPS = {
         "sweep.cuh", "forward", "    stats.sum *= exponential.to_exact();\n", ""
     ),
     "a part of a row has the target of the part after it": fault(
-        "sweep.cuh", "backward", "if (v < first || v >= end || in", "if (v < first || in"
+        "share.cuh", "backward", "if (v < first || v >= end || in", "if (v < first || in"
     ),
     "a part of a row has the target of the part before it": fault(
-        "sweep.cuh", "backward", "if (v < first || v >= end || in", "if (v >= end || in"
+        "share.cuh", "backward", "if (v < first || v >= end || in", "if (v >= end || in"
     ),
     "threads have the target of another group": fault(
-        "sweep.cuh", "backward", " || in_group >= kCount * lanes)", ")"
+        "share.cuh", "backward", " || in_group >= kCount * lanes)", ")"
     ),
     "the target is left out of another vector of its group": fault(
-        "sweep.cuh", "forward", "in_group / lanes * kVector<T> + after", "after"
+        "share.cuh", "forward", "in_group / lanes * kVector<T> + after", "after"
     ),
     "both numbers of a word are left out with the target": fault(
         "sweep.cuh",
@@ -147,13 +147,13 @@ SWEEPS = {
         "has = !r && static_cast<unsigned>(target[r] ^ j)",
     ),
     "a part of a row begins where the one before it begins": fault(
-        "sweep.cuh",
+        "share.cuh",
         "forward",
         "begin = min(part * per_part, n_vectors);",
         "begin = min((part - (part > 2)) * per_part, n_vectors);",
     ),
     "parts of a row all have its single elements": fault(
-        "sweep.cuh", "forward", "edge_step = team.size() * parts;", "edge_step = team.size();"
+        "share.cuh", "forward", "edge_step = team.size() * parts;", "edge_step = team.size();"
     ),
     "labels' sums are not moved to another maximum": fault(
         "sweep.cuh",
@@ -180,31 +180,31 @@ SWEEPS = {
         "      add(exponential, bits[u], w);\n",
     ),
     "labels are no part of the gradient of single elements": fault(
-        "sweep.cuh",
+        "gradient.cuh",
         "backward",
         "    if constexpr (Spread<T, S>::kExists) t[0] = spread.at(j);\n    replace",
         "    replace",
     ),
     "a gradient's factor forgets what the exponentials have in common": fault(
-        "sweep.cuh",
+        "gradient.cuh",
         "backward",
         "factor(row.factor * exponential.to_exact() *",
         "factor(row.factor *",
     ),
     "logits and gradient are taken to be aligned together": fault(
-        "sweep.cuh", "backward", "  if (apart % 16 != 0) view.use_no_vectors();\n", ""
+        "gradient.cuh", "backward", "  if (apart % 16 != 0) view.use_no_vectors();\n", ""
     ),
     "labels are taken to be aligned with the logits": fault(
         "labels.cuh", "backward", "is_aligned = is_vector_aligned(t + j);", "is_aligned = true;"
     ),
     "single elements of an ignored row are left as they were": fault(
-        "sweep.cuh",
+        "gradient.cuh",
         "backward",
         "    out[view.edge_class(i)] = from_acc<T>(value);\n",
         "    if (i > 2) out[view.edge_class(i)] = from_acc<T>(value);\n",
     ),
     "the gradient's last vectors are left out": fault(
-        "sweep.cuh",
+        "share.cuh",
         "backward",
         "if (v + u * lanes < end) body(u, v + u * lanes);",
         "if (v + u * lanes < end - (u > 0)) body(u, v + u * lanes);",
@@ -313,7 +313,7 @@ TRANSFORMS = {
         "set_product(slopes, half_tanh, half_tanh);\n    set_fma(slopes, slopes, 0.25f, -0.25f);",
     ),
     "the first of the vectors with a large logit stands for all": emulated(
-        "cuda/sweep.cuh",
+        "cuda/share.cuh",
         "test_cuda.py::test_one_large_logit_among_small_softcapped_ones",
         "      for (int u = 1; u < kCount; ++u) left[u - 1] = left[u];\n",
         "      for (int u = 1; u < 1; ++u) left[u - 1] = left[u];\n",
@@ -352,7 +352,7 @@ TRANSFORMS = {
         "unit * this->dot), A(0));",
     ),
     "vectors beyond a row's end are in the sum of all logits": fault(
-        "sweep.cuh",
+        "share.cuh",
         "forward",
         "share.for_vectors(v, [&](int u, int w) { body(of, bits[u], w); });",
         "for (int u = 0; u < kCount; ++u) body(of, bits[u], v + u * share.lanes);",
@@ -364,15 +364,15 @@ TRANSFORMS = {
         "",
     ),
     "a gradient forgets the logit scale": fault(
-        "sweep.cuh",
+        "gradient.cuh",
         "backward",
-        "exponential.to_exact() * (transform.scale * (kIsCapped<S> ? -4 : 1))",
+        "exponential.to_exact() * common_slope(transform)",
         "exponential.to_exact() * (kIsCapped<S> ? -4 : 1)",
     ),
     "the labels' gradient forgets the logit scale": fault(
-        "sweep.cuh",
+        "gradient.cuh",
         "backward",
-        "spread_factor(row.spread * (transform.scale * (kIsCapped<S> ? -4 : 1)))",
+        "spread_factor(row.spread * common_slope(transform))",
         "spread_factor(row.spread * (kIsCapped<S> ? -4 : 1))",
     ),
     "a target's logit is not transformed": fault(
@@ -414,7 +414,7 @@ LABELS = {
     "a row of weight 0 is read": fault(
         "labels.cuh",
         "per_class_options-address",
-        "  if (has_no_weight(p, row)) return {-1, true, false};\n",
+        "  if (has_no_weight(p, row)) return {};\n",
         "",
     ),
     "a negative target is a class": fault(
@@ -538,10 +538,10 @@ LABELS = {
         "return gradient + part;",
     ),
     "rows of four dimensions are counted as if they were three": fault(
-        "labels.cuh",
+        "xent_params.h",
         "columns",
-        "for (int d = layout.n_dims - 1; d > 0; --d) {\n    const auto size",
-        "for (int d = layout.n_dims - 1; d > (layout.n_dims > 3); --d) {\n    const auto size",
+        "for (int d = layout.n_dims - 1; d > 0; --d) {",
+        "for (int d = layout.n_dims - 1; d > (sizeof(Row) == 4 && layout.n_dims > 3); --d) {",
     ),
 }
 
@@ -732,7 +732,7 @@ LANE_ROWS = {
         "static_cast<int>(ceil_div(a.n_rows, most));",
     ),
     "a group is whole though a vector is missing": fault(
-        "sweep.cuh", "backward", "end + lane + 1 - kCount", "end + lane + 2 - kCount"
+        "share.cuh", "backward", "end + lane + 1 - kCount", "end + lane + 2 - kCount"
     ),
     "a short row's target has the gradient of other classes": fault(
         "backward.cu", "backward", "  if (is_mine_read) {\n    my_out", "  if (false) {\n    my_out"
@@ -1021,7 +1021,7 @@ LAUNCHERS = {
         "if (!has_indices(p)) return body(type, type);",
     ),
     "smoothed labels run in the kernels of plain ones": fault(
-        "xent_rows.h",
+        "xent_params.h",
         "forward",
         "return !has_indices(p) || p.label_smoothing != 0;",
         "return !has_indices(p);",
@@ -1063,12 +1063,12 @@ LAUNCHERS = {
         "layout.stride[inner] != 1",
     ),
     "the gradient's layout is not checked": fault(
-        "launch.cpp", "backward", "  add(p.grad_logits, p.grad_layout, size);\n", ""
+        "launch.cpp", "backward", "  add(p.grad_logits, p.grad_layout);\n", ""
     ),
     "the probabilities' layout is not checked": fault(
         "launch.cpp",
         "columns",
-        "  if (!has_indices(p)) add(p.target, p.target_layout, element_size(p.target_dtype));\n",
+        "  if (!has_indices(p)) add(p.target, p.target_layout);\n",
         "",
     ),
     "smoothing is divided by one class less": fault(
@@ -1414,13 +1414,13 @@ BINDING = {
         "empty_gradient(problem.logits, problem.dim, false)",
     ),
     "a gradient begins at an aligned address": emulated(
-        "binding/tensors.cpp",
+        "binding/layout.cpp",
         "test_cuda.py::test_rows_of_any_alignment_move_16_bytes",
         "offset = logits.storage_offset() % vector;",
         "offset = 0;",
     ),
     "a gradient of short rows is padded": emulated(
-        "binding/tensors.cpp",
+        "binding/layout.cpp",
         "test_cuda.py::test_fake_gradients_are_laid_out_like_real_ones",
         "logits.size(dim) * size < 512",
         "size < 0",

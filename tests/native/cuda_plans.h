@@ -17,7 +17,8 @@ struct Plans {
 
 inline std::string name_of_plan(const Plan& p) {
   const auto text = [](int value) { return std::to_string(value); };
-  return std::string(cuda::name_of(p.regime)) + " threads " + text(p.threads) + " team " +
+  const std::string regimes[] = {"columns", "warp", "block", "split"};
+  return regimes[static_cast<int>(p.regime)] + " threads " + text(p.threads) + " team " +
          text(p.team) + " parts " + text(p.parts) + " held " + text(p.held) + " workers " +
          text(p.workers) + " row_vector " + text(p.row_vector) + " max_groups " +
          text(p.max_groups);
