@@ -8,10 +8,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
+from typing_extensions import Unpack
 
 from . import _autograd, _selected, linear
 from ._linear_autograd import Layer
-from ._options import CALL_ERRORS, ProcessGroup, check_flag, check_index, resolve, resolve_once
+from ._options import (
+    CALL_ERRORS,
+    LinearSelectedOptions,
+    ProcessGroup,
+    SelectedOptions,
+    check_flag,
+    check_index,
+    resolve,
+    resolve_once,
+)
 from ._problem import (
     Problem,
     accumulation_dtype,
@@ -30,14 +40,8 @@ def selective_log_softmax(
     input: Tensor,
     index: Tensor,
     *,
-    dim: int = -1,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: Literal[False] = False,
-    inplace_backward: bool = False,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
+    **options: Unpack[SelectedOptions],
 ) -> Tensor: ...
 
 
@@ -46,14 +50,8 @@ def selective_log_softmax(
     input: Tensor,
     index: Tensor,
     *,
-    dim: int = -1,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: Literal[True],
-    inplace_backward: bool = False,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
+    **options: Unpack[SelectedOptions],
 ) -> SelectedLogProbs: ...
 
 
@@ -62,14 +60,8 @@ def selective_log_softmax(
     input: Tensor,
     index: Tensor,
     *,
-    dim: int = -1,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: bool,
-    inplace_backward: bool = False,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
+    **options: Unpack[SelectedOptions],
 ) -> Tensor | SelectedLogProbs: ...
 
 
@@ -172,17 +164,8 @@ def linear_selective_log_softmax(
     linear_weight: Tensor,
     index: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: Literal[False] = False,
-    logits_dtype: torch.dtype | None = None,
-    chunk_rows: int | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
-    sequence_parallel: bool = False,
-    reduce_grad_hidden: bool = True,
+    **options: Unpack[LinearSelectedOptions],
 ) -> Tensor: ...
 
 
@@ -192,17 +175,8 @@ def linear_selective_log_softmax(
     linear_weight: Tensor,
     index: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: Literal[True],
-    logits_dtype: torch.dtype | None = None,
-    chunk_rows: int | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
-    sequence_parallel: bool = False,
-    reduce_grad_hidden: bool = True,
+    **options: Unpack[LinearSelectedOptions],
 ) -> SelectedLogProbs: ...
 
 
@@ -212,17 +186,8 @@ def linear_selective_log_softmax(
     linear_weight: Tensor,
     index: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: bool,
-    logits_dtype: torch.dtype | None = None,
-    chunk_rows: int | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
-    sequence_parallel: bool = False,
-    reduce_grad_hidden: bool = True,
+    **options: Unpack[LinearSelectedOptions],
 ) -> Tensor | SelectedLogProbs: ...
 
 
