@@ -257,7 +257,7 @@ SPARSE_HINT = (
 
 
 def is_labels_shape(shape: Sequence[int], before: Sequence[int], after: Sequence[int]) -> bool:
-    """Return True for K classes, from 1 to 1024, between these dimensions of rows."""
+    """Return True for K classes, from 1 to MAX_LABELS, between these dimensions of rows."""
     n_before = len(before)
     return (
         len(shape) == n_before + 1 + len(after)
@@ -327,23 +327,31 @@ def check_range(problem: Problem, n_classes: int | None = None) -> None:
     Classes are [0, n_classes), by default those of the logits.
     """
     _, target, _, token_weight, _, target_indices, settings = problem
-    name, index = "target", target
-    if target_indices is not None:
-        name, index = "target_indices", target_indices
+    index = target if target_indices is None else target_indices
     if index.is_floating_point() or not is_checked(index):
         return
+    kept = None if token_weight is None else token_weight != 0
+    if kept is not None and target_indices is not None:
+        kept = kept.unsqueeze(settings.dim)
+    name = "target" if target_indices is None else "target_indices"
     n_classes = problem.logits.shape[settings.dim] if n_classes is None else n_classes
-    ignore_index = settings.ignore_index
-    index = index.to(torch.int64)  # a narrower dtype may not hold ignore_index
-    bad = ((index < 0) | (index >= n_classes)) & (index != ignore_index)
-    if token_weight is not None:
-        kept = token_weight != 0
-        bad = bad & (kept if target_indices is None else kept.unsqueeze(settings.dim))
+    padding = settings.ignore_index
+    check_classes(name, index, n_classes, padding, f"equal to ignore_index ({padding})", kept)
+
+
+def check_classes(
+    name: str, index: Tensor, n_classes: int, padding: int, or_else: str, kept: Tensor | None = None
+) -> None:
+    """Check that all indices, or those that are ``kept``, are classes or ``padding``."""
+    index = index.to(torch.int64)  # a narrower dtype may not hold padding
+    bad = ((index < 0) | (index >= n_classes)) & (index != padding)
+    if kept is not None:
+        bad = bad & kept
     if bad.any():
         position = tuple(bad.nonzero()[0].tolist())
         raise IndexError(
-            f"{name} must be in [0, {n_classes}) or equal to ignore_index ({ignore_index}), got "
-            f"{index[position].item()} at position {position}"
+            f"{name} must be in [0, {n_classes}) or {or_else}, got {index[position].item()} at "
+            f"position {position}"
         )
 
 

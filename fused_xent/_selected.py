@@ -21,13 +21,20 @@ from ._autograd import Grads, Tensors, is_traced, needs_graph
 from ._linear import Inputs
 from ._linear_autograd import Layer
 from ._options import REDUCTIONS, Settings
-from ._problem import Problem, Saved, Upstream, accumulation_dtype, check_overwritable
+from ._problem import (
+    Problem,
+    Saved,
+    Upstream,
+    accumulation_dtype,
+    check_classes,
+    check_overwritable,
+    is_checked,
+)
 from ._torch_private import (
     apply_at_this_level,
     apply_in_eager,
     are_ordinary,
     below_autograd,
-    has_values,
     is_eager,
     is_under_torch_func,
 )
@@ -73,15 +80,8 @@ def evaluate_plain(logits: Tensor, index: Tensor, settings: Settings) -> Tensor:
 
 def check_range(index: Tensor, n_classes: int) -> None:
     """Check the classes; not on a GPU, where the host would wait."""
-    if index.device.type != "cpu" or not has_values(index):
-        return
-    bad = ((index < 0) | (index >= n_classes)) & (index != PADDING)
-    if bad.any():
-        position = tuple(bad.nonzero()[0].tolist())
-        raise IndexError(
-            f"index must be in [0, {n_classes}) or {PADDING} (padding), got "
-            f"{index[position].item()} at position {position}"
-        )
+    if is_checked(index):
+        check_classes("index", index, n_classes, PADDING, f"{PADDING} (padding)")
 
 
 def _of_one_class(problem: Problem) -> Tensors:

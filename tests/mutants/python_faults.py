@@ -365,14 +365,14 @@ PROBLEM_FAULTS = {
     ),
     "range of targets without the rows of weight 0": Fault(
         PROBLEM,
-        "    _, target, _, token_weight, _, target_indices, settings = problem\n    name",
-        "    (_, target, *_, target_indices, settings), token_weight = problem, None\n    name",
+        'f"equal to ignore_index ({padding})", kept)',
+        'f"equal to ignore_index ({padding})")',
         TOKENS,
     ),
     "ignore_index of the range is the default": Fault(
         PROBLEM,
-        "    ignore_index = settings.ignore_index\n    index = index.to",
-        "    ignore_index = -100\n    index = index.to",
+        "    padding = settings.ignore_index\n",
+        "    padding = -100\n",
         TOKENS,
     ),
     "logits not promoted beside float64 probabilities": Fault(
@@ -635,12 +635,12 @@ PROBLEM_FAULTS = {
     ),
     "targets of rows of weight 0 are checked": Fault(
         PROBLEM,
-        "        bad = bad & (kept if target_indices is None else kept.unsqueeze(settings.dim))\n",
+        "        bad = bad & kept\n",
         "        pass\n",
         POSITION,
     ),
     "rows of weight 0 alone are checked": Fault(
-        PROBLEM, "kept = token_weight != 0\n", "kept = token_weight == 0\n", POSITION
+        PROBLEM, "else token_weight != 0\n", "else token_weight == 0\n", POSITION
     ),
     "sums of float64 in float32": Fault(
         PROBLEM,
@@ -674,8 +674,8 @@ PROBLEM_FAULTS = {
     ),
     "the value of a bad target is the first": Fault(
         PROBLEM,
-        "{index[position].item()} at position",
-        "{index.flatten()[0].item()} at position",
+        "got {index[position].item()} at ",
+        "got {index.flatten()[0].item()} at ",
         ("tests/test_fallback.py::test_target_out_of_range",),
     ),
     "float64 class weights alone do not promote the sums": Fault(
@@ -860,8 +860,8 @@ PROBLEM_FAULTS = {
     ),
     "the range of sparse labels is that of targets": Fault(
         PROBLEM,
-        'name, index = "target_indices", target_indices',
-        'name, index = "target", target',
+        "    index = target if target_indices is None else target_indices\n",
+        "    index = target\n",
         (
             "tests/test_sparse_labels.py::test_without_kernels",
             "tests/test_sparse_labels.py::test_linear_indices_out_of_range",
