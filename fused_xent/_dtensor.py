@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from . import _autograd, _parallel
+from . import _autograd, _formulas, _parallel
 from ._options import DEFAULTS, OF_SHARD, REDUCTION_NAMES, resolve
 from ._problem import Arguments, check_dense, is_autocast, prepare, row_shape
 from ._torch_private import memory_of
@@ -276,20 +276,14 @@ def _divisor(labels: Labels, own: Labels, ignore_index: Any, layout: Layout) -> 
 
     A process's own divisor would be wrong: they may ignore different numbers of rows.
     """
-    target, weights = own.target, own.token_weight
+    target, token_weight = own.target, own.token_weight
     is_index = not target.is_floating_point()
-    if weights is None:
-        shape = target.shape if is_index else row_shape(target, layout.dim)
-        weights = target.new_ones(shape)
-    weights = weights.double()
-    if is_index:
-        classes = target.long()
-        is_left_out = (classes == ignore_index) | (weights == 0)
-        of_classes = _local(labels.weight, layout.whole, layout)  # all classes, not only a shard's
-        if of_classes is not None and of_classes.numel() > 0:
-            weights = weights * of_classes[classes.clamp(0, of_classes.numel() - 1)]
-        weights = weights.masked_fill(is_left_out, 0)
-    total = DTensor.from_local(weights.sum(), layout.mesh, layout.sums)
+    if token_weight is None:
+        token_weight = target.new_ones(target.shape if is_index else row_shape(target, layout.dim))
+    # Of all classes, not only of a shard's.
+    weight = _local(labels.weight, layout.whole, layout) if is_index else None
+    own_total = _formulas.sum_of_weights(target, weight, token_weight, ignore_index)
+    total = DTensor.from_local(own_total, layout.mesh, layout.sums)
     placements = list(layout.sums)
     for mesh_dim in range(layout.mesh.ndim):  # one by one: torch warns of several
         placements[mesh_dim] = Replicate()

@@ -161,13 +161,20 @@ def total_weight(problem: Problem) -> Tensor:
     logits, target, weight, token_weight, normalizer, _, settings = problem
     if normalizer is not None:
         return normalizer
-    weights = logits.new_ones(row_shape(logits, settings.dim), dtype=torch.float64)
-    if token_weight is not None:
-        weights = weights * token_weight
+    if token_weight is None:
+        token_weight = logits.new_ones(row_shape(logits, settings.dim))
+    return sum_of_weights(target, weight, token_weight, settings.ignore_index)
+
+
+def sum_of_weights(
+    target: Tensor, weight: Tensor | None, token_weight: Tensor, ignore_index: int
+) -> Tensor:
+    """Return the sum of the rows' weights: of class indices, those of their classes count too."""
+    weights = token_weight.double()
     if not target.is_floating_point():
         target = target.to(torch.int64)  # a narrower dtype may not hold ignore_index
-        left_out = (target == settings.ignore_index) | (weights == 0)
-        if weight is not None:
+        left_out = (target == ignore_index) | (weights == 0)
+        if weight is not None and weight.numel() > 0:
             weights = weights * weight[target.clamp(0, weight.shape[0] - 1)]
         weights = weights.masked_fill(left_out, 0)
     return weights.sum()

@@ -52,8 +52,6 @@ def evaluate(
     Hidden is (N, H). The problem's logits (N, C, *D) have shape, dtype and device, but no values.
     """
     logits, target, *_, settings = problem
-    needs = [int(needs_graph(tensor)) for tensor in layer]
-    is_fused = settings.reduction != REDUCTIONS["none"] and layer.hidden.dtype != torch.float16
     inputs = Inputs(
         *layer,
         target,
@@ -63,19 +61,29 @@ def evaluate(
         settings.loss_dtype or logits.dtype,
         settings.statistics,
         chunk_rows,
-        needs if is_fused else [0, 0, 0],
+        [int(is_made) for is_made in made_in_forward(layer, settings.reduction)],
         settings.of_operators,
     )
     if is_traced():
         *arguments, options = inputs
         results = _linear.forward(*arguments, **options)
-    elif any(needs):
+    elif needs_graph(*layer):
         results = LinearCrossEntropyInEager.apply(*inputs)
     else:
         results = _forward(inputs)
     if settings.statistics:
         return _autograd.complete(problem, *results[:4])
     return (results[0],)
+
+
+def made_in_forward(layer: Layer, reduction: int) -> tuple[bool, ...]:
+    """Return which gradients the forward computes, for an upstream gradient of 1.
+
+    None where each row has an upstream gradient, and none in float16, where they would underflow
+    without a loss scale.
+    """
+    is_fused = reduction != REDUCTIONS["none"] and layer.hidden.dtype != torch.float16
+    return tuple(is_fused and needs_graph(tensor) for tensor in layer)
 
 
 def _forward(inputs: Inputs) -> Tensors:
@@ -87,9 +95,8 @@ def _forward(inputs: Inputs) -> Tensors:
 class LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients from one matrix product for each of logits, grad_hidden and grad_weight.
 
-    The forward computes the gradients too, for an upstream gradient of 1. The backward computes
-    them if they depend on more than one factor, and in float16, where they would underflow without
-    a loss scale. This is the autograd formula of the operator.
+    The forward computes the gradients too where ``made_in_forward`` says so, else the backward.
+    This is the autograd formula of the operator.
     """
 
     @staticmethod

@@ -166,6 +166,15 @@ def check_gradients(problem: Problem) -> None:
             )
 
 
+def check_first_derivative() -> None:
+    """Check that the backward that runs is not recorded for another one."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "process_group must be None for create_graph=True and for torch.func: a second "
+            "derivative would need more communication"
+        )
+
+
 # ---- what a rank knows ---------------------------------------------------------------------------
 
 
@@ -353,10 +362,14 @@ def all_gather(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the tensors of all ranks, (n_ranks, ...)."""
     n_ranks = dist.get_world_size(group)
     found = packed.new_empty(n_ranks * len(packed))
-    # torch 2.13 has renamed the function.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(found, packed, group)
+    collective("all_gather")(found, packed, group)
     return found.view(n_ranks, -1)
+
+
+def collective(name: str) -> Any:
+    """Return ``all_gather`` or ``reduce_scatter`` of one tensor, which torch 2.13 has renamed."""
+    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
+    return getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
 
 
 def _check_ranges(ranges: Tensor, n_classes: int) -> None:
@@ -453,14 +466,9 @@ class VocabularyParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> Grads:
         """Return the gradients of the logits and, if they are sharded too, of probabilities."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "process_group must be None for create_graph=True and for torch.func: a second "
-                "derivative would need more communication"
-            )
+        check_first_derivative()
         upstream = Upstream(grad_loss, *(grads[:2] or (None, None)))
-        n_tensors = len(Problem._fields) - 1
-        none = (None,) * (n_tensors + 2)
+        none = (None,) * (len(Problem._fields) + 1)
         if all(grad is None for grad in upstream):
             return none
         *tensors, total, state, entropy, others = ctx.saved_tensors

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import _formulas, _linear, _parallel, reference
 from ._autograd import Grads, needs_graph
-from ._linear_autograd import Layer, scaled
+from ._linear_autograd import Layer, made_in_forward, scaled
 from ._options import REDUCTION_NAMES, REDUCTIONS
 from ._parallel import Shard
 from ._problem import Problem, Saved, Upstream
@@ -116,7 +116,8 @@ def _hidden_of_chunks(hidden: Tensor, chunks: Chunks) -> Iterator[Tensor]:
     def start(rows: slice) -> tuple[Tensor, Any]:
         part = hidden[rows].contiguous()
         found = part.new_empty(split.n_parts * len(part), part.shape[1])
-        return found, _collective("all_gather")(found, part, split.shard.group, async_op=True)
+        gather = _parallel.collective("all_gather")
+        return found, gather(found, part, split.shard.group, async_op=True)
 
     found, work = start(slices[0])
     for following in slices[1:]:
@@ -125,12 +126,6 @@ def _hidden_of_chunks(hidden: Tensor, chunks: Chunks) -> Iterator[Tensor]:
         yield of_chunk
     work.wait()
     yield found
-
-
-def _collective(name: str) -> Any:
-    """Return ``all_gather`` or ``reduce_scatter`` of one tensor, which torch 2.13 has renamed."""
-    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
-    return getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
 
 
 class _Gradients:
@@ -173,7 +168,8 @@ class _Gradients:
         group = self.split.shard.group
         if self.split.sequence_parallel:
             found = product.new_empty(rows.stop - rows.start, own.shape[1])
-            work = _collective("reduce_scatter")(found, product, group=group, async_op=True)
+            scatter = _parallel.collective("reduce_scatter")
+            work = scatter(found, product, group=group, async_op=True)
         else:
             found, work = product, dist.all_reduce(product, group=group, async_op=True)
         self.pending = (rows, found, product, work)
@@ -220,9 +216,7 @@ def evaluate(
     if problem.weight is not None:
         problem = problem._replace(weight=problem.weight[:n_own])
     chunks = chunks_of(layer.hidden, problem.logits, chunk_rows, split)
-    is_fused = problem.settings.reduction != REDUCTIONS["none"]
-    is_fused = is_fused and layer.hidden.dtype != torch.float16
-    needs = tuple(is_fused and needs_graph(tensor) for tensor in layer)
+    needs = made_in_forward(layer, problem.settings.reduction)
     results = LinearVocabularyParallel.apply(*layer, *problem, chunks, needs)
     return _parallel.complete(problem, results, split.shard)
 
@@ -300,11 +294,7 @@ class LinearVocabularyParallel(torch.autograd.Function):
 
 def check_backward(*upstream: Tensor | None) -> None:
     """Check that a backward is a plain one."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "process_group must be None for create_graph=True and for torch.func: a second "
-            "derivative would need more communication"
-        )
+    _parallel.check_first_derivative()
     if any(map(is_batched_by_autograd, upstream)):
         raise RuntimeError("process_group must be None for is_grads_batched=True")
 

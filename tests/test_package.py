@@ -27,7 +27,8 @@ LAYERS = {
         *("_autograd", "_formulas", "_ops", "_options", "_problem", "_torch_private", "reference"),
     },
     "_dtensor": {
-        *("_autograd", "_options", "_parallel", "_problem", "_torch_private", "reference"),
+        *("_autograd", "_formulas", "_options", "_parallel", "_problem", "_torch_private"),
+        "reference",
     },
     "functional": {
         *("_autograd", "_dtensor", "_options", "_parallel", "_problem", "_torch_private"),
