@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _autograd, _formulas, _linear, _ops, _selected, reference
 from ._linear import Inputs
 from ._linear_autograd import Layer
+from ._meta import AddedUp, state_size
 from ._options import REDUCTIONS
 from ._problem import Problem, Upstream, accumulation_dtype, row_shape
 from ._selected import LinearInputs
@@ -54,7 +55,7 @@ def _forward(*arguments: Any, statistics: bool = False, **options: Any) -> tuple
     loss = results.loss.to(settings.loss_dtype or logits.dtype)
     rows = row_shape(logits, settings.dim)
     # Only the kernels' backward reads the state. NaN shows if it is used by mistake.
-    size = _ops.state_size(target, target_indices, options)
+    size = state_size(target, target_indices, options)
     acc = accumulation_dtype(logits.dtype)
     state = logits.new_full([size, *rows], torch.nan, dtype=acc)
     of_statistics = (results.lse, results.entropy, results.argmax) if statistics else ()
@@ -250,7 +251,7 @@ def _add_up_shards(
             other_mass = other_mass.masked_fill(is_bad & ~is_unread, torch.nan)
             loss = loss.masked_fill(is_bad, torch.nan)
         loss = loss.masked_fill(is_unread, 0)
-    return _ops.AddedUp(
+    return AddedUp(
         torch.stack(state),
         rise if part is None else none,
         loss,

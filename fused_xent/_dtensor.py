@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from . import _autograd, _formulas, _parallel
+from . import _autograd, _formulas, _parallel, _parallel_rows
 from ._options import DEFAULTS, OF_SHARD, REDUCTION_NAMES, resolve
 from ._problem import Arguments, check_dense, is_autocast, prepare, row_shape
 from ._torch_private import memory_of
@@ -67,12 +67,12 @@ class Layout(NamedTuple):
         """The placements of what all processes have as a whole."""
         return (Replicate(),) * self.mesh.ndim
 
-    def shard(self, n_classes: int) -> _parallel.Shard | None:
+    def shard(self, n_classes: int) -> _parallel_rows.Shard | None:
         """Return the classes of this process if they are split."""
         for mesh_dim, placement in enumerate(self.classes):
             if placement.is_shard():
                 start, _ = self._chunk(n_classes, mesh_dim)
-                return _parallel.Shard(self.mesh.get_group(mesh_dim), start, n_classes)
+                return _parallel_rows.Shard(self.mesh.get_group(mesh_dim), start, n_classes)
         return None
 
     def own_rows(self, shape: Sequence[int]) -> torch.Size:

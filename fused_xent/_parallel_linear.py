@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _formulas, _linear, _parallel, reference
+from . import _formulas, _linear, _parallel, _parallel_rows, reference
 from ._autograd import Grads, needs_graph
 from ._linear_autograd import Layer, made_in_forward, scaled
 from ._options import REDUCTION_NAMES, REDUCTIONS
-from ._parallel import Shard
+from ._parallel_rows import Shard
 from ._problem import Problem, Saved, Upstream
 from ._torch_private import below_autograd, is_batched_by_autograd
 from .reference import CrossEntropyStatistics
@@ -116,7 +116,7 @@ def _hidden_of_chunks(hidden: Tensor, chunks: Chunks) -> Iterator[Tensor]:
     def start(rows: slice) -> tuple[Tensor, Any]:
         part = hidden[rows].contiguous()
         found = part.new_empty(split.n_parts * len(part), part.shape[1])
-        gather = _parallel.collective("all_gather")
+        gather = _parallel_rows.collective("all_gather")
         return found, gather(found, part, split.shard.group, async_op=True)
 
     found, work = start(slices[0])
@@ -168,7 +168,7 @@ class _Gradients:
         group = self.split.shard.group
         if self.split.sequence_parallel:
             found = product.new_empty(rows.stop - rows.start, own.shape[1])
-            scatter = _parallel.collective("reduce_scatter")
+            scatter = _parallel_rows.collective("reduce_scatter")
             work = scatter(found, product, group=group, async_op=True)
         else:
             found, work = product, dist.all_reduce(product, group=group, async_op=True)
@@ -246,8 +246,8 @@ class LinearVocabularyParallel(torch.autograd.Function):
 
         def turn(logits: Tensor, rows: slice) -> None:
             of_rows = _problem_of(problem, logits, chunks, rows)
-            local = _parallel.local_problem(of_rows, shard)
-            results = _parallel.exchange(of_rows, local, shard)
+            local = _parallel_rows.local_problem(of_rows, shard)
+            results = _parallel_rows.exchange(of_rows, local, shard)
             found.append(results)
             if any(needs):
                 one = Upstream(results.others.new_ones(()), None, None)
@@ -309,7 +309,7 @@ def _recomputed(ctx: Any, upstream: Upstream, needs: Needs) -> Grads:
 
     def turn(logits: Tensor, rows: slice) -> None:
         of_rows = _problem_of(problem, logits, chunks, rows)
-        own = _parallel.local_problem(of_rows, chunks.split.shard).problem
+        own = _parallel_rows.local_problem(of_rows, chunks.split.shard).problem
         of_row = [chunks.take(grad, rows) for grad in (state, entropy, others, *upstream)]
         saved = Saved(total, of_row[0].t().contiguous(), of_row[1])
         _parallel.write_gradient_(own, saved, Upstream(*of_row[3:]), of_row[2])
@@ -335,9 +335,9 @@ def _total_weight(problem: Problem, shard: Shard) -> Tensor | None:
     is_mean = problem.settings.reduction == REDUCTIONS["mean"]
     if problem.normalizer is not None or not is_mean:
         return problem.normalizer
-    if problem.weight is None or not _parallel.has_indices(problem):
+    if problem.weight is None or not _parallel_rows.has_indices(problem):
         return _formulas.total_weight(problem)
-    own = _parallel.local_problem(problem, shard).problem
+    own = _parallel_rows.local_problem(problem, shard).problem
     weights: Any = own.token_weight
-    weights = weights * _parallel.label_sums(own._replace(target=torch.ones_like(own.target)))
-    return _parallel.all_gather(weights.sum(dtype=torch.float64).view(1), shard.group).sum()
+    weights = weights * _parallel_rows.class_weights(own)
+    return _parallel_rows.all_gather(weights.sum(dtype=torch.float64).view(1), shard.group).sum()

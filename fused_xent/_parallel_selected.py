@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _ops, _parallel, _parallel_linear
+from . import _ops, _parallel, _parallel_linear, _parallel_rows
 from ._autograd import Grads, Tensors
 from ._linear_autograd import Layer
 from ._options import Settings
-from ._parallel import NO_CLASS, Shard
 from ._parallel_linear import Split
+from ._parallel_rows import NO_CLASS, Shard
 from ._problem import Problem, Saved, Upstream, accumulation_dtype, check_overwritable, row_shape
 from ._torch_private import below_autograd
 from .reference import PADDING
@@ -92,7 +92,7 @@ def exchange(logits: Tensor, index: Tensor, settings: Settings, shard: Shard) ->
     """Send this shard's rows to all ranks, and return what the rows of all make."""
     dim, n_own = settings.dim, logits.shape[settings.dim]
     known = index_of(index, dim, n_own, shard)
-    rows = _parallel.gather(_own_rows(logits, known, settings), shard, n_own)
+    rows = _parallel_rows.gather(_own_rows(logits, known, settings), shard, n_own)
     added = _ops.add_up_shards(rows, shard.n_classes, dist.get_rank(shard.group))
     shape = row_shape(logits, dim)
     rise = added.rise.view(len(added.rise), *shape).unsqueeze(dim + 1)
@@ -111,20 +111,20 @@ def _own_rows(logits: Tensor, index: Index, settings: Settings) -> dict[str, Ten
     """Return what is sent."""
     dim = settings.dim
     if logits.shape[dim] == 0:
-        zeros = logits.new_zeros(row_shape(logits, dim), dtype=accumulation_dtype(logits.dtype))
-        log_probs = zeros.new_full(index.own.shape, NOT_OWN)
-        rows = {"max": zeros - torch.inf, "log_sum": zeros, "log_probs": log_probs}
-        return {**rows, "entropy": zeros} if settings.statistics else rows
-    # The operator does not read a row without classes: where all are on other ranks, ask for one.
-    is_unread = index.kept & (index.own == NO_CLASS).all(dim)
-    asked = index.own.clone()
-    asked.select(dim, 0).masked_fill_(is_unread, 0)
-    with below_autograd():
-        found = _ops.selected_log_probs(logits, asked, _own_settings(settings))
-    log_probs, state, _, entropy = found
-    # If all logits of the shard are -inf, so is its lse, and its own softmax is NaN.
-    log_probs = log_probs.masked_fill(state[1].isneginf().unsqueeze(dim), -torch.inf)
-    log_probs = log_probs.masked_fill(index.own == NO_CLASS, NOT_OWN)
+        entropy = logits.new_zeros(row_shape(logits, dim), dtype=accumulation_dtype(logits.dtype))
+        log_probs = entropy.new_full(index.own.shape, NOT_OWN)
+        state: Any = (entropy - torch.inf, entropy)
+    else:
+        # The operator does not read a row without classes: if all are on other ranks, ask for one.
+        is_unread = index.kept & (index.own == NO_CLASS).all(dim)
+        asked = index.own.clone()
+        asked.select(dim, 0).masked_fill_(is_unread, 0)
+        with below_autograd():
+            found = _ops.selected_log_probs(logits, asked, _own_settings(settings))
+        log_probs, state, _, entropy = found
+        # If all logits of the shard are -inf, so is its lse, and its own softmax is NaN.
+        log_probs = log_probs.masked_fill(state[1].isneginf().unsqueeze(dim), -torch.inf)
+        log_probs = log_probs.masked_fill(index.own == NO_CLASS, NOT_OWN)
     rows = {"max": state[0], "log_sum": state[1], "log_probs": log_probs}
     return {**rows, "entropy": entropy} if settings.statistics else rows
 

@@ -20,15 +20,18 @@ LAYERS = {
     "reference": set(),
     "_options": set(),
     "_problem": {"_options", "_torch_private"},
-    "_ops": {"_options", "_problem", "_torch_private"},
+    "_meta": {"_options", "_problem"},
+    "_ops": {"_meta", "_options", "_problem", "_torch_private"},
     "_formulas": {"_options", "_problem", "reference"},
     "_autograd": {"_formulas", "_ops", "_options", "_problem", "_torch_private", "reference"},
+    "_parallel_rows": {"_ops", "_options", "_problem", "_torch_private"},
     "_parallel": {
-        *("_autograd", "_formulas", "_ops", "_options", "_problem", "_torch_private", "reference"),
+        *("_autograd", "_formulas", "_ops", "_options", "_parallel_rows", "_problem"),
+        *("_torch_private", "reference"),
     },
     "_dtensor": {
-        *("_autograd", "_formulas", "_options", "_parallel", "_problem", "_torch_private"),
-        "reference",
+        *("_autograd", "_formulas", "_options", "_parallel", "_parallel_rows", "_problem"),
+        *("_torch_private", "reference"),
     },
     "functional": {
         *("_autograd", "_dtensor", "_options", "_parallel", "_problem", "_torch_private"),
@@ -40,7 +43,7 @@ LAYERS = {
     },
     "_parallel_linear": {
         *("_autograd", "_formulas", "_linear", "_linear_autograd", "_options", "_parallel"),
-        *("_problem", "_torch_private", "reference"),
+        *("_parallel_rows", "_problem", "_torch_private", "reference"),
     },
     "linear": {
         *("_autograd", "_dtensor", "_linear_autograd", "_options", "_parallel", "_parallel_linear"),
@@ -52,15 +55,15 @@ LAYERS = {
     },
     "_parallel_selected": {
         *("_autograd", "_linear_autograd", "_ops", "_options", "_parallel", "_parallel_linear"),
-        *("_problem", "_torch_private", "reference"),
+        *("_parallel_rows", "_problem", "_torch_private", "reference"),
     },
     "selected": {
         *("_autograd", "_linear_autograd", "_options", "_parallel", "_parallel_selected"),
         *("_problem", "_selected", "_torch_private", "linear", "reference"),
     },
     "_decompositions": {
-        *("_autograd", "_formulas", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),
-        *("_selected", "reference"),
+        *("_autograd", "_formulas", "_linear", "_linear_autograd", "_meta", "_ops", "_options"),
+        *("_problem", "_selected", "reference"),
     },
     "nn": {"_options", "_parallel", "_torch_private", "functional", "linear"},
     "__init__": {

@@ -13,10 +13,12 @@ FORMULAS = "fused_xent/_formulas.py"
 DECOMPOSITIONS = "fused_xent/_decompositions.py"
 PRIVATE = "fused_xent/_torch_private.py"
 OPS = "fused_xent/_ops.py"
+META = "fused_xent/_meta.py"
 REFERENCE = "fused_xent/reference.py"
 SELECTED = "fused_xent/selected.py"
 SELECTED_AUTOGRAD = "fused_xent/_selected.py"
 PARALLEL = "fused_xent/_parallel.py"
+PARALLEL_ROWS = "fused_xent/_parallel_rows.py"
 DTENSOR = "fused_xent/_dtensor.py"
 PARALLEL_LINEAR = "fused_xent/_parallel_linear.py"
 PARALLEL_SELECTED = "fused_xent/_parallel_selected.py"
@@ -2640,7 +2642,7 @@ DECOMPOSITIONS_FAULTS = {
     ),
     "a decomposed state has the numbers of class indices": Fault(
         DECOMPOSITIONS,
-        "size = _ops.state_size(target, target_indices, options)",
+        "size = state_size(target, target_indices, options)",
         "size = 2",
         DECOMPOSED,
     ),
@@ -3092,43 +3094,43 @@ OPS_FAULTS = {
         BATCHES,
     ),
     "argmax of meta tensors is a number": Fault(
-        OPS, '"argmax": (rows, torch.int64)', '"argmax": (rows, acc)', OPERATORS
+        META, '"argmax": (rows, torch.int64)', '"argmax": (rows, acc)', OPERATORS
     ),
     "masses of class indices, of meta tensors": Fault(
-        OPS, "return 2 + has_mass + ", "return 3 + ", OPERATORS
+        META, "return 2 + has_mass + ", "return 3 + ", OPERATORS
     ),
     "slopes without a focal loss, of meta tensors": Fault(
-        OPS,
+        META,
         'options.get("focal_gamma", 0) != 0',
         'options.get("lse_square_scale", 0) != 0',
         ("tests/test_ops.py::test_meta_implementations_agree_by_each_option_alone",),
     ),
     "total weight of meta tensors in the rows' dtype": Fault(
-        OPS,
+        META,
         '"total_weight": ([], torch.float64)',
         '"total_weight": ([], acc)',
         OPERATORS,
     ),
     "gradient of meta tensors is contiguous": Fault(
-        OPS,
+        META,
         "not is_inner:\n        return torch.empty_like(logits)\n",
         "not is_inner:\n        return logits.new_empty(logits.shape)\n",
         OPERATORS,
     ),
     "gradient of fake CUDA tensors begins at an aligned address": Fault(
-        OPS,
+        META,
         "offset = logits.storage_offset() % vector",
         "offset = 0",
         ("tests/test_cuda.py::test_fake_gradients_are_laid_out_like_real_ones",),
     ),
     "loss of meta tensors in float32": Fault(
-        OPS,
+        META,
         '(loss_shape, given.get("loss_dtype"))',
         "(loss_shape, torch.float32)",
         ("tests/test_functional.py::test_meta_tensors_have_shapes_and_dtypes",),
     ),
     "no fake of the fused mode": Fault(
-        OPS,
+        META,
         "memory[0] if len(memory) == 1 else tuple(memory)",
         "tuple(memory)",
         OPERATORS,
@@ -3185,13 +3187,13 @@ OPS_FAULTS = {
         ("tests/test_ops.py::test_version_of_the_overwritten_tensor",),
     ),
     "no fake of the backward in place": Fault(
-        OPS,
+        META,
         ("        if not results:\n            return None\n"),
         ("        if not results:\n            return arguments[0]\n"),
         ("tests/test_ops.py::test_overwriting_operators_accept_meta_tensors",),
     ),
     "rows of meta tensors without the first dimension": Fault(
-        OPS,
+        META,
         "row_shape(logits, dim)\n        loss_shape",
         "row_shape(logits, 1 + dim)\n        loss_shape",
         OPERATORS,
@@ -3209,7 +3211,7 @@ OPS_FAULTS = {
         ("tests/test_functional.py::test_normalizer_goes_to_the_logits_device",),
     ),
     "the state of meta tensors in float32": Fault(
-        OPS,
+        META,
         '"state": ([state_size(*labels, options), *rows], acc)',
         '"state": ([state_size(*labels, options), *rows], torch.float32)',
         (
@@ -3313,7 +3315,7 @@ OPS_FAULTS = {
         ),
     ),
     "masses of sparse labels, of meta tensors": Fault(
-        OPS,
+        META,
         "has_mass = target.is_floating_point() and target_indices is None",
         "has_mass = target.is_floating_point()",
         ("tests/test_sparse_labels.py::test_meta_and_decompositions",),
@@ -4026,8 +4028,8 @@ SPLIT_FAULTS = {
     ),
     "the mean divides by this rank's class weights": Fault(
         PARALLEL_LINEAR,
-        "return _parallel.all_gather(weights.sum(dtype=torch.float64).view(1), shard.group).sum()",
-        "return weights.sum(dtype=torch.float64)",
+        "_parallel_rows.all_gather(weights.sum(dtype=torch.float64).view(1), shard.group)",
+        "weights.sum(dtype=torch.float64)",
         SPLIT_LOSSES,
     ),
     "probabilities of a split layer may need a gradient": Fault(
@@ -4064,19 +4066,19 @@ SPLIT_FAULTS = {
         SPLIT_SELECTED,
     ),
     "smoothed 16-bit labels of a shard are rounded again": Fault(
-        PARALLEL,
+        PARALLEL_ROWS,
         "target=target if factor == 1 else target.to(acc) * factor,",
         "target=target if factor == 1 else target * factor,",
         ("tests/test_parallel.py::test_numbers[2]",),
     ),
     "a shard of masked classes has the loss NaN": Fault(
-        PARALLEL,
+        PARALLEL_ROWS,
         "part = part.masked_fill(state[1].isneginf(), 0)",
         "part = part.masked_fill(state[1].isnan(), 0)",
         ("tests/test_parallel.py::test_numbers[2]",),
     ),
     "the mass of one row is float64": Fault(
-        PARALLEL,
+        PARALLEL_ROWS,
         "return ((1 - smoothing) * sums + of_smoothing).to(sums.dtype)",
         "return (1 - smoothing) * sums + of_smoothing",
         ("tests/test_parallel.py::test_numbers[2]",),
@@ -4185,7 +4187,7 @@ DTENSOR_FAULTS = {
         PARALLEL_MODULES,
     ),
     "fake states of shards have no own mass": Fault(
-        "fused_xent/_ops.py",
+        "fused_xent/_meta.py",
         "n_state = 2 + (has_loss and keeps_mass) +",
         "n_state = 2 +",
         ("tests/test_shards.py::test_opcheck",),
@@ -4209,7 +4211,7 @@ DTENSOR_FAULTS = {
         ("tests/test_dtensor.py::test_linear[2]",),
     ),
     "compiled code waits for the ranges of the shards": Fault(
-        PARALLEL,
+        PARALLEL_ROWS,
         "    if found.is_cpu and has_values(found):\n",
         "    if found.is_cpu:\n",
         ("tests/test_dtensor.py::test_compiled",),
