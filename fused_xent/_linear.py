@@ -27,15 +27,13 @@ from torch import Tensor
 from . import _formulas, _ops
 from ._options import DEFAULTS, REDUCTIONS, Settings
 from ._problem import Problem, Upstream, accumulation_dtype
-from ._torch_private import below_autograd, mkldnn_has
+from ._products import product, slabs
+from ._torch_private import below_autograd
 
 # How many rows make a matrix product efficient, and how many bytes of logits a chunk may have.
 CPU_ROWS, CPU_BYTES = 512, 100 << 20
 GPU_ROWS, GPU_BYTES = 4096, 1 << 30
 FEW_BYTES = 32 << 20  # of logits: below this, both layouts are equally fast
-# Of a slab, in float32. Beside other busy processes, each product waits for its slowest thread, so
-# there should be few.
-SLAB_BYTES, GPU_SLAB_BYTES = 8 << 20, 256 << 20
 
 Turn = Callable[[Tensor, slice], None]  # turns logits (n, C, *D) of these rows into their gradient
 
@@ -272,69 +270,6 @@ class _Gradients:
         return tuple(gradient.to(self.hidden.dtype) for gradient in gradients)
 
 
-# ---- products ----------------------------------------------------------------------------------
-
-
-def product(
-    one: Tensor, other: Tensor, out: Tensor, bias: Tensor | None = None, beta: int = 0
-) -> None:
-    """Write ``beta * out + one @ other``, or with a bias, which is broadcast, product plus bias.
-
-    Sums are in float32 or float64 and rounded once, for any dtypes of the three.
-    """
-    if bias is not None:
-        out.copy_(bias)
-        beta = 1
-    is_one_dtype = one.dtype == other.dtype
-    if is_one_dtype and out.dtype == one.dtype and not _is_slow(one):
-        out.addmm_(one, other, beta=beta)
-    elif is_one_dtype and out.is_cuda and out.dtype == torch.float32:
-        if beta == 0:
-            torch.ops.aten.mm.dtype_out(one, other, out.dtype, out=out)
-        else:
-            torch.ops.aten.addmm.dtype_out(out, one, other, out.dtype, out=out)
-    else:
-        _slab_by_slab(one, other, out, beta)
-
-
-def _is_slow(matrix: Tensor) -> bool:
-    """Return True if torch has no fast product for this dtype here: 16 bits on most CPUs."""
-    return matrix.is_cpu and matrix.element_size() == 2 and not mkldnn_has(matrix.dtype)
-
-
-def _slab_by_slab(one: Tensor, other: Tensor, out: Tensor, beta: int) -> None:
-    """Write ``beta * out + one @ other`` by products in float32.
-
-    The longest dimension is cut into slabs, so that only a slab is converted to float32.
-    """
-    sizes = (one.shape[0], one.shape[1], other.shape[1])
-    longest = max(range(3), key=sizes.__getitem__)
-    slabs = _slabs(sizes[longest], 4 * (sum(sizes) - sizes[longest]), out.is_cuda)
-
-    def multiplied(one: Tensor, other: Tensor, out: Tensor, beta: int) -> Tensor:
-        return torch.addmm(out.float(), one.float(), other.float(), beta=beta)
-
-    if longest == 0:
-        other = other.float()
-        for slab in slabs:
-            out[slab] = multiplied(one[slab], other, out[slab], beta)
-    elif longest == 2:
-        one = one.float()
-        for slab in slabs:
-            out[:, slab] = multiplied(one, other[:, slab], out[:, slab], beta)
-    else:
-        total = out
-        for slab in slabs:
-            total = multiplied(one[:, slab], other[slab], total, beta if slab.start == 0 else 1)
-        out.copy_(total)
-
-
-def _slabs(length: int, item_bytes: int, is_cuda: bool = False) -> Iterator[slice]:
-    size = max(1, (GPU_SLAB_BYTES if is_cuda else SLAB_BYTES) // max(1, item_bytes))
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
 # ---- all rows, class by class ------------------------------------------------------------------
 
 
@@ -375,7 +310,7 @@ def _by_classes(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
         turn(block.t(), rows)
         if inputs.needs[0]:
             product(block.t(), linear_weight, grad_hidden[rows])
-    for slab in _slabs(n_classes, n_rows * hidden.element_size()):
+    for slab in slabs(n_classes, n_rows * hidden.element_size()):
         grad_logits = torch.cat([block[slab] for block in blocks], 1)
         if inputs.needs[2]:
             acc = accumulation_dtype(hidden.dtype)

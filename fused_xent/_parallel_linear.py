@@ -28,6 +28,7 @@ from ._linear_autograd import Layer, made_in_forward, scaled
 from ._options import REDUCTION_NAMES, REDUCTIONS
 from ._parallel_rows import Shard
 from ._problem import Problem, Saved, Upstream
+from ._products import product
 from ._torch_private import below_autograd, is_batched_by_autograd
 from .reference import CrossEntropyStatistics
 
@@ -100,7 +101,7 @@ def multiply(
     with below_autograd(), torch.autocast(hidden.device.type, enabled=False):
         for rows, x in zip(slices, _hidden_of_chunks(hidden, chunks), strict=True):
             logits = memory[: len(x)]
-            _linear.product(x, own, logits, bias)
+            product(x, own, logits, bias)
             turn(logits, rows)
             gradients.add(logits, x, rows)
         return gradients.results()
@@ -153,26 +154,26 @@ class _Gradients:
             self._add_hidden(self.grad_hidden, grad_logits, rows)
         if self.grad_weight is not None:
             beta = 0 if rows.start == 0 else 1
-            _linear.product(grad_logits.t(), hidden, self.grad_weight[:n_own], beta=beta)
+            product(grad_logits.t(), hidden, self.grad_weight[:n_own], beta=beta)
         if self.grad_bias is not None:
             self.grad_bias[:n_own] += grad_logits.sum(0, dtype=self.sums)
 
     def _add_hidden(self, grad_hidden: Tensor, grad_logits: Tensor, rows: slice) -> None:
         own = self.layer.linear_weight[: self.split.n_own]
         if not self.split.reduce_grad_hidden:
-            _linear.product(grad_logits, own, grad_hidden[rows])
+            product(grad_logits, own, grad_hidden[rows])
             return
-        product = grad_hidden.new_empty(len(grad_logits), own.shape[1], dtype=self.sums)
-        _linear.product(grad_logits, own, product)
+        part = grad_hidden.new_empty(len(grad_logits), own.shape[1], dtype=self.sums)
+        product(grad_logits, own, part)
         self._finish()
         group = self.split.shard.group
         if self.split.sequence_parallel:
-            found = product.new_empty(rows.stop - rows.start, own.shape[1])
+            found = part.new_empty(rows.stop - rows.start, own.shape[1])
             scatter = _parallel_rows.collective("reduce_scatter")
-            work = scatter(found, product, group=group, async_op=True)
+            work = scatter(found, part, group=group, async_op=True)
         else:
-            found, work = product, dist.all_reduce(product, group=group, async_op=True)
-        self.pending = (rows, found, product, work)
+            found, work = part, dist.all_reduce(part, group=group, async_op=True)
+        self.pending = (rows, found, part, work)
 
     def _finish(self) -> None:
         """Wait for the last chunk's sum over ranks."""

@@ -29,21 +29,23 @@ LAYERS = {
         *("_autograd", "_formulas", "_ops", "_options", "_parallel_rows", "_problem"),
         *("_torch_private", "reference"),
     },
+    "_dtensor_layout": {"_parallel_rows"},
     "_dtensor": {
-        *("_autograd", "_formulas", "_options", "_parallel", "_parallel_rows", "_problem"),
+        *("_autograd", "_dtensor_layout", "_formulas", "_options", "_parallel", "_problem"),
         *("_torch_private", "reference"),
     },
     "functional": {
         *("_autograd", "_dtensor", "_options", "_parallel", "_problem", "_torch_private"),
         "reference",
     },
-    "_linear": {"_formulas", "_ops", "_options", "_problem", "_torch_private"},
+    "_products": {"_torch_private"},
+    "_linear": {"_formulas", "_ops", "_options", "_problem", "_products", "_torch_private"},
     "_linear_autograd": {
         *("_autograd", "_linear", "_ops", "_options", "_problem", "_torch_private", "reference"),
     },
     "_parallel_linear": {
         *("_autograd", "_formulas", "_linear", "_linear_autograd", "_options", "_parallel"),
-        *("_parallel_rows", "_problem", "_torch_private", "reference"),
+        *("_parallel_rows", "_problem", "_products", "_torch_private", "reference"),
     },
     "linear": {
         *("_autograd", "_dtensor", "_linear_autograd", "_options", "_parallel", "_parallel_linear"),

@@ -6,7 +6,8 @@ OPTIONS = "fused_xent/_options.py"
 PROBLEM = "fused_xent/_problem.py"
 FUNCTIONAL = "fused_xent/functional.py"
 LINEAR = "fused_xent/linear.py"
-PRODUCTS = "fused_xent/_linear.py"
+LINEAR_OPS = "fused_xent/_linear.py"
+PRODUCTS = "fused_xent/_products.py"
 LINEAR_AUTOGRAD = "fused_xent/_linear_autograd.py"
 AUTOGRAD = "fused_xent/_autograd.py"
 FORMULAS = "fused_xent/_formulas.py"
@@ -20,6 +21,7 @@ SELECTED_AUTOGRAD = "fused_xent/_selected.py"
 PARALLEL = "fused_xent/_parallel.py"
 PARALLEL_ROWS = "fused_xent/_parallel_rows.py"
 DTENSOR = "fused_xent/_dtensor.py"
+DTENSOR_LAYOUT = "fused_xent/_dtensor_layout.py"
 PARALLEL_LINEAR = "fused_xent/_parallel_linear.py"
 PARALLEL_SELECTED = "fused_xent/_parallel_selected.py"
 NN = "fused_xent/nn.py"
@@ -1415,66 +1417,66 @@ LINEAR_FAULTS = {
     ),
 }
 
-PRODUCTS_FAULTS = {
+LINEAR_OPS_FAULTS = {
     "chunks' sums in loss_dtype": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "loss_dtype = self.loss_dtype if is_none else torch.float64",
         "loss_dtype = self.loss_dtype",
         ("tests/test_linear_dtypes.py::test_loss_dtype",),
     ),
     "chunks' sums in float32": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "loss_dtype = self.loss_dtype if is_none else torch.float64",
         "loss_dtype = self.loss_dtype if is_none else torch.float32",
         ("tests/test_linear.py::test_against_float64",),
     ),
     "loss of no reduction in float64": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "loss_dtype = self.loss_dtype if is_none else torch.float64",
         "loss_dtype = torch.float64",
         ("tests/test_linear_dtypes.py::test_loss_dtype",),
     ),
     "chunk_rows is not read": Fault(
-        PRODUCTS, "    most = inputs.chunk_rows\n", "    most = None\n", CHUNKS
+        LINEAR_OPS, "    most = inputs.chunk_rows\n", "    most = None\n", CHUNKS
     ),
     "chunks of any number of bytes": Fault(
-        PRODUCTS, "max(1, min(most, n_bytes // row_bytes))", "max(1, most)", CHUNKS
+        LINEAR_OPS, "max(1, min(most, n_bytes // row_bytes))", "max(1, most)", CHUNKS
     ),
     "chunks of very unequal sizes": Fault(
-        PRODUCTS, "    size = -(-n_rows // n_chunks)\n", "    size = most\n", CHUNKS
+        LINEAR_OPS, "    size = -(-n_rows // n_chunks)\n", "    size = most\n", CHUNKS
     ),
     "bytes of a row of features": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "row_bytes = math.prod(inputs.classes) * inputs.logits_dtype.itemsize",
         "row_bytes = inputs.linear_weight.shape[-1] * inputs.logits_dtype.itemsize",
         CHUNKS,
     ),
     "16-bit gradients are summed in 16 bits": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "sums = torch.float32 if self.hidden.element_size() == 2 else self.hidden.dtype",
         "sums = self.hidden.dtype",
         ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
     ),
     "float64 gradients are summed in float32": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "sums = torch.float32 if self.hidden.element_size() == 2 else self.hidden.dtype",
         "sums = torch.float32",
         ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
     ),
     "sums of gradients are returned": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "return tuple(gradient.to(self.hidden.dtype) for gradient in gradients)",
         "return gradients",
         ("tests/test_linear_autograd.py::test_unneeded_gradients_are_empty",),
     ),
     "every chunk's weight gradient is the first": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "beta=0 if is_first else 1",
         "beta=0",
         ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
     ),
     "every chunk's bias gradient is the first": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "self.grad_bias = summed if is_first else self.grad_bias.add_(summed)",
         "self.grad_bias = summed",
         ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
@@ -1486,73 +1488,73 @@ PRODUCTS_FAULTS = {
         ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "class-by-class layout without a gradient of the weight": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "        and inputs.needs[1]\n",
         "",
         ("tests/test_linear.py::test_when_logits_are_not_stored_class_by_class",),
     ),
     "class-by-class layout in spite of chunk_rows": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "        and inputs.chunk_rows is None\n",
         "",
         ("tests/test_linear.py::test_when_logits_are_not_stored_class_by_class",),
     ),
     "class-by-class layout with several positions": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "        and len(inputs.classes) == 1\n",
         "",
         ("tests/test_linear.py::test_when_logits_are_not_stored_class_by_class",),
     ),
     "class-by-class layout of many rows": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "        and n_rows <= most\n",
         "",
         ("tests/test_linear.py::test_float32_with_more_rows_than_features_uses_chunks",),
     ),
     "the class-by-class layout is never used": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "        and n_rows * n_classes * size > FEW_BYTES\n",
         "        and n_rows * n_classes * size < 0\n",
         ("tests/test_linear.py::test_logits_of_few_rows_use_the_gradients_memory",),
     ),
     "logits at the start of the gradient's memory": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "grad_weight.view(-1)[n_classes * (n_features - n_first) :].view(n_classes, n_first)",
         "grad_weight.view(-1)[: n_classes * n_first].view(n_classes, n_first)",
         ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "products are cast by autocast": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "with below_autograd(), torch.autocast(inputs.hidden.device.type, enabled=False):",
         "with below_autograd():",
         ("tests/test_linear_autograd.py::test_autocast_casts_the_layer_and_nothing_else",),
     ),
     "the backward has no entropy": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "_replace(statistics=grad_entropy is not None)",
         "_replace(statistics=False)",
         ("tests/test_linear_autograd.py::test_finite_differences",),
     ),
     "token weights of the first chunk for all": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "else self.token_weight[rows]",
         "else self.token_weight[: rows.stop - rows.start]",
         SHIFT,
     ),
     "statistics of other dtypes in compiled code": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "for dtype in (acc, acc, torch.int64)]",
         "for dtype in (acc, acc, torch.int32)]",
         ("tests/test_linear_autograd.py::test_operators",),
     ),
     "a scalar loss in compiled code": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         'shape = inputs.row_shape if inputs.reduction == REDUCTIONS["none"] else []',
         "shape = []",
         ("tests/test_linear_autograd.py::test_compiles_to_one_graph",),
     ),
     "gradients that are not needed in compiled code": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "inputs.hidden.new_empty(tensor.shape if needed else [0])",
         "inputs.hidden.new_empty([0] if tensor is None else tensor.shape)",
         ("tests/test_linear_autograd.py::test_unneeded_gradients_are_empty",),
@@ -1570,25 +1572,25 @@ PRODUCTS_FAULTS = {
         ("tests/test_linear.py::test_detection_of_slow_products",),
     ),
     "chunks of a GPU on a CPU": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "CPU_ROWS, CPU_BYTES = 512, 100 << 20",
         "CPU_ROWS, CPU_BYTES = 4096, 100 << 20",
         ("tests/test_linear.py::test_documented_limits",),
     ),
     "chunks of 4 GiB": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "GPU_ROWS, GPU_BYTES = 4096, 1 << 30",
         "GPU_ROWS, GPU_BYTES = 4096, 1 << 32",
         ("tests/test_linear.py::test_documented_limits",),
     ),
     "limits of the other device": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "(CPU_ROWS, CPU_BYTES) if is_cpu else (GPU_ROWS, GPU_BYTES)",
         "(GPU_ROWS, GPU_BYTES) if is_cpu else (CPU_ROWS, CPU_BYTES)",
         CHUNKS,
     ),
     "the first chunk's gradient adds to what was in memory": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "beta=0 if is_first else 1",
         "beta=1",
         (
@@ -1603,82 +1605,82 @@ PRODUCTS_FAULTS = {
         ("tests/test_linear.py::test_16_bit_and_float32_products",),
     ),
     "chunks have the upstream gradients of the first": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "else grad[rows]\n",
         "else grad[: rows.stop - rows.start]\n",
         ("tests/test_linear_autograd.py::test_finite_differences",),
     ),
     "the sum of chunks is not cast": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "torch.stack(losses).sum().to(inputs.loss_dtype)",
         "torch.stack(losses).sum()",
         ("tests/test_linear_dtypes.py::test_loss_dtype",),
     ),
     "chunks have the targets of the first": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "self.target[rows], self.weight",
         "self.target[: len(logits)], self.weight",
         ("tests/test_linear.py::test_against_float64",),
     ),
     "a normalizer divides all chunks and each": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "return _formulas.total_weight(inputs.problem(logits, slice(None), inputs.normalizer))",
         "return _formulas.total_weight(inputs.problem(logits, slice(None), None))",
         ("tests/test_linear.py::test_against_float64",),
     ),
     "an ignored index of a layer is the default": Fault(
-        PRODUCTS, 'self.options.get("ignore_index",', 'self.options.get("",', NARROW
+        LINEAR_OPS, 'self.options.get("ignore_index",', 'self.options.get("",', NARROW
     ),
     "without gradients the logits are overwritten": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "        if not any(inputs.needs):\n",
         "        if False:\n",
         ("tests/test_linear_autograd.py::test_no_grad_skips_the_gradient_products",),
     ),
     "the loss of all logits is in float64": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "_replace(settings=problem.settings._replace(loss_dtype=self.loss_dtype))",
         "_replace()",
         ("tests/test_export.py::test_linear_decompositions_equal_the_operators",),
     ),
     "all logits are divided by their own weights": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "problem = self.problem(logits, slice(None), self.normalizer)",
         "problem = self.problem(logits, slice(None), None)",
         ("tests/test_linear_autograd.py::test_second_derivatives_of_several_positions",),
     ),
     "class-by-class layout of float32 logits of a 16-bit layer": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "        and inputs.logits_dtype == inputs.hidden.dtype\n",
         "",
         ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
     ),
     "memory of chunks in the layer's dtype": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "linear_weight.shape[0], dtype=inputs.logits_dtype)",
         "linear_weight.shape[0])",
         ("tests/test_linear_dtypes.py::test_logits_in_float32_of_a_layer_in_16_bits",),
     ),
     "bytes of a row of the layer's dtype": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "inputs.logits_dtype.itemsize",
         "inputs.hidden.element_size()",
         ("tests/test_linear_dtypes.py::test_chunks_of_float32_logits_have_half_as_many_rows",),
     ),
     "one chunk's weight gradient in float32": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "dtypes = (None, sums if n_chunks > 1 else None, sums)",
         "dtypes = (None, sums, sums)",
         ("tests/test_linear.py::test_one_chunk_needs_no_float32_gradient_sums",),
     ),
     "many chunks' weight gradient in 16 bits": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "dtypes = (None, sums if n_chunks > 1 else None, sums)",
         "dtypes = (None, None, sums)",
         ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
     ),
     "the bias's gradient in 16 bits": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "dtypes = (None, sums if n_chunks > 1 else None, sums)",
         "dtypes = (None, sums if n_chunks > 1 else None, None)",
         ("tests/test_linear.py::test_sums_over_many_chunks_are_not_rounded",),
@@ -1708,19 +1710,19 @@ PRODUCTS_FAULTS = {
         ("tests/test_linear.py::test_slabs_fill_their_byte_limit",),
     ),
     "no fake of a layer's backward": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "_backward, _fake_backward)",
         "_backward, _fake_forward)",
         ("tests/test_linear_autograd.py::test_operators",),
     ),
     "no fake of a layer's forward": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "_forward, _fake_forward)\n    of",
         "_forward, _fake_backward)\n    of",
         ("tests/test_linear_autograd.py::test_compiles_to_one_graph",),
     ),
     "indices of the first chunk for all": Fault(
-        PRODUCTS,
+        LINEAR_OPS,
         "else self.target_indices[rows]",
         "else self.target_indices[: rows.stop - rows.start]",
         ("tests/test_sparse_labels.py::test_linear",),
@@ -3986,8 +3988,8 @@ SPLIT_FAULTS = {
     ),
     "parts of hidden's gradient are rounded before they are added": Fault(
         PARALLEL_LINEAR,
-        "product = grad_hidden.new_empty(len(grad_logits), own.shape[1], dtype=self.sums)",
-        "product = grad_hidden.new_empty(len(grad_logits), own.shape[1])",
+        "part = grad_hidden.new_empty(len(grad_logits), own.shape[1], dtype=self.sums)",
+        "part = grad_hidden.new_empty(len(grad_logits), own.shape[1])",
         SPLIT_LOSSES,
     ),
     "chunks' weight gradients are not added": Fault(
@@ -4133,13 +4135,13 @@ DTENSOR_FAULTS = {
         OF_DTENSORS,
     ),
     "shards of DTensors are of rounded down sizes": Fault(
-        DTENSOR,
+        DTENSOR_LAYOUT,
         "most = -(-size // self.mesh.size(mesh_dim))",
         "most = size // self.mesh.size(mesh_dim)",
         OF_DTENSORS,
     ),
     "a row dimension after the classes keeps its number": Fault(
-        DTENSOR,
+        DTENSOR_LAYOUT,
         "Shard(placement.dim - (placement.dim > dim))",
         "Shard(placement.dim)",
         DTENSOR_CALLS,
@@ -4163,7 +4165,7 @@ DTENSOR_FAULTS = {
         DTENSOR_CALLS,
     ),
     "Partial logits are taken as they are": Fault(
-        DTENSOR,
+        DTENSOR_LAYOUT,
         "    if any(placement.is_partial() for placement in placements):\n",
         "    if False:\n",
         DTENSOR_CALLS,
@@ -4223,7 +4225,7 @@ FAULTS = (
     | PROBLEM_FAULTS
     | FUNCTIONAL_FAULTS
     | LINEAR_FAULTS
-    | PRODUCTS_FAULTS
+    | LINEAR_OPS_FAULTS
     | LINEAR_AUTOGRAD_FAULTS
     | AUTOGRAD_FAULTS
     | FORMULAS_FAULTS
