@@ -181,7 +181,7 @@ def test_16_bit_and_float32_products(is_slow, dtype, layout, monkeypatch):
 
     The error is that of torch or less, on average over a dozen problems.
     """
-    monkeypatch.setattr(_linear, "_is_slow", lambda matrix: is_slow and dtype.itemsize == 2)
+    monkeypatch.setattr(_products, "_is_slow", lambda matrix: is_slow and dtype.itemsize == 2)
     for n_rows, n_features, n_classes in ((11, 12, 370), (40, 7, 5), (5, 90, 9)):
         squares = torch.zeros(2, 3)
         for _ in range(12):
