@@ -68,7 +68,6 @@ def _backward(*arguments: Any, **options: Any) -> Any:
         *arguments, **options
     )
     logits, _, _, token_weight, *_, settings = problem
-    total_weight = saved.total_weight
     dim, softcap = settings.dim, options.get("softcap")
     x = logits.to(accumulation_dtype(logits.dtype))
     z = reference.transform(x, softcap, options.get("logit_scale", 1.0))
@@ -83,8 +82,8 @@ def _backward(*arguments: Any, **options: Any) -> Any:
     gradient = torch.zeros_like(x)
     if grad_loss is not None:
         g = rows(grad_loss)
-        if settings.reduction == REDUCTIONS["mean"]:  # a mean by 0 is NaN
-            g = g / total_weight.masked_fill(total_weight == 0, torch.nan)
+        if settings.reduction == REDUCTIONS["mean"]:
+            g = reference.divided(g, saved.total_weight)
         if token_weight is not None:
             g = g * rows(token_weight)
         lse = z.logsumexp(dim, keepdim=True)

@@ -84,8 +84,8 @@ def target_gradient(problem: Problem, saved: Saved, grad_loss: Tensor) -> Tensor
     row_max, log_sum, *_ = saved.state
     smoothing = options.get("label_smoothing", 0.0)
     scale = grad_loss.to(row_max.dtype) * (1 - smoothing)
-    if settings.reduction == REDUCTIONS["mean"]:  # by 0 it is NaN, as the loss is
-        scale = scale / saved.total_weight.masked_fill(saved.total_weight == 0, torch.nan)
+    if settings.reduction == REDUCTIONS["mean"]:
+        scale = reference.divided(scale, saved.total_weight)
     if token_weight is not None:
         scale = scale * token_weight
     scale = scale if scale.dim() == 0 else scale.unsqueeze(dim)

@@ -226,7 +226,6 @@ def _upstream_of(problem: Problem, saved: Saved, upstream: Upstream, others: Ten
         return upstream
     g, grad_lse = upstream.loss.to(others.dtype), upstream.lse
     if problem.settings.reduction == REDUCTIONS["mean"]:
-        total = saved.total_weight
-        g = g / total.masked_fill(total == 0, torch.nan).to(g.dtype)
+        g = reference.divided(g, saved.total_weight).to(g.dtype)
     of_others = (g * others).masked_fill(others == 0, 0)
     return upstream._replace(lse=of_others if grad_lse is None else grad_lse + of_others)

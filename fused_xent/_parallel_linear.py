@@ -241,7 +241,7 @@ class LinearVocabularyParallel(torch.autograd.Function):
         layer, problem = Layer(*inputs[:_N_LAYER]), Problem(*inputs[_N_LAYER:_N_INPUTS])
         chunks, needs = inputs[_N_INPUTS:]
         shard, settings = chunks.split.shard, problem.settings
-        total: Any = _total_weight(problem, shard)  # None where there is no mean
+        total = _total_weight(problem, shard)
         problem = problem._replace(normalizer=total)
         found = []
 
@@ -306,13 +306,12 @@ def _recomputed(ctx: Any, upstream: Upstream, needs: Needs) -> Grads:
     layer = Layer(*tensors[:_N_LAYER])
     problem = Problem._make([*tensors[_N_LAYER:], ctx.settings])
     chunks: Chunks = ctx.chunks
-    total: Any = problem.normalizer
 
     def turn(logits: Tensor, rows: slice) -> None:
         of_rows = _problem_of(problem, logits, chunks, rows)
         own = _parallel_rows.local_problem(of_rows, chunks.split.shard).problem
         of_row = [chunks.take(grad, rows) for grad in (state, entropy, others, *upstream)]
-        saved = Saved(total, of_row[0].t().contiguous(), of_row[1])
+        saved = Saved(problem.normalizer, of_row[0].t().contiguous(), of_row[1])
         _parallel.write_gradient_(own, saved, Upstream(*of_row[3:]), of_row[2])
 
     return multiply(layer, problem.logits.dtype, chunks, needs, turn)

@@ -164,8 +164,7 @@ def gradient_of(
         logits, labels, None, known.kept.to(state.dtype), None, known.own, _own_settings(settings)
     )
     minus_one = state.new_full((), -1).expand(others.shape)
-    total_weight: Any = None  # there is no mean
-    saved = Saved(total_weight, state, None if grad_entropy is None else entropy)
+    saved = Saved(None, state, None if grad_entropy is None else entropy)
     return Gradient(problem, saved, Upstream(minus_one, None, grad_entropy), others)
 
 

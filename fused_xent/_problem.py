@@ -40,7 +40,7 @@ Arguments = tuple[Any, Any, Any, Any, Any, Any]
 class Saved(NamedTuple):
     """What a forward leaves for the backward, besides its inputs."""
 
-    total_weight: Tensor
+    total_weight: Tensor | None  # the divisor of the mean
     state: Tensor
     entropy: Tensor | None  # with statistics
 

@@ -180,9 +180,8 @@ def _of_gradient(
 ) -> tuple[Problem, Saved]:
     """Return the loss of these labels, and what its forward would have saved."""
     logits, index, state, token_weight, *entropy = saved_tensors
-    total_weight: Any = None  # there is no mean
     problem = Problem(logits, of_labels, None, token_weight, None, index, settings)
-    return problem, Saved(total_weight, state, entropy[0] if entropy else None)
+    return problem, Saved(None, state, entropy[0] if entropy else None)
 
 
 def _as_labels(

@@ -23,7 +23,11 @@ LAYERS = {
     "_meta": {"_options", "_problem"},
     "_ops": {"_meta", "_options", "_problem", "_torch_private"},
     "_formulas": {"_options", "_problem", "reference"},
-    "_autograd": {"_formulas", "_ops", "_options", "_problem", "_torch_private", "reference"},
+    "_grad_in_forward": {"_ops", "_problem", "_torch_private"},
+    "_autograd": {
+        *("_formulas", "_grad_in_forward", "_ops", "_options", "_problem", "_torch_private"),
+        "reference",
+    },
     "_parallel_rows": {"_ops", "_options", "_problem", "_torch_private"},
     "_parallel": {
         *("_autograd", "_formulas", "_ops", "_options", "_parallel_rows", "_problem"),
