@@ -84,9 +84,15 @@ FAULTS = {
     ),
     "GKD: the teacher has no temperature": Fault(
         GKD,
-        "torch.softmax(teacher * scale, -1",
-        "torch.softmax(teacher, -1",
+        "teacher.new_full((1,), scale, dtype=dtype)",
+        "teacher.new_full((1,), 1.0, dtype=dtype)",
         (GKD_TESTS + "test_loss",),
+    ),
+    "GKD: the teacher's logits are scaled in 16 bits": Fault(
+        GKD,
+        "(teacher * teacher.new_full((1,), scale, dtype=dtype)).softmax(-1)",
+        "torch.softmax(teacher * scale, -1, dtype=dtype)",
+        (GKD_TESTS + "test_the_temperature_does_not_round",),
     ),
     "GKD: all divergences are taken for the forward KL": Fault(
         GKD, "if beta != 0 or not is_sum", "if not is_sum", (GKD_TESTS + "test_loss",)
