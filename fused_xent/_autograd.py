@@ -44,11 +44,7 @@ def is_traced() -> bool:
 
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Return True if autograd records operations on one of these tensors."""
-    return torch.is_grad_enabled() and any(map(_requires_grad, tensors))
-
-
-def _requires_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def evaluate(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
@@ -132,7 +128,7 @@ def complete(
 ) -> CrossEntropyStatistics:
     """Return all statistics: compute z_loss and correct from the others.
 
-    ``label`` is the class of each row's greatest probability, if the problem does not have all.
+    ``label`` is the class of each row's greatest probability; None: the problem has all classes.
     """
     _, target, _, token_weight, _, target_indices, settings = problem
     z_loss = settings.of_operators.get("lse_square_scale", 0.0) * lse.square()
@@ -177,7 +173,7 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> Grads:
         """Return the gradients of a Problem's tensors."""
         upstream = Upstream(grad_loss, *(grads[2:4] or (None, None)))
-        if all(map(_is_none, upstream)):
+        if all(grad is None for grad in upstream):
             return (None,) * (N_TENSORS + 1)
         *tensors, total_weight, state, entropy = ctx.saved_tensors
         problem = Problem._make([*tensors, ctx.settings])
@@ -207,10 +203,6 @@ class PlainCrossEntropy(torch.autograd.Function):
             return _ops.plain_backward(problem, saved, upstream), None, None
         needs = (True, *NO_OTHERS)
         return _gradients(problem, saved, upstream, needs)[0], None, None
-
-
-def _is_none(grad: Tensor | None) -> bool:
-    return grad is None  # == would ask the tensor
 
 
 def _gradients(

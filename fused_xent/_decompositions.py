@@ -159,24 +159,14 @@ def _linear_forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     return *found, *_linear.empty_results(inputs)[len(found) : 4], *gradients
 
 
-def _linear_backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    *arguments: Any,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    inputs = Inputs._make((*arguments, options))
+def _linear_backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    upstream, inputs = _linear.of_backward(*arguments, **options)
     problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.logits_dtype))
-    upstream = Upstream(grad_loss, grad_lse, grad_entropy)
     return _linear_gradients(inputs, problem, _ops.forward(problem), upstream)
 
 
 def _linear_gradients(
-    inputs: Inputs,
-    problem: Problem,
-    results: Sequence[Tensor],
-    upstream: Upstream,
+    inputs: Inputs, problem: Problem, results: Sequence[Tensor], upstream: Upstream
 ) -> tuple[Tensor, ...]:
     """Return the gradients of hidden, weight and bias; empty tensors where not needed."""
     grad_logits = _ops.backward(problem, _ops.saved_of(results), upstream).flatten(1)

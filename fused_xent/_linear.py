@@ -85,6 +85,11 @@ class Inputs(NamedTuple):
         return problem._replace(settings=problem.settings._replace(loss_dtype=self.loss_dtype))
 
 
+def of_backward(*arguments: Any, **options: Any) -> tuple[Upstream, Inputs]:
+    """Return what ``linear_backward`` is called with."""
+    return Upstream(*arguments[:3]), Inputs._make((*arguments[3:], options))
+
+
 _SIGNATURE = """(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target,
 Tensor? weight, Tensor? token_weight, Tensor? normalizer, Tensor? target_indices, int reduction,
 ScalarType logits_dtype, ScalarType loss_dtype, bool statistics, SymInt? chunk_rows, int[] needs,
@@ -119,25 +124,17 @@ def _forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     return loss, *rows, *gradients
 
 
-def _backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    *arguments: Any,
-    **options: Any,
-) -> tuple[Tensor, ...]:
+def _backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     """Return the gradients of hidden, weight and bias."""
-    inputs = Inputs._make((*arguments, options))._replace(statistics=grad_entropy is not None)
+    upstream, inputs = of_backward(*arguments, **options)
+    inputs = inputs._replace(statistics=upstream.entropy is not None)
     total = _total_weight(inputs)
 
     def turn(logits: Tensor, rows: slice) -> None:
-        upstream = (
-            grad if grad is None or grad.dim() == 0 else grad[rows]
-            for grad in (grad_loss, grad_lse, grad_entropy)
-        )
+        of_rows = (x if x is None or x.dim() == 0 else x[rows] for x in upstream)
         problem = inputs.problem(logits, rows, total)
         saved = _ops.saved_of(_ops.forward(problem))
-        _ops.backward_(problem, saved, Upstream(*upstream))
+        _ops.backward_(problem, saved, Upstream(*of_rows))
 
     return multiply(inputs, turn)
 
@@ -169,14 +166,9 @@ def _fake_forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     return empty_results(Inputs._make((*arguments, options)))
 
 
-def _fake_backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    *arguments: Any,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients(Inputs._make((*arguments, options))))
+def _fake_backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    _, inputs = of_backward(*arguments, **options)
+    return tuple(_empty_gradients(inputs))
 
 
 def _total_weight(inputs: Inputs) -> Tensor | None:

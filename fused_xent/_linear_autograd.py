@@ -151,24 +151,20 @@ def _backward(
     grad_loss, *of_statistics = upstream
     if all(grad is None for grad in upstream):
         found: Any = (None, None, None)
-    elif torch.is_grad_enabled():
-        found = _with_graph(_saved(ctx), upstream, needs)
     elif (
-        gradients is None
+        torch.is_grad_enabled()
+        or gradients is None
         or any(needed and not made for needed, made in zip(needs, ctx.made, strict=True))
         or any(grad is not None for grad in of_statistics)
     ):
-        found = _anew(_saved(ctx), upstream, needs)
+        inputs = Inputs(*ctx.saved_tensors[:_N_TENSORS], *ctx.arguments)
+        found = recomputed(inputs, upstream, needs)
     else:
         found = [
             times(gradient, grad_loss) if needed else None
             for gradient, needed in zip(gradients, needs, strict=True)
         ]
     return (*found, *[None] * (len(Inputs._fields) - 3))
-
-
-def _saved(ctx: Any) -> Inputs:
-    return Inputs(*ctx.saved_tensors[:_N_TENSORS], *ctx.arguments)
 
 
 def recomputed(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
@@ -244,21 +240,15 @@ def _forward_formula(*arguments: Any, **options: Any) -> Any:
     return _forward(inputs)
 
 
-def _backward_formula(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    *arguments: Any,
-    **options: Any,
-) -> Tensors:
-    inputs, upstream = Inputs._make((*arguments, options)), (grad_loss, grad_lse, grad_entropy)
+def _backward_formula(*arguments: Any, **options: Any) -> Tensors:
+    upstream, inputs = _linear.of_backward(*arguments, **options)
     if needs_graph(*upstream, *inputs[:_N_TENSORS]):
         raise RuntimeError(
             "fused_xent::linear_backward has no derivative: for gradients of gradients, use "
             "fused_xent.linear_cross_entropy"
         )
     with below_autograd():
-        return _linear.backward(*upstream, *arguments, **options)
+        return _linear.backward(*arguments, **options)
 
 
 if _ops.LOAD_ERROR is None:

@@ -135,15 +135,6 @@ def _own_settings(settings: Settings) -> Settings:
     return settings._replace(of_operators=options, ignore_index=NO_CLASS)
 
 
-class Gradient(NamedTuple):
-    """The gradient of a shard's logits, as that of a loss: the arguments of ``_parallel``."""
-
-    problem: Problem
-    saved: Saved
-    upstream: Upstream
-    others: Tensor
-
-
 def gradient_of(
     logits: Tensor,
     index: Tensor,
@@ -153,8 +144,8 @@ def gradient_of(
     entropy: Tensor,
     grad_log_probs: Tensor | None,
     grad_entropy: Tensor | None,
-) -> Gradient:
-    """Return what the gradient of a shard's logits is computed from."""
+) -> tuple[Problem, Saved, Upstream, Tensor]:
+    """Return the arguments of ``_parallel.logits_gradient`` for the gradient of these logits."""
     dim = settings.dim
     known = index_of(index, dim, logits.shape[dim], shard)
     labels = state.new_zeros(index.shape) if grad_log_probs is None else grad_log_probs
@@ -165,7 +156,7 @@ def gradient_of(
     )
     minus_one = state.new_full((), -1).expand(others.shape)
     saved = Saved(None, state, None if grad_entropy is None else entropy)
-    return Gradient(problem, saved, Upstream(minus_one, None, grad_entropy), others)
+    return problem, saved, Upstream(minus_one, None, grad_entropy), others
 
 
 class SelectedOfShard(torch.autograd.Function):

@@ -255,23 +255,18 @@ def linear_selective_log_softmax(
         TypeError: an argument has the wrong type.
     """
     tensors = (input, linear_weight, index, linear_bias)
+    options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale}
+    of_shard: dict[str, Any] = {
+        "process_group": process_group,
+        "vocab_start": vocab_start,
+        "num_classes": num_classes,
+        "sequence_parallel": sequence_parallel,
+        "reduce_grad_hidden": reduce_grad_hidden,
+    }
     if has_torch_function_variadic(*tensors):
-        return _overridden(
-            linear_selective_log_softmax,
-            tensors,
-            *tensors[:3],
-            linear_bias=linear_bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            with_entropy=with_entropy,
-            logits_dtype=logits_dtype,
-            chunk_rows=chunk_rows,
-            process_group=process_group,
-            vocab_start=vocab_start,
-            num_classes=num_classes,
-            sequence_parallel=sequence_parallel,
-            reduce_grad_hidden=reduce_grad_hidden,
-        )
+        options |= {"linear_bias": linear_bias, "logits_dtype": logits_dtype, **of_shard}
+        options |= {"chunk_rows": chunk_rows, "with_entropy": with_entropy}
+        return _overridden(linear_selective_log_softmax, tensors, *tensors[:3], **options)
     linear.check_linear(input, linear_weight, linear_bias)
     if linear_weight.dim() != 2:
         raise ValueError(
@@ -281,13 +276,11 @@ def linear_selective_log_softmax(
     chunk_rows = linear.check_chunk_rows(chunk_rows, None)
     layer = linear.autocast(Layer(input, linear_weight, linear_bias))
     dtype = linear.check_dtypes(layer, logits_dtype)
-    of_shard = (process_group, vocab_start, num_classes, sequence_parallel, reduce_grad_hidden)
-    split = linear.split_of(input, linear_weight, *of_shard)
+    split = linear.split_of(input, linear_weight, **of_shard)
     rows, n_classes = linear.rows_of(input, split), linear_weight.shape[0]
-    options = {"dim": len(rows), "softcap": softcap, "logit_scale": logit_scale}
     # Stands in for the logits: their shape, dtype and device, but one element of memory.
     logits = layer.hidden.new_zeros((), dtype=dtype).expand(*rows, n_classes)
-    problem = _prepare(logits, index, with_entropy, options)
+    problem = _prepare(logits, index, with_entropy, {"dim": len(rows), **options})
     _selected.check_range(index, n_classes if split is None else split.shard.n_classes)
     if split is None and _needs_all_logits(problem, chunk_rows):
         return _results(_evaluate(problem._replace(logits=layer.logits(dtype))))
@@ -347,8 +340,7 @@ def _of_shard(
     _selected.check_range(index, shard.n_classes)
     if n_own < logits.shape[dim]:  # the others are padding
         problem = problem._replace(logits=logits.narrow(dim, 0, n_own))
-    is_one = index.dim() < logits.dim()
-    if not is_one:
+    if index.dim() == logits.dim():
         return _parallel_selected.evaluate(problem, shard)
     problem = problem._replace(target=index.unsqueeze(dim))
     log_probs, *entropy = _parallel_selected.evaluate(problem, shard)

@@ -226,26 +226,19 @@ def _loss_of_dtensors(
         options |= {"process_group": group, "vocab_start": start, "num_classes": n_classes}
         options["reduce_grad_hidden"] = False
     of_weight_grad = [Shard(0) if split else Partial() for split in is_split]
-    own_labels = labels.to_local() if isinstance(labels, DTensor) else labels
+    pairs = zip(is_split, hidden.placements, strict=True)
+    of_hidden_grad = [Partial() if split else placement for split, placement in pairs]
+    if linear_bias is not None:
+        linear_bias = linear_bias.to_local(grad_placements=of_weight_grad)
     loss = linear_cross_entropy(
-        hidden.to_local(grad_placements=_partial_where(is_split, hidden.placements)),
+        hidden.to_local(grad_placements=of_hidden_grad),
         weight.to_local(grad_placements=of_weight_grad),
-        own_labels,
-        linear_bias=_local(linear_bias, of_weight_grad),
+        labels.to_local() if isinstance(labels, DTensor) else labels,
+        linear_bias=linear_bias,
         **options,
     )
-    of_loss = [
-        Partial() if placement.is_shard() else Replicate() for placement in hidden.placements
-    ]
+    of_loss = [Partial() if rows.is_shard() else Replicate() for rows in hidden.placements]
     return DTensor.from_local(loss, mesh, of_loss, run_check=False)
-
-
-def _partial_where(is_split: list[bool], placements: tuple[Any, ...]) -> list[Any]:
-    return [Partial() if split else x for split, x in zip(is_split, placements, strict=True)]
-
-
-def _local(tensor: Any, grad_placements: list[Any]) -> Any:
-    return tensor.to_local(grad_placements=grad_placements) if tensor is not None else None
 
 
 def _split_of(global_vocab_size: int | None, n_own: int) -> dict[str, Any]:

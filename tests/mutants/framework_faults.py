@@ -99,8 +99,8 @@ FAULTS = {
     ),
     "torchtitan: the gradient of a hidden DTensor is taken for that of all classes": Fault(
         TORCHTITAN,
-        "[Partial() if split else x for split, x in",
-        "[x for _, x in",
+        "[Partial() if split else placement for split, placement in",
+        "[placement for _, placement in",
         (TITAN_TESTS + "test_llama[1-2]",),
     ),
     "torchtitan: gradients of hidden states are added up twice": Fault(
