@@ -150,7 +150,7 @@ def top_label(problem: Problem, n_classes: int) -> Tensor:
     is_first = torch.cat([is_new, differs], -1) & is_class
     top, place = total.masked_fill(~is_last, -torch.inf).max(-1)
     label = index.gather(-1, place.unsqueeze(-1)).squeeze(-1)
-    # Of sorted classes, the first so many are 0, 1, 2 ...: that number is the first class without.
+    # If the sorted classes start with 0, 1 ... n - 1, then n is the first one without a label.
     other = (is_first & (index == is_first.cumsum(-1) - 1)).sum(-1)
     is_other = (other < n_classes) & ((top < 0) | ((top == 0) & (other < label)))
     return torch.where(is_other, other, label)

@@ -190,10 +190,8 @@ def multiply(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
 
 
 def _chunks(inputs: Inputs) -> Iterator[slice]:
-    most = inputs.chunk_rows
-    if most is None:
-        row_bytes = math.prod(inputs.classes) * inputs.logits_dtype.itemsize
-        most = most_rows(row_bytes, inputs.hidden.is_cpu)
+    row_bytes = math.prod(inputs.classes) * inputs.logits_dtype.itemsize
+    most = inputs.chunk_rows or most_rows(row_bytes, inputs.hidden.is_cpu)
     return chunks(inputs.hidden.shape[0], most)
 
 
@@ -266,7 +264,7 @@ class _Gradients:
 
 
 def _is_by_classes(inputs: Inputs) -> bool | int:
-    """Return True if that needs less memory, or fewer passes over the weight, than chunks."""
+    """Return True if all rows at once need less memory, or read the weight fewer times."""
     (n_rows, n_features), n_classes = inputs.hidden.shape, inputs.classes[0]
     size = inputs.hidden.element_size()
     # With more rows, chunks need less memory; in 16 bits, they also need sums in float32.

@@ -60,7 +60,7 @@ def shard_of(
     vocab_start: int | None,
     num_classes: int | None,
 ) -> tuple[Shard, int]:
-    """Return the shard of an input with so many classes, and how many of these are no padding."""
+    """Return the shard of an input with so many classes, and how many of these are not padding."""
     if process_group is None:
         name = "num_classes" if vocab_start is None else "vocab_start"
         value = num_classes if vocab_start is None else vocab_start
@@ -118,7 +118,7 @@ def check_supported(logits: Tensor) -> None:
 def complete(
     problem: Problem, results: tuple[Any, ...], shard: Shard
 ) -> tuple[Tensor] | CrossEntropyStatistics:
-    """Return the loss, or all statistics, of what the Function returns."""
+    """Return the loss, or all statistics, from the results of the Function."""
     if not problem.settings.statistics:
         return (results[0],)
     loss, lse, entropy, argmax, *top_label = results
@@ -172,7 +172,7 @@ class VocabularyParallel(torch.autograd.Function):
         losses, saved, others, statistics = exchange(problem, local, shard)
         loss = reference.reduce(losses, REDUCTION_NAMES[settings.reduction], saved.total_weight)
         ctx.set_materialize_grads(False)
-        ctx.label, ctx.settings = local.label, local.problem.settings
+        ctx.factor, ctx.settings = local.factor, local.problem.settings
         ctx.save_for_backward(*local.problem[:-1], *saved, others)
         ctx.mark_non_differentiable(*statistics[2:])
         loss = loss.to(settings.loss_dtype or problem.logits.dtype)
@@ -194,7 +194,7 @@ class VocabularyParallel(torch.autograd.Function):
             if is_empty:
                 grad_target = torch.zeros_like(problem.target)
             else:
-                grad_target = ctx.label * _formulas.target_gradient(problem, saved, grad_loss)
+                grad_target = ctx.factor * _formulas.target_gradient(problem, saved, grad_loss)
         if ctx.needs_input_grad[0]:
             grad_logits = logits_gradient(problem, saved, upstream, others)
         return grad_logits, grad_target, *none[2:]

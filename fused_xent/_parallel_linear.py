@@ -40,7 +40,7 @@ class Split(NamedTuple):
     """How a linear layer is split over processes."""
 
     shard: Shard
-    n_own: int  # classes of the layer that are no padding: its first ones
+    n_own: int  # the first classes of the layer; the others are padding
     sequence_parallel: bool
     reduce_grad_hidden: bool
 
@@ -74,9 +74,7 @@ class Chunks(NamedTuple):
 def chunks_of(hidden: Tensor, logits: Tensor, chunk_rows: int | None, split: Split) -> Chunks:
     """Return the chunks of this rank's hidden states. The logits have a dtype, but no values."""
     n_classes = -(-split.shard.n_classes // dist.get_world_size(split.shard.group))
-    most = chunk_rows
-    if most is None:
-        most = _linear.most_rows(n_classes * logits.element_size(), hidden.is_cpu)
+    most = chunk_rows or _linear.most_rows(n_classes * logits.element_size(), hidden.is_cpu)
     n_rows = hidden.shape[0]
     if n_rows == 0:
         return Chunks(split, [slice(0, 0)])
@@ -176,7 +174,7 @@ class _Gradients:
         self.pending = (rows, found, part, work)
 
     def _finish(self) -> None:
-        """Wait for the last chunk's sum over ranks."""
+        """Wait until the last chunk's gradient is added up over the ranks; keep it."""
         if self.pending is None or self.grad_hidden is None:
             return
         rows, found, _, work = self.pending
@@ -294,7 +292,7 @@ class LinearVocabularyParallel(torch.autograd.Function):
 
 
 def check_backward(*upstream: Tensor | None) -> None:
-    """Check that a backward is a plain one."""
+    """Refuse second derivatives and batches of upstream gradients."""
     _parallel.check_first_derivative()
     if any(map(is_batched_by_autograd, upstream)):
         raise RuntimeError("process_group must be None for is_grads_batched=True")

@@ -1,6 +1,6 @@
-"""What each rank of a split vocabulary sends of its rows, and what the rows of all ranks make.
+"""What each rank of a split vocabulary computes and sends, and how all ranks' rows are combined.
 
-See ``_parallel``, which computes losses from it.
+``_parallel`` explains it, and computes losses from it.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Local(NamedTuple):
     problem: Problem  # class indices have become sparse labels
     kept: Tensor  # rows that count
     is_bad: Tensor | None  # rows with a class out of range: on GPUs, where this is not checked
-    label: float  # of a class index
+    factor: float  # that the labels have been multiplied by
 
 
 def local_problem(problem: Problem, shard: Shard) -> Local:
     """Return the problem of a shard.
 
-    Smoothing gives each class an equal part: the shard's classes have ``own`` of it. What else the
-    labels keep differs by a factor, which the labels are multiplied by: in the accumulation dtype,
-    since 16-bit labels would be rounded again.
+    The kernels spread smoothing over the classes that they see, so a shard is smoothed by ``own``,
+    its share of the smoothing. They then multiply labels by ``1 - own``, not ``1 - smoothing``: the
+    factor corrects that. It is applied in the accumulation dtype, to round 16-bit labels only once.
     """
     logits, target, _, token_weight, _, target_indices, settings = problem
     dim, options = settings.dim, dict(settings.of_operators)
@@ -103,7 +103,7 @@ def class_weights(problem: Problem) -> Tensor:
 
 
 def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
-    """Return the rows of this shard: what is sent."""
+    """Return the numbers of each row that come from the kernels."""
     own, acc = local.problem, accumulation_dtype(problem.logits.dtype)
     logits, dim, options = own.logits, own.settings.dim, own.settings.of_operators
     if logits.shape[dim] == 0:
@@ -132,7 +132,7 @@ def _own_rows(problem: Problem, local: Local) -> dict[str, Tensor]:
 
 
 def _mass(own: Problem) -> Tensor:
-    """Return the sum of q over the shard's classes, of sparse labels."""
+    """Return the sum of q over the shard's classes, where labels are sparse."""
     smoothing: float = own.settings.of_operators.get("label_smoothing", 0.0)
     sums = label_sums(own)
     if not smoothing:
@@ -266,7 +266,7 @@ class Rows(NamedTuple):
 
 
 def exchange(problem: Problem, local: Local, shard: Shard) -> Rows:
-    """Send this shard's rows to all ranks, and return what the rows of all make."""
+    """Send this shard's rows to all ranks, and combine the rows of all ranks."""
     settings = problem.settings
     n_own = problem.logits.shape[settings.dim]
     rows = gather(_sent(problem, local, shard.start), shard, n_own)

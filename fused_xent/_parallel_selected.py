@@ -89,7 +89,7 @@ class Found(NamedTuple):
 
 
 def exchange(logits: Tensor, index: Tensor, settings: Settings, shard: Shard) -> Found:
-    """Send this shard's rows to all ranks, and return what the rows of all make."""
+    """Send this shard's rows to all ranks, and combine the rows of all ranks."""
     dim, n_own = settings.dim, logits.shape[settings.dim]
     known = index_of(index, dim, n_own, shard)
     rows = _parallel_rows.gather(_own_rows(logits, known, settings), shard, n_own)

@@ -1438,7 +1438,7 @@ LINEAR_OPS_FAULTS = {
         ("tests/test_linear_dtypes.py::test_loss_dtype",),
     ),
     "chunk_rows is not read": Fault(
-        LINEAR_OPS, "    most = inputs.chunk_rows\n", "    most = None\n", CHUNKS
+        LINEAR_OPS, "most = inputs.chunk_rows or most_rows", "most = most_rows", CHUNKS
     ),
     "chunks of any number of bytes": Fault(
         LINEAR_OPS, "max(1, min(most, n_bytes // row_bytes))", "max(1, most)", CHUNKS
