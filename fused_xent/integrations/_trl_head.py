@@ -198,7 +198,8 @@ def _mean_logits(layer: Layer, logits: dict[str, Any]) -> Tensor:
     hidden, weight, bias, _ = layer
     if logits["softcap"] is None:  # the mean of the layer's outputs is that of its weights
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        mean = hidden.to(dtype) @ weight.mean(0, dtype=dtype)
+        # Not by a matrix product, which autocast would round to 16 bits.
+        mean = (hidden * weight.mean(0, dtype=dtype)).sum(-1)
         mean = mean if bias is None else mean + bias.mean(dtype=dtype)
         return mean * float(logits["logit_scale"])
     # Labels that are all smoothing: the loss is the log-sum-exp less the mean.

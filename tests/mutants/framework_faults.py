@@ -76,6 +76,12 @@ FAULTS = {
         "    if forward is None:\n        raise",
         (TRL_TESTS + "test_undo_refuses_where_the_forward_was_replaced",),
     ),
+    "TRL: autocast rounds mean logits": Fault(
+        HEAD,
+        "(hidden * weight.mean(0, dtype=dtype)).sum(-1)",
+        "hidden.to(dtype) @ weight.mean(0, dtype=dtype)",
+        (TRL_TESTS + "test_mean_logits_under_autocast",),
+    ),
     "GKD: rows without a label count": Fault(
         GKD,
         "token_weight=(index == 0).to(dtype)",
