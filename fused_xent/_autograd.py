@@ -16,7 +16,8 @@ from torch import Tensor
 from . import _formulas, _grad_in_forward, _ops
 from ._ops import saved_of
 from ._options import DEFAULTS, Settings
-from ._problem import Problem, Saved, Upstream, check_overwritable, check_range, is_autocast
+from ._overwriting import check_overwritable
+from ._problem import Problem, Saved, Upstream, check_range, is_autocast
 from ._torch_private import (
     apply_at_this_level,
     apply_in_eager,
@@ -50,6 +51,7 @@ def needs_graph(*tensors: Tensor | None) -> bool:
 def evaluate(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
     """Return the loss, or all statistics."""
     *tensors, settings = problem
+    check_overwritable(problem)
     if is_for_torch(problem):
         return _by_torch(problem)
     if is_traced():
@@ -340,8 +342,7 @@ def of_backward(*arguments: Any, **options: Any) -> tuple[Problem, Saved, Upstre
 def _forward_formula(*arguments: Any, statistics: bool = False, **options: Any) -> Any:
     problem = problem_of(statistics, *arguments, **options)
     if needs_graph(*problem[:-1]):
-        if problem.settings.inplace_backward:
-            check_overwritable(problem)
+        check_overwritable(problem)
         return apply_at_this_level(CrossEntropy, *problem)
     return _forward(problem)
 

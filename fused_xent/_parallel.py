@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 from . import _autograd, _formulas, _ops, reference
 from ._autograd import Grads
 from ._options import REDUCTION_NAMES, REDUCTIONS, check_index, resolve
+from ._overwriting import check_overwritable
 from ._parallel_rows import Shard, exchange, local_problem
 from ._problem import Arguments, Problem, Saved, Upstream, check_dense, check_range, prepare
 from ._torch_private import is_under_torch_func
@@ -98,6 +99,7 @@ def check_group(process_group: dist.ProcessGroup) -> None:
 
 def of_shard(problem: Problem, shard: Shard) -> tuple[Tensor] | CrossEntropyStatistics:
     """Return the loss, or all statistics, of a problem whose logits are this rank's shard."""
+    check_overwritable(problem)
     check_supported(problem.logits)
     check_gradients(problem)
     check_range(problem, shard.n_classes)

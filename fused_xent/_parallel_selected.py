@@ -21,9 +21,10 @@ from . import _ops, _parallel, _parallel_linear, _parallel_rows
 from ._autograd import Grads, Tensors
 from ._linear_autograd import Layer
 from ._options import Settings
+from ._overwriting import check_overwritable
 from ._parallel_linear import Split
 from ._parallel_rows import NO_CLASS, Shard
-from ._problem import Problem, Saved, Upstream, accumulation_dtype, check_overwritable, row_shape
+from ._problem import Problem, Saved, Upstream, accumulation_dtype, row_shape
 from ._torch_private import below_autograd
 from .reference import PADDING
 
@@ -35,8 +36,7 @@ def evaluate(problem: Problem, shard: Shard) -> Tensors:
 
     The problem's logits are a shard, and its target holds the selected classes (..., K, ...).
     """
-    if problem.settings.inplace_backward:
-        check_overwritable(problem)
+    check_overwritable(problem)
     found = SelectedOfShard.apply(problem.logits, problem.target, problem.settings, shard)
     return _results(found, problem)
 

@@ -21,15 +21,8 @@ from ._autograd import Grads, Tensors, is_traced, needs_graph
 from ._linear import Inputs
 from ._linear_autograd import Layer
 from ._options import REDUCTIONS, Settings
-from ._problem import (
-    Problem,
-    Saved,
-    Upstream,
-    accumulation_dtype,
-    check_classes,
-    check_overwritable,
-    is_checked,
-)
+from ._overwriting import check_overwritable
+from ._problem import Problem, Saved, Upstream, accumulation_dtype, check_classes, is_checked
 from ._torch_private import (
     apply_at_this_level,
     apply_in_eager,
@@ -47,10 +40,9 @@ def evaluate(problem: Problem) -> Tensors:
     The problem's target holds the selected classes. It is checked, but for their range.
     """
     logits, index, *_, settings = problem
-    if settings.inplace_backward:
-        check_overwritable(problem)
     if index.dim() < logits.dim():
         return _of_one_class(problem)
+    check_overwritable(problem)
     if _autograd.is_for_torch(problem):
         check_range(index, logits.shape[settings.dim])
         results = by_torch(logits, index, settings.dim, settings.of_operators)

@@ -20,18 +20,19 @@ LAYERS = {
     "reference": set(),
     "_options": set(),
     "_problem": {"_options", "_torch_private"},
+    "_overwriting": {"_problem", "_torch_private"},
     "_meta": {"_options", "_problem"},
     "_ops": {"_meta", "_options", "_problem", "_torch_private"},
     "_formulas": {"_options", "_problem", "reference"},
     "_grad_in_forward": {"_ops", "_problem", "_torch_private"},
     "_autograd": {
-        *("_formulas", "_grad_in_forward", "_ops", "_options", "_problem", "_torch_private"),
-        "reference",
+        *("_formulas", "_grad_in_forward", "_ops", "_options", "_overwriting", "_problem"),
+        *("_torch_private", "reference"),
     },
     "_parallel_rows": {"_ops", "_options", "_problem", "_torch_private"},
     "_parallel": {
-        *("_autograd", "_formulas", "_ops", "_options", "_parallel_rows", "_problem"),
-        *("_torch_private", "reference"),
+        *("_autograd", "_formulas", "_ops", "_options", "_overwriting", "_parallel_rows"),
+        *("_problem", "_torch_private", "reference"),
     },
     "_dtensor_layout": {"_parallel_rows"},
     "_dtensor": {
@@ -56,12 +57,12 @@ LAYERS = {
         *("_problem", "_torch_private", "reference"),
     },
     "_selected": {
-        *("_autograd", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),
-        *("_torch_private", "reference"),
+        *("_autograd", "_linear", "_linear_autograd", "_ops", "_options", "_overwriting"),
+        *("_problem", "_torch_private", "reference"),
     },
     "_parallel_selected": {
-        *("_autograd", "_linear_autograd", "_ops", "_options", "_parallel", "_parallel_linear"),
-        *("_parallel_rows", "_problem", "_torch_private", "reference"),
+        *("_autograd", "_linear_autograd", "_ops", "_options", "_overwriting", "_parallel"),
+        *("_parallel_linear", "_parallel_rows", "_problem", "_torch_private", "reference"),
     },
     "selected": {
         *("_autograd", "_linear_autograd", "_options", "_parallel", "_parallel_selected"),

@@ -4,6 +4,7 @@ from .fault import Fault
 
 OPTIONS = "fused_xent/_options.py"
 PROBLEM = "fused_xent/_problem.py"
+OVERWRITING = "fused_xent/_overwriting.py"
 FUNCTIONAL = "fused_xent/functional.py"
 LINEAR = "fused_xent/linear.py"
 LINEAR_OPS = "fused_xent/_linear.py"
@@ -438,9 +439,9 @@ PROBLEM_FAULTS = {
         ("tests/test_options.py::test_any_combination_of_many_options",),
     ),
     "logits of inplace_backward are not checked": Fault(
-        PROBLEM,
-        "    if settings.inplace_backward or settings.grad_in_forward:\n",
-        "    if settings.grad_in_forward:\n",
+        OVERWRITING,
+        "    if not (settings.inplace_backward or settings.grad_in_forward):\n",
+        "    if not settings.grad_in_forward:\n",
         ("tests/test_overwriting.py::test_leaves_are_refused",),
     ),
     "autocast of a device that has none": Fault(
@@ -516,49 +517,49 @@ PROBLEM_FAULTS = {
         TAKEN,
     ),
     "five row dimensions are written": Fault(
-        PROBLEM,
+        OVERWRITING,
         "return len(merged) <= 4",
         "return len(merged) <= 5",
         ("tests/test_errors.py::test_five_row_dimensions_are_refused",),
     ),
     "four row dimensions are refused": Fault(
-        PROBLEM,
+        OVERWRITING,
         "return len(merged) <= 4",
         "return len(merged) <= 3",
         ("tests/test_errors.py::test_four_row_dimensions",),
     ),
     "dimensions of size 1 are counted": Fault(
-        PROBLEM,
+        OVERWRITING,
         "if d == dim or size == 1:",
         "if d == dim:",
         ("tests/test_errors.py::test_four_row_dimensions",),
     ),
     "the dimension of the classes is counted": Fault(
-        PROBLEM,
+        OVERWRITING,
         "if d == dim or size == 1:",
         "if size == 1:",
         ("tests/test_errors.py::test_four_row_dimensions",),
     ),
     "dimensions that merge are counted": Fault(
-        PROBLEM,
+        OVERWRITING,
         "if merged and merged[-1] == size * stride:",
         "if False:",
         ("tests/test_errors.py::test_many_row_dimensions_that_merge",),
     ),
     "a target in the logits' memory": Fault(
-        PROBLEM,
+        OVERWRITING,
         "        if _torch_private.share_memory(tensor, input):\n",
         "        if False:\n",
         ("tests/test_overwriting_shared.py::test_target_in_the_memory_of_the_logits",),
     ),
     "the mode in a message is the other": Fault(
-        PROBLEM,
+        OVERWRITING,
         'name = "grad_in_forward" if settings.grad_in_forward else "inplace_backward"',
         'name = "grad_in_forward"',
         ("tests/test_overwriting.py::test_leaves_are_refused",),
     ),
     "views of a leaf are overwritten": Fault(
-        PROBLEM,
+        OVERWRITING,
         ("if input.is_leaf or (memory.is_leaf and memory.requires_grad):"),
         "if input.is_leaf:",
         (
@@ -567,28 +568,28 @@ PROBLEM_FAULTS = {
         ),
     ),
     "shared elements are overwritten": Fault(
-        PROBLEM, "stride == 0 < size - 1 for", "stride < 0 for", FULL
+        OVERWRITING, "stride == 0 < size - 1 for", "stride < 0 for", FULL
     ),
     "a dimension of size 1 and stride 0 is refused": Fault(
-        PROBLEM,
+        OVERWRITING,
         "stride == 0 < size - 1 for",
         "stride == 0 < size for",
         ("tests/test_errors.py::test_a_dimension_of_size_1_shares_no_memory",),
     ),
     "a negated view is overwritten": Fault(
-        PROBLEM,
+        OVERWRITING,
         "    if not is_compiling and input.is_neg():",
         "    if False:",
         ("tests/test_errors.py::test_overwriting_modes_refuse_negated_views",),
     ),
     "overwriting under torch.func": Fault(
-        PROBLEM,
+        OVERWRITING,
         "    if not is_compiling and _torch_private.is_under_torch_func():\n",
         "    if False:\n",
         ("tests/test_errors.py::test_overwriting_modes_refuse_torch_func",),
     ),
     "probabilities that require a gradient are accepted in fused mode": Fault(
-        PROBLEM,
+        OVERWRITING,
         ("            if tensor is not None and tensor.requires_grad:\n                raise"),
         "            if False:\n                raise",
         (
@@ -597,19 +598,19 @@ PROBLEM_FAULTS = {
         ),
     ),
     "float16 is accepted in fused mode": Fault(
-        PROBLEM,
+        OVERWRITING,
         "    if input.dtype == torch.float16:\n",
         "    if False:\n",
         ("tests/test_errors.py::test_grad_in_forward_refuses_float16",),
     ),
     "a part of a tensor in fused mode": Fault(
-        PROBLEM,
+        OVERWRITING,
         "    if memory.numel() != input.numel() or memory.dtype != input.dtype:\n",
         "    if memory.dtype != input.dtype:\n",
         ("tests/test_overwriting_shared.py::test_grad_in_forward_refuses_parts_of_a_tensor",),
     ),
     "memory of another dtype in fused mode": Fault(
-        PROBLEM,
+        OVERWRITING,
         "    if memory.numel() != input.numel() or memory.dtype != input.dtype:\n",
         "    if memory.numel() != input.numel():\n",
         ("tests/test_overwriting_shared.py::test_grad_in_forward_refuses_real_parts",),
@@ -660,13 +661,13 @@ PROBLEM_FAULTS = {
         PROBLEM, 'f"dimension {dim}, got', 'f"dimension {input.dim() - 1}, got', FULL
     ),
     "the remedy for float16 is lost": Fault(
-        PROBLEM,
+        OVERWRITING,
         "falls below float16's range; use inplace_backward",
         "falls below float16's range",
         FULL,
     ),
     "the strides in a message are the shape": Fault(
-        PROBLEM,
+        OVERWRITING,
         'strides = f"got strides {input.stride()} of shape',
         'strides = f"got strides {input.shape} of shape',
         FULL,
@@ -697,8 +698,10 @@ PROBLEM_FAULTS = {
     ),
     "logits are checked before they are promoted": Fault(
         PROBLEM,
-        "        check_overwritable(problem)\n",
-        "        check_overwritable(problem._replace(logits=input))\n",
+        "    return Problem(logits, target, weight",
+        "    from ._overwriting import check_overwritable\n\n"
+        "    check_overwritable(Problem(input, target, None, None, None, None, settings))\n"
+        "    return Problem(logits, target, weight",
         ("tests/test_overwriting.py::test_promoted_leaves_are_not_overwritten",),
     ),
     "range of targets by the last dimension": Fault(
@@ -779,25 +782,25 @@ PROBLEM_FAULTS = {
         ("tests/test_functional.py::test_dtype_of_mixed_probabilities",),
     ),
     "outputs of unbind are overwritten": Fault(
-        PROBLEM,
+        OVERWRITING,
         "        if not is_compiling and _torch_private.is_one_of_several_views(input):\n",
         "        if False:\n",
         ("tests/test_overwriting_shared.py::test_one_of_several_views",),
     ),
     "views of unrecorded tensors are overwritten": Fault(
-        PROBLEM,
+        OVERWRITING,
         "        if memory.is_leaf:\n",
         "        if False:\n",
         ("tests/test_overwriting_shared.py::test_view_of_an_unrecorded_tensor",),
     ),
     "leaves are refused without grad mode": Fault(
-        PROBLEM,
+        OVERWRITING,
         "    if torch.is_grad_enabled() and input.requires_grad:\n        if input",
         "    if input.requires_grad:\n        if input",
         ("tests/test_overwriting.py::test_without_grad_nothing_is_overwritten",),
     ),
     "many row dimensions are overwritten": Fault(
-        PROBLEM, "    if not _has_layout(input, settings.dim):\n", "    if False:\n", FULL
+        OVERWRITING, "    if not _has_layout(input, settings.dim):\n", "    if False:\n", FULL
     ),
     "targets on a GPU are waited for": Fault(
         PROBLEM,
@@ -858,7 +861,7 @@ PROBLEM_FAULTS = {
         ),
     ),
     "indices in the logits' memory": Fault(
-        PROBLEM,
+        OVERWRITING,
         "if _torch_private.share_memory(tensor, input):",
         'if other != "target_indices" and _torch_private.share_memory(tensor, input):',
         ("tests/test_sparse_labels.py::test_labels_in_the_memory_of_the_logits",),
@@ -2881,12 +2884,12 @@ PRIVATE_FAULTS = {
     ),
     "operators overwrite leaves": Fault(
         AUTOGRAD,
-        "        if problem.settings.inplace_backward:\n            check_over",
-        "        if False:\n            check_over",
+        "        check_overwritable(problem)\n",
+        "",
         ("tests/test_export.py::test_traced_programs_do_not_overwrite_leaves",),
     ),
     "the base of a view is read under a compiler": Fault(
-        PROBLEM,
+        OVERWRITING,
         "memory = input if is_compiling else",
         "memory = input if False else",
         ("tests/test_compile.py::test_inputs_of_the_graph_that_are_views",),
@@ -3809,7 +3812,7 @@ SELECTED_FAULTS = {
     ),
     "in place without a check": Fault(
         SELECTED_AUTOGRAD,
-        "    if settings.inplace_backward:\n        check_overwritable(problem)\n",
+        "    check_overwritable(problem)\n",
         "",
         (f"{SELECTED_TESTS}test_refused",),
     ),
