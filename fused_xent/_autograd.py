@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _formulas, _ops
+from . import _formulas, _grad_in_forward, _ops
 from ._ops import saved_of
 from ._options import DEFAULTS, Settings
-from ._problem import Problem, Saved, Upstream, check_overwritable, check_range, is_autocast
+from ._overwriting import check_overwritable
+from ._problem import Problem, Saved, Upstream, check_range, is_autocast
 from ._torch_private import (
     apply_at_this_level,
     apply_in_eager,
@@ -27,7 +28,6 @@ from ._torch_private import (
     is_jit_tracing,
     is_under_torch_func,
     is_under_vmap_or_jvp,
-    memory_of,
     overwritable,
     unwrap_dead_wrappers,
 )
@@ -46,16 +46,13 @@ def is_traced() -> bool:
 
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Return True if autograd records operations on one of these tensors."""
-    return torch.is_grad_enabled() and any(map(_requires_grad, tensors))
-
-
-def _requires_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def evaluate(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
     """Return the loss, or all statistics."""
     *tensors, settings = problem
+    check_overwritable(problem)
     if is_for_torch(problem):
         return _by_torch(problem)
     if is_traced():
@@ -64,7 +61,7 @@ def evaluate(problem: Problem) -> tuple[Tensor] | CrossEntropyStatistics:
         inplace = {"inplace_backward": True} if is_inplace else {}
         results = _ops.forward(problem, **inplace)
     elif settings.grad_in_forward and needs_graph(problem.logits):
-        results = _grad_in_forward(problem)
+        results = _grad_in_forward.forward(problem)
     elif is_under_torch_func():
         results = CrossEntropy.apply(*problem)
     elif needs_graph(*tensors):
@@ -134,7 +131,7 @@ def complete(
 ) -> CrossEntropyStatistics:
     """Return all statistics: compute z_loss and correct from the others.
 
-    ``label`` is the class of each row's greatest probability, if the problem does not have all.
+    ``label`` is the class of each row's greatest probability; None: the problem has all classes.
     """
     _, target, _, token_weight, _, target_indices, settings = problem
     z_loss = settings.of_operators.get("lse_square_scale", 0.0) * lse.square()
@@ -179,7 +176,7 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> Grads:
         """Return the gradients of a Problem's tensors."""
         upstream = Upstream(grad_loss, *(grads[2:4] or (None, None)))
-        if all(map(_is_none, upstream)):
+        if all(grad is None for grad in upstream):
             return (None,) * (N_TENSORS + 1)
         *tensors, total_weight, state, entropy = ctx.saved_tensors
         problem = Problem._make([*tensors, ctx.settings])
@@ -209,10 +206,6 @@ class PlainCrossEntropy(torch.autograd.Function):
             return _ops.plain_backward(problem, saved, upstream), None, None
         needs = (True, *NO_OTHERS)
         return _gradients(problem, saved, upstream, needs)[0], None, None
-
-
-def _is_none(grad: Tensor | None) -> bool:
-    return grad is None  # == would ask the tensor
 
 
 def _gradients(
@@ -291,8 +284,7 @@ class CrossEntropyBackward(torch.autograd.Function):
         """
         *of_problem, state, entropy, grad_loss, grad_lse, grad_entropy = inputs
         problem, upstream = Problem._make(of_problem), Upstream(grad_loss, grad_lse, grad_entropy)
-        total_weight: Any = problem.normalizer
-        saved = Saved(total_weight, state, entropy)
+        saved = Saved(problem.normalizer, state, entropy)
         with below_autograd():
             return _ops.backward(problem, saved, upstream)
 
@@ -315,75 +307,6 @@ class CrossEntropyBackward(torch.autograd.Function):
         needs = (*ctx.needs_input_grad[:N_TENSORS], *ctx.needs_input_grad[N_TENSORS + 3 :])
         grads = _formulas.pull_back(gradient, ctx.saved_tensors, needs, grad_grad_logits)
         return *grads[:N_TENSORS], None, None, None, *grads[N_TENSORS:]
-
-
-class CrossEntropyGradInForward(torch.autograd.Function):
-    """Loss and gradient in one read and one write of the logits, which then hold the gradient.
-
-    ``memory`` is the base tensor of the logits, ``view`` their size, strides and offset in it. The
-    base is marked dirty, not the view, so that later uses of either pass through this node.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, memory: Tensor, view: tuple[Any, ...], *inputs: Any) -> Any:
-        """Return the memory, which holds the gradient for an upstream of 1, then the results.
-
-        The other inputs are a Problem's, without logits.
-        """
-        problem = Problem(memory.as_strided(*view), *inputs)
-        ctx.view, ctx.settings = view, problem.settings
-        with below_autograd():
-            results = _ops.forward_backward_(problem)
-        ctx.set_materialize_grads(False)
-        ctx.mark_dirty(memory)
-        # Sparse labels leave no row out, so they are not needed.
-        target = problem.target if problem.target_indices is None else None
-        ctx.save_for_backward(memory, target, problem.token_weight)
-        ctx.mark_non_differentiable(*results[3:])
-        return memory, *results
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_memory: Tensor | None, grad_loss: Tensor | None, *grads: Tensor | None
-    ) -> Grads:
-        """Multiply the gradient by the upstream one, in place; this works once."""
-        if any(grad is not None for grad in grads):
-            raise RuntimeError(
-                "grad_in_forward must be False where lse, z_loss or entropy are differentiated: "
-                "their gradient needs the logits that are overwritten; use inplace_backward"
-            )
-        if grad_memory is not None:
-            raise RuntimeError(
-                "grad_in_forward must be False where the logits are used after the loss: they have "
-                "been overwritten by their gradient"
-            )
-        if torch.is_grad_enabled():
-            raise RuntimeError("grad_in_forward must be False for create_graph=True")
-        if is_batched_by_autograd(grad_loss):
-            raise RuntimeError(
-                "grad_in_forward must be False for is_grads_batched=True: there is room for one "
-                "gradient in the logits' memory"
-            )
-        gradient = None
-        if grad_loss is not None:
-            memory, target, token_weight = ctx.saved_tensors
-            gradient = memory.detach()  # shares the version, so a second backward raises an error
-            logits = gradient.as_strided(*ctx.view)
-            # In the place of a target, any floating-point tensor of this shape leaves no row out.
-            target = logits if target is None else target
-            rows = (target, token_weight, ctx.settings.dim, ctx.settings.ignore_index)
-            with below_autograd():
-                _ops.scale_gradient_(logits, grad_loss, *rows)
-        return gradient, *[None] * len(Problem._fields)
-
-
-def _grad_in_forward(problem: Problem) -> tuple[Any, ...]:
-    """Return what ``forward`` does, with nothing saved."""
-    logits, *others = problem
-    memory = memory_of(logits)
-    view = (logits.size(), logits.stride(), logits.storage_offset())
-    _, loss, *statistics = CrossEntropyGradInForward.apply(memory, view, *others)
-    return loss, None, None, *statistics
 
 
 # ---- the operators' formulas ---------------------------------------------------------------------
@@ -413,16 +336,14 @@ def of_backward(*arguments: Any, **options: Any) -> tuple[Problem, Saved, Upstre
     """Return what the operators of the gradient are called with, total_weight as normalizer too."""
     *of_problem, state, entropy, grad_loss, grad_lse, grad_entropy = arguments[:12]
     problem = problem_of(entropy is not None, *of_problem, None, *arguments[12:], **options)
-    total_weight: Any = problem.normalizer
-    saved = Saved(total_weight, state, entropy)
+    saved = Saved(problem.normalizer, state, entropy)
     return problem, saved, Upstream(grad_loss, grad_lse, grad_entropy)
 
 
 def _forward_formula(*arguments: Any, statistics: bool = False, **options: Any) -> Any:
     problem = problem_of(statistics, *arguments, **options)
     if needs_graph(*problem[:-1]):
-        if problem.settings.inplace_backward:
-            check_overwritable(problem)
+        check_overwritable(problem)
         return apply_at_this_level(CrossEntropy, *problem)
     return _forward(problem)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _autograd, _formulas, _linear, _ops, _selected, reference
 from ._linear import Inputs
 from ._linear_autograd import Layer
+from ._meta import AddedUp, state_size
 from ._options import REDUCTIONS
 from ._problem import Problem, Upstream, accumulation_dtype, row_shape
 from ._selected import LinearInputs
@@ -54,7 +55,7 @@ def _forward(*arguments: Any, statistics: bool = False, **options: Any) -> tuple
     loss = results.loss.to(settings.loss_dtype or logits.dtype)
     rows = row_shape(logits, settings.dim)
     # Only the kernels' backward reads the state. NaN shows if it is used by mistake.
-    size = _ops.state_size(target, target_indices, options)
+    size = state_size(target, target_indices, options)
     acc = accumulation_dtype(logits.dtype)
     state = logits.new_full([size, *rows], torch.nan, dtype=acc)
     of_statistics = (results.lse, results.entropy, results.argmax) if statistics else ()
@@ -67,7 +68,6 @@ def _backward(*arguments: Any, **options: Any) -> Any:
         *arguments, **options
     )
     logits, _, _, token_weight, *_, settings = problem
-    total_weight = saved.total_weight
     dim, softcap = settings.dim, options.get("softcap")
     x = logits.to(accumulation_dtype(logits.dtype))
     z = reference.transform(x, softcap, options.get("logit_scale", 1.0))
@@ -82,8 +82,8 @@ def _backward(*arguments: Any, **options: Any) -> Any:
     gradient = torch.zeros_like(x)
     if grad_loss is not None:
         g = rows(grad_loss)
-        if settings.reduction == REDUCTIONS["mean"]:  # a mean by 0 is NaN
-            g = g / total_weight.masked_fill(total_weight == 0, torch.nan)
+        if settings.reduction == REDUCTIONS["mean"]:
+            g = reference.divided(g, saved.total_weight)
         if token_weight is not None:
             g = g * rows(token_weight)
         lse = z.logsumexp(dim, keepdim=True)
@@ -159,24 +159,14 @@ def _linear_forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     return *found, *_linear.empty_results(inputs)[len(found) : 4], *gradients
 
 
-def _linear_backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    *arguments: Any,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    inputs = Inputs._make((*arguments, options))
+def _linear_backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    upstream, inputs = _linear.of_backward(*arguments, **options)
     problem = inputs.problem_of_all(Layer(*inputs[:3]).logits(inputs.logits_dtype))
-    upstream = Upstream(grad_loss, grad_lse, grad_entropy)
     return _linear_gradients(inputs, problem, _ops.forward(problem), upstream)
 
 
 def _linear_gradients(
-    inputs: Inputs,
-    problem: Problem,
-    results: Sequence[Tensor],
-    upstream: Upstream,
+    inputs: Inputs, problem: Problem, results: Sequence[Tensor], upstream: Upstream
 ) -> tuple[Tensor, ...]:
     """Return the gradients of hidden, weight and bias; empty tensors where not needed."""
     grad_logits = _ops.backward(problem, _ops.saved_of(results), upstream).flatten(1)
@@ -250,7 +240,7 @@ def _add_up_shards(
             other_mass = other_mass.masked_fill(is_bad & ~is_unread, torch.nan)
             loss = loss.masked_fill(is_bad, torch.nan)
         loss = loss.masked_fill(is_unread, 0)
-    return _ops.AddedUp(
+    return AddedUp(
         torch.stack(state),
         rise if part is None else none,
         loss,

@@ -14,17 +14,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor import DTensor, Replicate
 
-from . import _autograd, _parallel
+from . import _autograd, _formulas, _parallel
+from ._dtensor_layout import Layout, Placements, check_placements, layout_of, layout_of_layer
 from ._options import DEFAULTS, OF_SHARD, REDUCTION_NAMES, resolve
 from ._problem import Arguments, check_dense, is_autocast, prepare, row_shape
 from ._torch_private import memory_of
 from .reference import CrossEntropyStatistics
 
-Placements = tuple[Placement, ...]
 Results = tuple[Tensor] | CrossEntropyStatistics
 INPLACE = ("inplace_backward", "grad_in_forward")
 OF_LAYER = ("linear_weight", "linear_bias")
@@ -44,74 +42,6 @@ class Labels(NamedTuple):
     token_weight: Any
     normalizer: Any
     target_indices: Any
-
-
-class Layout(NamedTuple):
-    """The placements of a loss's tensors, one for each dimension of the mesh."""
-
-    mesh: DeviceMesh
-    dim: int  # of the classes, in the logits
-    logits: Placements  # also of probabilities of all classes
-    labels: Placements  # of sparse labels, which have dimensions as the logits
-    rows: Placements  # of one number a row
-    classes: Placements  # of one number a class
-    sums: Placements  # of a sum over all rows
-
-    @property
-    def has_own_rows(self) -> bool:
-        """True if a process has only some of the rows."""
-        return any(placement.is_partial() for placement in self.sums)
-
-    @property
-    def whole(self) -> Placements:
-        """The placements of what all processes have as a whole."""
-        return (Replicate(),) * self.mesh.ndim
-
-    def shard(self, n_classes: int) -> _parallel.Shard | None:
-        """Return the classes of this process if they are split."""
-        for mesh_dim, placement in enumerate(self.classes):
-            if placement.is_shard():
-                start, _ = self._chunk(n_classes, mesh_dim)
-                return _parallel.Shard(self.mesh.get_group(mesh_dim), start, n_classes)
-        return None
-
-    def own_rows(self, shape: Sequence[int]) -> torch.Size:
-        """Return the shape of this process's part of one number a row."""
-        own = list(shape)
-        for mesh_dim, placement in enumerate(self.rows):
-            if isinstance(placement, Shard):
-                _, own[placement.dim] = self._chunk(own[placement.dim], mesh_dim)
-        return torch.Size(own)
-
-    def _chunk(self, size: int, mesh_dim: int) -> tuple[int, int]:
-        """Return start and length of this process's part: DTensors are split as by torch.chunk."""
-        coordinate: Any = self.mesh.get_coordinate()  # not None: _check_input has checked
-        most = -(-size // self.mesh.size(mesh_dim))
-        start = min(coordinate[mesh_dim] * most, size)
-        return start, min(most, size - start)
-
-
-def layout_of(mesh: DeviceMesh, placements: Placements, dim: int) -> Layout:
-    """Return the layout of the tensors of a loss, given the placements of its logits."""
-    is_class = [placement.is_shard(dim) for placement in placements]
-    if sum(is_class) > 1:
-        raise ValueError(
-            "input must have its classes sharded over one dimension of the mesh, got placements "
-            f"{placements}: gather them over the others, by input.redistribute(placements=...)"
-        )
-    whole, pairs = Replicate(), list(zip(placements, is_class, strict=True))
-    labels = tuple(whole if of_class else placement for placement, of_class in pairs)
-    rows = tuple(_of_row(placement, dim) for placement in labels)
-    classes = tuple(Shard(0) if of_class else whole for of_class in is_class)
-    sums = tuple(Partial() if placement.is_shard() else whole for placement in rows)
-    return Layout(mesh, dim, placements, labels, rows, classes, sums)
-
-
-def _of_row(placement: Placement, dim: int) -> Placement:
-    """Return the placement of one number a row, which has no dimension of classes."""
-    if not isinstance(placement, Shard):
-        return placement
-    return Shard(placement.dim - (placement.dim > dim))
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -160,7 +90,7 @@ def evaluate_linear(
     layer = dict(zip(OF_LAYER, (linear_weight, linear_bias), strict=True))
     _check_input(input, {**layer, **labels._asdict()})
     _check_of_shard([options.pop(name, None) for name in OF_SHARD])
-    layout = _layout_of_layer(input, linear_weight)
+    layout = layout_of_layer(input, linear_weight)
     shift, reduction = options.get("shift", 0), options.get("reduction", "mean")
     if shift and any(placement.is_shard(layout.dim - 1) for placement in layout.rows):
         raise ValueError(
@@ -185,31 +115,6 @@ def evaluate_linear(
     tensors = (hidden, weight, own.target, bias, *own[1:])
     results = function(*tensors, statistics=statistics, **options)
     return _distributed(results, whole[-1].shape, reduction, layout)
-
-
-def _layout_of_layer(input: DTensor, linear_weight: Any) -> Layout:
-    """Return the layout of the loss of a linear layer.
-
-    Where a dimension of the mesh shards rows and classes (sequence parallelism), the rows are
-    gathered over it.
-    """
-    features = input.dim() - 1  # in the logits, the classes
-    of_weight: Placements = (Replicate(),) * input.device_mesh.ndim
-    if isinstance(linear_weight, DTensor):
-        _check_placements("linear_weight", linear_weight)
-        of_weight = linear_weight.placements
-    for name, tensor, is_wrong in (
-        ("input", input, [place.is_shard(features) for place in input.placements]),
-        ("linear_weight", linear_weight, [p.is_shard() and not p.is_shard(0) for p in of_weight]),
-    ):
-        if any(is_wrong):
-            raise ValueError(
-                f"{name} must not have its features sharded, got placements {tensor.placements}: "
-                f"gather them, by {name}.redistribute(placements=...)"
-            )
-    pairs = zip(input.placements, of_weight, strict=True)
-    logits = tuple(Shard(features) if weight.is_shard() else rows for rows, weight in pairs)
-    return layout_of(input.device_mesh, logits, features)
 
 
 def _distributed(results: Results, rows: torch.Size, reduction: str, layout: Layout) -> Results:
@@ -276,20 +181,14 @@ def _divisor(labels: Labels, own: Labels, ignore_index: Any, layout: Layout) -> 
 
     A process's own divisor would be wrong: they may ignore different numbers of rows.
     """
-    target, weights = own.target, own.token_weight
+    target, token_weight = own.target, own.token_weight
     is_index = not target.is_floating_point()
-    if weights is None:
-        shape = target.shape if is_index else row_shape(target, layout.dim)
-        weights = target.new_ones(shape)
-    weights = weights.double()
-    if is_index:
-        classes = target.long()
-        is_left_out = (classes == ignore_index) | (weights == 0)
-        of_classes = _local(labels.weight, layout.whole, layout)  # all classes, not only a shard's
-        if of_classes is not None and of_classes.numel() > 0:
-            weights = weights * of_classes[classes.clamp(0, of_classes.numel() - 1)]
-        weights = weights.masked_fill(is_left_out, 0)
-    total = DTensor.from_local(weights.sum(), layout.mesh, layout.sums)
+    if token_weight is None:
+        token_weight = target.new_ones(target.shape if is_index else row_shape(target, layout.dim))
+    # Of all classes, not only of a shard's.
+    weight = _local(labels.weight, layout.whole, layout) if is_index else None
+    own_total = _formulas.sum_of_weights(target, weight, token_weight, ignore_index)
+    total = DTensor.from_local(own_total, layout.mesh, layout.sums)
     placements = list(layout.sums)
     for mesh_dim in range(layout.mesh.ndim):  # one by one: torch warns of several
         placements[mesh_dim] = Replicate()
@@ -364,26 +263,10 @@ def _check_input(input: Any, others: dict[str, Any]) -> None:
     mesh = input.device_mesh
     if mesh.get_coordinate() is None:
         raise ValueError(f"input must be on a mesh with this process, got {mesh}")
-    _check_placements("input", input)
+    check_placements("input", input)
     for name, tensor in dtensors.items():
         if tensor.device_mesh != mesh:
             raise ValueError(f"{name} must be on input's mesh {mesh}, got {tensor.device_mesh}")
-
-
-def _check_placements(name: str, tensor: DTensor) -> None:
-    """Check that a tensor is placed by Shard and Replicate."""
-    placements = tensor.placements
-    if any(placement.is_partial() for placement in placements):
-        wanted = [Replicate() if place.is_partial() else place for place in placements]
-        raise ValueError(
-            f"{name} must not be Partial, got placements {placements}: sum it up first, by "
-            f"{name}.redistribute(placements={wanted})"
-        )
-    for placement in placements:
-        # In some versions of torch a strided shard is a Shard too.
-        is_shard = placement.is_shard() and not hasattr(placement, "split_factor")
-        if not (is_shard or placement.is_replicate()):
-            raise ValueError(f"{name} must be placed by Shard and Replicate, got {placement}")
 
 
 def _check_of_shard(given: Sequence[Any]) -> None:

@@ -84,8 +84,8 @@ def target_gradient(problem: Problem, saved: Saved, grad_loss: Tensor) -> Tensor
     row_max, log_sum, *_ = saved.state
     smoothing = options.get("label_smoothing", 0.0)
     scale = grad_loss.to(row_max.dtype) * (1 - smoothing)
-    if settings.reduction == REDUCTIONS["mean"]:  # by 0 it is NaN, as the loss is
-        scale = scale / saved.total_weight.masked_fill(saved.total_weight == 0, torch.nan)
+    if settings.reduction == REDUCTIONS["mean"]:
+        scale = reference.divided(scale, saved.total_weight)
     if token_weight is not None:
         scale = scale * token_weight
     scale = scale if scale.dim() == 0 else scale.unsqueeze(dim)
@@ -150,7 +150,7 @@ def top_label(problem: Problem, n_classes: int) -> Tensor:
     is_first = torch.cat([is_new, differs], -1) & is_class
     top, place = total.masked_fill(~is_last, -torch.inf).max(-1)
     label = index.gather(-1, place.unsqueeze(-1)).squeeze(-1)
-    # Of sorted classes, the first so many are 0, 1, 2 ...: that number is the first class without.
+    # If the sorted classes start with 0, 1 ... n - 1, then n is the first one without a label.
     other = (is_first & (index == is_first.cumsum(-1) - 1)).sum(-1)
     is_other = (other < n_classes) & ((top < 0) | ((top == 0) & (other < label)))
     return torch.where(is_other, other, label)
@@ -161,13 +161,20 @@ def total_weight(problem: Problem) -> Tensor:
     logits, target, weight, token_weight, normalizer, _, settings = problem
     if normalizer is not None:
         return normalizer
-    weights = logits.new_ones(row_shape(logits, settings.dim), dtype=torch.float64)
-    if token_weight is not None:
-        weights = weights * token_weight
+    if token_weight is None:
+        token_weight = logits.new_ones(row_shape(logits, settings.dim))
+    return sum_of_weights(target, weight, token_weight, settings.ignore_index)
+
+
+def sum_of_weights(
+    target: Tensor, weight: Tensor | None, token_weight: Tensor, ignore_index: int
+) -> Tensor:
+    """Return the sum of the rows' weights: of class indices, those of their classes count too."""
+    weights = token_weight.double()
     if not target.is_floating_point():
         target = target.to(torch.int64)  # a narrower dtype may not hold ignore_index
-        left_out = (target == settings.ignore_index) | (weights == 0)
-        if weight is not None:
+        left_out = (target == ignore_index) | (weights == 0)
+        if weight is not None and weight.numel() > 0:
             weights = weights * weight[target.clamp(0, weight.shape[0] - 1)]
         weights = weights.masked_fill(left_out, 0)
     return weights.sum()

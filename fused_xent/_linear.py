@@ -27,15 +27,13 @@ from torch import Tensor
 from . import _formulas, _ops
 from ._options import DEFAULTS, REDUCTIONS, Settings
 from ._problem import Problem, Upstream, accumulation_dtype
-from ._torch_private import below_autograd, mkldnn_has
+from ._products import product, slabs
+from ._torch_private import below_autograd
 
 # How many rows make a matrix product efficient, and how many bytes of logits a chunk may have.
 CPU_ROWS, CPU_BYTES = 512, 100 << 20
 GPU_ROWS, GPU_BYTES = 4096, 1 << 30
 FEW_BYTES = 32 << 20  # of logits: below this, both layouts are equally fast
-# Of a slab, in float32. Beside other busy processes, each product waits for its slowest thread, so
-# there should be few.
-SLAB_BYTES, GPU_SLAB_BYTES = 8 << 20, 256 << 20
 
 Turn = Callable[[Tensor, slice], None]  # turns logits (n, C, *D) of these rows into their gradient
 
@@ -87,6 +85,11 @@ class Inputs(NamedTuple):
         return problem._replace(settings=problem.settings._replace(loss_dtype=self.loss_dtype))
 
 
+def of_backward(*arguments: Any, **options: Any) -> tuple[Upstream, Inputs]:
+    """Return what ``linear_backward`` is called with."""
+    return Upstream(*arguments[:3]), Inputs._make((*arguments[3:], options))
+
+
 _SIGNATURE = """(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target,
 Tensor? weight, Tensor? token_weight, Tensor? normalizer, Tensor? target_indices, int reduction,
 ScalarType logits_dtype, ScalarType loss_dtype, bool statistics, SymInt? chunk_rows, int[] needs,
@@ -121,25 +124,17 @@ def _forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     return loss, *rows, *gradients
 
 
-def _backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    *arguments: Any,
-    **options: Any,
-) -> tuple[Tensor, ...]:
+def _backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     """Return the gradients of hidden, weight and bias."""
-    inputs = Inputs._make((*arguments, options))._replace(statistics=grad_entropy is not None)
+    upstream, inputs = of_backward(*arguments, **options)
+    inputs = inputs._replace(statistics=upstream.entropy is not None)
     total = _total_weight(inputs)
 
     def turn(logits: Tensor, rows: slice) -> None:
-        upstream = (
-            grad if grad is None or grad.dim() == 0 else grad[rows]
-            for grad in (grad_loss, grad_lse, grad_entropy)
-        )
+        of_rows = (x if x is None or x.dim() == 0 else x[rows] for x in upstream)
         problem = inputs.problem(logits, rows, total)
         saved = _ops.saved_of(_ops.forward(problem))
-        _ops.backward_(problem, saved, Upstream(*upstream))
+        _ops.backward_(problem, saved, Upstream(*of_rows))
 
     return multiply(inputs, turn)
 
@@ -171,14 +166,9 @@ def _fake_forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     return empty_results(Inputs._make((*arguments, options)))
 
 
-def _fake_backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    *arguments: Any,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients(Inputs._make((*arguments, options))))
+def _fake_backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    _, inputs = of_backward(*arguments, **options)
+    return tuple(_empty_gradients(inputs))
 
 
 def _total_weight(inputs: Inputs) -> Tensor | None:
@@ -200,10 +190,8 @@ def multiply(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
 
 
 def _chunks(inputs: Inputs) -> Iterator[slice]:
-    most = inputs.chunk_rows
-    if most is None:
-        row_bytes = math.prod(inputs.classes) * inputs.logits_dtype.itemsize
-        most = most_rows(row_bytes, inputs.hidden.is_cpu)
+    row_bytes = math.prod(inputs.classes) * inputs.logits_dtype.itemsize
+    most = inputs.chunk_rows or most_rows(row_bytes, inputs.hidden.is_cpu)
     return chunks(inputs.hidden.shape[0], most)
 
 
@@ -272,74 +260,11 @@ class _Gradients:
         return tuple(gradient.to(self.hidden.dtype) for gradient in gradients)
 
 
-# ---- products ----------------------------------------------------------------------------------
-
-
-def product(
-    one: Tensor, other: Tensor, out: Tensor, bias: Tensor | None = None, beta: int = 0
-) -> None:
-    """Write ``beta * out + one @ other``, or with a bias, which is broadcast, product plus bias.
-
-    Sums are in float32 or float64 and rounded once, for any dtypes of the three.
-    """
-    if bias is not None:
-        out.copy_(bias)
-        beta = 1
-    is_one_dtype = one.dtype == other.dtype
-    if is_one_dtype and out.dtype == one.dtype and not _is_slow(one):
-        out.addmm_(one, other, beta=beta)
-    elif is_one_dtype and out.is_cuda and out.dtype == torch.float32:
-        if beta == 0:
-            torch.ops.aten.mm.dtype_out(one, other, out.dtype, out=out)
-        else:
-            torch.ops.aten.addmm.dtype_out(out, one, other, out.dtype, out=out)
-    else:
-        _slab_by_slab(one, other, out, beta)
-
-
-def _is_slow(matrix: Tensor) -> bool:
-    """Return True if torch has no fast product for this dtype here: 16 bits on most CPUs."""
-    return matrix.is_cpu and matrix.element_size() == 2 and not mkldnn_has(matrix.dtype)
-
-
-def _slab_by_slab(one: Tensor, other: Tensor, out: Tensor, beta: int) -> None:
-    """Write ``beta * out + one @ other`` by products in float32.
-
-    The longest dimension is cut into slabs, so that only a slab is converted to float32.
-    """
-    sizes = (one.shape[0], one.shape[1], other.shape[1])
-    longest = max(range(3), key=sizes.__getitem__)
-    slabs = _slabs(sizes[longest], 4 * (sum(sizes) - sizes[longest]), out.is_cuda)
-
-    def multiplied(one: Tensor, other: Tensor, out: Tensor, beta: int) -> Tensor:
-        return torch.addmm(out.float(), one.float(), other.float(), beta=beta)
-
-    if longest == 0:
-        other = other.float()
-        for slab in slabs:
-            out[slab] = multiplied(one[slab], other, out[slab], beta)
-    elif longest == 2:
-        one = one.float()
-        for slab in slabs:
-            out[:, slab] = multiplied(one, other[:, slab], out[:, slab], beta)
-    else:
-        total = out
-        for slab in slabs:
-            total = multiplied(one[:, slab], other[slab], total, beta if slab.start == 0 else 1)
-        out.copy_(total)
-
-
-def _slabs(length: int, item_bytes: int, is_cuda: bool = False) -> Iterator[slice]:
-    size = max(1, (GPU_SLAB_BYTES if is_cuda else SLAB_BYTES) // max(1, item_bytes))
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
 # ---- all rows, class by class ------------------------------------------------------------------
 
 
 def _is_by_classes(inputs: Inputs) -> bool | int:
-    """Return True if that needs less memory, or fewer passes over the weight, than chunks."""
+    """Return True if all rows at once need less memory, or read the weight fewer times."""
     (n_rows, n_features), n_classes = inputs.hidden.shape, inputs.classes[0]
     size = inputs.hidden.element_size()
     # With more rows, chunks need less memory; in 16 bits, they also need sums in float32.
@@ -375,7 +300,7 @@ def _by_classes(inputs: Inputs, turn: Turn) -> tuple[Tensor, ...]:
         turn(block.t(), rows)
         if inputs.needs[0]:
             product(block.t(), linear_weight, grad_hidden[rows])
-    for slab in _slabs(n_classes, n_rows * hidden.element_size()):
+    for slab in slabs(n_classes, n_rows * hidden.element_size()):
         grad_logits = torch.cat([block[slab] for block in blocks], 1)
         if inputs.needs[2]:
             acc = accumulation_dtype(hidden.dtype)

@@ -65,8 +65,6 @@ def evaluate(
     Hidden is (N, H). The problem's logits (N, C, *D) have shape, dtype and device, but no values.
     """
     logits, target, *_, settings = problem
-    needs = [int(needs_graph(tensor)) for tensor in layer]
-    is_fused = settings.reduction != REDUCTIONS["none"] and layer.hidden.dtype != torch.float16
     inputs = Inputs(
         *layer,
         target,
@@ -76,19 +74,29 @@ def evaluate(
         settings.loss_dtype or logits.dtype,
         settings.statistics,
         chunk_rows,
-        needs if is_fused else [0, 0, 0],
+        [int(is_made) for is_made in made_in_forward(layer, settings.reduction)],
         settings.of_operators,
     )
     if is_traced():
         *arguments, options = inputs
         results = _linear.forward(*arguments, **options)
-    elif any(needs):
+    elif needs_graph(*layer):
         results = LinearCrossEntropyInEager.apply(*inputs)
     else:
         results = _forward(inputs)
     if settings.statistics:
         return _autograd.complete(problem, *results[:4])
     return (results[0],)
+
+
+def made_in_forward(layer: Layer, reduction: int) -> tuple[bool, ...]:
+    """Return which gradients the forward computes, for an upstream gradient of 1.
+
+    None where each row has an upstream gradient, and none in float16, where they would underflow
+    without a loss scale.
+    """
+    is_fused = reduction != REDUCTIONS["none"] and layer.hidden.dtype != torch.float16
+    return tuple(is_fused and needs_graph(tensor) for tensor in layer)
 
 
 def _forward(inputs: Inputs) -> Tensors:
@@ -100,9 +108,8 @@ def _forward(inputs: Inputs) -> Tensors:
 class LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients from one matrix product for each of logits, grad_hidden and grad_weight.
 
-    The forward computes the gradients too, for an upstream gradient of 1. The backward computes
-    them if they depend on more than one factor, and in float16, where they would underflow without
-    a loss scale. This is the autograd formula of the operator.
+    The forward computes the gradients too where ``made_in_forward`` says so, else the backward.
+    This is the autograd formula of the operator.
     """
 
     @staticmethod
@@ -157,24 +164,20 @@ def _backward(
     grad_loss, *of_statistics = upstream
     if all(grad is None for grad in upstream):
         found: Any = (None, None, None)
-    elif torch.is_grad_enabled():
-        found = _with_graph(_saved(ctx), upstream, needs)
     elif (
-        gradients is None
+        torch.is_grad_enabled()
+        or gradients is None
         or any(needed and not made for needed, made in zip(needs, ctx.made, strict=True))
         or any(grad is not None for grad in of_statistics)
     ):
-        found = _anew(_saved(ctx), upstream, needs)
+        inputs = Inputs(*ctx.saved_tensors[:_N_TENSORS], *ctx.arguments)
+        found = recomputed(inputs, upstream, needs)
     else:
         found = [
             times(gradient, grad_loss) if needed else None
             for gradient, needed in zip(gradients, needs, strict=True)
         ]
     return (*found, *[None] * (len(Inputs._fields) - 3))
-
-
-def _saved(ctx: Any) -> Inputs:
-    return Inputs(*ctx.saved_tensors[:_N_TENSORS], *ctx.arguments)
 
 
 def recomputed(inputs: Inputs, upstream: Grads, needs: tuple[bool, ...]) -> list[Tensor | None]:
@@ -250,21 +253,15 @@ def _forward_formula(*arguments: Any, **options: Any) -> Any:
     return _forward(inputs)
 
 
-def _backward_formula(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    *arguments: Any,
-    **options: Any,
-) -> Tensors:
-    inputs, upstream = Inputs._make((*arguments, options)), (grad_loss, grad_lse, grad_entropy)
+def _backward_formula(*arguments: Any, **options: Any) -> Tensors:
+    upstream, inputs = _linear.of_backward(*arguments, **options)
     if needs_graph(*upstream, *inputs[:_N_TENSORS]):
         raise RuntimeError(
             "fused_xent::linear_backward has no derivative: for gradients of gradients, use "
             "fused_xent.linear_cross_entropy"
         )
     with below_autograd():
-        return _linear.backward(*upstream, *arguments, **options)
+        return _linear.backward(*arguments, **options)
 
 
 if _ops.LOAD_ERROR is None:

@@ -119,12 +119,19 @@ CHECKS: dict[str, Check] = {
 }
 
 
-class LossOptions(TypedDict, total=False):
+class LogitsOptions(TypedDict, total=False):
+    """The keyword arguments of all functions and modules."""
+
+    softcap: float | None
+    logit_scale: float
+    process_group: ProcessGroup | None
+    vocab_start: int | None
+
+
+class LossOptions(LogitsOptions, total=False):
     """The keyword arguments of both losses and their modules."""
 
     lse_square_scale: float
-    softcap: float | None
-    logit_scale: float
     focal_gamma: float
     loss_dtype: torch.dtype | None
 
@@ -135,8 +142,6 @@ class CrossEntropyOptions(LossOptions, total=False):
     dim: int | None
     inplace_backward: bool
     grad_in_forward: bool
-    process_group: ProcessGroup | None
-    vocab_start: int | None
     num_classes: int | None
 
 
@@ -150,26 +155,44 @@ class StatisticsOptions(CrossEntropyOptions, total=False):
     label_smoothing: float
 
 
-class LinearLossOptions(LossOptions, total=False):
+class LayerOptions(TypedDict, total=False):
+    """The keyword arguments of all functions of a linear layer."""
+
+    logits_dtype: torch.dtype | None
+    chunk_rows: int | None
+    sequence_parallel: bool
+    reduce_grad_hidden: bool
+
+
+class LinearLossOptions(LossOptions, LayerOptions, total=False):
     """The options of ``fused_xent.LinearCrossEntropyLoss``."""
 
     reduction: str
     ignore_index: int | None
     label_smoothing: float
     options: LinearCrossEntropyOptions | None
-    logits_dtype: torch.dtype | None
     shift: int
     drop_ignored: bool
-    chunk_rows: int | None
-    process_group: ProcessGroup | None
-    vocab_start: int | None
-    sequence_parallel: bool
-    reduce_grad_hidden: bool
 
 
 class LinearOptions(LinearLossOptions, total=False):
     """The options of ``fused_xent.linear_cross_entropy``."""
 
+    num_classes: int | None
+
+
+class SelectedOptions(LogitsOptions, total=False):
+    """The options of ``fused_xent.selective_log_softmax`` besides ``with_entropy``."""
+
+    dim: int
+    inplace_backward: bool
+    num_classes: int | None
+
+
+class LinearSelectedOptions(LogitsOptions, LayerOptions, total=False):
+    """The options of ``fused_xent.linear_selective_log_softmax`` besides ``with_entropy``."""
+
+    linear_bias: Tensor | None
     num_classes: int | None
 
 

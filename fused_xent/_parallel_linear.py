@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _formulas, _linear, _parallel, reference
+from . import _formulas, _linear, _parallel, _parallel_rows, reference
 from ._autograd import Grads, needs_graph
-from ._linear_autograd import Layer, scaled
+from ._linear_autograd import Layer, made_in_forward, scaled
 from ._options import REDUCTION_NAMES, REDUCTIONS
-from ._parallel import Shard
+from ._parallel_rows import Shard
 from ._problem import Problem, Saved, Upstream
+from ._products import product
 from ._torch_private import below_autograd, is_batched_by_autograd
 from .reference import CrossEntropyStatistics
 
@@ -39,7 +40,7 @@ class Split(NamedTuple):
     """How a linear layer is split over processes."""
 
     shard: Shard
-    n_own: int  # classes of the layer that are no padding: its first ones
+    n_own: int  # the first classes of the layer; the others are padding
     sequence_parallel: bool
     reduce_grad_hidden: bool
 
@@ -73,9 +74,7 @@ class Chunks(NamedTuple):
 def chunks_of(hidden: Tensor, logits: Tensor, chunk_rows: int | None, split: Split) -> Chunks:
     """Return the chunks of this rank's hidden states. The logits have a dtype, but no values."""
     n_classes = -(-split.shard.n_classes // dist.get_world_size(split.shard.group))
-    most = chunk_rows
-    if most is None:
-        most = _linear.most_rows(n_classes * logits.element_size(), hidden.is_cpu)
+    most = chunk_rows or _linear.most_rows(n_classes * logits.element_size(), hidden.is_cpu)
     n_rows = hidden.shape[0]
     if n_rows == 0:
         return Chunks(split, [slice(0, 0)])
@@ -100,7 +99,7 @@ def multiply(
     with below_autograd(), torch.autocast(hidden.device.type, enabled=False):
         for rows, x in zip(slices, _hidden_of_chunks(hidden, chunks), strict=True):
             logits = memory[: len(x)]
-            _linear.product(x, own, logits, bias)
+            product(x, own, logits, bias)
             turn(logits, rows)
             gradients.add(logits, x, rows)
         return gradients.results()
@@ -116,7 +115,8 @@ def _hidden_of_chunks(hidden: Tensor, chunks: Chunks) -> Iterator[Tensor]:
     def start(rows: slice) -> tuple[Tensor, Any]:
         part = hidden[rows].contiguous()
         found = part.new_empty(split.n_parts * len(part), part.shape[1])
-        return found, _collective("all_gather")(found, part, split.shard.group, async_op=True)
+        gather = _parallel_rows.collective("all_gather")
+        return found, gather(found, part, split.shard.group, async_op=True)
 
     found, work = start(slices[0])
     for following in slices[1:]:
@@ -125,12 +125,6 @@ def _hidden_of_chunks(hidden: Tensor, chunks: Chunks) -> Iterator[Tensor]:
         yield of_chunk
     work.wait()
     yield found
-
-
-def _collective(name: str) -> Any:
-    """Return ``all_gather`` or ``reduce_scatter`` of one tensor, which torch 2.13 has renamed."""
-    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
-    return getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
 
 
 class _Gradients:
@@ -158,28 +152,29 @@ class _Gradients:
             self._add_hidden(self.grad_hidden, grad_logits, rows)
         if self.grad_weight is not None:
             beta = 0 if rows.start == 0 else 1
-            _linear.product(grad_logits.t(), hidden, self.grad_weight[:n_own], beta=beta)
+            product(grad_logits.t(), hidden, self.grad_weight[:n_own], beta=beta)
         if self.grad_bias is not None:
             self.grad_bias[:n_own] += grad_logits.sum(0, dtype=self.sums)
 
     def _add_hidden(self, grad_hidden: Tensor, grad_logits: Tensor, rows: slice) -> None:
         own = self.layer.linear_weight[: self.split.n_own]
         if not self.split.reduce_grad_hidden:
-            _linear.product(grad_logits, own, grad_hidden[rows])
+            product(grad_logits, own, grad_hidden[rows])
             return
-        product = grad_hidden.new_empty(len(grad_logits), own.shape[1], dtype=self.sums)
-        _linear.product(grad_logits, own, product)
+        part = grad_hidden.new_empty(len(grad_logits), own.shape[1], dtype=self.sums)
+        product(grad_logits, own, part)
         self._finish()
         group = self.split.shard.group
         if self.split.sequence_parallel:
-            found = product.new_empty(rows.stop - rows.start, own.shape[1])
-            work = _collective("reduce_scatter")(found, product, group=group, async_op=True)
+            found = part.new_empty(rows.stop - rows.start, own.shape[1])
+            scatter = _parallel_rows.collective("reduce_scatter")
+            work = scatter(found, part, group=group, async_op=True)
         else:
-            found, work = product, dist.all_reduce(product, group=group, async_op=True)
-        self.pending = (rows, found, product, work)
+            found, work = part, dist.all_reduce(part, group=group, async_op=True)
+        self.pending = (rows, found, part, work)
 
     def _finish(self) -> None:
-        """Wait for the last chunk's sum over ranks."""
+        """Wait until the last chunk's gradient is added up over the ranks; keep it."""
         if self.pending is None or self.grad_hidden is None:
             return
         rows, found, _, work = self.pending
@@ -220,9 +215,7 @@ def evaluate(
     if problem.weight is not None:
         problem = problem._replace(weight=problem.weight[:n_own])
     chunks = chunks_of(layer.hidden, problem.logits, chunk_rows, split)
-    is_fused = problem.settings.reduction != REDUCTIONS["none"]
-    is_fused = is_fused and layer.hidden.dtype != torch.float16
-    needs = tuple(is_fused and needs_graph(tensor) for tensor in layer)
+    needs = made_in_forward(layer, problem.settings.reduction)
     results = LinearVocabularyParallel.apply(*layer, *problem, chunks, needs)
     return _parallel.complete(problem, results, split.shard)
 
@@ -246,14 +239,14 @@ class LinearVocabularyParallel(torch.autograd.Function):
         layer, problem = Layer(*inputs[:_N_LAYER]), Problem(*inputs[_N_LAYER:_N_INPUTS])
         chunks, needs = inputs[_N_INPUTS:]
         shard, settings = chunks.split.shard, problem.settings
-        total: Any = _total_weight(problem, shard)  # None where there is no mean
+        total = _total_weight(problem, shard)
         problem = problem._replace(normalizer=total)
         found = []
 
         def turn(logits: Tensor, rows: slice) -> None:
             of_rows = _problem_of(problem, logits, chunks, rows)
-            local = _parallel.local_problem(of_rows, shard)
-            results = _parallel.exchange(of_rows, local, shard)
+            local = _parallel_rows.local_problem(of_rows, shard)
+            results = _parallel_rows.exchange(of_rows, local, shard)
             found.append(results)
             if any(needs):
                 one = Upstream(results.others.new_ones(()), None, None)
@@ -299,12 +292,8 @@ class LinearVocabularyParallel(torch.autograd.Function):
 
 
 def check_backward(*upstream: Tensor | None) -> None:
-    """Check that a backward is a plain one."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "process_group must be None for create_graph=True and for torch.func: a second "
-            "derivative would need more communication"
-        )
+    """Refuse second derivatives and batches of upstream gradients."""
+    _parallel.check_first_derivative()
     if any(map(is_batched_by_autograd, upstream)):
         raise RuntimeError("process_group must be None for is_grads_batched=True")
 
@@ -315,13 +304,12 @@ def _recomputed(ctx: Any, upstream: Upstream, needs: Needs) -> Grads:
     layer = Layer(*tensors[:_N_LAYER])
     problem = Problem._make([*tensors[_N_LAYER:], ctx.settings])
     chunks: Chunks = ctx.chunks
-    total: Any = problem.normalizer
 
     def turn(logits: Tensor, rows: slice) -> None:
         of_rows = _problem_of(problem, logits, chunks, rows)
-        own = _parallel.local_problem(of_rows, chunks.split.shard).problem
+        own = _parallel_rows.local_problem(of_rows, chunks.split.shard).problem
         of_row = [chunks.take(grad, rows) for grad in (state, entropy, others, *upstream)]
-        saved = Saved(total, of_row[0].t().contiguous(), of_row[1])
+        saved = Saved(problem.normalizer, of_row[0].t().contiguous(), of_row[1])
         _parallel.write_gradient_(own, saved, Upstream(*of_row[3:]), of_row[2])
 
     return multiply(layer, problem.logits.dtype, chunks, needs, turn)
@@ -345,9 +333,9 @@ def _total_weight(problem: Problem, shard: Shard) -> Tensor | None:
     is_mean = problem.settings.reduction == REDUCTIONS["mean"]
     if problem.normalizer is not None or not is_mean:
         return problem.normalizer
-    if problem.weight is None or not _parallel.has_indices(problem):
+    if problem.weight is None or not _parallel_rows.has_indices(problem):
         return _formulas.total_weight(problem)
-    own = _parallel.local_problem(problem, shard).problem
+    own = _parallel_rows.local_problem(problem, shard).problem
     weights: Any = own.token_weight
-    weights = weights * _parallel.label_sums(own._replace(target=torch.ones_like(own.target)))
-    return _parallel.all_gather(weights.sum(dtype=torch.float64).view(1), shard.group).sum()
+    weights = weights * _parallel_rows.class_weights(own)
+    return _parallel_rows.all_gather(weights.sum(dtype=torch.float64).view(1), shard.group).sum()

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _ops, _parallel, _parallel_linear
+from . import _ops, _parallel, _parallel_linear, _parallel_rows
 from ._autograd import Grads, Tensors
 from ._linear_autograd import Layer
 from ._options import Settings
-from ._parallel import NO_CLASS, Shard
+from ._overwriting import check_overwritable
 from ._parallel_linear import Split
-from ._problem import Problem, Saved, Upstream, accumulation_dtype, check_overwritable, row_shape
+from ._parallel_rows import NO_CLASS, Shard
+from ._problem import Problem, Saved, Upstream, accumulation_dtype, row_shape
 from ._torch_private import below_autograd
 from .reference import PADDING
 
@@ -35,8 +36,7 @@ def evaluate(problem: Problem, shard: Shard) -> Tensors:
 
     The problem's logits are a shard, and its target holds the selected classes (..., K, ...).
     """
-    if problem.settings.inplace_backward:
-        check_overwritable(problem)
+    check_overwritable(problem)
     found = SelectedOfShard.apply(problem.logits, problem.target, problem.settings, shard)
     return _results(found, problem)
 
@@ -89,10 +89,10 @@ class Found(NamedTuple):
 
 
 def exchange(logits: Tensor, index: Tensor, settings: Settings, shard: Shard) -> Found:
-    """Send this shard's rows to all ranks, and return what the rows of all make."""
+    """Send this shard's rows to all ranks, and combine the rows of all ranks."""
     dim, n_own = settings.dim, logits.shape[settings.dim]
     known = index_of(index, dim, n_own, shard)
-    rows = _parallel.gather(_own_rows(logits, known, settings), shard, n_own)
+    rows = _parallel_rows.gather(_own_rows(logits, known, settings), shard, n_own)
     added = _ops.add_up_shards(rows, shard.n_classes, dist.get_rank(shard.group))
     shape = row_shape(logits, dim)
     rise = added.rise.view(len(added.rise), *shape).unsqueeze(dim + 1)
@@ -111,20 +111,20 @@ def _own_rows(logits: Tensor, index: Index, settings: Settings) -> dict[str, Ten
     """Return what is sent."""
     dim = settings.dim
     if logits.shape[dim] == 0:
-        zeros = logits.new_zeros(row_shape(logits, dim), dtype=accumulation_dtype(logits.dtype))
-        log_probs = zeros.new_full(index.own.shape, NOT_OWN)
-        rows = {"max": zeros - torch.inf, "log_sum": zeros, "log_probs": log_probs}
-        return {**rows, "entropy": zeros} if settings.statistics else rows
-    # The operator does not read a row without classes: where all are on other ranks, ask for one.
-    is_unread = index.kept & (index.own == NO_CLASS).all(dim)
-    asked = index.own.clone()
-    asked.select(dim, 0).masked_fill_(is_unread, 0)
-    with below_autograd():
-        found = _ops.selected_log_probs(logits, asked, _own_settings(settings))
-    log_probs, state, _, entropy = found
-    # If all logits of the shard are -inf, so is its lse, and its own softmax is NaN.
-    log_probs = log_probs.masked_fill(state[1].isneginf().unsqueeze(dim), -torch.inf)
-    log_probs = log_probs.masked_fill(index.own == NO_CLASS, NOT_OWN)
+        entropy = logits.new_zeros(row_shape(logits, dim), dtype=accumulation_dtype(logits.dtype))
+        log_probs = entropy.new_full(index.own.shape, NOT_OWN)
+        state: Any = (entropy - torch.inf, entropy)
+    else:
+        # The operator does not read a row without classes: if all are on other ranks, ask for one.
+        is_unread = index.kept & (index.own == NO_CLASS).all(dim)
+        asked = index.own.clone()
+        asked.select(dim, 0).masked_fill_(is_unread, 0)
+        with below_autograd():
+            found = _ops.selected_log_probs(logits, asked, _own_settings(settings))
+        log_probs, state, _, entropy = found
+        # If all logits of the shard are -inf, so is its lse, and its own softmax is NaN.
+        log_probs = log_probs.masked_fill(state[1].isneginf().unsqueeze(dim), -torch.inf)
+        log_probs = log_probs.masked_fill(index.own == NO_CLASS, NOT_OWN)
     rows = {"max": state[0], "log_sum": state[1], "log_probs": log_probs}
     return {**rows, "entropy": entropy} if settings.statistics else rows
 
@@ -133,15 +133,6 @@ def _own_settings(settings: Settings) -> Settings:
     """Return settings for classes of this shard."""
     options = {**settings.of_operators, "ignore_index": NO_CLASS}
     return settings._replace(of_operators=options, ignore_index=NO_CLASS)
-
-
-class Gradient(NamedTuple):
-    """The gradient of a shard's logits, as that of a loss: the arguments of ``_parallel``."""
-
-    problem: Problem
-    saved: Saved
-    upstream: Upstream
-    others: Tensor
 
 
 def gradient_of(
@@ -153,8 +144,8 @@ def gradient_of(
     entropy: Tensor,
     grad_log_probs: Tensor | None,
     grad_entropy: Tensor | None,
-) -> Gradient:
-    """Return what the gradient of a shard's logits is computed from."""
+) -> tuple[Problem, Saved, Upstream, Tensor]:
+    """Return the arguments of ``_parallel.logits_gradient`` for the gradient of these logits."""
     dim = settings.dim
     known = index_of(index, dim, logits.shape[dim], shard)
     labels = state.new_zeros(index.shape) if grad_log_probs is None else grad_log_probs
@@ -164,9 +155,8 @@ def gradient_of(
         logits, labels, None, known.kept.to(state.dtype), None, known.own, _own_settings(settings)
     )
     minus_one = state.new_full((), -1).expand(others.shape)
-    total_weight: Any = None  # there is no mean
-    saved = Saved(total_weight, state, None if grad_entropy is None else entropy)
-    return Gradient(problem, saved, Upstream(minus_one, None, grad_entropy), others)
+    saved = Saved(None, state, None if grad_entropy is None else entropy)
+    return problem, saved, Upstream(minus_one, None, grad_entropy), others
 
 
 class SelectedOfShard(torch.autograd.Function):

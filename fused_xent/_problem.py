@@ -40,7 +40,7 @@ Arguments = tuple[Any, Any, Any, Any, Any, Any]
 class Saved(NamedTuple):
     """What a forward leaves for the backward, besides its inputs."""
 
-    total_weight: Tensor
+    total_weight: Tensor | None  # the divisor of the mean
     state: Tensor
     entropy: Tensor | None  # with statistics
 
@@ -83,11 +83,7 @@ def prepare(
         normalizer = _check_normalizer(normalizer, settings.reduction, input)
     if loss_dtype is not None and settings.loss_dtype is None and loss_dtype != logits.dtype:
         settings = settings._replace(loss_dtype=loss_dtype)
-    tensors = (logits, target, weight, token_weight, normalizer, target_indices)
-    problem = Problem(*tensors, settings)
-    if settings.inplace_backward or settings.grad_in_forward:
-        check_overwritable(problem)
-    return problem
+    return Problem(logits, target, weight, token_weight, normalizer, target_indices, settings)
 
 
 def has_dtensor(*tensors: Any) -> bool:
@@ -257,7 +253,7 @@ SPARSE_HINT = (
 
 
 def is_labels_shape(shape: Sequence[int], before: Sequence[int], after: Sequence[int]) -> bool:
-    """Return True for K classes, from 1 to 1024, between these dimensions of rows."""
+    """Return True for K classes, from 1 to MAX_LABELS, between these dimensions of rows."""
     n_before = len(before)
     return (
         len(shape) == n_before + 1 + len(after)
@@ -327,102 +323,29 @@ def check_range(problem: Problem, n_classes: int | None = None) -> None:
     Classes are [0, n_classes), by default those of the logits.
     """
     _, target, _, token_weight, _, target_indices, settings = problem
-    name, index = "target", target
-    if target_indices is not None:
-        name, index = "target_indices", target_indices
+    index = target if target_indices is None else target_indices
     if index.is_floating_point() or not is_checked(index):
         return
+    kept = None if token_weight is None else token_weight != 0
+    if kept is not None and target_indices is not None:
+        kept = kept.unsqueeze(settings.dim)
+    name = "target" if target_indices is None else "target_indices"
     n_classes = problem.logits.shape[settings.dim] if n_classes is None else n_classes
-    ignore_index = settings.ignore_index
-    index = index.to(torch.int64)  # a narrower dtype may not hold ignore_index
-    bad = ((index < 0) | (index >= n_classes)) & (index != ignore_index)
-    if token_weight is not None:
-        kept = token_weight != 0
-        bad = bad & (kept if target_indices is None else kept.unsqueeze(settings.dim))
+    padding = settings.ignore_index
+    check_classes(name, index, n_classes, padding, f"equal to ignore_index ({padding})", kept)
+
+
+def check_classes(
+    name: str, index: Tensor, n_classes: int, padding: int, or_else: str, kept: Tensor | None = None
+) -> None:
+    """Check that all indices, or those that are ``kept``, are classes or ``padding``."""
+    index = index.to(torch.int64)  # a narrower dtype may not hold padding
+    bad = ((index < 0) | (index >= n_classes)) & (index != padding)
+    if kept is not None:
+        bad = bad & kept
     if bad.any():
         position = tuple(bad.nonzero()[0].tolist())
         raise IndexError(
-            f"{name} must be in [0, {n_classes}) or equal to ignore_index ({ignore_index}), got "
-            f"{index[position].item()} at position {position}"
+            f"{name} must be in [0, {n_classes}) or {or_else}, got {index[position].item()} at "
+            f"position {position}"
         )
-
-
-# ---- in-place modes ------------------------------------------------------------------------------
-
-
-def check_overwritable(problem: Problem) -> None:
-    """Check that the in-place mode that is on may overwrite the logits."""
-    input, *_, settings = problem
-    name = "grad_in_forward" if settings.grad_in_forward else "inplace_backward"
-
-    def refuse(why: str, advice: str = "clone it") -> None:
-        raise RuntimeError(f"{name} must be False where {why}: {advice}")
-
-    is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and _torch_private.is_under_torch_func():
-        raise RuntimeError(f"{name} must be False under the transforms of torch.func")
-    if not is_compiling and input.is_neg():
-        refuse("input is a view with its signs to be changed")
-    # The compiler does not know the base of a view: see _torch_private.overwritable.
-    memory = input if is_compiling else _torch_private.memory_of(input)
-    if torch.is_grad_enabled() and input.requires_grad:
-        if input.is_leaf or (memory.is_leaf and memory.requires_grad):
-            refuse(
-                "input is a leaf of the graph, or a view of one",
-                "its values are the caller's, and would be overwritten by their gradient",
-            )
-        if not is_compiling and _torch_private.is_one_of_several_views(input):
-            refuse("input is one of several views that chunk, split or unbind returned")
-        if memory.is_leaf:
-            refuse("input is a view of a tensor that autograd has not recorded")
-    strides = f"got strides {input.stride()} of shape {tuple(input.shape)}"
-    # Without elements torch may give any strides, and a rank of several may have no classes.
-    if input.numel() > 0 and any(
-        stride == 0 < size - 1 for size, stride in zip(input.shape, input.stride(), strict=True)
-    ):
-        refuse(f"several elements of input share memory, {strides}")
-    if not _has_layout(input, settings.dim):
-        refuse(f"input has more than 4 row dimensions that cannot be merged, {strides}")
-    for other, tensor in zip(Problem._fields[1:-1], problem[1:-1], strict=True):
-        if tensor is None or is_compiling:
-            continue
-        if _torch_private.share_memory(tensor, input):
-            refuse(f"{other} shares input's memory, which is overwritten", f"clone {other}")
-    if settings.grad_in_forward:
-        _check_grad_in_forward(problem, memory)
-
-
-def _check_grad_in_forward(problem: Problem, memory: Tensor) -> None:
-    input, *others = problem[:-1]
-    if torch.is_grad_enabled() and input.requires_grad:
-        for name, tensor in zip(Problem._fields[1:-1], others, strict=True):
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    f"grad_in_forward must be False where {name} requires a gradient: the logits "
-                    "that it would be computed from are overwritten; use inplace_backward"
-                )
-    if input.dtype == torch.float16:
-        raise ValueError(
-            "grad_in_forward must be False for float16 input: what the forward writes, not yet "
-            "multiplied by a loss scale, falls below float16's range; use inplace_backward"
-        )
-    if memory.numel() != input.numel() or memory.dtype != input.dtype:
-        raise RuntimeError(
-            "grad_in_forward must be False where input is a view of a part of another tensor, "
-            f"got shape {tuple(input.shape)} of {tuple(memory.shape)}: use inplace_backward, or "
-            "clone it"
-        )
-
-
-def _has_layout(tensor: Tensor, dim: int) -> bool:
-    """Return True if the rows have at most 4 dimensions after merging: the kernels' limit."""
-    merged: list[int] = []
-    for d in range(tensor.dim()):
-        size, stride = tensor.shape[d], tensor.stride(d)
-        if d == dim or size == 1:
-            continue
-        if merged and merged[-1] == size * stride:
-            merged[-1] = stride
-        else:
-            merged.append(stride)
-    return len(merged) <= 4

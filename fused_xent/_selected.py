@@ -21,13 +21,13 @@ from ._autograd import Grads, Tensors, is_traced, needs_graph
 from ._linear import Inputs
 from ._linear_autograd import Layer
 from ._options import REDUCTIONS, Settings
-from ._problem import Problem, Saved, Upstream, accumulation_dtype, check_overwritable
+from ._overwriting import check_overwritable
+from ._problem import Problem, Saved, Upstream, accumulation_dtype, check_classes, is_checked
 from ._torch_private import (
     apply_at_this_level,
     apply_in_eager,
     are_ordinary,
     below_autograd,
-    has_values,
     is_eager,
     is_under_torch_func,
     unwrap_dead_wrappers,
@@ -41,10 +41,9 @@ def evaluate(problem: Problem) -> Tensors:
     The problem's target holds the selected classes. It is checked, but for their range.
     """
     logits, index, *_, settings = problem
-    if settings.inplace_backward:
-        check_overwritable(problem)
     if index.dim() < logits.dim():
         return _of_one_class(problem)
+    check_overwritable(problem)
     if _autograd.is_for_torch(problem):
         check_range(index, logits.shape[settings.dim])
         results = by_torch(logits, index, settings.dim, settings.of_operators)
@@ -75,15 +74,8 @@ def evaluate_plain(logits: Tensor, index: Tensor, settings: Settings) -> Tensor:
 
 def check_range(index: Tensor, n_classes: int) -> None:
     """Check the classes; not on a GPU, where the host would wait."""
-    if index.device.type != "cpu" or not has_values(index):
-        return
-    bad = ((index < 0) | (index >= n_classes)) & (index != PADDING)
-    if bad.any():
-        position = tuple(bad.nonzero()[0].tolist())
-        raise IndexError(
-            f"index must be in [0, {n_classes}) or {PADDING} (padding), got "
-            f"{index[position].item()} at position {position}"
-        )
+    if is_checked(index):
+        check_classes("index", index, n_classes, PADDING, f"{PADDING} (padding)")
 
 
 def _of_one_class(problem: Problem) -> Tensors:
@@ -154,7 +146,7 @@ class PlainOneClass(_autograd.PlainCrossEntropy):
 
 
 class PlainSelected(torch.autograd.Function):
-    """The same for a plain call, which is faster."""
+    """The log-probabilities of K classes in each row, for a plain call: faster than Selected."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -182,9 +174,8 @@ def _of_gradient(
 ) -> tuple[Problem, Saved]:
     """Return the loss of these labels, and what its forward would have saved."""
     logits, index, state, token_weight, *entropy = saved_tensors
-    total_weight: Any = None  # there is no mean
     problem = Problem(logits, of_labels, None, token_weight, None, index, settings)
-    return problem, Saved(total_weight, state, entropy[0] if entropy else None)
+    return problem, Saved(None, state, entropy[0] if entropy else None)
 
 
 def _as_labels(

@@ -172,9 +172,9 @@ def overwritable(tensor: Tensor) -> Tensor | None:
     """Return a tensor of the same value and memory that a backward may overwrite, or None.
 
     An eager tensor is returned as it is. In a traced graph the result is a tensor of its own: if
-    the given one is an output of the graph too, the compiler sees both uses, and copies. Not for
-    inputs of the graph and for parts of a tensor: torch's compiler orders other reads of these
-    after the write (2.13), and gives wrong gradients.
+    the given one is an output of the graph too, the compiler sees both uses, and copies. For inputs
+    of the graph and for parts of a tensor the result is None: the compiler of torch 2.13 moves
+    other reads of these after the write, which makes gradients wrong.
     """
     if not isinstance(tensor, FunctionalTensor):
         return tensor

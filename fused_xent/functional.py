@@ -20,7 +20,7 @@ from ._options import (
     check_names,
     resolve_once,
 )
-from ._problem import Arguments, has_dtensor, prepare
+from ._problem import Arguments, Problem, has_dtensor, prepare
 from ._torch_private import legacy_reduction
 from .reference import CrossEntropyStatistics
 
@@ -205,7 +205,7 @@ def cross_entropy(
     if has_torch_function_variadic(*tensors):
         legacy = {"size_average": size_average, "reduce": reduce}
         of_shard = dict(zip(OF_SHARD, shard, strict=True))
-        return _overridden(cross_entropy, *tensors, **legacy, **options, **of_shard)
+        return _overridden(cross_entropy, tensors, **legacy, **options, **of_shard)
     if size_average is not None or reduce is not None:
         options["reduction"] = legacy_reduction(size_average, reduce)
     is_whole = shard == (None, None, None)
@@ -254,7 +254,7 @@ def cross_entropy_with_statistics(
     check_names("cross_entropy_with_statistics", options, _SIGNATURE.parameters)
     tensors = (input, target, weight, token_weight, normalizer, target_indices)
     if has_torch_function_variadic(*tensors):
-        return _overridden(cross_entropy_with_statistics, *tensors, **options)
+        return _overridden(cross_entropy_with_statistics, tensors, **options)
     given: dict[str, Any] = {**options}
     legacy = given.pop("size_average", None), given.pop("reduce", None)
     if legacy != (None, None):
@@ -278,29 +278,11 @@ def _evaluate(
     return _parallel.evaluate(tensors, statistics, options, *shard)
 
 
-def _overridden(
-    function: Callable[..., T],
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | float | None,
-    target_indices: Tensor | None,
-    /,
-    **options: Any,
-) -> T:
+def _overridden(function: Callable[..., T], tensors: Arguments, **options: Any) -> T:
     """Call the ``__torch_function__`` of a tensor subclass."""
-    result: T = handle_torch_function(
-        function,
-        (input, target, weight, token_weight, normalizer, target_indices),
-        input,
-        target,
-        weight=weight,
-        token_weight=token_weight,
-        normalizer=normalizer,
-        target_indices=target_indices,
-        **options,
-    )
+    input, target, *others = tensors
+    named = dict(zip(Problem._fields[2:-1], others, strict=True))
+    result: T = handle_torch_function(function, tensors, input, target, **named, **options)
     return result
 
 

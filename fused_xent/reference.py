@@ -167,13 +167,18 @@ def cross_entropy_with_statistics(
     )
 
 
-def reduce(row_loss: Tensor, reduction: str, normalizer: Tensor | float) -> Tensor:
-    """Return the loss of all rows."""
+def reduce(row_loss: Tensor, reduction: str, normalizer: Tensor | float | None) -> Tensor:
+    """Return the loss of all rows. Only ``"mean"`` needs a normalizer."""
     if reduction == "none":
         return row_loss
-    if isinstance(normalizer, Tensor):  # a mean by 0 is NaN
+    return divided(row_loss.sum(), normalizer) if reduction == "mean" else row_loss.sum()
+
+
+def divided(total: Tensor, normalizer: Any) -> Tensor:
+    """Return the quotient of a mean, or of its gradient. Divided by 0, it is NaN, not infinite."""
+    if isinstance(normalizer, Tensor):
         normalizer = normalizer.masked_fill(normalizer == 0, torch.nan)
-    return row_loss.sum() / normalizer if reduction == "mean" else row_loss.sum()
+    return total / normalizer  # type: ignore[no-any-return]
 
 
 def _predictions(logits: Tensor, target: Tensor, kept: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
+from typing_extensions import Unpack
 
 from . import _autograd, _linear_checks, _selected, linear
 from ._linear_autograd import Layer
-from ._options import CALL_ERRORS, ProcessGroup, check_flag, check_index, resolve, resolve_once
+from ._options import (
+    CALL_ERRORS,
+    LinearSelectedOptions,
+    ProcessGroup,
+    SelectedOptions,
+    check_flag,
+    check_index,
+    resolve,
+    resolve_once,
+)
 from ._problem import (
     Problem,
     accumulation_dtype,
@@ -30,14 +40,8 @@ def selective_log_softmax(
     input: Tensor,
     index: Tensor,
     *,
-    dim: int = -1,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: Literal[False] = False,
-    inplace_backward: bool = False,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
+    **options: Unpack[SelectedOptions],
 ) -> Tensor: ...
 
 
@@ -46,14 +50,8 @@ def selective_log_softmax(
     input: Tensor,
     index: Tensor,
     *,
-    dim: int = -1,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: Literal[True],
-    inplace_backward: bool = False,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
+    **options: Unpack[SelectedOptions],
 ) -> SelectedLogProbs: ...
 
 
@@ -62,14 +60,8 @@ def selective_log_softmax(
     input: Tensor,
     index: Tensor,
     *,
-    dim: int = -1,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: bool,
-    inplace_backward: bool = False,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
+    **options: Unpack[SelectedOptions],
 ) -> Tensor | SelectedLogProbs: ...
 
 
@@ -172,17 +164,8 @@ def linear_selective_log_softmax(
     linear_weight: Tensor,
     index: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: Literal[False] = False,
-    logits_dtype: torch.dtype | None = None,
-    chunk_rows: int | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
-    sequence_parallel: bool = False,
-    reduce_grad_hidden: bool = True,
+    **options: Unpack[LinearSelectedOptions],
 ) -> Tensor: ...
 
 
@@ -192,17 +175,8 @@ def linear_selective_log_softmax(
     linear_weight: Tensor,
     index: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: Literal[True],
-    logits_dtype: torch.dtype | None = None,
-    chunk_rows: int | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
-    sequence_parallel: bool = False,
-    reduce_grad_hidden: bool = True,
+    **options: Unpack[LinearSelectedOptions],
 ) -> SelectedLogProbs: ...
 
 
@@ -212,17 +186,8 @@ def linear_selective_log_softmax(
     linear_weight: Tensor,
     index: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     with_entropy: bool,
-    logits_dtype: torch.dtype | None = None,
-    chunk_rows: int | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_classes: int | None = None,
-    sequence_parallel: bool = False,
-    reduce_grad_hidden: bool = True,
+    **options: Unpack[LinearSelectedOptions],
 ) -> Tensor | SelectedLogProbs: ...
 
 
@@ -290,23 +255,18 @@ def linear_selective_log_softmax(
         TypeError: an argument has the wrong type.
     """
     tensors = (input, linear_weight, index, linear_bias)
+    options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale}
+    of_shard: dict[str, Any] = {
+        "process_group": process_group,
+        "vocab_start": vocab_start,
+        "num_classes": num_classes,
+        "sequence_parallel": sequence_parallel,
+        "reduce_grad_hidden": reduce_grad_hidden,
+    }
     if has_torch_function_variadic(*tensors):
-        return _overridden(
-            linear_selective_log_softmax,
-            tensors,
-            *tensors[:3],
-            linear_bias=linear_bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            with_entropy=with_entropy,
-            logits_dtype=logits_dtype,
-            chunk_rows=chunk_rows,
-            process_group=process_group,
-            vocab_start=vocab_start,
-            num_classes=num_classes,
-            sequence_parallel=sequence_parallel,
-            reduce_grad_hidden=reduce_grad_hidden,
-        )
+        options |= {"linear_bias": linear_bias, "logits_dtype": logits_dtype, **of_shard}
+        options |= {"chunk_rows": chunk_rows, "with_entropy": with_entropy}
+        return _overridden(linear_selective_log_softmax, tensors, *tensors[:3], **options)
     _linear_checks.check_linear(input, linear_weight, linear_bias)
     if linear_weight.dim() != 2:
         raise ValueError(
@@ -316,13 +276,11 @@ def linear_selective_log_softmax(
     chunk_rows = _linear_checks.check_chunk_rows(chunk_rows, None)
     layer = Layer(input, linear_weight, linear_bias).autocast()
     dtype = _linear_checks.check_dtypes(layer, logits_dtype)
-    of_shard = (process_group, vocab_start, num_classes, sequence_parallel, reduce_grad_hidden)
-    split = _linear_checks.split_of(input, linear_weight, *of_shard)
+    split = _linear_checks.split_of(input, linear_weight, **of_shard)
     rows, n_classes = _linear_checks.rows_of(input, split), linear_weight.shape[0]
-    options = {"dim": len(rows), "softcap": softcap, "logit_scale": logit_scale}
     # Stands in for the logits: their shape, dtype and device, but one element of memory.
     logits = layer.hidden.new_zeros((), dtype=dtype).expand(*rows, n_classes)
-    problem = _prepare(logits, index, with_entropy, options)
+    problem = _prepare(logits, index, with_entropy, {"dim": len(rows), **options})
     _selected.check_range(index, n_classes if split is None else split.shard.n_classes)
     if split is None and _needs_all_logits(problem, chunk_rows):
         return _results(_evaluate(problem._replace(logits=layer.logits(dtype))))
@@ -382,8 +340,7 @@ def _of_shard(
     _selected.check_range(index, shard.n_classes)
     if n_own < logits.shape[dim]:  # the others are padding
         problem = problem._replace(logits=logits.narrow(dim, 0, n_own))
-    is_one = index.dim() < logits.dim()
-    if not is_one:
+    if index.dim() == logits.dim():
         return _parallel_selected.evaluate(problem, shard)
     problem = problem._replace(target=index.unsqueeze(dim))
     log_probs, *entropy = _parallel_selected.evaluate(problem, shard)

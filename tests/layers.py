@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fused_xent import _linear, linear_cross_entropy
+from fused_xent import _linear, _products, linear_cross_entropy
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 N, H, C = 11, 9, 37  # rows, features, classes
@@ -19,7 +19,7 @@ def by_classes(monkeypatch):
     monkeypatch.setattr(
         _linear, "_is_by_classes", lambda inputs: inputs.needs[1] and len(inputs.classes) == 1
     )
-    monkeypatch.setattr(_linear, "SLAB_BYTES", 400)
+    monkeypatch.setattr(_products, "SLAB_BYTES", 400)
 
 
 def make_layer(dtype=torch.float32, rows=(N,), classes=(C,), n_features=H, bias=True):

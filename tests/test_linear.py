@@ -23,7 +23,7 @@ from layers import (
 )
 
 import fused_xent
-from fused_xent import _linear, _ops, linear, linear_cross_entropy, reference
+from fused_xent import _linear, _ops, _products, linear, linear_cross_entropy, reference
 
 pytestmark = pytest.mark.usefixtures("few_logits_in_chunks")
 
@@ -181,7 +181,7 @@ def test_16_bit_and_float32_products(is_slow, dtype, layout, monkeypatch):
 
     The error is that of torch or less, on average over a dozen problems.
     """
-    monkeypatch.setattr(_linear, "_is_slow", lambda matrix: is_slow and dtype.itemsize == 2)
+    monkeypatch.setattr(_products, "_is_slow", lambda matrix: is_slow and dtype.itemsize == 2)
     for n_rows, n_features, n_classes in ((11, 12, 370), (40, 7, 5), (5, 90, 9)):
         squares = torch.zeros(2, 3)
         for _ in range(12):
@@ -444,9 +444,9 @@ def test_empty_layers(rows, classes, n_features):
 def test_slabs_fill_their_byte_limit():
     mebibyte = 1 << 20
     for is_cuda, limit in ((False, 8 * mebibyte), (True, 256 * mebibyte)):
-        sizes = [x.stop - x.start for x in _linear._slabs(10, limit // 3, is_cuda)]
+        sizes = [x.stop - x.start for x in _products.slabs(10, limit // 3, is_cuda)]
         assert sizes == [3, 3, 3, 1]
-        assert len(list(_linear._slabs(10, 2 * limit, is_cuda))) == 10
+        assert len(list(_products.slabs(10, 2 * limit, is_cuda))) == 10
 
 
 def test_one_chunk_needs_no_float32_gradient_sums(monkeypatch):
@@ -483,7 +483,9 @@ def test_detection_of_slow_products(supported, device, monkeypatch):
             torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda a=answer: a, raising=False
         )
     slow = {
-        dtype for dtype in DTYPES if _linear._is_slow(torch.empty(1, 1, dtype=dtype, device=device))
+        dtype
+        for dtype in DTYPES
+        if _products._is_slow(torch.empty(1, 1, dtype=dtype, device=device))
     }
     of_cpu = {
         torch.bfloat16: supported in ("fp16", "none"),

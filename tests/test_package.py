@@ -20,26 +20,37 @@ LAYERS = {
     "reference": set(),
     "_options": set(),
     "_problem": {"_options", "_torch_private"},
-    "_ops": {"_options", "_problem", "_torch_private"},
+    "_overwriting": {"_problem", "_torch_private"},
+    "_meta": {"_options", "_problem"},
+    "_ops": {"_meta", "_options", "_problem", "_torch_private"},
     "_formulas": {"_options", "_problem", "reference"},
-    "_autograd": {"_formulas", "_ops", "_options", "_problem", "_torch_private", "reference"},
-    "_parallel": {
-        *("_autograd", "_formulas", "_ops", "_options", "_problem", "_torch_private", "reference"),
+    "_grad_in_forward": {"_ops", "_problem", "_torch_private"},
+    "_autograd": {
+        *("_formulas", "_grad_in_forward", "_ops", "_options", "_overwriting", "_problem"),
+        *("_torch_private", "reference"),
     },
+    "_parallel_rows": {"_ops", "_options", "_problem", "_torch_private"},
+    "_parallel": {
+        *("_autograd", "_formulas", "_ops", "_options", "_overwriting", "_parallel_rows"),
+        *("_problem", "_torch_private", "reference"),
+    },
+    "_dtensor_layout": {"_parallel_rows"},
     "_dtensor": {
-        *("_autograd", "_options", "_parallel", "_problem", "_torch_private", "reference"),
+        *("_autograd", "_dtensor_layout", "_formulas", "_options", "_parallel", "_problem"),
+        *("_torch_private", "reference"),
     },
     "functional": {
         *("_autograd", "_dtensor", "_options", "_parallel", "_problem", "_torch_private"),
         "reference",
     },
-    "_linear": {"_formulas", "_ops", "_options", "_problem", "_torch_private"},
+    "_products": {"_torch_private"},
+    "_linear": {"_formulas", "_ops", "_options", "_problem", "_products", "_torch_private"},
     "_linear_autograd": {
         *("_autograd", "_linear", "_ops", "_options", "_problem", "_torch_private", "reference"),
     },
     "_parallel_linear": {
         *("_autograd", "_formulas", "_linear", "_linear_autograd", "_options", "_parallel"),
-        *("_problem", "_torch_private", "reference"),
+        *("_parallel_rows", "_problem", "_products", "_torch_private", "reference"),
     },
     "_linear_checks": {"_linear_autograd", "_options", "_parallel", "_parallel_linear", "_problem"},
     "_linear_rows": {"_linear_autograd", "_options", "_problem", "reference"},
@@ -48,20 +59,20 @@ LAYERS = {
         *("_options", "_parallel_linear", "_problem", "_torch_private", "reference"),
     },
     "_selected": {
-        *("_autograd", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),
-        *("_torch_private", "reference"),
+        *("_autograd", "_linear", "_linear_autograd", "_ops", "_options", "_overwriting"),
+        *("_problem", "_torch_private", "reference"),
     },
     "_parallel_selected": {
-        *("_autograd", "_linear_autograd", "_ops", "_options", "_parallel", "_parallel_linear"),
-        *("_problem", "_torch_private", "reference"),
+        *("_autograd", "_linear_autograd", "_ops", "_options", "_overwriting", "_parallel"),
+        *("_parallel_linear", "_parallel_rows", "_problem", "_torch_private", "reference"),
     },
     "selected": {
         *("_autograd", "_linear_autograd", "_linear_checks", "_options", "_parallel"),
         *("_parallel_selected", "_problem", "_selected", "_torch_private", "linear", "reference"),
     },
     "_decompositions": {
-        *("_autograd", "_formulas", "_linear", "_linear_autograd", "_ops", "_options", "_problem"),
-        *("_selected", "reference"),
+        *("_autograd", "_formulas", "_linear", "_linear_autograd", "_meta", "_ops", "_options"),
+        *("_problem", "_selected", "reference"),
     },
     "nn": {"_options", "_parallel", "_torch_private", "functional", "linear"},
     "__init__": {

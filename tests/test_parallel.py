@@ -373,19 +373,19 @@ def _check_communication(shards):
     own = torch.randn(N_ROWS, shards.n_classes)[:, shards.own].clone().requires_grad_()
     target = torch.randint(shards.n_classes, (N_ROWS,))
     sent = []
-    all_gather = fused_xent._parallel.all_gather
+    all_gather = fused_xent._parallel_rows.all_gather
 
     def counted(packed, group):
         sent.append(packed.numel() * packed.element_size())
         return all_gather(packed, group)
 
-    fused_xent._parallel.all_gather = counted
+    fused_xent._parallel_rows.all_gather = counted
     with CommDebugMode() as collectives:
         loss = fused_xent.cross_entropy(own, target, reduction="none", **shards.given)
         assert collectives.get_total_counts() <= 1
         loss.sum().backward()
         assert collectives.get_total_counts() <= 1
-    fused_xent._parallel.all_gather = all_gather
+    fused_xent._parallel_rows.all_gather = all_gather
     assert sent == [12 * N_ROWS + 8]  # 12 bytes a row, and the range of the classes
     results = fused_xent.cross_entropy_with_statistics(own, target, **shards.given)
     for value in (loss, *results):

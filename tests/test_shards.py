@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import fused_xent
 from fused_xent import _ops
+from fused_xent._meta import AddedUp
 
 SIZES = {"two": (60, 41), "uneven": (1, 1, 201), "empty": (0, 30, 0, 7), "one": (20,)}
 N_ROWS = 150  # more than a block of the kernel
@@ -99,7 +100,7 @@ class Case:
             *(token_weight, is_bad, rank, self.n_classes, keeps_mass),
             **options,
         )
-        return _ops.AddedUp._make([x.cpu() for x in found])
+        return AddedUp._make([x.cpu() for x in found])
 
 
 def near(found, wanted, dtype, what):

@@ -26,7 +26,7 @@ bool overlaps_itself(const Tensor& tensor) {
 // Memory for a gradient in which each row is as far from a multiple of 16 bytes as that row of the
 // logits, so that kernels can access both by vectors. In empty_like(logits) it is not for
 // logits[:, :50257] of 50304 classes, or logits[:, :-1] of sequences of 50257. Null if empty_like
-// will do, and for rows so short that the padding would exceed 3 %. ../../fused_xent/_ops.py does
+// will do, and for rows so short that the padding would exceed 3 %. ../../fused_xent/_meta.py does
 // the same for fake tensors.
 OptionalTensor aligned_gradient(const Tensor& logits, int64_t dim) {
   const auto size = static_cast<int64_t>(logits.element_size());

@@ -100,9 +100,7 @@ class ModelForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         fused = self.fused
-        if not fused.is_wanted(args, kwargs):
-            return self._run(args, kwargs)
-        if not fused.start():
+        if not (fused.is_wanted(args, kwargs) and fused.start()):
             return self._run(args, kwargs)
         try:
             return fused.finish(self._run(args, kwargs))

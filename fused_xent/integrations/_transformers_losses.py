@@ -90,34 +90,7 @@ class Loss:
 class LanguageLoss(Loss):
     """A loss of all positions."""
 
-    def _loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items: NumItems,
-        ignore_index: int,
-        shift: int,
-    ) -> Tensor:
-        head = self.head if logits.shape[-1] == 0 else None  # the stand-in for logits
-        n_classes = logits.shape[-1] if head is None else head.n_classes
-        if vocab_size not in (n_classes, logits.shape[-1]):  # some models pass logits.shape[-1]
-            raise ValueError(
-                f"logits must have vocab_size = {vocab_size} classes, got shape "
-                f"{(*logits.shape[:-1], n_classes)}: set the vocab_size of the model and of its "
-                "config"
-            )
-        if head is not None:
-            return head(logits, labels, num_items, ignore_index, shift)
-        if shift:
-            labels = next_labels(labels, ignore_index)
-        return reduced(logits, labels, num_items, ignore_index, self.options)
-
-
-class CausalLoss(LanguageLoss):
-    """The loss of the next token: ForCausalLMLoss."""
-
-    name = "ForCausalLMLoss"
+    is_causal: bool  # position i predicts label i + 1
 
     def __call__(
         self,
@@ -129,28 +102,35 @@ class CausalLoss(LanguageLoss):
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Return the loss; ``shift_labels`` are aligned with the logits already."""
-        shift = int(shift_labels is None)
-        aligned = labels if shift_labels is None else shift_labels
-        return self._loss(logits, aligned, vocab_size, num_items_in_batch, ignore_index, shift)
+        """Return the loss. ``shift_labels`` of a causal model are aligned with the logits."""
+        shift = int(self.is_causal and shift_labels is None)
+        if self.is_causal and shift_labels is not None:
+            labels = shift_labels
+        head = self.head if logits.shape[-1] == 0 else None  # the stand-in for logits
+        n_classes = logits.shape[-1] if head is None else head.n_classes
+        if vocab_size not in (n_classes, logits.shape[-1]):  # some models pass logits.shape[-1]
+            raise ValueError(
+                f"logits must have vocab_size = {vocab_size} classes, got shape "
+                f"{(*logits.shape[:-1], n_classes)}: set the vocab_size of the model and of its "
+                "config"
+            )
+        if head is not None:
+            return head(logits, labels, num_items_in_batch, ignore_index, shift)
+        if shift:
+            labels = next_labels(labels, ignore_index)
+        return reduced(logits, labels, num_items_in_batch, ignore_index, self.options)
+
+
+class CausalLoss(LanguageLoss):
+    """The loss of the next token: ForCausalLMLoss."""
+
+    name, is_causal = "ForCausalLMLoss", True
 
 
 class MaskedLoss(LanguageLoss):
     """The loss of labels that are aligned with the logits: ForMaskedLMLoss."""
 
-    name = "ForMaskedLMLoss"
-
-    def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: NumItems = None,
-        ignore_index: int = -100,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Return the loss."""
-        return self._loss(logits, labels, vocab_size, num_items_in_batch, ignore_index, 0)
+    name, is_causal = "ForMaskedLMLoss", False
 
 
 class TokenClassificationLoss(Loss):

@@ -1,8 +1,9 @@
 """What a model does to the logits of its head: a scale and a softcap, or it is refused.
 
-It is measured: stand-ins for the backbone and the head return known numbers, and the model's own
-forward must give its loss function ``softcap * tanh(logit_scale * number / softcap)`` of the head's
-numbers, or ``logit_scale * number``, for two that tell the scale and the cap and for random ones.
+It is measured: stand-ins for the backbone and the head return known numbers. From the head's
+numbers, the model's own forward must make ``softcap * tanh(logit_scale * number / softcap)`` or
+``logit_scale * number``, and pass it to its loss function. Two of the numbers tell the scale and
+the cap; the others are random, and must agree.
 """
 
 from __future__ import annotations
@@ -31,11 +32,9 @@ class Tail(NamedTuple):
     def __str__(self) -> str:
         """Return the formula."""
         scaled = "x" if self.logit_scale == 1 else f"{self.logit_scale:g} x"
-        return (
-            scaled
-            if self.softcap is None
-            else f"{self.softcap:g} tanh({scaled} / {self.softcap:g})"
-        )
+        if self.softcap is None:
+            return scaled
+        return f"{self.softcap:g} tanh({scaled} / {self.softcap:g})"
 
 
 def numbers_of(model: Any) -> dict[str, float]:
@@ -146,7 +145,8 @@ def _loss_of(model: Any, head: nn.Linear, logits: Tensor, loss: _LossStandIn) ->
         for name in ("training", "_loss_function")
         if name in model.__dict__
     }
-    given = {"output_router_logits": False} if _takes(model, "output_router_logits") else {}
+    known = inspect.signature(type(model).forward).parameters
+    given = {"output_router_logits": False} if "output_router_logits" in known else {}
     try:
         model.training = True
         model.loss_function = loss
@@ -160,10 +160,6 @@ def _loss_of(model: Any, head: nn.Linear, logits: Tensor, loss: _LossStandIn) ->
         model.__dict__.update(kept)
         for parent, name, module in places:
             parent._modules[name] = module
-
-
-def _takes(model: Any, argument: str) -> bool:
-    return argument in inspect.signature(type(model).forward).parameters
 
 
 def _backbone(model: Any) -> nn.Module:

@@ -50,10 +50,12 @@ def _sum_of_kl(student: Tensor, teacher: Tensor, labels: Tensor | None, scale: f
     index = torch.zeros(student.shape[:-1], dtype=torch.int64, device=student.device)
     if labels is not None:
         index = index.masked_fill(labels == -100, -100)
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(student.dtype, torch.float32)
     with torch.no_grad():
         _, entropy = selective_log_softmax(teacher, index, logit_scale=scale, with_entropy=True)
-        probabilities = torch.softmax(teacher * scale, -1, dtype=dtype)
+        # A factor with a dimension promotes 16-bit logits. Scaled in 16 bits they would be rounded,
+        # those of the entropy not, and the KL of equal models would not be 0.
+        probabilities = (teacher * teacher.new_full((1,), scale, dtype=dtype)).softmax(-1)
     of_student = cross_entropy(
         student,
         probabilities,

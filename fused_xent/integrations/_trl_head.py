@@ -28,8 +28,6 @@ ARGUMENTS = (
     *("final_logit_softcapping", "logit_scale", "outputs"),
 )
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in this order
-OPTIONS = {"temperature", "cast_lm_head_to_fp32", "outputs", "final_logit_softcapping"}
-OPTIONS |= {"logit_scale"}
 
 
 class Head(NamedTuple):
@@ -54,7 +52,7 @@ def check_version() -> None:
             arguments == ARGUMENTS
             and ("log_probs", *kernels.OPTIONAL_OUTPUTS) == OUTPUTS
             and {KERNEL, COMPACT} <= set(code.co_names)
-            and set(code.co_freevars) >= OPTIONS
+            and set(code.co_freevars) >= set(Head._fields)
         )
     except (ImportError, AttributeError, StopIteration):
         is_known = False
@@ -178,12 +176,11 @@ def _differentiable(
 
 def _statistics(layer: Layer, **options: Any) -> Any:
     hidden, weight, bias, targets = layer
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return linear_cross_entropy_with_statistics(
         *(hidden, weight, targets),
         linear_bias=bias,
         reduction="none",
-        loss_dtype=dtype,
+        loss_dtype=torch.promote_types(hidden.dtype, torch.float32),
         **options,
     )
 
@@ -200,8 +197,9 @@ def _mean_logits(layer: Layer, logits: dict[str, Any]) -> Tensor:
     """Return the mean logit of each row."""
     hidden, weight, bias, _ = layer
     if logits["softcap"] is None:  # the mean of the layer's outputs is that of its weights
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        mean = hidden.to(dtype) @ weight.mean(0, dtype=dtype)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        # Not by a matrix product, which autocast would round to 16 bits.
+        mean = (hidden * weight.mean(0, dtype=dtype)).sum(-1)
         mean = mean if bias is None else mean + bias.mean(dtype=dtype)
         return mean * float(logits["logit_scale"])
     # Labels that are all smoothing: the loss is the log-sum-exp less the mean.

@@ -221,33 +221,24 @@ def _loss_of_dtensors(
                 f"got placements {placements} and {hidden.placements}"
             )
     if any(is_split):
-        axis = is_split.index(True)
-        n_classes = weight.shape[0]
-        group = mesh.get_group(axis)
-        start = min(-(-n_classes // group.size()) * group.rank(), n_classes)
+        group, n_classes = mesh.get_group(is_split.index(True)), weight.shape[0]
+        start, _ = _range_of(group, n_classes)
         options |= {"process_group": group, "vocab_start": start, "num_classes": n_classes}
         options["reduce_grad_hidden"] = False
     of_weight_grad = [Shard(0) if split else Partial() for split in is_split]
-    own_labels = labels.to_local() if isinstance(labels, DTensor) else labels
+    pairs = zip(is_split, hidden.placements, strict=True)
+    of_hidden_grad = [Partial() if split else placement for split, placement in pairs]
+    if linear_bias is not None:
+        linear_bias = linear_bias.to_local(grad_placements=of_weight_grad)
     loss = linear_cross_entropy(
-        hidden.to_local(grad_placements=_partial_where(is_split, hidden.placements)),
+        hidden.to_local(grad_placements=of_hidden_grad),
         weight.to_local(grad_placements=of_weight_grad),
-        own_labels,
-        linear_bias=_local(linear_bias, of_weight_grad),
+        labels.to_local() if isinstance(labels, DTensor) else labels,
+        linear_bias=linear_bias,
         **options,
     )
-    of_loss = [
-        Partial() if placement.is_shard() else Replicate() for placement in hidden.placements
-    ]
+    of_loss = [Partial() if rows.is_shard() else Replicate() for rows in hidden.placements]
     return DTensor.from_local(loss, mesh, of_loss, run_check=False)
-
-
-def _partial_where(is_split: list[bool], placements: tuple[Any, ...]) -> list[Any]:
-    return [Partial() if split else x for split, x in zip(is_split, placements, strict=True)]
-
-
-def _local(tensor: Any, grad_placements: list[Any]) -> Any:
-    return tensor.to_local(grad_placements=grad_placements) if tensor is not None else None
 
 
 def _split_of(global_vocab_size: int | None, n_own: int) -> dict[str, Any]:
@@ -260,14 +251,20 @@ def _split_of(global_vocab_size: int | None, n_own: int) -> dict[str, Any]:
             "set it in the Config of the loss"
         )
     group = current_spmd_mesh().get_group("tp")
-    n_each = -(-global_vocab_size // group.size())
-    start = min(n_each * group.rank(), global_vocab_size)
-    if n_own != min(n_each, global_vocab_size - start):
+    start, end = _range_of(group, global_vocab_size)
+    if n_own != end - start:
         raise ValueError(
             f"global_vocab_size must be the number of all classes, got {global_vocab_size}: rank "
             f"{group.rank()} of {group.size()} has {n_own} classes"
         )
     return {"process_group": group, "vocab_start": start, "num_classes": global_vocab_size}
+
+
+def _range_of(group: Any, n_classes: int) -> tuple[int, int]:
+    """Return this rank's range of the classes, which are split as by torch.chunk."""
+    n_each = -(-n_classes // group.size())
+    start = min(n_each * group.rank(), n_classes)
+    return start, min(start + n_each, n_classes)
 
 
 def _like(loss: Tensor, other: Tensor) -> Tensor:

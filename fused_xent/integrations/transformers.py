@@ -173,13 +173,18 @@ def _checked_options(
             raise TypeError(f"an option of apply must be one of {', '.join(known)}{hint}: {name!r}")
     of_logits = {name: options[name] for name in (*OF_LOSS, *OF_LOGITS) if name in options}
     of_head = {name: options[name] for name in (*OF_LOSS, *OF_HEAD) if name in options}
-    numbers, label = (
-        torch.zeros(1, 2, device="cpu"),
-        torch.zeros(1, dtype=torch.int64, device="cpu"),
-    )
-    cross_entropy(numbers, label, **of_logits)  # checks values
-    linear_cross_entropy(numbers, torch.zeros(2, 2, device="cpu"), label, **of_head)
+    _check_values(of_logits)
+    _check_values(of_head, linear_cross_entropy, torch.zeros(2, 2, device="cpu"))
     return of_logits, of_head
+
+
+def _check_values(
+    options: dict[str, Any], function: Callable[..., Tensor] = cross_entropy, *layer: Tensor
+) -> None:
+    """Check the values of options: compute a loss with them."""
+    numbers = torch.zeros(1, 2, device="cpu")
+    label = torch.zeros(1, dtype=torch.int64, device="cpu")
+    function(numbers, *layer, label, **options)
 
 
 def _unwrapped(model: Any) -> Any:
@@ -350,9 +355,5 @@ def compute_loss_func(
         "lse_square_scale": lse_square_scale,
         "focal_gamma": focal_gamma,
     }
-    numbers, label = (
-        torch.zeros(1, 2, device="cpu"),
-        torch.zeros(1, dtype=torch.int64, device="cpu"),
-    )
-    cross_entropy(numbers, label, ignore_index=ignore_index, **options)  # checks values
+    _check_values({"ignore_index": ignore_index, **options})
     return LossOfOutputs(shift, ignore_index, options)

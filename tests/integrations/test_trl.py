@@ -205,6 +205,19 @@ def test_values_and_gradients(softcap, bias, few_logits_in_chunks):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_logits_under_autocast(dtype):
+    """They are float32, as TRL's, and not rounded."""
+    hidden, weight, offset = torch.randn(7, 64).to(dtype), torch.rand(50, 64), torch.rand(50)
+    outputs = ("log_probs", "mean_logits")
+    given = (torch.zeros(7, dtype=torch.int64), 0.5, 8, None, 1.0, outputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _trl_head.LogProbs.apply(hidden, weight, offset, *given)[3]
+    exact = 2 * F.linear(hidden.double(), weight.double(), offset.double()).mean(1)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def fused(model, tokens, labels, **options):
     return model(input_ids=tokens, labels=labels, fused_lm_head=True, **options)
 

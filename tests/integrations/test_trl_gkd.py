@@ -80,6 +80,24 @@ def test_loss(masked, options):
         torch.testing.assert_close(other.double(), one, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_temperature_does_not_round(dtype):
+    """16-bit logits are scaled in float32, those of the teacher too: equal models have KL 0."""
+    teacher = (4 * torch.randn(16, 1000)).to(dtype)
+    student = (teacher + 0.1 * torch.randn(16, 1000)).to(dtype)
+    loss = fused_jsd_loss(None)
+    assert abs(loss(teacher, teacher, beta=0, temperature=0.9).item()) < 1e-5
+    results = []
+    for function, of_dtype in ((loss, dtype), (GKDTrainer.generalized_jsd_loss, torch.float64)):
+        leaf = student.to(of_dtype).requires_grad_()
+        value = function(leaf, teacher.to(of_dtype), beta=0, temperature=0.9)
+        results.append((value.double(), torch.autograd.grad(value, leaf)[0].double()))
+    (value, gradient), (exact, exact_gradient) = results
+    torch.testing.assert_close(value, exact, rtol=1e-3, atol=0)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient, exact_gradient, rtol=eps, atol=1e-5)
+
+
 def test_nothing_to_learn_from():
     labels = torch.full((2, 5), -100)
     student = torch.randn(2, 5, 40, requires_grad=True)

@@ -76,6 +76,12 @@ FAULTS = {
         "    if forward is None:\n        raise",
         (TRL_TESTS + "test_undo_refuses_where_the_forward_was_replaced",),
     ),
+    "TRL: autocast rounds mean logits": Fault(
+        HEAD,
+        "(hidden * weight.mean(0, dtype=dtype)).sum(-1)",
+        "hidden.to(dtype) @ weight.mean(0, dtype=dtype)",
+        (TRL_TESTS + "test_mean_logits_under_autocast",),
+    ),
     "GKD: rows without a label count": Fault(
         GKD,
         "token_weight=(index == 0).to(dtype)",
@@ -84,17 +90,23 @@ FAULTS = {
     ),
     "GKD: the teacher has no temperature": Fault(
         GKD,
-        "torch.softmax(teacher * scale, -1",
-        "torch.softmax(teacher, -1",
+        "teacher.new_full((1,), scale, dtype=dtype)",
+        "teacher.new_full((1,), 1.0, dtype=dtype)",
         (GKD_TESTS + "test_loss",),
+    ),
+    "GKD: the teacher's logits are scaled in 16 bits": Fault(
+        GKD,
+        "(teacher * teacher.new_full((1,), scale, dtype=dtype)).softmax(-1)",
+        "torch.softmax(teacher * scale, -1, dtype=dtype)",
+        (GKD_TESTS + "test_the_temperature_does_not_round",),
     ),
     "GKD: all divergences are taken for the forward KL": Fault(
         GKD, "if beta != 0 or not is_sum", "if not is_sum", (GKD_TESTS + "test_loss",)
     ),
     "torchtitan: the gradient of a hidden DTensor is taken for that of all classes": Fault(
         TORCHTITAN,
-        "[Partial() if split else x for split, x in",
-        "[x for _, x in",
+        "[Partial() if split else placement for split, placement in",
+        "[placement for _, placement in",
         (TITAN_TESTS + "test_llama[1-2]",),
     ),
     "torchtitan: gradients of hidden states are added up twice": Fault(
