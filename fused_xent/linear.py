@@ -257,18 +257,8 @@ def _overridden(
     function: Callable[..., T], tensors: tuple[Any, ...], others: tuple[Any, ...], options: Any
 ) -> T:
     """Call the ``__torch_function__`` of a tensor subclass."""
-    linear_bias, weight, token_weight, normalizer, target_indices = others
-    result: T = handle_torch_function(
-        function,
-        (*tensors, *others),
-        *tensors,
-        linear_bias=linear_bias,
-        weight=weight,
-        token_weight=token_weight,
-        normalizer=normalizer,
-        target_indices=target_indices,
-        **options,
-    )
+    named = dict(zip(("linear_bias", *Problem._fields[2:-1]), others, strict=True))
+    result: T = handle_torch_function(function, (*tensors, *others), *tensors, **named, **options)
     return result
 
 

@@ -62,6 +62,12 @@ def force(operators):
         operators(operation, [])
 
 
+def test_clusters_of_three_blocks_are_refused(operators):
+    plan = [REGIMES["split"], 64, 64, 3, 4, 1, 1, 0]
+    with pytest.raises(RuntimeError, match="power of two"):
+        operators("forward_backward", plan)
+
+
 def cases(*tables):
     """Return all pairs of the names of two tables, each with the next dtype."""
     pairs = [(a, b) for a in tables[0] for b in tables[1]]

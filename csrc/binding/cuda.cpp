@@ -191,6 +191,8 @@ void force_cuda_plan(const std::string& operation, const std::vector<int64_t>& p
   FUSED_XENT_CHECK(plan.size() == 8,
                    "plan must have 8 members or none, got " + std::to_string(plan.size()));
   FUSED_XENT_CHECK(0 <= plan[0] && plan[0] <= 3, "plan's regime must be 0 to 3");
+  FUSED_XENT_CHECK(operation != "forward_backward" || (plan[3] & (plan[3] - 1)) == 0,
+                   "plan's parts must be a power of two in forward_backward, a size of clusters");
   const auto at = [&](int i) { return static_cast<int>(plan[i]); };
   forced_plans[operation] =
       Plan{static_cast<cuda::Regime>(plan[0]), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
