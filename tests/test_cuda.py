@@ -64,7 +64,7 @@ def force(operators):
 
 def test_clusters_of_three_blocks_are_refused(operators):
     plan = [REGIMES["split"], 64, 64, 3, 4, 1, 1, 0]
-    with pytest.raises(RuntimeError, match="power of two"):
+    with pytest.raises(ValueError, match="power of two"):
         operators("forward_backward", plan)
 
 

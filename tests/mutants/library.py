@@ -16,7 +16,7 @@ FLAGS = ["-Og", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS += [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
 FLAGS += [f"-DFUSED_XENT_WITHOUT_{name.upper()}" for name in UNUSED]
-BINDING = ("cpu", "schemas", "tensors")
+BINDING = ("cpu", "layout", "schemas", "tensors")
 
 
 def build_library(project: Path, builds: Path) -> Path:
