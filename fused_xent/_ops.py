@@ -256,10 +256,21 @@ if LOAD_ERROR is None:
 
 
 def _call(operator: Callable[..., T], problem: Problem, **inplace: bool) -> T:
-    *tensors, target_indices, settings = problem
-    kind = (settings.dim, settings.reduction, settings.loss_dtype)
-    indices = () if target_indices is None else (target_indices,)
-    return operator(*tensors, *kind, *indices, **inplace, **settings.of_operators)
+    # Written out here and below: to build lists of arguments takes time that a small loss notices.
+    logits, target, weight, token_weight, normalizer, target_indices, settings = problem
+    return operator(
+        logits,
+        target,
+        weight,
+        token_weight,
+        normalizer,
+        settings.dim,
+        settings.reduction,
+        settings.loss_dtype,
+        *(() if target_indices is None else (target_indices,)),
+        **inplace,
+        **settings.of_operators,
+    )
 
 
 def forward(problem: Problem, **inplace: bool) -> tuple[Tensor, ...]:
@@ -276,12 +287,22 @@ def forward_backward_(problem: Problem) -> tuple[Tensor, ...]:
 def _call_backward(
     operator: Callable[..., T], problem: Problem, saved: Saved, upstream: Upstream
 ) -> T:
-    *tensors, _, target_indices, settings = problem
-    total_weight, *of_rows = saved
-    kind = (settings.dim, settings.reduction)
-    indices = () if target_indices is None else (target_indices,)
-    arguments = (*tensors, total_weight, *kind, *of_rows, *upstream, *indices)
-    return operator(*arguments, **settings.of_operators)
+    logits, target, weight, token_weight, _, target_indices, settings = problem
+    total_weight, state, entropy = saved
+    return operator(
+        logits,
+        target,
+        weight,
+        token_weight,
+        total_weight,
+        settings.dim,
+        settings.reduction,
+        state,
+        entropy,
+        *upstream,
+        *(() if target_indices is None else (target_indices,)),
+        **settings.of_operators,
+    )
 
 
 def backward(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:

@@ -3273,14 +3273,14 @@ OPS_FAULTS = {
     ),
     "a normalizer goes where token weights do": Fault(
         OPS,
-        "operator(*tensors, *kind, *indices, **inplace",
-        "operator(*tensors[:3], *tensors[:2:-1], *kind, *indices, **inplace",
+        "        token_weight,\n        normalizer,\n        settings.dim,\n",
+        "        normalizer,\n        token_weight,\n        settings.dim,\n",
         ("tests/test_options.py::test_normalizer",),
     ),
     "the backward divides by the normalizer": Fault(
         OPS,
-        "(*tensors, total_weight, *kind, ",
-        "(*tensors, problem.normalizer, *kind, ",
+        "        token_weight,\n        total_weight,\n        settings.dim,\n",
+        "        token_weight,\n        problem.normalizer,\n        settings.dim,\n",
         (
             "tests/test_autograd.py::test_gradcheck",
             "tests/test_options.py::test_normalizer",
@@ -3295,8 +3295,8 @@ OPS_FAULTS = {
     ),
     "the backward has no options": Fault(
         OPS,
-        "operator(*arguments, **settings.of_operators)",
-        "operator(*arguments)",
+        "(target_indices,)),\n        **settings.of_operators,\n",
+        "(target_indices,)),\n",
         (
             "tests/test_autograd.py::test_gradcheck",
             "tests/test_options.py::test_any_combination_of_many_options",
@@ -3319,14 +3319,14 @@ OPS_FAULTS = {
     ),
     "the fast path's loss is in the logits' dtype": Fault(
         OPS,
-        "(settings.dim, settings.reduction, settings.loss_dtype)",
-        "(settings.dim, settings.reduction, None)",
+        "        settings.loss_dtype,\n",
+        "        None,\n",
         ("tests/test_functional.py::test_loss_dtype",),
     ),
     "the fast path has no options": Fault(
         OPS,
-        "*indices, **inplace, **settings.of_operators)",
-        "*indices, **inplace)",
+        ("        **inplace,\n        **settings.of_operators,\n"),
+        "        **inplace,\n",
         (
             *FORMULA,
             "tests/test_options.py::test_any_combination_of_many_options",
@@ -3335,8 +3335,8 @@ OPS_FAULTS = {
     ),
     "the fast path's backward has no options": Fault(
         OPS,
-        "operator(*arguments, **settings.of_operators)",
-        "operator(*arguments)",
+        ("(target_indices,)),\n        **settings.of_operators,\n"),
+        "(target_indices,)),\n",
         (
             "tests/test_functional.py::test_torchs_samples",
             "tests/test_autograd.py::test_gradcheck",
