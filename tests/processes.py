@@ -6,6 +6,7 @@ all are stopped and the error names the process. A function of a module ``test_x
 imports torch and the module, which takes seconds, and forks the others.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -30,10 +31,14 @@ def run(function, n_processes, *arguments, timeout=240, backend="gloo"):
     env = {**os.environ, "PYTHONPATH": path, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     command = [sys.executable, "-W", "ignore", __file__, function.__module__, function.__name__]
     command += [backend, str(n_processes), str(timeout), *arguments]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
-    )
-    assert done.returncode == 0, done.stdout
+    to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=env, start_new_session=True, **to) as first:
+        try:
+            output, _ = first.communicate()
+        finally:  # a time limit of pytest ends the test: the forked processes must not go on
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)
+    assert first.returncode == 0, output
 
 
 def _main(module, function, backend, n_processes, timeout, *arguments):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from emulator import Harness, PtxError, missing_tools, preload_environment, translate_module
+from emulator.ptx_operands import identifier
 
 pytestmark = pytest.mark.cpu("runs in the emulator")
 
@@ -420,3 +421,14 @@ def test_builds_outside_fixtures_fail(cache, tmp_path):
     (tmp_path / "new.cpp").write_text("int value;\n")
     with pytest.raises(RuntimeError, match="build in a fixture"):
         Harness([], [tmp_path / "new.cpp"]).library(cache)
+
+
+def test_names_do_not_say_which_build_they_are_of():
+    """nvcc numbers unnamed namespaces; kernels that are otherwise equal are compiled once."""
+    form = "_ZN2ns52_GLOBAL__N__{}_19_forward_backward_cu_{}6kernelIfEEvi"
+    names = [
+        identifier(form.format(*numbers))
+        for numbers in (("9f1f2d84", "4bf1c29b"), ("0" * 8, "1" * 8))
+    ]
+    assert names[0] == names[1]
+    assert identifier(form.format("9f1f2d84", "4bf1c29b").replace("backward", "other")) != names[0]

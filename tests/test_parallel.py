@@ -4,6 +4,7 @@ Each test runs in processes of its own: a function `check_...` runs in each of t
 """
 
 import itertools
+import time
 
 import processes
 import pytest
@@ -470,3 +471,13 @@ def check_death():
 def test_a_process_that_dies_stops_the_others():
     with pytest.raises(AssertionError, match=r"process 1 failed(.|\n)*the second process dies"):
         processes.run(check_death, 2)
+
+
+def check_hang():
+    if dist.get_rank() == 1:
+        time.sleep(1000)
+
+
+def test_processes_that_take_too_long_are_stopped():
+    with pytest.raises(AssertionError, match="process 1 has not ended in time"):
+        processes.run(check_hang, 2, timeout=3)
