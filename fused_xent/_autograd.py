@@ -101,11 +101,7 @@ def evaluate_plain(logits: Tensor, target: Tensor, settings: Settings) -> Tensor
     """Return the loss of a plain call."""
     if torch.is_grad_enabled() and logits.requires_grad:
         return apply_in_eager(PlainCrossEntropy, logits, target, settings)  # type: ignore[no-any-return]
-    return _ops.plain_loss(_plain_problem(logits, target, settings))
-
-
-def _plain_problem(logits: Tensor, target: Tensor, settings: Settings) -> Problem:
-    return Problem(logits, target, None, None, None, None, settings)
+    return _ops.plain_loss(logits, target, settings)
 
 
 def is_for_torch(problem: Problem) -> bool:
@@ -191,8 +187,7 @@ class PlainCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Return the loss; the inputs are logits, target and Settings."""
         logits, target, ctx.settings = inputs
-        problem = _plain_problem(logits, target, ctx.settings)
-        loss, total_weight, state = _ops.plain_forward(problem)
+        loss, total_weight, state = _ops.plain_forward(*inputs)
         ctx.save_for_backward(logits, target, total_weight, state)
         return loss
 
@@ -200,12 +195,12 @@ class PlainCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Grads:
         """Return the gradient of the logits."""
         logits, target, total_weight, state = ctx.saved_tensors
-        problem = _plain_problem(logits, target, ctx.settings)
-        saved, upstream = Saved(total_weight, state, None), Upstream(grad_loss, None, None)
         if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_loss, logits):
-            return _ops.plain_backward(problem, saved, upstream), None, None
-        needs = (True, *NO_OTHERS)
-        return _gradients(problem, saved, upstream, needs)[0], None, None
+            of_rows = (total_weight, state, grad_loss)
+            return _ops.plain_backward(logits, target, *of_rows, ctx.settings), None, None
+        problem = Problem(logits, target, None, None, None, None, ctx.settings)
+        saved, upstream = Saved(total_weight, state, None), Upstream(grad_loss, None, None)
+        return logits_gradient(problem, saved, upstream), None, None
 
 
 def _gradients(

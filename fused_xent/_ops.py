@@ -347,19 +347,54 @@ def add_up_shards(
 # ---- class indices beside logits, and nothing else: most calls, see _autograd.is_plain -----------
 
 
-def plain_loss(problem: Problem) -> Tensor:
+def plain_loss(logits: Tensor, target: Tensor, settings: Settings) -> Tensor:
     """Return the loss alone."""
-    return _call(_plain_loss[problem.logits.is_cuda], problem)
+    return _call_plain(_plain_loss, logits, target, settings)
 
 
-def plain_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def plain_forward(
+    logits: Tensor, target: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, total_weight and state."""
-    return _call(_plain_forward[problem.logits.is_cuda], problem)
+    return _call_plain(_plain_forward, logits, target, settings)
 
 
-def plain_backward(problem: Problem, saved: Saved, upstream: Upstream) -> Tensor:
-    """Return the gradient of the logits."""
-    return _call_backward(_plain_backward[problem.logits.is_cuda], problem, saved, upstream)
+def _call_plain(
+    operators: tuple[Callable[..., T], ...], logits: Tensor, target: Tensor, settings: Settings
+) -> T:
+    dim, reduction, loss_dtype, _, _, _, _, options = settings
+    none = (None, None, None)
+    operator = operators[logits.is_cuda]
+    return operator(logits, target, *none, dim, reduction, loss_dtype, **options)
+
+
+def plain_backward(
+    logits: Tensor,
+    target: Tensor,
+    total_weight: Tensor | None,
+    state: Tensor,
+    grad_loss: Tensor,
+    settings: Settings,
+    token_weight: Tensor | None = None,
+    target_indices: Tensor | None = None,
+) -> Tensor:
+    """Return the gradient of the logits; the last two arguments are those of sparse labels."""
+    return _plain_backward[logits.is_cuda](
+        logits,
+        target,
+        None,
+        token_weight,
+        total_weight,
+        settings.dim,
+        settings.reduction,
+        state,
+        None,
+        grad_loss,
+        None,
+        None,
+        *(() if target_indices is None else (target_indices,)),
+        **settings.of_operators,
+    )
 
 
 def plain_selected(logits: Tensor, index: Tensor, settings: Settings) -> tuple[Tensor, ...]:

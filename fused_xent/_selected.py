@@ -159,11 +159,12 @@ class PlainSelected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor) -> Grads:
         """Return the gradient of the logits."""
-        logits, index, _, token_weight = saved_tensors = ctx.saved_tensors  # may be read only once
-        problem, saved = _of_gradient(ctx.settings, grad_log_probs, saved_tensors)
+        logits, index, state, token_weight = saved_tensors = ctx.saved_tensors  # may be read once
         if not torch.is_grad_enabled() and is_eager() and are_ordinary(grad_log_probs, logits):
-            upstream = Upstream(token_weight.new_full((), -1), None, None)
-            return _ops.plain_backward(problem, saved, upstream), None, None
+            minus_one = token_weight.new_full((), -1)
+            of_rows = (None, state, minus_one, ctx.settings, token_weight)
+            return _ops.plain_backward(logits, grad_log_probs, *of_rows, index), None, None
+        problem, saved = _of_gradient(ctx.settings, grad_log_probs, saved_tensors)
         _, grad_loss = _as_labels(grad_log_probs, index, token_weight)
         upstream = Upstream(grad_loss, None, None)
         return _autograd.logits_gradient(problem, saved, upstream), None, None

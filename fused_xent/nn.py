@@ -44,8 +44,12 @@ class _Loss(WeightedLoss):
             setattr(self, name, options.get(name, default))
 
     def _options(self) -> dict[str, Any]:
-        """Return all options. A module pickled by an older version may lack one: its default."""
-        return {name: getattr(self, name, value) for name, value in self.DEFAULTS.items()}
+        """Return all options."""
+        attributes = self.__dict__  # getattr takes twice as long
+        try:
+            return {name: attributes[name] for name in self.DEFAULTS}
+        except KeyError:  # a subclass keeps one elsewhere, or an older version, pickled, lacks it
+            return {name: getattr(self, name, value) for name, value in self.DEFAULTS.items()}
 
     def extra_repr(self) -> str:
         """Name the options that are not at their defaults."""

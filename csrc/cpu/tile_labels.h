@@ -6,9 +6,9 @@ template <typename T>
 struct TileLabels {
   using A = Acc<T>;
   using Bits = BitsOf<A>;
-  const int n_rows;
-  int64_t index[kTileRows];  // -1 for probabilities and for rows that are left out
-  Bits kept[kTileRows];      // all ones, or 0 for rows that are left out or beyond the last
+  const int n_rows, n_lanes;  // n_lanes: of the vectors that hold the rows
+  int64_t index[kTileRows];   // -1 for probabilities and for rows that are left out
+  Bits kept[kTileRows];       // all ones, or 0 for rows that are left out or beyond the last
   A target_weight[kTileRows] = {};
   A label_weight[kTileRows];  // of rows that have their own: see Params::label_weight
   const bool has_label_weight;
@@ -18,8 +18,10 @@ struct TileLabels {
   bool any_kept = true;
 
   TileLabels(const Params& p, int64_t begin, int n_rows)
-      : n_rows(n_rows), has_label_weight(p.label_weight != nullptr) {
-    for (int i = 0; i < kTileRows; ++i) index[i] = i < n_rows ? 0 : -1;
+      : n_rows(n_rows),
+        n_lanes(static_cast<int>(ceil_div(n_rows, kLanes<A>)) * kLanes<A>),
+        has_label_weight(p.label_weight != nullptr) {
+    for (int i = 0; i < n_lanes; ++i) index[i] = i < n_rows ? 0 : -1;
     if (has_indices(p)) {
       with_indices(p, [&](const auto* target) { set_indices(p, target, begin); });
     } else {
@@ -65,7 +67,7 @@ struct TileLabels {
       if (static_cast<const A*>(p.token_weight)[begin + i] == 0) index[i] = -1;
     }
     Bits any = 0;
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < n_lanes; ++i) {
       kept[i] = static_cast<Bits>(~(index[i] >> 63));
       any |= kept[i];
     }
@@ -88,7 +90,7 @@ struct TileLabels {
       if (index[i] >= 0) target_weight[i] = weight[index[i]];
     }
     if (!has_label_weight) return;
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < n_lanes; ++i) {
       label_weight[i] = i < n_rows ? static_cast<const A*>(p.label_weight)[begin + i] : A(0);
     }
   }
@@ -143,7 +145,7 @@ struct TileGradient {
     const int64_t bytes = labels.n_rows * sizeof(A);
     __builtin_memcpy(max, static_cast<const A*>(p.row_max) + begin, bytes);
     __builtin_memcpy(log_sum, static_cast<const A*>(p.log_sum) + begin, bytes);
-    for (int i = 0; i < kTileRows; ++i) mass[i] = static_cast<A>(p.weight_sum);
+    for (int i = 0; i < labels.n_lanes; ++i) mass[i] = static_cast<A>(p.weight_sum);
     if (p.label_mass != nullptr) {
       __builtin_memcpy(mass, static_cast<const A*>(p.label_mass) + begin, bytes);
     }

@@ -12,9 +12,11 @@ template <typename A>
 struct TileScratch {
   alignas(64) A lanes[kGroup * kTileRows];
 
-  // Kernels compute with lanes beyond the last row, too, but do not use the results.
+  // Kernels compute with the lanes beyond the last row, too, but do not use the results.
   explicit TileScratch(int n_rows) {
-    if (n_rows % kLanes<A> != 0) __builtin_memset(lanes, 0, sizeof lanes);
+    const int last = n_rows / kLanes<A> * kLanes<A>;
+    if (last == n_rows) return;
+    for (int u = 0; u < kGroup; ++u) store(lanes + u * kTileRows + last, Vec<A>{});
   }
 };
 

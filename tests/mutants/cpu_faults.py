@@ -1211,6 +1211,12 @@ TILES = {
         "if (index[i] > 0) target_weight[i] = weight[index[i]];",
         (option("tile", "none", "index, weighted"),),
     ),
+    "the rows of a tile's last vector have no labels": Fault(
+        "csrc/cpu/tile_labels.h",
+        "n_lanes(static_cast<int>(ceil_div(n_rows, kLanes<A>)) * kLanes<A>)",
+        "n_lanes(n_rows / kLanes<A> * kLanes<A>)",
+        (option("tiles", "none", "index"),),
+    ),
     "a target of the next group is picked in the current one": Fault(
         "csrc/cpu/tile_labels.h",
         "u < static_cast<uint64_t>(count) ? lanes + u * kTileRows",

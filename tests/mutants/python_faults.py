@@ -3279,8 +3279,8 @@ OPS_FAULTS = {
     ),
     "the backward divides by the normalizer": Fault(
         OPS,
-        "        token_weight,\n        total_weight,\n        settings.dim,\n",
-        "        token_weight,\n        problem.normalizer,\n        settings.dim,\n",
+        "        weight,\n        token_weight,\n        total_weight,\n",
+        "        weight,\n        token_weight,\n        problem.normalizer,\n",
         (
             "tests/test_autograd.py::test_gradcheck",
             "tests/test_options.py::test_normalizer",
@@ -3295,8 +3295,9 @@ OPS_FAULTS = {
     ),
     "the backward has no options": Fault(
         OPS,
-        "(target_indices,)),\n        **settings.of_operators,\n",
-        "(target_indices,)),\n",
+        "*upstream,\n        *(() if target_indices is None else (target_indices,)),\n"
+        "        **settings.of_operators,\n",
+        "*upstream,\n        *(() if target_indices is None else (target_indices,)),\n",
         (
             "tests/test_autograd.py::test_gradcheck",
             "tests/test_options.py::test_any_combination_of_many_options",
@@ -3317,13 +3318,25 @@ OPS_FAULTS = {
         "_call(_fused[0], problem)",
         TOKENS,
     ),
-    "the fast path's loss is in the logits' dtype": Fault(
+    "the loss is in the logits' dtype": Fault(
         OPS,
         "        settings.loss_dtype,\n",
         "        None,\n",
+        ("tests/test_functional.py::test_loss_dtype_beside_probabilities_and_under_autocast",),
+    ),
+    "the fast path's loss is in the logits' dtype": Fault(
+        OPS,
+        "dim, reduction, loss_dtype, **options)",
+        "dim, reduction, None, **options)",
         ("tests/test_functional.py::test_loss_dtype",),
     ),
     "the fast path has no options": Fault(
+        OPS,
+        "dim, reduction, loss_dtype, **options)",
+        "dim, reduction, loss_dtype)",
+        ("tests/test_functional.py::test_torchs_samples",),
+    ),
+    "the forward has no options": Fault(
         OPS,
         ("        **inplace,\n        **settings.of_operators,\n"),
         "        **inplace,\n",
@@ -3335,8 +3348,9 @@ OPS_FAULTS = {
     ),
     "the fast path's backward has no options": Fault(
         OPS,
-        ("(target_indices,)),\n        **settings.of_operators,\n"),
-        "(target_indices,)),\n",
+        "None,\n        *(() if target_indices is None else (target_indices,)),\n"
+        "        **settings.of_operators,\n",
+        "None,\n        *(() if target_indices is None else (target_indices,)),\n",
         (
             "tests/test_functional.py::test_torchs_samples",
             "tests/test_autograd.py::test_gradcheck",
@@ -3864,8 +3878,8 @@ SELECTED_FAULTS = {
     ),
     "the loss's sign in plain calls": Fault(
         SELECTED_AUTOGRAD,
-        "Upstream(token_weight.new_full((), -1), None, None)",
-        "Upstream(token_weight.new_full((), 1), None, None)",
+        "minus_one = token_weight.new_full((), -1)",
+        "minus_one = token_weight.new_full((), 1)",
         (f"{SELECTED_TESTS}test_values_and_gradients",),
     ),
     "the loss's sign for one class in plain calls": Fault(
