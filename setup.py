@@ -121,7 +121,19 @@ class Build(cpp_extension.BuildExtension):
             STUB.parent.mkdir(exist_ok=True)
             empty = ["-shared", "-nostdlib", f"-Wl,-soname,{STUB.name}", "-xc", "/dev/null"]
             subprocess.run([CXX, *empty, "-o", STUB], check=True)
+            self.remove_outdated_kernels()
         super().build_extension(ext)
+
+    def remove_outdated_kernels(self) -> None:
+        """Removes objects of CUDA files that are older than a header of csrc.
+
+        If torch has no CUDA, its build rule does not tell ninja which headers they include.
+        """
+        headers = (path for path in Path("csrc").rglob("*.*") if path.suffix in (".h", ".cuh"))
+        newest = max(path.stat().st_mtime for path in headers)
+        for built in Path(self.build_temp, "csrc/cuda").glob("*.o"):
+            if built.stat().st_mtime < newest:
+                built.unlink()
 
     def run(self) -> None:
         """Builds all libraries, and writes compile_commands.json for editors."""

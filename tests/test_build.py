@@ -217,6 +217,20 @@ def test_partial_build_has_its_own_objects(setup_with):
     assert folders == [Path("build"), Path("build/partial")]
 
 
+def test_cuda_files_are_compiled_again_after_a_change_of_a_header(setup_with, tmp_path):
+    """With a torch without CUDA, ninja does not know their headers."""
+    build = setup_with(FUSED_XENT_CUDA="0")[0]["Build"](setuptools.Distribution())
+    build.build_temp = str(tmp_path)
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
+    headers = [path for path in Path("csrc").rglob("*.*") if path.suffix in (".h", ".cuh")]
+    newest = max(path.stat().st_mtime for path in headers)
+    for name, age in (("old", 1), ("new", -1)):
+        (tmp_path / f"csrc/cuda/{name}.o").touch()
+        os.utime(tmp_path / f"csrc/cuda/{name}.o", (newest - age, newest - age))
+    build.remove_outdated_kernels()
+    assert [path.stem for path in (tmp_path / "csrc/cuda").iterdir()] == ["new"]
+
+
 def test_cuda_version_mismatch(setup_with, toolkit, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     setup_with(CUDA_HOME=str(toolkit))

@@ -517,6 +517,28 @@ def test_one_large_logit_among_small_softcapped_ones(dtype, large):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_one_group_of_large_softcapped_logits_in_fused_mode(dtype, force):
+    """Of more than 32 groups a thread: in registers, in shared memory, or read twice."""
+    force("forward_backward", "block", threads=32, held=8, groups=2)  # blocks of several rows
+    size = 32 * 4 * 16 // dtype.itemsize
+    groups = [0, 1, 2, 3, 4, 31, 32, 34]
+    logits = torch.randn(len(groups), 35 * size + 3).clamp(-1.9, 1.9).to(dtype)
+    for row, group in zip(logits, groups, strict=True):
+        row[group * size : (group + 1) * size : 100] = 4.5
+    target = torch.tensor(groups) * size + 5
+    options = {"reduction": "none", "softcap": 3.0}
+    leaf = logits.double().requires_grad_()
+    exact = reference.cross_entropy(leaf, target, **options)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), leaf)
+    loss, gradient = loss_and_gradient(logits, target, mode="fused", **options)
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=2e-6)
+    relative = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0
+    torch.testing.assert_close(
+        gradient.double(), exact_gradient, rtol=relative + 3e-5, atol=1e-9 + smallest(dtype)
+    )
+
+
 @pytest.mark.parametrize("softcap", [1e-4, 20.0])
 @pytest.mark.parametrize("size", [1e-25, 1e-5, 1e5, 1e25])
 def test_softcapped_logits_of_any_size(softcap, size):

@@ -25,7 +25,7 @@ __device__ __forceinline__ void write_share(T* out, const RowView<const T>& view
   const auto values = make_values();
   write_edges(out, view, values, share.edge_rank, share.edge_step);
   for (int v = share.first; v < share.end; v += share.step) {
-    write_vectors(out, view, values, share, v, bits);
+    write_vectors(out, view, values, share, v, bits, are_small<T>(values, bits));
     read(v + share.step);
   }
 }

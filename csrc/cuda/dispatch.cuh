@@ -52,12 +52,14 @@ cudaError_t with_types(const Params& p, const Body& body) {
   });
 }
 
-// The same, with UniformCapped if there is a softcap.
+// The same, with Capped or UniformCapped if there is a softcap.
 template <typename Body>
 cudaError_t with_row_types(const Params& p, const Body& body) {
   if (p.softcap == 0) return with_types(p, body);
   return with_dtype(p.dtype, [&]<typename T>(Type<T> type) {
-    if constexpr (sizeof(T) < 8) return body(type, Type<UniformCapped>{});
+    if constexpr (sizeof(T) < 8) {
+      return has_spread(p) ? body(type, Type<UniformCapped>{}) : body(type, Type<Capped>{});
+    }
     return cudaErrorNotSupported;  // see Shape::general
   });
 }

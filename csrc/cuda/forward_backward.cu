@@ -80,10 +80,12 @@ class Held {
                                                     const Place& left_out, int apart,
                                                     const Transform<Acc<T>>& transform) {
     StatsFor<T, S> stats(transform);
+    small_groups_ = 0;
     const auto add = [&](uint4(&bits)[kCount], int g) {
       const int v = first(share, g);
       if (v == left_out.group) leave_out<T>(bits, left_out.element);
-      add_vectors<T, S>(stats, bits, row.view, row.spread, share, v);
+      const bool is_small = add_vectors<T, S>(stats, bits, row.view, row.spread, share, v);
+      if (kIsCapped<S> && g < 32) small_groups_ |= uint32_t{is_small} << g;
       if (v == left_out.group) forget_left_out<T, S>(stats);
     };
     if (share.edge_rank < row.view.n_edges) {
@@ -114,7 +116,8 @@ class Held {
                                         const Values& values, const RowOf& next,
                                         const ShareOf& next_share) {
     const auto put = [&](const uint4(&bits)[kCount], int g) {
-      write_vectors(row.out, row.view, values, share, first(share, g), bits);
+      const bool is_small = kIsCapped<S> && g < 32 && (small_groups_ >> g & 1) != 0;
+      write_vectors(row.out, row.view, values, share, first(share, g), bits, is_small);
     };
     if (share.edge_rank < row.view.n_edges) {
       const int j = row.view.edge_class(share.edge_rank);
@@ -184,6 +187,7 @@ class Held {
 
   uint4* vectors_;
   int n_shared_;
+  uint32_t small_groups_;  // of the first 32, those that the sweep has found to be small
   uint4 registers_[kHeld > 0 ? kHeld : 1][kCount];
   T edge_;
 };

@@ -48,7 +48,11 @@ struct GradientOf {
         exponential.exponents(some, slopes);
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) some[k] = exponential.power(some[k]);
-        set_fma(some, some, factor, -spread_factor);
+        if constexpr (kIsUniform<S>) {
+          set_fma(some, some, factor, -spread_factor);
+        } else {
+          set_product(some, some, factor);
+        }
         set_product(some, some, slopes);
       }
     } else {
@@ -103,13 +107,13 @@ struct ScaledBy {
   }
 };
 
-// Writes the group that begins with vector v.
+// Writes the group that begins with vector v; is_small: see are_small.
 template <typename T, typename Values>
 __device__ __forceinline__ void write_vectors(T* out, const RowView<const T>& view,
                                               const Values& values,
                                               const Share<Values::kCount>& share, int v,
-                                              const uint4 (&bits)[Values::kCount]) {
-  for_vectors<T>(values, bits, share, v, [&](const auto& values, uint4 vector, int w) {
+                                              const uint4 (&bits)[Values::kCount], bool is_small) {
+  for_vectors<T>(values, is_small, bits, share, v, [&](const auto& values, uint4 vector, int w) {
     const int j = view.vector_class(w);
     store_vector_cached(out + j, values.vector(vector, j));
   });

@@ -54,8 +54,8 @@ __device__ __forceinline__ RowLabels<A> labels_of_row(const Arguments& a, int64_
 }
 
 // The labels t_j of ../xent_math.h. S is the type of what is read: of the probabilities, or the
-// accumulation type for class weights. It is void if only the target has a label, and Uniform or
-// UniformCapped if all are 1.
+// accumulation type for class weights. It is void or Capped if only the target has a label, and
+// Uniform or UniformCapped if all are 1.
 template <typename T, typename S>
 struct Spread {
   using A = Acc<T>;
@@ -120,6 +120,11 @@ template <typename T>
 struct Spread<T, void> {
   static constexpr bool kExists = false;
   __device__ Spread(const Params&, int64_t) {}
+};
+
+template <typename T>
+struct Spread<T, Capped> : Spread<T, void> {
+  using Spread<T, void>::Spread;
 };
 
 // The value that a row's loss and gradient have if its logits are not read.

@@ -19,17 +19,17 @@ template <typename T>
 constexpr int kVector = static_cast<int>(16 / sizeof(T));  // elements of an access
 
 // They stand for the type of the labels where no labels are read, see Spread. Uniform: label
-// smoothing without class weights. UniformCapped: softcapped logits, with label smoothing or
-// without.
+// smoothing without class weights. Capped: softcapped logits.
 struct Uniform {};
+struct Capped {};
 struct UniformCapped {};
 
 template <typename S>
-constexpr bool kIsCapped = std::is_same_v<S, UniformCapped>;
+constexpr bool kIsCapped = std::is_same_v<S, Capped> || std::is_same_v<S, UniformCapped>;
 template <typename S>
-constexpr bool kIsUniform = std::is_same_v<S, Uniform> || kIsCapped<S>;
+constexpr bool kIsUniform = std::is_same_v<S, Uniform> || std::is_same_v<S, UniformCapped>;
 template <typename S>
-constexpr bool kReadsLabels = !std::is_void_v<S> && !kIsUniform<S>;
+constexpr bool kReadsLabels = !std::is_void_v<S> && !kIsUniform<S> && !kIsCapped<S>;
 
 // Blocks of 256 threads that a multiprocessor must have room for, which limits their registers.
 // Float64 and labels that are read need more registers, as does a softcap.

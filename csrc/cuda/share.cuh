@@ -108,15 +108,23 @@ struct Share {
 template <typename S>
 using ShareFor = Share<kUnroll<S>>;
 
+// True if all logits of a group are small and `of`, which computes exponentials, has a faster way
+// for such: of.small(). Vectors beyond the share's end are minus infinity: not small.
+template <typename T, typename Of, int kCount>
+__device__ __forceinline__ bool are_small(const Of& of, const uint4 (&bits)[kCount]) {
+  if constexpr (requires { of.small(); }) return are_within<T>(of.most_of_small(), bits);
+  return false;
+}
+
 // Calls body(of, bits[u], w) for the vectors of the group that begins with vector v, of which the
-// u-th is the row's w-th. `of` computes exponentials. Where all logits of the group are small,
-// body gets of.small() instead, if there is one: it is faster. Other groups are rare then, so their
-// loop is not unrolled, to be short. Vectors beyond the share's end are minus infinity: not small.
+// u-th is the row's w-th; with of.small() instead if the group is small. Other groups are rare
+// then, so their loop is not unrolled, to be short.
 template <typename T, typename Of, int kCount, typename Body>
-__device__ __forceinline__ void for_vectors(const Of& of, const uint4 (&bits)[kCount],
-                                            const Share<kCount>& share, int v, const Body& body) {
+__device__ __forceinline__ void for_vectors(const Of& of, bool is_small,
+                                            const uint4 (&bits)[kCount], const Share<kCount>& share,
+                                            int v, const Body& body) {
   if constexpr (requires { of.small(); }) {
-    if (are_within<T>(of.most_of_small(), bits)) {
+    if (is_small) {
 #pragma unroll
       for (int u = 0; u < kCount; ++u) body(of.small(), bits[u], v + u * share.lanes);
       return;

@@ -182,9 +182,10 @@ __device__ __forceinline__ void forget_left_out(StatsFor<T, S>& stats) {
   }
 }
 
-// Adds the group that begins with vector v. Vectors beyond the share's end are minus infinity.
+// Adds the group that begins with vector v, and returns whether it is small. Vectors beyond the
+// share's end are minus infinity.
 template <typename T, typename S>
-__device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (&bits)[kUnroll<S>],
+__device__ __forceinline__ bool add_vectors(StatsFor<T, S>& stats, const uint4 (&bits)[kUnroll<S>],
                                             const RowView<const T>& view,
                                             const Spread<T, S>& spread, const ShareFor<S>& share,
                                             int v) {
@@ -198,8 +199,9 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
     sums += sums_of<T, S>(exponential, x, t);
   };
   const ExpOf<T, S> exponential = stats.exponential();
-  if constexpr (kIsUniform<S>) {
-    for_vectors<T>(exponential, bits, share, v, add);
+  const bool is_small = are_small<T>(exponential, bits);
+  if constexpr (kIsUniform<S> || kIsCapped<S>) {
+    for_vectors<T>(exponential, is_small, bits, share, v, add);
   } else {
 #pragma unroll
     for (int u = 0; u < kUnroll<S>; ++u) {
@@ -208,6 +210,7 @@ __device__ __forceinline__ void add_vectors(StatsFor<T, S>& stats, const uint4 (
     }
   }
   add_sums<T, S>(stats, sums);
+  return is_small;
 }
 
 // Adds every step-th edge from edge i on, without class `apart`.

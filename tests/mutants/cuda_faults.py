@@ -294,6 +294,30 @@ TRANSFORMS = {
         "return top < beyond && top << 16 < beyond;",
         "return top < beyond;",
     ),
+    "small groups of a row are those of the row before, too": emulated(
+        "cuda/forward_backward.cu",
+        "test_cuda.py::test_one_group_of_large_softcapped_logits_in_fused_mode",
+        "    small_groups_ = 0;\n",
+        "    if (row.index == 0) small_groups_ = 0;\n",
+    ),
+    "groups beyond the 32nd are small where the first are": emulated(
+        "cuda/forward_backward.cu",
+        "test_cuda.py::test_one_group_of_large_softcapped_logits_in_fused_mode",
+        "kIsCapped<S> && g < 32 && (small_groups_ >> g & 1) != 0;",
+        "kIsCapped<S> && (small_groups_ >> (g & 31) & 1) != 0;",
+    ),
+    "the next group is small where one is": emulated(
+        "cuda/forward_backward.cu",
+        "test_cuda.py::test_one_group_of_large_softcapped_logits_in_fused_mode",
+        "(small_groups_ >> g & 1) != 0;",
+        "(small_groups_ >> (g - 1) & 1) != 0;",
+    ),
+    "softcapped logits with label smoothing have no spread": fault(
+        "dispatch.cuh",
+        "forward",
+        "has_spread(p) ? body(type, Type<UniformCapped>{})",
+        "false ? body(type, Type<UniformCapped>{})",
+    ),
     "the polynomial of the tanh is used beyond its range": emulated(
         "cuda/launch.h",
         "test_cuda.py::test_small_softcapped_logits",
