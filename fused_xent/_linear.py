@@ -31,7 +31,7 @@ from ._products import product, slabs
 from ._torch_private import below_autograd
 
 # How many rows make a matrix product efficient, and how many bytes of logits a chunk may have.
-CPU_ROWS, CPU_BYTES = 512, 100 << 20
+CPU_ROWS, CPU_BYTES = 512, 128 << 20
 GPU_ROWS, GPU_BYTES = 4096, 1 << 30
 FEW_BYTES = 32 << 20  # of logits: below this, both layouts are equally fast
 

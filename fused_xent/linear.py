@@ -126,7 +126,7 @@ def linear_cross_entropy(
             rows. The results are the same, unless the hidden state of such a row is not finite:
             then the weight's gradient in compiled code is not finite either.
         chunk_rows: number of rows in a chunk of logits. None: enough for efficient matrix products,
-            at most 512 rows and 100 MiB on a CPU, or 4096 rows and 1 GiB on a GPU. On a CPU, if
+            at most 512 rows and 128 MiB on a CPU, or 4096 rows and 1 GiB on a GPU. On a CPU, if
             there are few rows compared with features, all rows are one chunk, which is stored
             class by class in the memory of the weight's gradient.
         process_group: the processes that the classes are split over, as in

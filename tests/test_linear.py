@@ -468,9 +468,9 @@ def test_one_chunk_needs_no_float32_gradient_sums(monkeypatch):
 
 def test_documented_limits():
     limits = (_linear.CPU_ROWS, _linear.CPU_BYTES, _linear.GPU_ROWS, _linear.GPU_BYTES)
-    assert limits == (512, 100 * 2**20, 4096, 2**30)
+    assert limits == (512, 128 * 2**20, 4096, 2**30)
     text = " ".join(linear_cross_entropy.__doc__.split())
-    assert "at most 512 rows and 100 MiB on a CPU, or 4096 rows and 1 GiB on a GPU" in text
+    assert "at most 512 rows and 128 MiB on a CPU, or 4096 rows and 1 GiB on a GPU" in text
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -1599,8 +1599,8 @@ LINEAR_OPS_FAULTS = {
     ),
     "chunks of a GPU on a CPU": Fault(
         LINEAR_OPS,
-        "CPU_ROWS, CPU_BYTES = 512, 100 << 20",
-        "CPU_ROWS, CPU_BYTES = 4096, 100 << 20",
+        "CPU_ROWS, CPU_BYTES = 512, 128 << 20",
+        "CPU_ROWS, CPU_BYTES = 4096, 128 << 20",
         ("tests/test_linear.py::test_documented_limits",),
     ),
     "chunks of 4 GiB": Fault(
