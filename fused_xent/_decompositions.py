@@ -73,8 +73,8 @@ def _backward(*arguments: Any, **options: Any) -> Any:
     z = reference.transform(x, softcap, options.get("logit_scale", 1.0))
     kept, q = _labels(problem, x)
     z, mass = z.masked_fill(~kept, 0), q.sum(dim, keepdim=True)
-    log_p = z.log_softmax(dim)
-    finite_log_p, p = log_p.masked_fill(log_p.isneginf(), 0), log_p.exp()
+    log_p = reference.log_softmax(z, dim)
+    p = log_p.exp()
 
     def rows(values: Tensor) -> Tensor:
         return values.to(x.dtype) if values.dim() == 0 else values.to(x.dtype).unsqueeze(dim)
@@ -88,13 +88,16 @@ def _backward(*arguments: Any, **options: Any) -> Any:
             g = g * rows(token_weight)
         lse = z.logsumexp(dim, keepdim=True)
         gamma = options.get("focal_gamma", 0.0)
-        cross_entropy = -(q * finite_log_p).sum(dim, keepdim=True)
+        cross_entropy = -reference.weighted_sum(q, log_p, dim).unsqueeze(dim)
         slope: Any = _formulas.focal_slope(cross_entropy, mass, gamma) if gamma else 1.0
-        gradient = g * slope * (mass * p - q)
+        # Where p is nearly 1, log_p has the digits that p has not.
+        difference = torch.where(p > 0.5, mass * log_p.expm1() + (mass - q), mass * p - q)
+        gradient = g * slope * difference
         gradient = gradient + 2 * options.get("lse_square_scale", 0.0) * g * lse * p
     if grad_lse is not None:
         gradient = gradient + rows(grad_lse) * p
     if grad_entropy is not None:
+        finite_log_p = log_p.masked_fill(log_p.isneginf(), 0)
         entropy = -(p * finite_log_p).sum(dim, keepdim=True)
         gradient = gradient - rows(grad_entropy) * p * (finite_log_p + entropy)
     gradient = gradient * options.get("logit_scale", 1.0)

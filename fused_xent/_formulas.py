@@ -115,11 +115,12 @@ def target_gradient(problem: Problem, saved: Saved, grad_loss: Tensor) -> Tensor
 
 def focal_slope(cross_entropy: Tensor, mass: Tensor, gamma: float) -> Tensor:
     """Return the derivative of the focal loss by the cross-entropy."""
-    zero = cross_entropy == 0
-    minus_log_p = cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)
+    zero, infinite = cross_entropy == 0, cross_entropy.isposinf()
+    at_limit = zero | infinite
+    minus_log_p = cross_entropy.masked_fill(at_limit, 1) / mass.masked_fill(at_limit, 1)
     one_minus_p = -torch.expm1(-minus_log_p)
     rise = gamma * torch.exp(-minus_log_p) * minus_log_p / one_minus_p
-    return (one_minus_p**gamma * (1 + rise)).masked_fill(zero, 0)
+    return (one_minus_p**gamma * (1 + rise)).masked_fill(zero, 0).masked_fill(infinite, 1)
 
 
 def top_label(problem: Problem, n_classes: int) -> Tensor:

@@ -72,6 +72,22 @@ def transform(input: Tensor, softcap: float | None, logit_scale: float) -> Tenso
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
+def log_softmax(logits: Tensor, dim: int) -> Tensor:
+    """Return log-probabilities that keep their digits as they approach 0.
+
+    At most one class of a row has a probability above 1/2. Its log-probability is ``log1p(-rest)``,
+    with the sum ``rest`` of the other probabilities. torch's rounds ``1 + rest``.
+    """
+    log_prob = logits.log_softmax(dim)
+    if logits.shape[dim] == 0:
+        return log_prob
+    top = logits.detach().argmax(dim, keepdim=True)
+    rest = log_prob.exp().scatter(dim, top, 0).sum(dim, keepdim=True)
+    is_close = rest < 0.5
+    exact = torch.log1p(-rest.masked_fill(~is_close, 0))
+    return log_prob.scatter(dim, top, torch.where(is_close, exact, log_prob.gather(dim, top)))
+
+
 def sparse_classes(target_indices: Tensor, n_classes: int, ignore_index: int) -> SparseClasses:
     """Return the classes of sparse labels, which can be gathered."""
     index = target_indices.to(torch.int64)  # a narrower dtype may not hold ignore_index
@@ -141,7 +157,7 @@ def cross_entropy_with_statistics(
     # First, so that logits of rows left out have no effect, not even NaN.
     logits = input.masked_fill(~kept.unsqueeze(dim), 0)
     logits = transform(logits, softcap, logit_scale)
-    log_prob = logits.log_softmax(dim)
+    log_prob = log_softmax(logits, dim)
     if weight is not None:
         weight = weight.reshape([-1] + [1] * (input.dim() - dim - 1))
     if target.is_floating_point():
@@ -162,7 +178,7 @@ def cross_entropy_with_statistics(
         reduce(row_loss, reduction, total if normalizer is None else normalizer),
         lse,
         z_loss,
-        -_weighted_sum(log_prob.exp(), log_prob, dim).masked_fill(~kept, 0),
+        -weighted_sum(log_prob.exp(), log_prob, dim).masked_fill(~kept, 0),
         *_predictions(logits, target, kept, dim),
     )
 
@@ -189,16 +205,18 @@ def _predictions(logits: Tensor, target: Tensor, kept: Tensor, dim: int) -> tupl
     return argmax.masked_fill(~kept, -1), (argmax == label) & kept
 
 
-def _weighted_sum(q: Tensor, log_prob: Tensor, dim: int) -> Tensor:
+def weighted_sum(q: Tensor, log_prob: Tensor, dim: int) -> Tensor:
     """Sum ``q * log_prob`` over the classes, with 0 * (-inf) = 0."""
     return (q * log_prob.masked_fill((q == 0) & log_prob.isneginf(), 0)).sum(dim)
 
 
 def focal(cross_entropy: Tensor, mass: Tensor, gamma: float) -> Tensor:
     """Return ``(1 - P)^gamma * cross_entropy`` with ``P = exp(-cross_entropy / mass)``."""
-    zero = cross_entropy == 0  # the power may have no derivative at 0
-    minus_log_p = cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)
-    return ((-torch.expm1(-minus_log_p)) ** gamma * cross_entropy).masked_fill(zero, 0)
+    zero, infinite = cross_entropy == 0, cross_entropy.isposinf()
+    at_limit = zero | infinite  # the power may have no derivative there
+    minus_log_p = cross_entropy.masked_fill(at_limit, 1) / mass.masked_fill(at_limit, 1)
+    power = ((-torch.expm1(-minus_log_p)) ** gamma).masked_fill(infinite, 1)
+    return (power * cross_entropy).masked_fill(zero, 0)
 
 
 def _probability_loss(
@@ -210,7 +228,7 @@ def _probability_loss(
         q = q * (1 - label_smoothing) + label_smoothing / max(n_classes, 1)
     if weight is not None:
         q = q * weight
-    row_loss = -_weighted_sum(q, log_prob, dim)
+    row_loss = -weighted_sum(q, log_prob, dim)
     has_weight = 1.0 if n_classes else 0.0  # torch's mean divides by the elements over the classes
     return row_loss, torch.full_like(row_loss, has_weight), q.sum(dim)
 
@@ -233,12 +251,10 @@ def _index_loss(
         zeros = log_prob.sum(dim)
         return zeros, zeros, zeros
     target_weight = class_weight.gather(dim, index)
-    row_loss = -(1 - label_smoothing) * _weighted_sum(
-        target_weight, log_prob.gather(dim, index), dim
-    )
-    mass = (1 - label_smoothing) * target_weight.squeeze(dim)
+    q = (1 - label_smoothing) * target_weight
+    row_loss, mass = -weighted_sum(q, log_prob.gather(dim, index), dim), q.squeeze(dim)
     if label_smoothing > 0:
-        smooth_loss = -_weighted_sum(class_weight, log_prob, dim)
+        smooth_loss = -weighted_sum(class_weight, log_prob, dim)
         row_loss = row_loss + label_smoothing / n_classes * smooth_loss
         mass = mass + label_smoothing / n_classes * class_weight.sum(dim)
     # A target that is no class makes the row's loss and gradient NaN.
@@ -264,7 +280,7 @@ def selective_log_softmax(
     padding = index == ignore_index
     left_out = padding.all(dim, keepdim=True)
     logits = transform(input.masked_fill(left_out, 0), softcap, logit_scale)
-    log_prob = logits.log_softmax(dim)
+    log_prob = log_softmax(logits, dim)
     is_class = (index >= 0) & (index < input.shape[dim])
     if input.shape[dim]:
         log_probs = log_prob.gather(dim, index.masked_fill(~is_class, 0))
@@ -274,5 +290,5 @@ def selective_log_softmax(
     is_wrong = (~is_class & ~padding).any(dim, keepdim=True)
     log_probs = log_probs.masked_fill(padding, 0) * torch.where(is_wrong, torch.nan, 1.0)
     prob = log_prob.exp()
-    entropy = -_weighted_sum(prob, log_prob, dim)
+    entropy = -weighted_sum(prob, log_prob, dim)
     return SelectedLogProbs(log_probs, entropy.masked_fill(left_out.squeeze(dim), 0))

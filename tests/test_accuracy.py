@@ -10,7 +10,7 @@ from compare import NEAR_1_OPTIONS, assert_gradient, assert_loss, check_near_1, 
 from modes import MODES, has_mode, loss_and_gradient, roundings
 
 import fused_xent
-from fused_xent import cross_entropy, cross_entropy_with_statistics
+from fused_xent import cross_entropy, cross_entropy_with_statistics, selective_log_softmax
 
 pytestmark = pytest.mark.kernels
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -213,6 +213,30 @@ def test_loss_and_target_gradient_as_p_approaches_1(shape, option, dtype):
     for mode in MODES:
         goal = 1e-6 if is_tile else 2e-6
         check_near_1(shape, dtype, option, mode, goal)
+
+
+def test_other_derivatives_as_p_approaches_1():
+    """Those that torch operations compute: by weights, of gradients, and under ``vmap``."""
+    logits, target = torch.zeros(2, 100), torch.tensor([3, 4])
+    logits[0, 3] = logits[1, 4] = 25.0
+    exact = math.log1p(99 * math.exp(-25.0))
+    weight, token_weight = torch.ones(100), torch.ones(2)
+
+    def loss(logits, weight, token_weight):
+        return cross_entropy(logits, target, weight, token_weight=token_weight, reduction="sum")
+
+    by_weight, by_token = torch.func.grad(loss, (1, 2))(logits, weight, token_weight)
+    near = {"rel": 4e-6, "abs": 0}
+    assert by_weight[[3, 4]].tolist() == pytest.approx([exact, exact], **near)
+    assert by_token.tolist() == pytest.approx([exact, exact], **near)
+    leaf = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, None, None), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(gradient[0, 3], leaf)
+    assert second[0, [3, 5]].tolist() == pytest.approx([exact, -exact / 99], **near)
+    losses = torch.func.vmap(cross_entropy)(logits, target)
+    selected = torch.func.vmap(selective_log_softmax)(logits, target)
+    assert losses.tolist() == pytest.approx([exact, exact], **near)
+    assert selected.tolist() == pytest.approx([-exact, -exact], **near)
 
 
 @by_dtype

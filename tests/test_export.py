@@ -256,6 +256,38 @@ def test_decomposed_focal_loss_of_certain_rows():
         torch.testing.assert_close(*results_of(logits, TARGET, focal_gamma=gamma))
 
 
+def gradient_of(logits, target, **options):
+    """Return the gradient of a sum of losses by the decompositions, then by the operators."""
+    operators, table = torch.ops.fused_xent, fused_xent.decompositions()
+    _, total, state = operators.forward.default(logits, target, None, None, None, 1, 2, **options)
+    saved = (logits, target, None, None, total, 1, 2, state, None, torch.ones(()), None, None)
+    backward = operators.backward.default
+    return [function(*saved, **options) for function in (table[backward], backward)]
+
+
+@pytest.mark.parametrize("focal_gamma", [0.0, 2.0])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+def test_decompositions_of_confident_rows(soft, focal_gamma):
+    """The gradients have their digits where the probability of the target rounds to 1."""
+    logits = torch.randn(N, C)
+    logits[range(N), TARGET.clamp(min=0)] = 30
+    target = torch.eye(C)[TARGET.clamp(min=0)] if soft else TARGET.clamp(min=0)
+    options = {"focal_gamma": focal_gamma}
+    decomposed, exact = gradient_of(logits, target, **options)
+    if soft:  # the kernels keep the digits for class indices only
+        exact = gradient_of(logits.double(), TARGET.clamp(min=0), **options)[1].float()
+    assert (exact != 0).all()
+    torch.testing.assert_close(decomposed, exact, rtol=1e-5, atol=0)
+
+
+def test_decomposed_focal_loss_of_a_masked_target():
+    logits = torch.randn(N, C).double()
+    logits[0, TARGET[0]] = -torch.inf
+    decomposed, exact = gradient_of(logits, TARGET, focal_gamma=2.0)
+    assert exact[0, TARGET[0]] == -1
+    torch.testing.assert_close(decomposed, exact)
+
+
 def test_decomposed_gradient_of_targets_out_of_range_is_nan():
     logits, target = torch.randn(N, C), torch.tensor([1, C, 4, -1, 0, 2])
     backward = torch.ops.fused_xent.backward.default

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import LABELS, REDUCTIONS, SHAPES, class_dim, make_logits, make_options, make_target
 
+from fused_xent import reference
 from fused_xent.reference import cross_entropy, cross_entropy_with_statistics
 
 pytestmark = pytest.mark.cpu("uses torch operations only")
@@ -96,3 +97,53 @@ def test_entropy_of_masked_classes():
     assert (gradient[:, [1, 4]] == 0).all()
     (expected,) = torch.autograd.grad(exact.sum(), rest)
     torch.testing.assert_close(gradient[:, [0, 2, 3, 5, 6]], expected)
+
+
+@pytest.mark.parametrize("gap", [0.1, 1.0, 10.0, 20.0, 50.0, 80.0])
+@pytest.mark.parametrize("n_classes", [1, 2, 300])
+def test_digits_of_confident_rows(n_classes, gap):
+    """Loss, gradient and second derivative in float32; the float64 truth is by hand."""
+    logits = torch.randn(n_classes, dtype=torch.float32)
+    at = n_classes // 2
+    logits[at] = logits.max() + gap
+    others = torch.arange(n_classes) != at
+    odds = torch.where(others, (logits.double() - logits[at].double()).exp(), 0)
+    p, rest = odds / (1 + odds.sum()), odds.sum() / (1 + odds.sum())
+    gradient = torch.where(others, p, -rest)  # of minus log_prob[at]
+    slopes = torch.where(others, -p * (1 - rest), rest * (1 - rest))  # of minus gradient[at]
+
+    def minus_log_prob(logits):
+        return -reference.log_softmax(logits, 0)[at]
+
+    close = {"rtol": 4e-6, "atol": 1e-38}
+    torch.testing.assert_close(minus_log_prob(logits).double(), odds.sum().log1p(), **close)
+    found = torch.func.grad(minus_log_prob)
+    torch.testing.assert_close(found(logits).double(), gradient, **close)
+    second = torch.func.grad(lambda logits: found(logits)[at])(logits).double()
+    torch.testing.assert_close(second, slopes, **close)
+    hard, soft = torch.tensor(at), (~others).float()
+    for labels in (hard, soft):
+        torch.testing.assert_close(cross_entropy(logits, labels), minus_log_prob(logits))
+    selected = reference.selective_log_softmax(logits, torch.tensor([at])).log_probs
+    torch.testing.assert_close(-selected[0], minus_log_prob(logits), rtol=0, atol=0)
+
+
+def test_smoothing_of_1_where_the_target_is_masked():
+    """The target has label 0 besides the smoothing: no NaN of 0 times infinity."""
+    logits = torch.tensor([[1.0, -math.inf, 2.0]]).double()
+    weight = torch.tensor([1.0, 0.0, 1.0]).double()
+    options = {"label_smoothing": 1.0, "reduction": "sum"}
+    assert cross_entropy(logits, torch.tensor([1]), **options) == math.inf
+    rest = cross_entropy(logits, torch.tensor([0]), weight, **options)
+    assert cross_entropy(logits, torch.tensor([1]), weight, **options) == rest
+    assert rest.isfinite()
+
+
+def test_focal_loss_of_a_masked_target():
+    """Its slope is 1: the gradient is that of the cross-entropy."""
+    logits = torch.tensor([[1.0, -math.inf, 2.0]]).double().requires_grad_()
+    loss = cross_entropy(logits, torch.tensor([1]), focal_gamma=2.0)
+    assert loss == math.inf
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = logits.detach().softmax(1) - torch.tensor([[0.0, 1.0, 0.0]])
+    torch.testing.assert_close(gradient, expected)

@@ -2709,21 +2709,45 @@ DECOMPOSITIONS_FAULTS = {
     ),
     "decomposed gradients of a cross-entropy": Fault(
         DECOMPOSITIONS,
-        "gradient = g * slope * (mass * p - q)",
-        "gradient = g * (mass * p - q)",
+        "gradient = g * slope * difference",
+        "gradient = g * difference",
         DECOMPOSED,
     ),
     "decomposed gradients without the mass": Fault(
         DECOMPOSITIONS,
-        "gradient = g * slope * (mass * p - q)",
-        "gradient = g * slope * (p - q)",
+        "mass * p - q)",
+        "p - q)",
         DECOMPOSED,
     ),
     "decomposed gradients without the labels": Fault(
         DECOMPOSITIONS,
-        "gradient = g * slope * (mass * p - q)",
-        "gradient = g * slope * (mass * p)",
+        "mass * p - q)",
+        "mass * p)",
         DECOMPOSED,
+    ),
+    "decomposed gradients of confident rows are rounded": Fault(
+        DECOMPOSITIONS,
+        "mass * log_p.expm1() + (mass - q)",
+        "mass * p - q",
+        ("tests/test_export.py::test_decompositions_of_confident_rows",),
+    ),
+    "decomposed gradients of confident rows are the target's": Fault(
+        DECOMPOSITIONS,
+        "mass * log_p.expm1() + (mass - q)",
+        "mass * log_p.expm1()",
+        DECOMPOSED,
+    ),
+    "decomposed gradients by rounded log-probabilities": Fault(
+        DECOMPOSITIONS,
+        "log_p = reference.log_softmax(z, dim)",
+        "log_p = z.log_softmax(dim)",
+        ("tests/test_export.py::test_decompositions_of_confident_rows",),
+    ),
+    "decomposed focal loss of a masked target": Fault(
+        FORMULAS,
+        ".masked_fill(zero, 0).masked_fill(infinite, 1)",
+        ".masked_fill(zero, 0)",
+        ("tests/test_export.py::test_decomposed_focal_loss_of_a_masked_target",),
     ),
     "decomposed gradients of half the z-loss": Fault(
         DECOMPOSITIONS,
@@ -2772,8 +2796,8 @@ DECOMPOSITIONS_FAULTS = {
     ),
     "decomposed gradients at minus infinity": Fault(
         DECOMPOSITIONS,
-        "finite_log_p, p = log_p.masked_fill(log_p.isneginf(), 0), log_p.exp()",
-        "finite_log_p, p = log_p, log_p.exp()",
+        "finite_log_p = log_p.masked_fill(log_p.isneginf(), 0)",
+        "finite_log_p = log_p",
         ("tests/test_export.py::test_decompositions_at_logits_of_minus_infinity",),
     ),
     "decomposed labels without class weights": Fault(
@@ -2835,8 +2859,8 @@ DECOMPOSITIONS_FAULTS = {
     ),
     "decomposed focal loss without the mass": Fault(
         FORMULAS,
-        "cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)",
-        "cross_entropy.masked_fill(zero, 1)",
+        "cross_entropy.masked_fill(at_limit, 1) / mass.masked_fill(at_limit, 1)",
+        "cross_entropy.masked_fill(at_limit, 1)",
         DECOMPOSED,
     ),
     "a decomposed layer has no gradients": Fault(
@@ -3400,15 +3424,42 @@ REFERENCE_FAULTS = {
     ),
     "focal loss at probability 1": Fault(
         REFERENCE,
-        "minus_log_p = cross_entropy.masked_fill(zero, 1) / mass.masked_fill(zero, 1)",
+        "minus_log_p = cross_entropy.masked_fill(at_limit, 1) / mass.masked_fill(at_limit, 1)",
         "minus_log_p = cross_entropy / mass",
         ("tests/test_options.py::test_focal_loss_of_certain_rows",),
     ),
     "focal loss without the mass": Fault(
         REFERENCE,
-        "/ mass.masked_fill(zero, 1)",
+        "/ mass.masked_fill(at_limit, 1)",
         "",
         ("tests/test_options.py::test_any_combination_of_many_options",),
+    ),
+    "torch operations round the log-probability of a confident row": Fault(
+        REFERENCE,
+        "torch.where(is_close, exact, log_prob.gather(dim, top))",
+        "log_prob.gather(dim, top)",
+        (
+            "tests/test_reference.py::test_digits_of_confident_rows",
+            "tests/test_accuracy.py::test_other_derivatives_as_p_approaches_1",
+        ),
+    ),
+    "the rest of an improbable class has a logarithm": Fault(
+        REFERENCE,
+        "rest.masked_fill(~is_close, 0)",
+        "rest",
+        ("tests/test_reference.py::test_equals_torch",),
+    ),
+    "smoothing of 1 times an infinite loss": Fault(
+        REFERENCE,
+        "row_loss, mass = -weighted_sum(q, log_prob.gather(dim, index), dim), q.squeeze(dim)",
+        "row_loss, mass = -(q * log_prob.gather(dim, index)).sum(dim), q.squeeze(dim)",
+        ("tests/test_reference.py::test_smoothing_of_1_where_the_target_is_masked",),
+    ),
+    "focal loss of a masked target has a slope of NaN": Fault(
+        REFERENCE,
+        "at_limit = zero | infinite",
+        "at_limit = zero",
+        ("tests/test_reference.py::test_focal_loss_of_a_masked_target",),
     ),
     "0 times minus infinity": Fault(
         REFERENCE,
@@ -3457,13 +3508,13 @@ REFERENCE_FAULTS = {
     ),
     "smoothing of an index without class weights": Fault(
         REFERENCE,
-        "smooth_loss = -_weighted_sum(class_weight, log_prob, dim)",
-        "smooth_loss = -_weighted_sum(torch.ones_like(log_prob), log_prob, dim)",
+        "smooth_loss = -weighted_sum(class_weight, log_prob, dim)",
+        "smooth_loss = -weighted_sum(torch.ones_like(log_prob), log_prob, dim)",
         ("tests/test_reference.py::test_equals_torch",),
     ),
     "entropy of probabilities that are 0": Fault(
         REFERENCE,
-        "-_weighted_sum(log_prob.exp(), log_prob, dim)",
+        "-weighted_sum(log_prob.exp(), log_prob, dim)",
         "-(log_prob.exp() * log_prob).sum(dim)",
         ("tests/test_reference.py::test_entropy_of_masked_classes",),
     ),
